@@ -1,0 +1,75 @@
+"""distaccum: distributed training whose update is exactly the large-batch update, however the batch is cut.
+
+The names below are imported when they are first used, so that `import distaccum` and `--help` don't import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from distaccum.accumulation import Accumulator, UpdateResult
+    from distaccum.errors import UserError
+    from distaccum.evaluation import evaluate
+    from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
+    from distaccum.observers import Observer
+    from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
+    from distaccum.tasks import Task, TaskOutput
+    from distaccum.trainer import Trainer
+
+_HOMES = {
+    "Accumulator": "accumulation",
+    "UpdateResult": "accumulation",
+    "UserError": "errors",
+    "evaluate": "evaluation",
+    "EvaluationLoader": "loaders",
+    "LoaderOptions": "loaders",
+    "Window": "loaders",
+    "WindowLoader": "loaders",
+    "Observer": "observers",
+    "BatchPlan": "planning",
+    "Cut": "planning",
+    "resolve_batch": "planning",
+    "shuffled": "planning",
+    "split_evenly": "planning",
+    "window_bounds": "planning",
+    "Task": "tasks",
+    "TaskOutput": "tasks",
+    "Trainer": "trainer",
+}
+
+__all__ = [
+    "Accumulator",
+    "BatchPlan",
+    "Cut",
+    "EvaluationLoader",
+    "LoaderOptions",
+    "Observer",
+    "Task",
+    "TaskOutput",
+    "Trainer",
+    "UpdateResult",
+    "UserError",
+    "Window",
+    "WindowLoader",
+    "evaluate",
+    "resolve_batch",
+    "shuffled",
+    "split_evenly",
+    "window_bounds",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

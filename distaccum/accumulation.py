@@ -1,0 +1,408 @@
+"""The heart: gradients accumulated over micro-steps, synchronised once, scaled exactly, clipped and stepped.
+
+    update = optimizer( Σ over all samples of the window of grad(loss_sum) / Σ of weight )
+
+Both sums run over all micro-steps and all ranks. There is no division by the number of accumulation steps anywhere, so
+ragged windows, ranks with unequal work and sequences of unequal length are exact by construction.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from distaccum.devices import Stopwatch
+from distaccum.errors import UserError
+from distaccum.loaders import Window
+from distaccum.strategies import Strategy, strategy_of
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What one update was. Sums and means run over all micro-steps and ranks; the same on every rank unless said."""
+
+    loss: float
+    """Mean loss of the window: Σ loss_sum / Σ weight."""
+    weight: float
+    """Σ weight."""
+    sums: dict[str, Tensor]
+    """Σ of what was passed as `sums`: float64, on the CPU."""
+    grad_norm: float
+    """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
+    skipped: bool
+    """True when the optimizer did not step."""
+    micro_steps: int
+    """This rank's micro-steps."""
+    sync_calls: int
+    """Collectives that carried gradients, on this rank."""
+    sync_bytes: int
+    """Bytes handed to them, on this rank."""
+    seconds: float
+    """Wall time from the start of the window to the end of the step, on this rank."""
+    data_seconds: float
+    """Part of it spent waiting for micro-batches."""
+    sync_seconds: float
+    """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
+    (and of waiting for slower ranks) was not hidden behind computing."""
+
+
+@dataclass(slots=True)
+class _OpenWindow:
+    """What is known of a window between its first micro-step and its update."""
+
+    scale: float
+    sizes: tuple[int, ...] | None
+    started: float
+    calls_before: int
+    bytes_before: int
+    micro_steps: int = 0
+    is_last: bool = False
+    awaiting_backward: bool = False
+    data_seconds: float = 0.0
+    loss_sums: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor | float] = field(default_factory=list)
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    totals: Tensor | None = None
+    totals_work: dist.Work | None = None
+    backward_end: Any = None
+
+
+class Accumulator:
+    """Makes one optimizer update of a window of micro-batches, however it is cut.
+
+    Usable alone in anybody's own loop:
+
+        for window in loader:
+            with accumulator.window(window) as micro_batches:
+                for inputs, targets in micro_batches:
+                    loss_sum = F.cross_entropy(model(inputs), targets, reduction="sum")
+                    accumulator.backward(loss_sum, weight=len(targets))
+            update = accumulator.step()
+
+    Args:
+        model: what is called in the micro-steps: a plain module in one process, `DistributedDataParallel` in several.
+        optimizer: steps over the parameters; its `step` and `zero_grad` are called here and nowhere else.
+        clip_norm: largest norm of the window's mean gradient; None for no clipping.
+        scaler: a `torch.amp.GradScaler`, for float16. It steps, skips and adapts once per update.
+        skip_nonfinite: skip an update whose loss or gradient is NaN or infinite, instead of raising.
+        strategy: how the model is placed. Default: what the model shows.
+
+    Raises:
+        UserError: the model is a bare module although there are several ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        skip_nonfinite: bool = False,
+        strategy: Strategy | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.scaler = scaler
+        self.skip_nonfinite = skip_nonfinite
+        self.strategy = strategy or strategy_of(model)
+        self.updates = 0
+        """Windows that have been brought to their end, skipped ones included."""
+        self._model = model
+        self._open: _OpenWindow | None = None
+        self._last_weight: float | None = None
+        self._stopwatch = Stopwatch(self.strategy.device)
+        self._clear_gradients()
+
+    @contextmanager
+    def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+        """Opens a window; gives an iterator over its micro-batches.
+
+        Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
+        forward and backward. If an exception leaves the window, `no_sync` is left too and the window's gradients are
+        dropped, so that the next window starts clean.
+
+        Args:
+            micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
+        """
+        if self._open is not None:
+            raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
+        self._open = _OpenWindow(
+            scale=self._choose_scale(micro_batches),
+            sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
+            started=time.perf_counter(),
+            calls_before=self.strategy.traffic.calls,
+            bytes_before=self.strategy.traffic.bytes,
+        )
+        micro_steps = self._micro_steps(self._open, micro_batches)
+        try:
+            yield micro_steps
+            if self._open.totals is None:
+                raise RuntimeError(
+                    f"the window was left after {self._open.micro_steps} micro-step(s), before the backward of the "
+                    "last one, so its gradients were never synchronised: iterate over all of its micro-batches"
+                )
+        except BaseException:
+            micro_steps.close()  # leaves no_sync, if a micro-step is inside it
+            self._open = None
+            self._clear_gradients()
+            raise
+
+    def _micro_steps(self, window: _OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+        items = _with_last(micro_batches)
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            window.data_seconds += time.perf_counter() - asked
+            if item is None:
+                return
+            micro_batch, window.is_last = item
+            # The one place that asks "is this the sync step?".
+            with nullcontext() if window.is_last else self.strategy.no_sync():
+                window.micro_steps += 1
+                window.awaiting_backward = True
+                yield micro_batch
+                if window.awaiting_backward:
+                    raise RuntimeError(
+                        f"micro-step {window.micro_steps} ended without accumulator.backward(loss_sum, weight)"
+                    )
+
+    def backward(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor] | None = None) -> None:
+        """Back-propagates one micro-batch. On the window's last one, gradients are synchronised on the way.
+
+        Never makes the host wait for the device.
+
+        Args:
+            loss_sum: sum of the per-element losses, a scalar with a gradient. Not a mean.
+            weight: number of elements summed: a number, or a scalar tensor.
+            sums: further sums to be added up over micro-steps and ranks, of any shape; the same names and shapes in
+                each micro-step and on each rank.
+        """
+        window = self._open
+        if window is None or not window.awaiting_backward:
+            raise RuntimeError("backward() is called once for each micro-batch that accumulator.window() hands out")
+        if loss_sum.ndim != 0 or not loss_sum.requires_grad:
+            raise UserError(
+                f"loss_sum must be a scalar tensor with a gradient; got shape {tuple(loss_sum.shape)}, "
+                f'requires_grad={loss_sum.requires_grad}. Use reduction="sum" on the output of the model.'
+            )
+        window.awaiting_backward = False
+        is_placeholder = window.sizes is not None and window.sizes[window.micro_steps - 1] == 0
+        if is_placeholder:
+            loss_sum = _with_zero_gradients(loss_sum)
+            weight = 0.0
+            sums = {name: torch.zeros_like(value) for name, value in (sums or {}).items()}
+        window.loss_sums.append(loss_sum.detach())
+        window.weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
+        for name, value in (sums or {}).items():
+            window.sums.setdefault(name, []).append(value.detach())
+        if window.is_last:
+            self._start_totals(window)
+        # A power of two, so that it changes no bit of the result; see _choose_scale.
+        seed = torch.full_like(loss_sum, window.scale)
+        if self.scaler is None:
+            loss_sum.backward(gradient=seed)
+        else:
+            self.scaler.scale(loss_sum).backward(gradient=seed)
+        if window.is_last:
+            window.backward_end = self._stopwatch.mark()
+
+    def step(self) -> UpdateResult:
+        """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
+
+        The host waits for the device once, here, before the optimizer moves anything.
+
+        Raises:
+            UserError: the loss or the gradient is NaN or infinite, or the total weight is zero, and `skip_nonfinite`
+                is off. The parameters have not moved.
+        """
+        window = self._open
+        if window is None or window.totals is None:
+            raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
+        self._open = None
+        self.updates += 1
+        try:
+            return self._finish(window, window.totals)
+        finally:
+            self._clear_gradients()
+
+    def _finish(self, window: _OpenWindow, totals: Tensor) -> UpdateResult:
+        if window.totals_work is not None:
+            window.totals_work.wait()
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        raw_norm = get_total_norm(gradients)
+        # The one wait for the device in an update: everything that the host wants to know, in one copy.
+        loss_sum, weight, norm, *flat_sums = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        self._last_weight = weight
+        loss = loss_sum / weight if weight else math.nan
+        # The sync has taken the mean over ranks of sums, each multiplied by the scale.
+        factor = self.strategy.world_size / (weight * window.scale) if weight else math.nan
+        grad_norm = norm * factor
+        skipped = not self._is_sound(window, loss, weight, grad_norm)
+        if not skipped:
+            if self.clip_norm is not None:
+                # The same formula as torch.nn.utils.clip_grad_norm_.
+                factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
+            torch._foreach_mul_(gradients, factor)
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        traffic = self.strategy.traffic
+        synced = traffic.calls > window.calls_before
+        return UpdateResult(
+            loss=loss,
+            weight=weight,
+            sums=_unflatten(flat_sums, window.sums),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            micro_steps=window.micro_steps,
+            sync_calls=traffic.calls - window.calls_before,
+            sync_bytes=traffic.bytes - window.bytes_before,
+            seconds=time.perf_counter() - window.started,
+            data_seconds=window.data_seconds,
+            sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
+        )
+
+    def _is_sound(self, window: _OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
+        """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
+        if math.isfinite(loss) and math.isfinite(grad_norm) and weight > 0:
+            return True
+        if self.scaler is not None and math.isfinite(loss) and weight > 0:
+            return False  # an overflow of the scaled gradients: the scaler lowers its scale
+        if self.skip_nonfinite:
+            return False
+        if weight <= 0:
+            what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
+        elif not math.isfinite(loss):
+            what = f"the loss is {loss}{self._where_nonfinite(window)}"
+        else:
+            what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
+        raise UserError(
+            f"update {self.updates}: {what}. The parameters have not moved. Look at that data, lower the learning "
+            "rate, or leave such updates out with train.on_nonfinite=skip."
+        )
+
+    def _where_nonfinite(self, window: _OpenWindow) -> str:
+        """Names the ranks and micro-steps whose loss went wrong. Every rank gets here, so it may use a collective."""
+        flags = ~torch.stack(window.loss_sums).isfinite()
+        mine = [step for step, flag in enumerate(flags.tolist(), 1) if flag]
+        everyone = [mine]
+        if self.strategy.process_group is not None:
+            everyone = [[] for _ in range(self.strategy.world_size)]
+            dist.all_gather_object(everyone, mine, group=self.strategy.process_group)
+        found = [
+            f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+            for rank, steps in enumerate(everyone)
+            if steps
+        ]
+        return f" ({'; '.join(found)})" if found else ""
+
+    def _start_totals(self, window: _OpenWindow) -> None:
+        """Adds up loss, weight and sums, and sends them on their way beside the backward that follows."""
+        device = self.strategy.device
+        weights = [value for value in window.weights if isinstance(value, Tensor)]
+        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
+        parts = [_added_up(values, device) for values in (window.loss_sums, weights, *window.sums.values())]
+        window.totals = torch.cat([part.reshape(-1) for part in parts])
+        if self.strategy.process_group is not None:
+            window.totals_work = dist.all_reduce(window.totals, group=self.strategy.process_group, async_op=True)
+
+    def _choose_scale(self, micro_batches: Iterable[Any]) -> float:
+        """A power of two near 1 / (total weight), by which every loss of the window is multiplied.
+
+        It keeps gradients of sums in the range of gradients of means, for float16 and for compressed buckets. Being a
+        power of two, it changes no bit otherwise. It must be the same on all ranks, so it comes from numbers that all
+        know: the last window's total weight, or the size of the first window.
+        """
+        weight = self._last_weight
+        if weight is None:
+            weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
+        return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
+
+    def _clear_gradients(self) -> None:
+        # In place: DDP's buckets stay the gradients' home, and a parameter without a part in this window is treated
+        # alike (a zero gradient) by every strategy.
+        parameters = [*self._model.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]
+        gradients = list({id(p): p.grad for p in parameters if p.grad is not None}.values())
+        if gradients:
+            torch._foreach_zero_(gradients)
+
+
+def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each item, and whether it is the last one. Looks ahead by one item only where the length is not known."""
+    if isinstance(items, Sized):
+        count = len(items)
+        for number, item in enumerate(items, 1):
+            yield item, number == count
+        return
+    iterator = iter(items)
+    for item in iterator:
+        current = item
+        for following in iterator:
+            yield current, False
+            current = following
+        yield current, True
+
+
+def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of tensors of one shape, in float64 on the device."""
+    return torch.stack([value.to(torch.float64) for value in values]).sum(0).to(device, non_blocking=True)
+
+
+def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    values = torch.tensor(flat, dtype=torch.float64)
+    shapes = {name: parts[0].shape for name, parts in sums.items()}
+    split = values.split([shape.numel() for shape in shapes.values()]) if shapes else ()
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), split, strict=True)}
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A zero whose gradient is exactly zero for each parameter, whatever the parameter holds."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def _with_zero_gradients(loss_sum: Tensor) -> Tensor:
+    """A loss of zero that reaches the same parameters, so that the strategy's hooks run and the collectives take place.
+
+    Multiplying by zero would not do: 0 · NaN is NaN. So the model's own graph is left out of the backward.
+    """
+    leaves: list[Tensor] = []
+    seen: set[Any] = set()
+    nodes = [loss_sum.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes.extend(following for following, _ in node.next_functions)
+    zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
+    return zero

@@ -1,0 +1,229 @@
+"""From a configuration to a run: every part built, each by its own module, in the order that errors are cheapest."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from distaccum import targets
+from distaccum.config import DataConfig, Fp16Config, PrecisionName, TrainConfig, WandbMode
+from distaccum.devices import Precision, resolve_device, resolve_precision
+from distaccum.distributed import World, joined_world
+from distaccum.errors import UserError
+from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
+from distaccum.logs import logging_to
+from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
+from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.seeding import derived_seed, seed_everything
+from distaccum.strategies import needs_equal_micro_steps, place
+from distaccum.trainer import Trainer, total_updates
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> RunEnd:
+    """Runs a training from its configuration, in the ranks that the launcher has started.
+
+    Raises:
+        UserError: whatever in the configuration, the data or the machine keeps the run from going on.
+    """
+    with joined_world() as world:
+        device = resolve_device(config.device, world.local_rank)
+        world.init_process_group(device)
+        plain = as_plain(config)
+        check_same_config(world, plain)
+        with world.together():
+            made = make_run_dir(config.run_dir, plain) if world.is_main else None
+        run_dir = world.from_main(made)
+        assert run_dir is not None
+        with world.together(), logging_to(run_dir, world.rank):
+            pass  # every rank can write its log, or all stop here
+        with logging_to(run_dir, world.rank):
+            return build_trainer(config, world, device, run_dir, plain).fit()
+
+
+def build_trainer(
+    config: TrainConfig, world: World, device: torch.device, run_dir: Path, plain: dict[str, Any]
+) -> Trainer:
+    """Builds everything that a configuration names. What a rank can do alone is done before ranks wait for each other."""
+    seed_everything(derived_seed(config.seed, "model"))
+    with world.together():
+        precision = resolve_precision(config.precision.name, device)
+        options = _loader_options(config.data, device, precision)
+        train_data = targets.build(config.data.train, "data.train")
+        loader = WindowLoader(
+            train_data,
+            global_batch_size=config.batch.global_batch_size,
+            micro_batch_size=config.batch.micro_batch_size,
+            accumulation_steps=config.batch.accumulation_steps,
+            drop_last=config.batch.drop_last,
+            seed=config.seed,
+            collate_fn=_collate_fn(config.data),
+            rank=world.rank,
+            world_size=world.world_size,
+            equal_micro_steps=needs_equal_micro_steps(config.strategy),
+            options=options,
+        )
+        evaluation_data, evaluation_loader = _evaluation(config, world, options)
+        task = targets.build(config.task, "task")
+        module = targets.build(config.model, "model", defaults_from=train_data)
+        if not isinstance(module, nn.Module):
+            raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+        updates = total_updates(config.train, len(loader))
+        factor = schedule_factor(config.schedule, updates)
+        observers = _observers(config, run_dir) if world.is_main else []
+    strategy = place(module.to(precision.parameter_dtype), config.strategy, device)
+    optimizer = build_optimizer(config.optim, strategy.model.parameters(), device)
+    # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
+    seed_everything(derived_seed(config.seed, "rank", world.rank))
+    return Trainer(
+        model=strategy.model,
+        task=task,
+        optimizer=optimizer,
+        loader=loader,
+        loop=config.train,
+        schedule=Schedule(optimizer, factor),
+        evaluation_loader=evaluation_loader,
+        references=getattr(evaluation_data, "reference_losses", None),
+        precision=precision,
+        scaler=_scaler(config, device),
+        observers=observers,
+        strategy=strategy,
+        run_dir=run_dir,
+        config=plain,
+    )
+
+
+def as_plain(config: Any) -> Any:
+    """A configuration as dictionaries, lists, strings, numbers and None."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {entry.name: as_plain(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: as_plain(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [as_plain(value) for value in config]
+    return config.name if isinstance(config, Enum) else config
+
+
+def check_same_config(world: World, plain: dict[str, Any]) -> None:
+    """Refuses ranks that were started with different configurations.
+
+    Raises:
+        UserError: names the keys that differ and each rank's value.
+    """
+    everyone = world.gather(_flat(plain))
+    keys = sorted(set().union(*everyone))
+    different = [key for key in keys if any(flat.get(key) != everyone[0].get(key) for flat in everyone)]
+    if different:
+        shown = "; ".join(
+            f"{key} is " + ", ".join(f"{flat.get(key)!r} on rank {rank}" for rank, flat in enumerate(everyone))
+            for key in different[:5]
+        )
+        more = f"; and {len(different) - 5} more keys" if len(different) > 5 else ""
+        raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    return {
+        path: leaf for name, entry in value.items() for path, leaf in _flat(entry, f"{key}.{name}".lstrip(".")).items()
+    }
+
+
+def make_run_dir(path: str | None, plain: dict[str, Any]) -> Path:
+    """Makes the run folder, with `config.yaml` in it. To be called on one rank.
+
+    Args:
+        path: the folder, or None for a new one in `runs/`, named by the time.
+
+    Raises:
+        UserError: it holds the results of another run, or can't be written.
+    """
+    run_dir = Path(path) if path is not None else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if path is None:
+        first, number = run_dir, 1
+        while run_dir.exists():
+            number += 1
+            run_dir = first.with_name(f"{first.name}_{number}")
+    elif (run_dir / "config.yaml").exists() or (run_dir / "metrics.jsonl").exists():
+        raise UserError(
+            f"run_dir={path} holds the results of another run, which would be overwritten. Choose another folder, or "
+            "remove that one."
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=path is not None)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"the run folder {run_dir} can't be written: {error.strerror or error}. Choose another with run_dir=…"
+        ) from error
+    return run_dir
+
+
+def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
+    on_cuda = device.type == "cuda"
+    if config.pin_memory and not on_cuda:
+        logger.warning("data.pin_memory=true has no effect: the device is a CPU")
+    return LoaderOptions(
+        num_workers=config.num_workers,
+        pin_memory=on_cuda and config.pin_memory is not False,
+        persistent_workers=config.num_workers > 0 and config.persistent_workers is not False,
+        prefetch_factor=config.prefetch_factor,
+        device=device,
+        float_dtype=torch.float64 if precision.name is PrecisionName.fp64 else None,
+        non_blocking=config.non_blocking,
+    )
+
+
+def _collate_fn(config: DataConfig) -> Any:
+    if config.collate_fn is None:
+        return None
+    found = targets.build(config.collate_fn, "data.collate_fn")
+    if not callable(found):
+        raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called with a list of samples.")
+    return found
+
+
+def _evaluation(config: TrainConfig, world: World, options: LoaderOptions) -> tuple[Any, EvaluationLoader | None]:
+    if config.data.evaluation is None:
+        return None, None
+    data = targets.build(config.data.evaluation, "data.evaluation")
+    loader = EvaluationLoader(
+        data,
+        batch_size=config.train.eval_batch_size,
+        collate_fn=_collate_fn(config.data),
+        rank=world.rank,
+        world_size=world.world_size,
+        options=options,
+    )
+    return data, loader
+
+
+def _scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler | None:
+    if not isinstance(config.precision, Fp16Config):
+        return None
+    return torch.amp.GradScaler(
+        device.type, init_scale=config.precision.init_scale, growth_interval=config.precision.growth_interval
+    )
+
+
+def _observers(config: TrainConfig, run_dir: Path) -> list[Observer]:
+    observers: list[Observer] = [Progress(), MetricsFile(run_dir)]
+    if config.wandb.mode is not WandbMode.disabled:
+        wandb = config.wandb
+        observers.append(Wandb(run_dir, wandb.mode, wandb.project, wandb.name or run_dir.name, wandb.tags))
+    for name, section in config.observers.items():
+        observer = targets.build(section, f"observers.{name}")
+        if not isinstance(observer, Observer):
+            raise UserError(f"observers.{name} built a {type(observer).__name__}, not a distaccum.observers.Observer.")
+        observers.append(observer)
+    return observers

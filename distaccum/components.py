@@ -1,0 +1,223 @@
+"""Typed sections of the built-in components: what can be written under `model`, `data`, `task` and `optim`.
+
+Each names its class by `_target_` and lists the arguments that the class takes, so that an unknown key or a wrong type
+is refused before torch is imported. `SCHEMAS` says which configuration group each belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distaccum.config import (
+    MISSING,
+    BatchConfig,
+    DataConfig,
+    DDPConfig,
+    DecayScheduleConfig,
+    Fp16Config,
+    Implementation,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    SingleConfig,
+    StepScheduleConfig,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class MLPConfig:
+    """Multi-layer perceptron with ReLU, on the flattened input."""
+
+    _target_: str = "distaccum.models.MLP"
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 128])
+    """Units of each hidden layer."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer."""
+    input_shape: list[int] | None = None
+    """Shape of one sample. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Number of outputs. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CNNConfig:
+    """Convolutional network: one 3×3 convolution with GroupNorm per stage, halving the image between stages."""
+
+    _target_: str = "distaccum.models.CNN"
+    channels: list[int] = field(default_factory=lambda: [32, 64])
+    """Channels of each stage (multiples of 8)."""
+    dropout: float = 0.0
+    """Dropout before the classifier."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one sample. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Number of outputs. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GPTConfig:
+    """Decoder-only transformer (pre-norm, learned positions, tied embeddings)."""
+
+    _target_: str = "distaccum.models.GPT"
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    width: int = 128
+    """Size of the residual stream."""
+    dropout: float = 0.0
+    """Dropout in attention and on the residual stream."""
+    vocab_size: int | None = None
+    """Number of different tokens. `null`: the dataset's."""
+    max_length: int | None = None
+    """Longest sequence in tokens. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassificationConfig:
+    """Cross-entropy over classes; weight: samples; metric: accuracy."""
+
+    _target_: str = "distaccum.tasks.Classification"
+    label_smoothing: float = 0.0
+    """Probability mass spread over all classes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LanguageModelingConfig:
+    """Cross-entropy over the next token; weight: valid tokens; metric: accuracy."""
+
+    _target_: str = "distaccum.tasks.LanguageModeling"
+
+
+@dataclass(kw_only=True, slots=True)
+class TextDataConfig(DataConfig):
+    """Paragraphs of the documentation in Python's standard library, bytes as tokens."""
+
+    max_length: int = 512
+    """Longest sequence in bytes; longer paragraphs are cut into several samples."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageFolderDataConfig(DataConfig):
+    """Images in one folder per class."""
+
+    root: str = MISSING
+    """Folder of class folders to train on."""
+    evaluation_root: str | None = None
+    """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
+    evaluation_fraction: float = 0.1
+    """Part of each class held out for evaluation when there is no `evaluation_root`."""
+    image_size: int = 64
+    """Height and width that images are resized to."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Subtracted from each channel."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Each channel is divided by this."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SyntheticDataConfig(DataConfig):
+    """Random images around one centre per class: as many as wanted, of any shape, for measurements."""
+
+    num_samples: int = 4096
+    """Samples to train on; a quarter as many to evaluate on."""
+    input_shape: list[int] = field(default_factory=lambda: [3, 32, 32])
+    """Shape of one sample."""
+    num_classes: int = 10
+    """Number of classes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TorchOptimConfig(OptimConfig):
+    """What the optimizers of torch have in common."""
+
+    weight_decay: float = 0.0
+    """Weight decay (decoupled in adamw, added to the gradient elsewhere)."""
+    implementation: Implementation = Implementation.auto
+    """`fused`, `foreach` or `forloop`; `auto`: fused where torch has it for the device, else foreach."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SGDConfig(TorchOptimConfig):
+    """Stochastic gradient descent (`sgd`, `momentum`, `nesterov`)."""
+
+    _target_: str = "torch.optim.SGD"
+    lr: float = 0.1
+    momentum: float = 0.0
+    """Factor of the velocity kept from update to update."""
+    nesterov: bool = False
+    """Nesterov's look-ahead; needs momentum."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RMSpropConfig(TorchOptimConfig):
+    """RMSprop."""
+
+    _target_: str = "torch.optim.RMSprop"
+    lr: float = 1e-3
+    alpha: float = 0.99
+    """Decay of the mean square."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    momentum: float = 0.0
+    """Factor of the velocity kept from update to update."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdagradConfig(TorchOptimConfig):
+    """Adagrad."""
+
+    _target_: str = "torch.optim.Adagrad"
+    lr: float = 1e-2
+    eps: float = 1e-10
+    """Added to the denominator."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdadeltaConfig(TorchOptimConfig):
+    """Adadelta."""
+
+    _target_: str = "torch.optim.Adadelta"
+    lr: float = 1.0
+    rho: float = 0.9
+    """Decay of the mean squares."""
+    eps: float = 1e-6
+    """Added to the denominator."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamConfig(TorchOptimConfig):
+    """Adam (`adam`, `amsgrad`) and AdamW (`adamw`)."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    amsgrad: bool = False
+    """Divide by the largest second moment so far."""
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "batch": {"uniform": BatchConfig},
+    "data": {
+        "base": DataConfig,
+        "text": TextDataConfig,
+        "image_folder": ImageFolderDataConfig,
+        "synthetic": SyntheticDataConfig,
+    },
+    "model": {"mlp": MLPConfig, "cnn": CNNConfig, "gpt": GPTConfig},
+    "task": {"classification": ClassificationConfig, "language_modeling": LanguageModelingConfig},
+    "optim": {
+        "sgd": SGDConfig,
+        "rmsprop": RMSpropConfig,
+        "adagrad": AdagradConfig,
+        "adadelta": AdadeltaConfig,
+        "adam": AdamConfig,
+    },
+    "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
+    "strategy": {"single": SingleConfig, "ddp": DDPConfig},
+    "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
+}
+"""Configuration group → name → dataclass. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""

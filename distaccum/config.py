@@ -1,0 +1,353 @@
+"""The typed configuration of a training run: its names are the public contract.
+
+Plain dataclasses that import neither torch nor Hydra. Each field is followed by a docstring; the configuration
+reference in the README is made from them. What one section can check by itself it checks in `__post_init__`; what
+needs the world size or the data is checked where those are known.
+
+A *component* (a model, a dataset, a task, an optimizer, an observer) is named by `_target_`, the import path of a class
+or function, and the other keys of its section are passed to it. The typed sections of the built-in components are in
+`distaccum.components`; anybody's own takes their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from distaccum.errors import UserError
+
+MISSING: Any = "???"
+"""OmegaConf's mark for a value that must be given (the same string as `omegaconf.MISSING`)."""
+
+
+class DeviceChoice(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class PrecisionName(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp64 = "fp64"
+
+
+class Compression(Enum):
+    none = "none"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    powersgd = "powersgd"
+
+
+class Implementation(Enum):
+    auto = "auto"
+    fused = "fused"
+    foreach = "foreach"
+    forloop = "forloop"
+
+
+class OnNonfinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class Goal(Enum):
+    min = "min"
+    max = "max"
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_at_least(minimum: float, **values: float | None) -> None:
+    """Each value must be at least `minimum` or absent; `__` in a name stands for the dot of its key."""
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        _require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
+
+
+def _require_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        _require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
+
+
+@dataclass(kw_only=True, slots=True)
+class BatchConfig:
+    """How many samples one update is made of, and how they are cut. See `distaccum.planning.resolve_batch`."""
+
+    global_batch_size: int | None = 256
+    """Samples per update, over all ranks. `null` if micro-batch size and accumulation steps are given instead."""
+    micro_batch_size: int | None = None
+    """Largest number of samples in one forward and backward on one rank. `null`: follows from the accumulation steps;
+    16 if those aren't given either."""
+    accumulation_steps: int | None = None
+    """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
+    drop_last: bool = False
+    """Leave out an epoch's last window when it is smaller than the global batch."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(
+            1,
+            batch__global_batch_size=self.global_batch_size,
+            batch__micro_batch_size=self.micro_batch_size,
+            batch__accumulation_steps=self.accumulation_steps,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Two datasets and how they are loaded. The datasets are any map-style `torch.utils.data.Dataset`."""
+
+    train: Any = MISSING
+    """Component: the dataset to train on. Attributes of it that bear the name of a model's argument (`num_classes`,
+    `input_shape`, `vocab_size`, …) are passed to the model, unless the configuration gives that argument."""
+    evaluation: Any = None
+    """Component: the dataset of the evaluations. `null`: no evaluation."""
+    collate_fn: Any = None
+    """Component: a function that makes a micro-batch of a list of samples. `null`: the dataset's own `collate_fn`
+    attribute, else stacking, with dynamic padding to the longest of the micro-batch."""
+    num_workers: int = 0
+    """Worker processes per rank that load samples. 0: the training process loads them itself."""
+    pin_memory: bool | None = None
+    """Load into page-locked memory, from where copies to the GPU are asynchronous. `null`: yes on CUDA."""
+    persistent_workers: bool | None = None
+    """Keep the workers between epochs. `null`: yes if there are any."""
+    prefetch_factor: int | None = None
+    """Micro-batches that each worker loads ahead. `null`: torch's own default, 2."""
+    non_blocking: bool = True
+    """Copy to the GPU without waiting; the next micro-batch is then copied while this one computes."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, data__num_workers=self.num_workers)
+        _require_at_least(1, data__prefetch_factor=self.prefetch_factor)
+        for key in ("persistent_workers", "prefetch_factor"):
+            _require(
+                not (getattr(self, key) and self.num_workers == 0),
+                f"data.{key}={getattr(self, key)} needs worker processes, and data.num_workers is 0: "
+                f"set data.num_workers, or leave data.{key} out.",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """In which floating-point format the model computes. Parameters are float32 (float64 with `fp64`)."""
+
+    name: PrecisionName = PrecisionName.fp32
+    """`fp32`; `bf16` or `fp16`: autocast; `fp64`: everything in double precision, for proofs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Fp16Config(PrecisionConfig):
+    """Autocast to float16 with a gradient scaler, which steps, skips and adapts per update."""
+
+    name: PrecisionName = PrecisionName.fp16
+    init_scale: float = 65536.0
+    """First loss scale."""
+    growth_interval: int = 2000
+    """Updates without an overflow after which the loss scale doubles."""
+
+    def __post_init__(self) -> None:
+        _require_positive(precision__init_scale=self.init_scale, precision__growth_interval=self.growth_interval)
+
+
+@dataclass(kw_only=True, slots=True)
+class StrategyConfig:
+    """How the model is placed on devices."""
+
+    name: str = MISSING
+    """`single` or `ddp`. Without `strategy=…` on the command line: `ddp` under torchrun with more than one process."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SingleConfig(StrategyConfig):
+    """One process, one device."""
+
+    name: str = "single"
+
+
+@dataclass(kw_only=True, slots=True)
+class DDPConfig(StrategyConfig):
+    """One process per device, each with a whole model: `torch.nn.parallel.DistributedDataParallel`."""
+
+    name: str = "ddp"
+    bucket_cap_mb: float = 25.0
+    """Size in MiB of the buckets in which gradients are all-reduced."""
+    gradient_as_bucket_view: bool = True
+    """Gradients live in the buckets: less memory and no copies."""
+    find_unused_parameters: bool = False
+    """Search the graph for parameters that took no part in the loss. Needed only if there are any."""
+    static_graph: bool = False
+    """Promise that the graph never changes. All ranks then take equal numbers of micro-steps, and the first micro-step
+    of the run is synchronised too, which DDP needs and which changes no result."""
+    broadcast_buffers: bool = True
+    """Copy rank 0's buffers (BatchNorm statistics) to all ranks at the start of each window and before evaluations."""
+    sync_batchnorm: bool = False
+    """Replace BatchNorm by SyncBatchNorm, whose statistics run over the ranks' micro-batches of one micro-step. CUDA
+    only."""
+    compression: Compression = Compression.none
+    """Gradients cross the network as `fp16`, `bf16` or low-rank factors (`powersgd`). The update is then no longer
+    exact."""
+    powersgd_rank: int = 1
+    """Rank of PowerSGD's factors."""
+    powersgd_start_update: int = 10
+    """Updates that PowerSGD leaves uncompressed at the start (at least 2)."""
+
+    def __post_init__(self) -> None:
+        _require_positive(strategy__bucket_cap_mb=self.bucket_cap_mb)
+        _require_at_least(1, strategy__powersgd_rank=self.powersgd_rank)
+        _require_at_least(2, strategy__powersgd_start_update=self.powersgd_start_update)
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """The optimizer. A component: it is called with the parameters first, then with the keys of this section."""
+
+    _target_: str = MISSING
+    """Import path of the optimizer."""
+    lr: float = MISSING
+    """Peak learning rate; `schedule` multiplies it by a factor for each update."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleConfig:
+    """The learning rate as a factor of `optim.lr`; a function of the update's number and of nothing else."""
+
+    name: str = "constant"
+    """`constant`, `linear`, `cosine` or `step`."""
+    warmup_updates: int = 0
+    """Updates over which the factor rises linearly to 1."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, schedule__warmup_updates=self.warmup_updates)
+
+
+@dataclass(kw_only=True, slots=True)
+class DecayScheduleConfig(ScheduleConfig):
+    """`linear` or `cosine` decay from the end of the warm-up to the last update of the run."""
+
+    final_factor: float = 0.0
+    """The factor at the last update."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        _require_at_least(0, schedule__final_factor=self.final_factor)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepScheduleConfig(ScheduleConfig):
+    """The factor is multiplied by `factor` every so many updates."""
+
+    name: str = "step"
+    every_updates: int = 100
+    """Updates between two steps of the schedule."""
+    factor: float = 0.1
+    """What each step multiplies by."""
+
+    def __post_init__(self) -> None:
+        ScheduleConfig.__post_init__(self)
+        _require_at_least(1, schedule__every_updates=self.every_updates)
+        _require_positive(schedule__factor=self.factor)
+
+
+@dataclass(kw_only=True, slots=True)
+class EarlyStoppingConfig:
+    """Stop when an evaluation metric has not improved for a while."""
+
+    metric: str | None = None
+    """Which metric of the evaluation to watch (`loss`, `accuracy`, …). `null`: no early stopping."""
+    patience: int = 5
+    """Evaluations without an improvement after which the run stops."""
+    goal: Goal | None = None
+    """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, train__early_stopping__patience=self.patience)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopConfig:
+    """How long to train, when to evaluate, what to do when numbers go wrong. Everything counts updates."""
+
+    epochs: int | None = 30
+    """Passes over the training data. `null`: until `max_updates`."""
+    max_updates: int | None = None
+    """Updates after which the run ends, wherever it is in an epoch. `null`: only `epochs` counts."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the window's mean gradient, over all parameters together. `null`: no clipping."""
+    eval_every: int | None = None
+    """Updates between two evaluations. `null`: at the end of each epoch. The end of the run has one in any case."""
+    eval_batch_size: int = 256
+    """Samples per forward in an evaluation."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """A window whose loss or gradient is NaN or infinite: `stop` the run with a message, or `skip` the update on all
+    ranks alike and count it."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.epochs is not None or self.max_updates is not None,
+            "train.epochs and train.max_updates are both null, so the run would never end: set one of them.",
+        )
+        _require_at_least(1, train__epochs=self.epochs, train__max_updates=self.max_updates)
+        _require_at_least(1, train__eval_every=self.eval_every, train__eval_batch_size=self.eval_batch_size)
+        _require_positive(train__clip_norm=self.clip_norm)
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases. Imported only when used."""
+
+    mode: WandbMode = WandbMode.offline
+    """`disabled`; `offline`: into the run folder, to be uploaded with `wandb sync`; `online`."""
+    project: str = "distaccum"
+    """Project to log to."""
+    name: str | None = None
+    """Name of the run. `null`: the name of the run folder."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """A whole training run."""
+
+    seed: int = 0
+    """Seed of the windows, of the model's initialisation and of dropout."""
+    run_dir: str | None = None
+    """Folder for all that the run writes. `null`: `runs/` and the time of the start."""
+    device: DeviceChoice = DeviceChoice.auto
+    """`cpu` or `cuda`; `auto`: CUDA where there is one."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    optim: Any = MISSING
+    schedule: ScheduleConfig = MISSING
+    strategy: StrategyConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    train: LoopConfig = field(default_factory=LoopConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    observers: dict[str, Any] = field(default_factory=dict)
+    """Components by name: more observers of the run, besides progress, `metrics.jsonl` and wandb."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, seed=self.seed)
+
+
+def conf_dir() -> Path:
+    """The folder of the Hydra groups: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"

@@ -1,0 +1,158 @@
+"""The default collate: stacks what has one shape, pads what differs in length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from distaccum.errors import UserError
+
+_MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
+
+
+class PadCollate:
+    """Makes a micro-batch of a list of samples, padding to the longest of the micro-batch and no further.
+
+    A sample is a tuple or list of fields, a mapping of fields, or one field alone. A field is a tensor, a numpy array
+    or a number. Fields of one shape are stacked; fields that differ in nothing but the size of their first dimension
+    are padded at its end. With `B` samples, shapes `[T_i, ...]` become `[B, max T_i, ...]`. dtypes are kept; Python's
+    ints become int64, its floats float32, its bools bool.
+
+        >>> collate = PadCollate((0, -100))
+        >>> collate([(torch.tensor([5, 6]), torch.tensor([6, 7])), (torch.tensor([8]), torch.tensor([9]))])
+        (tensor([[5, 6],
+                [8, 0]]), tensor([[   6,    7],
+                [   9, -100]]))
+
+    Args:
+        pad_values: the value that field `i` is padded with; the last one serves the fields beyond. The fields of a
+            mapping are counted in the order of the first sample's keys.
+    """
+
+    def __init__(self, pad_values: Sequence[float] = (0,)) -> None:
+        if len(pad_values) == 0:
+            raise UserError("PadCollate: pad_values is empty. Give at least one number; the last one is repeated.")
+        self.pad_values = tuple(pad_values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.pad_values})"
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Returns a tuple for tuples and lists (a named tuple for those), a dict for mappings, else a tensor.
+
+        Raises:
+            UserError: the samples have different fields, or a field's types, dtypes or shapes don't go together.
+            ValueError: there are no samples.
+        """
+        if len(samples) == 0:
+            raise ValueError("a micro-batch needs at least one sample")
+        first = samples[0]
+        if isinstance(first, Mapping):
+            _check_fields([set(sample) if isinstance(sample, Mapping) else type(sample) for sample in samples])
+            return {
+                key: self._field([sample[key] for sample in samples], index, repr(key))
+                for index, key in enumerate(first)
+            }
+        if isinstance(first, tuple | list):
+            _check_fields([len(sample) if isinstance(sample, tuple | list) else type(sample) for sample in samples])
+            fields = [
+                self._field([sample[index] for sample in samples], index, str(index)) for index in range(len(first))
+            ]
+            # A user who names the fields of a sample reads them by name from the micro-batch too.
+            return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
+        return self._field(samples, 0, None)
+
+    def _field(self, values: Sequence[Any], index: int, name: str | None) -> Tensor:
+        what = "the samples" if name is None else f"field {name} of the samples"
+        tensors = [_as_tensor(value, what) for value in values]
+        dtypes = _distinct([tensor.dtype for tensor in tensors])
+        if len(dtypes) > 1:
+            # Promoting them would make the dtype depend on which samples happen to be in the micro-batch.
+            raise UserError(
+                f"{what} cannot be made into a micro-batch: their dtypes differ ({_listed(dtypes)}). {_MEND}"
+            )
+        shapes = _distinct([tuple(tensor.shape) for tensor in tensors])
+        if len(shapes) == 1:
+            stacked: Tensor = default_collate(tensors)  # in a worker process, straight into shared memory
+            return stacked
+        if any(len(shape) == 0 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
+            raise UserError(
+                f"{what} cannot be made into a micro-batch: their shapes {_listed(shapes)} differ in more than the "
+                f"size of the first dimension. {_MEND}"
+            )
+        return _padded(tensors, self.pad_values[min(index, len(self.pad_values) - 1)], what)
+
+
+def _padded(tensors: Sequence[Tensor], pad_value: float, what: str) -> Tensor:
+    """Stacks tensors `[T_i, ...]` into `[B, max T_i, ...]`; what is missing at the end is `pad_value`."""
+    dtype = tensors[0].dtype
+    if not _fits(pad_value, dtype):
+        raise UserError(
+            f"{what} cannot be padded with {pad_value}, which {dtype} does not hold. Give PadCollate another pad value "
+            "for that field, or samples of another dtype."
+        )
+    longest = max(len(tensor) for tensor in tensors)
+    result = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), pad_value)
+    for row, tensor in zip(result, tensors, strict=True):
+        row[: len(tensor)] = tensor
+    return result
+
+
+def _fits(value: float, dtype: torch.dtype) -> bool:
+    """Whether a field of this dtype can hold the value; what floating point rounds is accepted."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    if dtype == torch.bool:
+        return value in (0, 1)
+    limits = torch.iinfo(dtype)
+    return limits.min <= value <= limits.max and int(value) == value
+
+
+def _as_tensor(value: Any, what: str) -> Tensor:
+    # numpy's scalars come before Python's numbers: np.float64 is a float, but has a dtype of its own to keep.
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray | np.generic):
+        try:
+            return torch.tensor(value)
+        except TypeError as error:
+            raise UserError(f"{what}: a numpy array of dtype {value.dtype} is no tensor ({error}). {_MEND}") from error
+    if isinstance(value, bool):
+        return torch.tensor(value)
+    if isinstance(value, int):
+        return torch.tensor(value, dtype=torch.int64)
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32)
+    raise UserError(
+        f"{what} cannot be made into a micro-batch: a {type(value).__name__} is neither a tensor nor a numpy array "
+        f"nor a number. {_MEND}"
+    )
+
+
+def _check_fields(kinds: list[Any]) -> None:
+    """Refuses samples of unequal fields; `kinds` says for each sample which fields it has."""
+    distinct = _distinct(kinds)
+    if len(distinct) > 1:
+        raise UserError(
+            f"the samples cannot be made into a micro-batch: they do not have the same fields ({_listed(distinct)}). "
+            f"{_MEND}"
+        )
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """The different values in the order of their first appearance; they need no hash."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _listed(values: Sequence[Any], at_most: int = 4) -> str:
+    shown = ", ".join(str(value) for value in values[:at_most])
+    return f"{shown} and {len(values) - at_most} more" if len(values) > at_most else shown

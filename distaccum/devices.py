@@ -1,0 +1,146 @@
+"""Devices and precisions: choosing them, moving batches to them, reading clocks and memory on them."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distaccum.config import DeviceChoice, PrecisionName
+from distaccum.errors import UserError
+
+
+def resolve_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or fewer GPUs than ranks on this host.
+    """
+    if choice is DeviceChoice.cpu or (choice is DeviceChoice.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        build = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        raise UserError(f"device=cuda, but {build}. Set device=cpu or device=auto, or mend the CUDA installation.")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"this host has {count} GPU{'' if count == 1 else 's'}, too few for local rank {local_rank}: every rank "
+            f"needs one of its own. Start {count} process{'' if count == 1 else 'es'} a host, or set device=cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, float_dtype: torch.dtype | None) -> Any:
+    """Moves every tensor of a (nested) batch to a device.
+
+    Args:
+        batch: a tensor, or tuples, lists and mappings of tensors; an object with a `to` method of its own is moved by
+            that, anything else stays as it is.
+        float_dtype: floating-point tensors are cast to it; None leaves them as they are.
+    """
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            dtype = float_dtype if float_dtype is not None and value.is_floating_point() else None
+            return value.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        if isinstance(value, Mapping) and type(value) is dict:
+            return {key: move(entry) for key, entry in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(move, value))
+        if isinstance(value, tuple | list):
+            return type(value)(map(move, value))
+        return value.to(device) if hasattr(value, "to") else value
+
+    return move(batch)
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """All tensors of a (nested) batch."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, tuple | list):
+        return []
+    return [tensor for value in batch for tensor in tensors_of(value)]
+
+
+class Stopwatch:
+    """Reads a device's own clock without making the host wait for the device.
+
+    A mark on CUDA is an event in the current stream; the seconds between two marks may be asked for once the host has
+    waited for the later one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) / 1e3 if self._on_cuda else float(end - start)
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes at the highest point so far, and what they are, in words."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "of device memory"
+    # Linux counts ru_maxrss in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set"
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """A floating-point format to compute in, on one device. Made by `resolve_precision`."""
+
+    name: PrecisionName
+    device_type: str
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        return torch.float64 if self.name is PrecisionName.fp64 else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Encloses forwards. Does nothing under fp32 and fp64."""
+        if self.name is PrecisionName.bf16:
+            return torch.autocast(self.device_type, torch.bfloat16)
+        if self.name is PrecisionName.fp16:
+            return torch.autocast(self.device_type, torch.float16)
+        return nullcontext()
+
+
+def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
+    """Checks by trying that a device can compute in a precision.
+
+    Raises:
+        UserError: it cannot.
+    """
+    precision = Precision(name, device.type)
+    if name in (PrecisionName.fp32, PrecisionName.fp64):
+        return precision
+    try:
+        inputs = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)
+        kernels = torch.ones(3, 3, 3, 3, device=device, requires_grad=True)
+        with precision.autocast():
+            hidden = torch.nn.functional.conv2d(inputs, kernels).flatten(1)
+            loss = torch.nn.functional.linear(hidden, hidden).float().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"precision={name.value} can't run on this {device.type}: {reason}. Set precision=bf16 or precision=fp32."
+        ) from error
+    return precision

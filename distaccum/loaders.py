@@ -1,0 +1,364 @@
+"""Windows of tensors on the device: the sharded sampler, the data loader and the copy to the GPU in one."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from distaccum import planning
+from distaccum.data.collate import PadCollate
+from distaccum.devices import tensors_of, to_device
+from distaccum.errors import UserError
+from distaccum.seeding import derived_seed
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderOptions:
+    """How samples are loaded and brought to the device; the names are those of `torch.utils.data.DataLoader`.
+
+    Attributes:
+        device: where micro-batches are moved; None leaves them where the collate made them.
+        float_dtype: floating-point tensors are cast to it; None leaves them as they are.
+        non_blocking: on CUDA, copy the next micro-batch on a stream of its own while this one computes.
+    """
+
+    num_workers: int = 0
+    pin_memory: bool = False
+    persistent_workers: bool = False
+    prefetch_factor: int | None = None
+    device: torch.device | None = None
+    float_dtype: torch.dtype | None = None
+    non_blocking: bool = True
+
+
+class Window:
+    """One update's samples, as far as they are this rank's: iterate over it once for its micro-batches.
+
+    Attributes:
+        epoch: number of the epoch, from 0.
+        index: number of the window in its epoch, from 0.
+        num_samples: samples of the window over all ranks.
+        sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
+            window's first sample, which counts nothing and is there because the other ranks wait for this one in
+            their collectives.
+    """
+
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        index: int,
+        num_samples: int,
+        sizes: tuple[int, ...],
+        batches: Iterator[Any],
+        sample_indices: Callable[[], list[list[int]]],
+    ) -> None:
+        self.epoch = epoch
+        self.index = index
+        self.num_samples = num_samples
+        self.sizes = sizes
+        self._batches = batches
+        self._left = len(sizes)
+        self._sample_indices = sample_indices
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self._left:
+            self._left -= 1
+            yield next(self._batches)
+
+    @property
+    def sample_indices(self) -> list[list[int]]:
+        """Dataset indices of each micro-batch; empty for placeholders."""
+        return self._sample_indices()
+
+    def skip_rest(self) -> None:
+        """Passes over the micro-batches that nobody has asked for, so that the next window starts at its own."""
+        for _ in self:
+            pass
+
+
+class WindowLoader:
+    """A data loader of windows. Iterating over it gives the windows of an epoch; each iteration is the next epoch.
+
+    It takes the place of `DataLoader` with `DistributedSampler`: shuffled anew each epoch, nothing duplicated, nothing
+    dropped unless asked, and the same samples in update *t* for any number of ranks.
+
+    Args:
+        dataset: map-style dataset (`__len__` and `__getitem__`).
+        global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.resolve_batch`.
+        drop_last: leave out an epoch's last window when it is smaller than the others.
+        seed: decides the order together with the epoch.
+        collate_fn: makes a micro-batch of a list of samples. Default: the dataset's own `collate_fn` if it has one,
+            else stacking with dynamic padding (`PadCollate`).
+        rank, world_size: default to those of the process group, or to 0 and 1 without one.
+        equal_micro_steps: give all ranks the same number of micro-steps.
+        options: workers, pinning, device.
+
+    Raises:
+        UserError: the batch numbers or the dataset don't fit; while iterating, a sample that can't be loaded.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        global_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        accumulation_steps: int | None = None,
+        drop_last: bool = False,
+        seed: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        equal_micro_steps: bool = False,
+        options: LoaderOptions | None = None,
+    ) -> None:
+        self.num_samples = _size_of(dataset, "training")
+        self.rank, world_size = _placement(rank, world_size)
+        self.plan = planning.resolve_batch(
+            world_size=world_size,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            equal_micro_steps=equal_micro_steps,
+        )
+        planning.check_data_size(self.plan, self.num_samples, drop_last)
+        self.drop_last = drop_last
+        self.seed = seed
+        self.next_epoch = 0
+        self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
+        self._cuts: dict[int, planning.Cut] = {}
+        self._sampler = _ResettableSampler()
+        self._options = options or LoaderOptions()
+        self._loader = _data_loader(dataset, self._sampler, collate_fn, "training", self._options, seed)
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return len(self._bounds)
+
+    def __iter__(self) -> Iterator[Window]:
+        epoch = self.next_epoch
+        self.next_epoch += 1
+        return self.epoch(epoch)
+
+    def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
+        """The windows of one epoch, from `first_window` on."""
+        self._sampler.micro_batches = lambda: self._micro_batches(epoch, first_window)
+        batches = _on_device(_raise_failures(self._loader), self._options)
+        for index in range(first_window, len(self)):
+            window = Window(
+                epoch=epoch,
+                index=index,
+                num_samples=self._bounds[index][1] - self._bounds[index][0],
+                sizes=self._cut(index).sizes[self.rank],
+                batches=batches,
+                sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
+            )
+            yield window
+            window.skip_rest()
+
+    def explain(self) -> str:
+        """One line that says how a window is cut."""
+        return self.plan.explain(self.num_samples, self.drop_last)
+
+    def _cut(self, index: int) -> planning.Cut:
+        size = self._bounds[index][1] - self._bounds[index][0]
+        if size not in self._cuts:
+            self._cuts[size] = self.plan.cut(size)
+        return self._cuts[size]
+
+    def _sample_indices(self, epoch: int, index: int) -> list[list[int]]:
+        start = self._bounds[index][0]
+        bounds = list(self._cut(index).micro_batches(self.rank))
+        positions = range(start + bounds[0][0], start + bounds[-1][1])
+        order = planning.shuffled(positions, self.num_samples, self.seed, epoch).tolist()
+        first = bounds[0][0]
+        return [order[begin - first : end - first] for begin, end in bounds]
+
+    def _micro_batches(self, epoch: int, first_window: int) -> Iterator[list[int]]:
+        for index in range(first_window, len(self)):
+            for indices in self._sample_indices(epoch, index):
+                placeholder = (self._bounds[index][0],)
+                yield indices or planning.shuffled(placeholder, self.num_samples, self.seed, epoch).tolist()
+
+
+class EvaluationLoader:
+    """Batches of a dataset in its own order, each sample on exactly one rank and no sample twice.
+
+    Args:
+        dataset: map-style dataset.
+        batch_size: samples per batch; each rank's last one may be smaller.
+        collate_fn, rank, world_size, options: as for `WindowLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        options: LoaderOptions | None = None,
+    ) -> None:
+        self.num_samples = _size_of(dataset, "evaluation")
+        rank, world_size = _placement(rank, world_size)
+        shares = planning.split_evenly(self.num_samples, world_size)
+        start = sum(shares[:rank])
+        stop = start + shares[rank]
+        sampler = _ResettableSampler()
+        sampler.micro_batches = lambda: (
+            list(range(begin, min(begin + batch_size, stop))) for begin in range(start, stop, batch_size)
+        )
+        self._options = options or LoaderOptions()
+        self._loader = _data_loader(dataset, sampler, collate_fn, "evaluation", self._options, seed=0)
+
+    def __iter__(self) -> Iterator[Any]:
+        return _on_device(_raise_failures(self._loader), self._options)
+
+
+class _ResettableSampler(Sampler[list[int]]):
+    """Lists of indices, asked for anew at each iteration, so that one DataLoader (and its workers) serves all epochs."""
+
+    def __init__(self) -> None:
+        self.micro_batches: Callable[[], Iterator[list[int]]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.micro_batches()
+
+
+@dataclass(slots=True)
+class _Failure:
+    """An exception on its way out of a worker process, which can't be trusted to pickle."""
+
+    message: str
+    details: str = field(repr=False)
+
+
+class _MicroBatches(Dataset[Any]):
+    """Fetches and collates a whole micro-batch, and says which sample it was that failed."""
+
+    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Any], role: str) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.role = role
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        index: int | None = None
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                samples = self.dataset.__getitems__(indices)
+            else:
+                samples = []
+                for index in indices:
+                    samples.append(self.dataset[index])
+            index = None
+            return self.collate_fn(samples)
+        except Exception as error:
+            where = f"sample {index}" if index is not None else f"the micro-batch of samples {indices}"
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return _Failure(f"{where} of the {self.role} data could not be loaded: {said}", traceback.format_exc())
+
+
+def _raise_failures(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            logger.debug("%s\n%s", batch.message, batch.details)
+            error = UserError(batch.message)
+            error.add_note(batch.details)
+            raise error
+        yield batch
+
+
+def _data_loader(
+    dataset: Dataset[Any],
+    sampler: Sampler[list[int]],
+    collate_fn: Callable[[list[Any]], Any] | None,
+    role: str,
+    options: LoaderOptions,
+    seed: int,
+) -> DataLoader[Any]:
+    collate = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
+    return DataLoader(
+        _MicroBatches(dataset, collate, role),
+        batch_size=None,  # the sampler hands out whole micro-batches
+        sampler=sampler,
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+        persistent_workers=options.persistent_workers,
+        prefetch_factor=options.prefetch_factor,
+        # A generator of its own: otherwise each epoch draws the workers' seed from the state that dropout uses.
+        generator=torch.Generator().manual_seed(derived_seed(seed, "workers", role)),
+    )
+
+
+def _on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:
+    """Micro-batches on the device, in their final floating-point format."""
+    if options.device is None:
+        return batches
+    if options.device.type == "cuda" and options.non_blocking:
+        return _copied_ahead(batches, options.device, options.float_dtype)
+    device, float_dtype = options.device, options.float_dtype
+    return (to_device(batch, device, float_dtype=float_dtype) for batch in batches)
+
+
+def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: torch.dtype | None) -> Iterator[Any]:
+    """Copies each micro-batch on a stream of its own while the one before it computes.
+
+    One micro-batch ahead, across the ends of windows too: the copy of a window's first micro-batch overlaps with the
+    last backward and the optimizer step of the window before.
+    """
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Any, torch.cuda.Event] | None = None
+
+    def use(batch: Any, copied: torch.cuda.Event) -> Any:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in tensors_of(batch):
+            # The memory belongs to the copying stream; it must not be reused before the computing one is done with it.
+            tensor.record_stream(computing)
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = to_device(batch, device, non_blocking=True, float_dtype=float_dtype)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        if ahead is not None:
+            yield use(*ahead)
+        ahead = moved, copied
+    if ahead is not None:
+        yield use(*ahead)
+
+
+def _size_of(dataset: Any, role: str) -> int:
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise UserError(
+            f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
+            "map-style dataset: one whose samples have numbers."
+        )
+    if len(dataset) == 0:
+        raise UserError(f"the {role} data ({type(dataset).__name__}) is empty. Give it at least one sample per rank.")
+    return len(dataset)
+
+
+def _placement(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise UserError(f"give both rank and world_size or neither; got rank={rank}, world_size={world_size}.")
+    if rank is None or world_size is None:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank={rank} is not a rank of world_size={world_size}.")
+    return rank, world_size

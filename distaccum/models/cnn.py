@@ -1,0 +1,73 @@
+"""Small convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from distaccum.errors import UserError
+from distaccum.models.checks import require_at_least_one, require_probability, require_sample_shape
+
+CHANNELS_PER_GROUP = 8
+
+
+class CNN(nn.Module):
+    """One 3×3 convolution, GroupNorm and ReLU per stage, then the mean over the image and a linear classifier.
+
+    The image is halved (2×2 maximum) between stages while both sides are at least 2. GroupNorm and not BatchNorm: its
+    statistics are of one sample, so the result does not depend on how a window is cut into micro-batches.
+
+    Args:
+        input_shape: channels, height and width of one sample.
+        num_classes: number of outputs.
+        channels: channels of each stage, multiples of 8.
+        dropout: dropout before the classifier.
+
+    Raises:
+        UserError: an impossible argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        num_classes: int,
+        channels: Sequence[int] = (32, 64),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require_at_least_one("CNN", input_shape=input_shape, num_classes=num_classes, channels=channels)
+        require_probability("CNN", dropout=dropout)
+        if len(input_shape) != 3:
+            raise UserError(
+                f"CNN: input_shape={list(input_shape)} must be channels, height and width; "
+                "for samples that are no images there is model=mlp."
+            )
+        if len(channels) == 0 or any(number % CHANNELS_PER_GROUP for number in channels):
+            raise UserError(
+                f"CNN: channels={list(channels)} must be one or more multiples of {CHANNELS_PER_GROUP}, "
+                "the size of a group of GroupNorm."
+            )
+        self.input_shape = tuple(input_shape)
+        before, height, width = self.input_shape
+        stages: list[nn.Module] = []
+        for stage, number in enumerate(channels):
+            if stage > 0 and min(height, width) >= 2:
+                stages.append(nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+            stages += [
+                nn.Conv2d(before, number, kernel_size=3, padding=1, bias=False),  # GroupNorm has the bias
+                nn.GroupNorm(number // CHANNELS_PER_GROUP, number),
+                nn.ReLU(),
+            ]
+            before = number
+        self.stages = nn.Sequential(*stages)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(before, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of images `[B, *input_shape]`."""
+        require_sample_shape("CNN", self.input_shape, images.shape)
+        features: Tensor = self.stages(images)
+        logits: Tensor = self.classifier(features.mean(dim=(2, 3)))
+        return logits

@@ -1,0 +1,137 @@
+"""Decoder-only transformer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distaccum.errors import UserError
+from distaccum.models.checks import require_at_least_one, require_probability
+
+INITIAL_STD = 0.02
+"""Standard deviation of the initial weights, as in GPT-2."""
+
+
+class GPT(nn.Module):
+    """Pre-norm transformer with learned positions, whose output layer is the token embedding itself.
+
+    Attention is causal: padding at the end of a sequence changes nothing before it, so a padded micro-batch needs no
+    mask. Initialised as GPT-2 was (Radford et al. 2019): normal weights of std 0.02, those that write into the
+    residual stream divided by sqrt(2 * num_layers), the number of its summands.
+
+    Args:
+        vocab_size: number of different tokens.
+        max_length: longest sequence in tokens.
+        num_layers: transformer blocks.
+        num_heads: attention heads per block; a divisor of `width`.
+        width: size of the residual stream.
+        dropout: dropout of the embeddings, the attention weights and what each half block adds.
+
+    Raises:
+        UserError: an impossible argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_length: int,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        width: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require_at_least_one("GPT", vocab_size=vocab_size, max_length=max_length)
+        require_at_least_one("GPT", num_layers=num_layers, num_heads=num_heads, width=width)
+        require_probability("GPT", dropout=dropout)
+        if width % num_heads:
+            raise UserError(
+                f"GPT: width={width} cannot be divided among num_heads={num_heads}: {width % num_heads} would be left "
+                "over. Change model.width or model.num_heads."
+            )
+        self.max_length = max_length
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        self._initialise(residual_std=INITIAL_STD / math.sqrt(2 * num_layers))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, T, vocab_size]` of tokens, int64 `[B, T]`: at each place those of the token that follows it.
+
+        Raises:
+            UserError: tokens of another number of dimensions, or T above `max_length`.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] > self.max_length:
+            raise UserError(
+                f"GPT: tokens of shape {list(tokens.shape)} do not fit: the shape must be [samples, length], with a "
+                f"length of at most model.max_length={self.max_length}."
+            )
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        stream: Tensor = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block in self.blocks:
+            stream = block(stream)
+        logits: Tensor = F.linear(self.norm(stream), self.token_embedding.weight)
+        return logits
+
+    def _initialise(self, residual_std: float) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=residual_std if name.endswith("to_stream.weight") else INITIAL_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
+class _Block(nn.Module):
+    """Adds attention, then a two-layer perceptron, to the residual stream `[B, T, width]`."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = _Attention(width, num_heads, dropout)
+        self.perceptron_norm = nn.LayerNorm(width)
+        self.perceptron = _Perceptron(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        stream = stream + self.dropout(self.attention(self.attention_norm(stream)))
+        return stream + self.dropout(self.perceptron(self.perceptron_norm(stream)))
+
+
+class _Attention(nn.Module):
+    """Causal self-attention of several heads."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.to_query_key_value = nn.Linear(width, 3 * width)
+        self.to_stream = nn.Linear(width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        batch, length, width = inputs.shape
+        heads = self.to_query_key_value(inputs).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, heads, T, width / heads]
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        outputs: Tensor = self.to_stream(mixed.transpose(1, 2).reshape(batch, length, width))
+        return outputs
+
+
+class _Perceptron(nn.Module):
+    """Two layers, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_hidden = nn.Linear(width, 4 * width)
+        self.to_stream = nn.Linear(4 * width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.to_stream(F.gelu(self.to_hidden(inputs)))
+        return outputs

@@ -1,0 +1,124 @@
+"""What an observer is told, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStart:
+    """Told once, before the first update."""
+
+    run_dir: Path | None
+    """Folder for all that the run writes, if there is one."""
+    plan: str
+    """One line that explains how a window is cut."""
+    total_updates: int
+    """Number of the last update of the run, unless it stops early."""
+    updates_per_epoch: int
+    config: dict[str, Any]
+    """The configuration as plain dictionaries, lists, strings and numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateRecord:
+    """Told after each update. Counts and means run over all ranks."""
+
+    update: int
+    """Number of the update, from 1."""
+    epoch: int
+    """Number of the epoch that its window belongs to, from 0."""
+    samples: int
+    """Samples trained on since the start of the run, this window included."""
+    loss: float
+    """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
+    metrics: dict[str, float]
+    """The task's metrics over the window (`accuracy`, …)."""
+    grad_norm: float
+    """Norm of the window's mean gradient before clipping, over all parameters together."""
+    lr: float
+    """Learning rate of the first parameter group."""
+    micro_steps: int
+    """Micro-steps of this rank; rank 0 never has fewer than another."""
+    weight: float
+    """Σ weight: samples, valid tokens, pixels."""
+    update_seconds: float
+    """Wall time of the window, loading included."""
+    samples_per_second: float
+    data_seconds: float
+    """Part of `update_seconds` spent waiting for micro-batches."""
+    sync_seconds: float
+    """Part of `update_seconds` spent waiting for the network and for the other ranks."""
+    sync_calls: int
+    """Collectives that carried gradients."""
+    sync_bytes: int
+    """Bytes that this rank handed to them."""
+    skipped: bool
+    """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRecord:
+    """Told after each evaluation."""
+
+    update: int
+    """Updates done when the evaluation was made."""
+    epoch: int
+    metrics: dict[str, float]
+    """`loss` and the task's metrics, exact over the whole evaluation set."""
+    references: dict[str, float] = field(default_factory=dict)
+    """Losses to compare with, named by the dataset (the text's unigram entropy, say)."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnd:
+    """Told once, after the last evaluation."""
+
+    updates: int
+    samples: int
+    skipped_updates: int
+    stopped_early: str | None
+    """Why the run ended before its last update, or None."""
+    evaluation: EvaluationRecord | None
+    """The last evaluation."""
+    train_seconds: float
+    """Wall time of the updates, evaluations left out."""
+    total_seconds: float
+    """Wall time of the whole run."""
+    samples_per_second: float
+    """Over `train_seconds`."""
+    data_share: float
+    """Share of `train_seconds` spent waiting for micro-batches, from 0 to 1."""
+    compute_share: float
+    sync_share: float
+    peak_memory_bytes: int
+    """Of the rank that used most: device memory on CUDA, resident set on CPU."""
+    peak_memory_kind: str
+    """What `peak_memory_bytes` measures, in words."""
+    run_dir: Path | None
+
+
+class Observer:
+    """Watches a run; runs on rank 0 only. Override what is needed: each method does nothing by itself.
+
+    An observer must not touch the model, the optimizer or the random state: a run without observers must come out the
+    same. An exception in an observer ends the run.
+    """
+
+    def on_start(self, start: RunStart) -> None:
+        """Before the first update."""
+
+    def on_update(self, record: UpdateRecord) -> None:
+        """After each update."""
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        """After each evaluation."""
+
+    def on_end(self, end: RunEnd) -> None:
+        """After the last evaluation of a run that came to its end."""
+
+    def close(self) -> None:
+        """Last of all, also when the run ended with an error: release what is held."""

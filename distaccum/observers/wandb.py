@@ -1,0 +1,187 @@
+"""The run's numbers in Weights & Biases."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distaccum.config import WandbMode
+from distaccum.errors import UserError
+from distaccum.logs import LOGGER_NAME
+from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+_SERVICE = "WANDB_SERVICE"
+"""Environment variable that leads to wandb's background process, set while there is one."""
+
+
+class Wandb(Observer):
+    """Logs to Weights & Biases, over the number of the update as x axis: `train/…` and `eval/…`.
+
+    wandb is imported when the run starts. All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the
+    network, and `wandb sync` uploads the run later. Its background process and its hooks last as long as the run.
+    """
+
+    def __init__(
+        self, run_dir: Path, mode: WandbMode, project: str, name: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        """`name` None: the name of the run folder."""
+        self._run_dir = run_dir.absolute()
+        self._mode = mode
+        self._project = project
+        self._name = name or self._run_dir.name
+        self._tags = tuple(tags)
+        self._run: Run | None = None
+        self._session: _Session | None = None
+        self._ended = False
+
+    def on_start(self, start: RunStart) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"wandb.mode={self._mode.value} needs the package wandb, which cannot be imported ({error}): "
+                "install it (pip install wandb), or set wandb.mode=disabled."
+            ) from error
+        try:
+            self._session = _Session(self._run_dir, self._mode)
+            self._run = wandb.init(
+                dir=str(self._run_dir),
+                mode=self._mode.value,
+                project=self._project,
+                name=self._name,
+                tags=self._tags,
+                config=start.config,
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            raise self._failure(error) from error
+        self._run.define_metric("update")
+        self._run.define_metric("train/*", step_metric="update")
+        self._run.define_metric("eval/*", step_metric="update")
+
+    def _failure(self, error: Exception) -> UserError:
+        if self._mode is WandbMode.online:
+            mend = "Log in with `wandb login` or WANDB_API_KEY, or set wandb.mode=offline and run `wandb sync` later."
+        else:
+            mend = "Mend that, or set wandb.mode=disabled."
+        return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {str(error).rstrip('.')}. {mend}")
+
+    def on_update(self, record: UpdateRecord) -> None:
+        values = {
+            "epoch": record.epoch,
+            "samples": record.samples,
+            "loss": record.loss,
+            **record.metrics,
+            "grad_norm": record.grad_norm,
+            "lr": record.lr,
+            "micro_steps": record.micro_steps,
+            "weight": record.weight,
+            "update_seconds": record.update_seconds,
+            "samples_per_second": record.samples_per_second,
+            "data_seconds": record.data_seconds,
+            "sync_seconds": record.sync_seconds,
+            "sync_calls": record.sync_calls,
+            "sync_bytes": record.sync_bytes,
+            "skipped": int(record.skipped),
+        }
+        self._log("train", record.update, values)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        references = {f"reference/{name}": value for name, value in record.references.items()}
+        self._log("eval", record.update, {**record.metrics, **references, "seconds": record.seconds})
+
+    def _log(self, group: str, update: int, values: dict[str, float]) -> None:
+        assert self._run is not None, "on_start comes first"
+        self._run.log({"update": update, **{f"{group}/{name}": value for name, value in values.items()}})
+
+    def on_end(self, end: RunEnd) -> None:
+        assert self._run is not None, "on_start comes first"
+        summary: dict[str, Any] = {
+            "updates": end.updates,
+            "samples": end.samples,
+            "skipped_updates": end.skipped_updates,
+            "stopped_early": end.stopped_early,
+            "train_seconds": end.train_seconds,
+            "total_seconds": end.total_seconds,
+            "samples_per_second": end.samples_per_second,
+            "data_share": end.data_share,
+            "compute_share": end.compute_share,
+            "sync_share": end.sync_share,
+            "peak_memory_bytes": end.peak_memory_bytes,
+            "peak_memory_kind": end.peak_memory_kind,
+        }
+        self._run.summary.update(summary)
+        self._ended = True
+
+    def close(self) -> None:
+        run, self._run = self._run, None
+        session, self._session = self._session, None
+        exit_code = 0 if self._ended else 1
+        try:
+            if run is not None:
+                run.finish(exit_code=exit_code)
+        finally:
+            if session is not None:
+                session.close(exit_code)
+
+
+class _Session:
+    """wandb's part of this process: its background process, threads, hooks and global settings.
+
+    `run.finish()` leaves all of those behind. Where the process had a session before (somebody's own `wandb.init()`),
+    that one is used and left as it is.
+    """
+
+    def __init__(self, run_dir: Path, mode: WandbMode) -> None:
+        import wandb
+
+        self._hooks = sys.excepthook, sys.exit
+        self._owned = _SERVICE not in os.environ
+        if self._owned:
+            with _default_environment(
+                # The log of the background process would go to the home folder.
+                WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache"),
+                # wandb's reports on itself, which need threads that outlive the session.
+                WANDB_ERROR_REPORTING="false",
+            ):
+                # Settings of the whole session, as those of a run come too late to silence the login or keep it from
+                # asking for a key, which would hang a run that nobody watches.
+                wandb.setup(wandb.Settings(mode=mode.value, console="off", silent=True))
+        self._wandb_hooks = sys.excepthook, sys.exit
+
+    def close(self, exit_code: int) -> None:
+        import wandb
+
+        if not self._owned:
+            return
+        try:
+            wandb.teardown(exit_code)
+        except SystemExit as error:  # how wandb tells that its background process failed
+            logging.getLogger(LOGGER_NAME).warning(
+                "wandb's background process ended with status %s: what it logged may be incomplete.", error.code
+            )
+        # Only if nobody hooked in after wandb.
+        if sys.excepthook == self._wandb_hooks[0]:
+            sys.excepthook = self._hooks[0]
+        if sys.exit == self._wandb_hooks[1]:
+            sys.exit = self._hooks[1]
+
+
+@contextmanager
+def _default_environment(**values: str) -> Iterator[None]:
+    """Sets variables of the environment that the user has not set, for a while."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

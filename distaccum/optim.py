@@ -1,0 +1,112 @@
+"""Optimizers from their configuration, and schedules as functions of the update's number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distaccum import targets
+from distaccum.components import TorchOptimConfig
+from distaccum.config import DecayScheduleConfig, Implementation, ScheduleConfig, StepScheduleConfig
+from distaccum.errors import UserError
+
+# Where torch has fused kernels: on the devices named, for parameters in float32 and float64.
+_FUSED_DEVICES: dict[str, tuple[str, ...]] = {
+    "torch.optim.SGD": ("cpu", "cuda"),
+    "torch.optim.Adam": ("cpu", "cuda"),
+    "torch.optim.AdamW": ("cpu", "cuda"),
+    "torch.optim.Adagrad": ("cpu",),
+}
+
+
+def build_optimizer(config: Any, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """Makes the optimizer of a section `optim`: one of torch's, or anybody's own by `_target_`.
+
+    Raises:
+        UserError: the section doesn't fit the optimizer, or there is nothing to optimize.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trainable:
+        raise UserError("the model has no parameter that requires a gradient, so there is nothing to train.")
+    if not isinstance(config, TorchOptimConfig):
+        optimizer = targets.build(config, "optim", trainable)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+        return optimizer
+    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
+    target = arguments[targets.TARGET]
+    arguments |= _implementation_arguments(target, config.implementation, device)
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    try:
+        optimizer = targets.build(arguments, "optim", trainable)
+    except (ValueError, RuntimeError) as error:  # torch checks the ranges of its own arguments
+        raise UserError(f"optim: {target} refuses its arguments: {error}.") from error
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def _implementation_arguments(target: str, implementation: Implementation, device: torch.device) -> dict[str, bool]:
+    has_fused = device.type in _FUSED_DEVICES.get(target, ())
+    if implementation is Implementation.fused and not has_fused:
+        raise UserError(f"optim.implementation=fused: torch has no fused {target} on {device.type}. Use auto.")
+    if implementation is Implementation.fused or (implementation is Implementation.auto and has_fused):
+        return {"fused": True}
+    return {"foreach": implementation is not Implementation.forloop}
+
+
+def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int], float]:
+    """The factor of the learning rate for update 1, 2, …, `total_updates`.
+
+    During the warm-up the factor of update *t* is t / warmup_updates. After it, with x from 0 at the warm-up's end to 1 at
+    the last update: linear 1 − x · (1 − final), cosine final + (1 − final) · (1 + cos πx) / 2 (Loshchilov and Hutter
+    2017, without restarts), step factor^⌊updates since the warm-up / every_updates⌋.
+
+    Raises:
+        UserError: the name is unknown, or the warm-up is longer than the run.
+    """
+    warmup = config.warmup_updates
+    if warmup >= total_updates and warmup > 0:
+        raise UserError(
+            f"schedule.warmup_updates={warmup} is not shorter than the run, which has {total_updates} updates. "
+            "Shorten the warm-up or train longer."
+        )
+
+    def after_warmup(update: int) -> float:
+        done = max(0, update - max(1, warmup)) / max(1, total_updates - max(1, warmup))
+        match config:
+            case StepScheduleConfig():
+                return float(config.factor ** ((update - 1 - warmup) // config.every_updates))
+            case DecayScheduleConfig(name="linear"):
+                return 1 - done * (1 - config.final_factor)
+            case DecayScheduleConfig(name="cosine"):
+                return config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * done)) / 2
+            case ScheduleConfig(name="constant"):
+                return 1.0
+        raise UserError(f"schedule.name={config.name} is not one of constant, linear, cosine and step.")
+
+    after_warmup(max(1, warmup))
+    return lambda update: update / warmup if update < warmup else after_warmup(update)
+
+
+class Schedule:
+    """Sets the learning rates of an optimizer for each update.
+
+    A function of the update's number alone, so there is no state to save, nothing that steps too often when there are
+    micro-steps or ranks, and nothing to restore on resume.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        self._optimizer = optimizer
+        self._factor = factor
+        self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def apply(self, update: int) -> float:
+        """Sets the learning rates for an update (from 1); returns that of the first parameter group."""
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._factor(update)
+        return float(self._optimizer.param_groups[0]["lr"])

@@ -1,0 +1,98 @@
+"""DDP communication hooks: the gradient sync itself, counted, and optionally compressed.
+
+DDP checks the annotations of a hook as objects, so this module must not postpone their evaluation.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+from torch.futures import Future
+
+from distaccum.config import Compression, DDPConfig
+from distaccum.strategies.base import Traffic
+
+Hook = Callable[[Any, dist.GradBucket], Future[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class HookState:
+    """What a hook needs to know of its model."""
+
+    process_group: dist.ProcessGroup
+    world_size: int
+    traffic: Traffic
+    mark: Callable[[], Any]
+
+
+def _all_reduce(state: HookState, bucket: dist.GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
+    buffer = bucket.buffer()
+    # Dividing before the sum keeps float16 in range; the accumulator has made the gradients of the order of a mean.
+    sent = (buffer if dtype is None else buffer.to(dtype)).div_(state.world_size)
+    state.traffic.count(sent)
+    state.traffic.last_launch = state.mark()
+    work = dist.all_reduce(sent, group=state.process_group, async_op=True)
+    assert work is not None
+    reduced: Future[torch.Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return reduced if dtype is None else reduced.then(lambda future: buffer.copy_(future.value()))
+
+
+def all_reduce_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """Mean over the ranks, in the gradients' own format: what DDP does without a hook."""
+    return _all_reduce(state, bucket, None)
+
+
+def all_reduce_fp16_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """Mean over the ranks, sent as float16."""
+    return _all_reduce(state, bucket, torch.float16)
+
+
+def all_reduce_bf16_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    """Mean over the ranks, sent as bfloat16. torch's own hook refuses gloo."""
+    return _all_reduce(state, bucket, torch.bfloat16)
+
+
+def communication_hook(compression: Compression) -> Hook:
+    """The hook for a compression other than PowerSGD."""
+    return {
+        Compression.none: all_reduce_hook,
+        Compression.fp16: all_reduce_fp16_hook,
+        Compression.bf16: all_reduce_bf16_hook,
+    }[compression]
+
+
+_counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictionary()
+
+
+class _CountedDistributed:
+    """Stands in for `torch.distributed` inside torch's PowerSGD module, to count the collectives that it starts."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        state = _counted_groups.get(group) if group is not None else None
+        if state is not None:
+            state.traffic.count(tensor)
+            state.traffic.last_launch = state.mark()
+        return dist.all_reduce(tensor, *args, **kwargs)
+
+
+def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSGDState, Hook]:
+    """State and hook of PowerSGD (Vogels, Karimireddy and Jaggi 2019), torch's own implementation, counted.
+
+    The process group in `state` must be one that nothing but this model's gradients uses.
+    """
+    _counted_groups[state.process_group] = state
+    powersgd.dist = _CountedDistributed()
+    powersgd_state = powersgd.PowerSGDState(
+        process_group=state.process_group,
+        matrix_approximation_rank=config.powersgd_rank,
+        start_powerSGD_iter=config.powersgd_start_update,
+    )
+    return powersgd_state, powersgd.powerSGD_hook

@@ -1,0 +1,95 @@
+"""DistributedDataParallel: one process per device, each with a whole model."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distaccum.config import Compression, DDPConfig
+from distaccum.devices import Stopwatch
+from distaccum.errors import UserError
+from distaccum.strategies.base import Traffic
+from distaccum.strategies.compression import HookState, communication_hook, powersgd_hook
+
+
+class DDPStrategy:
+    """A `DistributedDataParallel` model, made by `place_ddp` or by the user's own loop.
+
+    Args:
+        model: the wrapped model. If it has no communication hook yet, one is registered that does what DDP does by
+            itself (all-reduce, mean over ranks) and counts it.
+    """
+
+    def __init__(self, model: DistributedDataParallel, config: DDPConfig | None = None) -> None:
+        self.model = model
+        self.module: nn.Module = model.module
+        self.device: torch.device = next(model.parameters()).device
+        self.process_group: dist.ProcessGroup | None = model.process_group
+        self.world_size = dist.get_world_size(model.process_group)
+        self.traffic = Traffic()
+        compression = config.compression if config is not None else Compression.none
+        state = HookState(model.process_group, self.world_size, self.traffic, Stopwatch(self.device).mark)
+        if compression is Compression.powersgd:
+            assert config is not None
+            model.register_comm_hook(*powersgd_hook(state, config))
+        elif not model._comm_hooks:
+            model.register_comm_hook(state, communication_hook(compression))
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        if self.model.static_graph and self.traffic.calls == 0:
+            # DDP learns a static graph in the first backward it synchronises, and trips over an internal assertion if
+            # an unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients
+            # that are equal on all ranks is what they are already.
+            return nullcontext()
+        return self.model.no_sync()  # type: ignore[no-any-return]
+
+    def share_buffers(self) -> None:
+        if self.model.broadcast_buffers:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, group_src=0, group=self.process_group)
+
+
+def place_ddp(module: nn.Module, config: DDPConfig, device: torch.device) -> DDPStrategy:
+    """Wraps a module that lies on this rank's device.
+
+    Raises:
+        UserError: there are no other processes to be parallel with, or SyncBatchNorm is asked for on a CPU.
+    """
+    if not dist.is_initialized():
+        raise UserError(
+            "strategy=ddp needs processes that torchrun starts, and this one was started without it. Run "
+            "`torchrun --nproc_per_node=4 -m distaccum.train …`, or set strategy=single."
+        )
+    if config.sync_batchnorm:
+        if device.type != "cuda":
+            raise UserError(
+                "strategy.sync_batchnorm=true runs on CUDA only, and the device is a CPU. Leave it out, or use GroupNorm."
+            )
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    # PowerSGD's collectives are told from others by their group, so it gets one of its own.
+    group = dist.new_group() if config.compression is Compression.powersgd else None
+    model = DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        process_group=group,
+        bucket_cap_mb=config.bucket_cap_mb,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        find_unused_parameters=config.find_unused_parameters,
+        static_graph=config.static_graph,
+        **_buffer_arguments(config.broadcast_buffers),
+    )
+    return DDPStrategy(model, config)
+
+
+def _buffer_arguments(broadcast_buffers: bool) -> dict[str, Any]:
+    if broadcast_buffers:
+        return {}  # DDP's default
+    # torch 2.13 renamed the argument and warns of the old name.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+# One thread a process, as under torchrun: many processes share few cores here.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """A test that leaves an environment variable, a thread or a process group behind fails."""
+    environment = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    changed = {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)}
+    changed = {key for key in changed if not key.startswith("PYTEST")}
+    assert not changed, f"left environment variables changed: {changed}"
+    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    assert not left, f"left threads: {left}"
+    assert not dist.is_initialized(), "left a process group"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

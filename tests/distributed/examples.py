@@ -1,0 +1,155 @@
+"""Small models, data and loops that the distributed checks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distaccum import Accumulator, UpdateResult, WindowLoader
+from distaccum.config import DDPConfig
+from distaccum.strategies import SingleStrategy, Strategy, place
+
+VOCABULARY = 11
+
+
+class RaggedTokens(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """Sequences of 1 to 12 tokens; long ones are easy, short ones are noise; some targets are left out of the loss."""
+
+    def __init__(self, num_samples: int = 41) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.samples = []
+        for _ in range(num_samples):
+            length = int(torch.randint(1, 13, (), generator=generator))
+            inputs = torch.randint(0, VOCABULARY, (length,), generator=generator)
+            noise = torch.randint(0, VOCABULARY, (length,), generator=generator)
+            targets = torch.zeros_like(inputs) if length > 6 else noise
+            targets[torch.rand(length, generator=generator) < 0.2] = -100
+            self.samples.append((inputs, targets))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.samples[index]
+
+    @staticmethod
+    def collate_fn(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        inputs, targets = zip(*samples, strict=True)
+        pad = nn.utils.rnn.pad_sequence
+        return pad(list(inputs), batch_first=True), pad(list(targets), batch_first=True, padding_value=-100)
+
+
+class TokenClassifier(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.hidden = nn.Linear(8, 16)
+        self.out = nn.Linear(16, VOCABULARY)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.hidden(self.embedding(tokens))))
+
+
+def token_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    inputs, targets = batch
+    loss_sum = F.cross_entropy(model(inputs).transpose(1, 2), targets, reduction="sum")
+    return loss_sum, (targets != -100).sum()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-2)
+
+
+def placed(module: nn.Module, config: DDPConfig | None) -> Strategy:
+    return SingleStrategy(module) if config is None else place(module, config, torch.device("cpu"))
+
+
+def train_tokens(
+    config: DDPConfig | None,
+    *,
+    updates: int = 7,
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float64,
+    loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor | float]] = token_loss,
+    clip_norm: float | None = 0.05,
+    equal_micro_steps: bool = False,
+    **batch: Any,
+) -> tuple[list[UpdateResult], Tensor]:
+    """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
+    strategy = placed(TokenClassifier(dtype), config)
+    optimizer = adamw(strategy.model)
+    accumulator = Accumulator(strategy.model, optimizer, clip_norm=clip_norm, strategy=strategy)
+    loader = WindowLoader(
+        RaggedTokens(),
+        rank=rank,
+        world_size=world_size,
+        seed=1,
+        equal_micro_steps=equal_micro_steps,
+        **{"global_batch_size": 16, **batch},
+    )
+    results: list[UpdateResult] = []
+    while len(results) < updates:
+        for window in loader:
+            with accumulator.window(window) as micro_batches:
+                for micro_batch in micro_batches:
+                    accumulator.backward(*loss(strategy.model, micro_batch))
+            results.append(accumulator.step())
+            if len(results) == updates:
+                break
+    return results, flat(strategy.module)
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+
+
+def distance(found: Any, wanted: Any) -> float:
+    """‖difference‖ / ‖value‖."""
+    found, wanted = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def curves(results: list[UpdateResult]) -> tuple[list[float], list[float]]:
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts collectives and host syncs where torch dispatches them, whatever the package says it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[tuple[str, int]] = []
+        self.host_syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket._qualified_op_name
+        if name.startswith("c10d::"):
+            tensors = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            self.collectives.append((name, sum(t.nbytes for t in tensors if isinstance(t, Tensor))))
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero"):
+            self.host_syncs += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

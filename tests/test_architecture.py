@@ -1,0 +1,112 @@
+"""The floors of the house: a module imports from its own floor's neighbours below, never from above."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "distaccum"
+
+FLOORS = {
+    "config": 0,
+    "components": 0,
+    "errors": 0,
+    "distributed": 1,
+    "devices": 1,
+    "seeding": 1,
+    "logs": 1,
+    "targets": 1,
+    "planning": 2,
+    "data": 2,
+    "models": 2,
+    "tasks": 2,
+    "optim": 2,
+    "observers": 2,
+    "strategies": 3,
+    "loaders": 3,
+    "accumulation": 4,
+    "trainer": 5,
+    "evaluation": 5,
+    "assembly": 5,
+    "entry": 6,
+    "train": 6,
+}
+# On one floor, these may be imported by their neighbours: each pair is (importer, imported).
+NEIGHBOURS = {
+    ("components", "config"),
+    ("components", "errors"),
+    ("config", "errors"),
+    ("trainer", "evaluation"),
+    ("assembly", "trainer"),
+    ("train", "entry"),
+}
+
+
+def _modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _imported_parts(source: str) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "distaccum":
+            parts |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("distaccum."):
+            parts.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            parts |= {a.name.split(".")[1] for a in node.names if a.name.startswith("distaccum.")}
+    return parts
+
+
+def _goes_up(importer: str, imported: str) -> bool:
+    if importer == imported or (importer, imported) in NEIGHBOURS:
+        return False
+    return FLOORS[imported] >= FLOORS[importer]
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    upwards = [part for part in _imported_parts(path.read_text()) if _goes_up(_part(path), part)]
+    assert not upwards, f"{path.name} imports {upwards} from its own floor or above"
+
+
+def test_every_module_has_a_floor() -> None:
+    assert {_part(path) for path in _modules()} == set(FLOORS)
+
+
+def test_an_arrow_that_goes_up_is_noticed() -> None:
+    assert _imported_parts("def f():\n    from distaccum.trainer import Trainer\n") == {"trainer"}
+    assert _goes_up("accumulation", "trainer")
+    assert not _goes_up("trainer", "accumulation")
+
+
+def test_planning_knows_no_torch() -> None:
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse((PACKAGE / "planning.py").read_text()))
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""])
+    }
+    assert "torch" not in imported
+
+
+def test_entry_points_are_short() -> None:
+    for name in ("train",):
+        assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
+
+
+def test_composing_the_configuration_does_not_import_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['train', '--cfg', 'job']; from distaccum.train import main\n"
+        "try: main()\nfinally: sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "global_batch_size: 256" in done.stdout
