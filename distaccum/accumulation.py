@@ -212,9 +212,9 @@ class Accumulator:
         # A power of two, so that it changes no bit of the result; see _choose_scale.
         seed = torch.full_like(loss_sum, window.scale)
         if self.scaler is None:
-            loss_sum.backward(gradient=seed)
+            loss_sum.backward(gradient=seed)  # type: ignore[no-untyped-call]
         else:
-            self.scaler.scale(loss_sum).backward(gradient=seed)
+            self.scaler.scale(loss_sum).backward(gradient=seed)  # type: ignore[no-untyped-call]
         if window.is_last:
             window.backward_end = self._stopwatch.mark()
 
@@ -371,7 +371,7 @@ def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
 def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     values = torch.tensor(flat, dtype=torch.float64)
     shapes = {name: parts[0].shape for name, parts in sums.items()}
-    split = values.split([shape.numel() for shape in shapes.values()]) if shapes else ()
+    split = torch.split(values, [shape.numel() for shape in shapes.values()]) if shapes else ()
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), split, strict=True)}
 
 

@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> RunEnd:
 def build_trainer(
     config: TrainConfig, world: World, device: torch.device, run_dir: Path, plain: dict[str, Any]
 ) -> Trainer:
-    """Builds everything that a configuration names. What a rank can do alone is done before ranks wait for each other."""
+    """Builds what a configuration names. What a rank can do alone comes before anything that ranks wait in."""
     seed_everything(derived_seed(config.seed, "model"))
     with world.together():
         precision = resolve_precision(config.precision.name, device)
@@ -189,7 +189,7 @@ def _collate_fn(config: DataConfig) -> Any:
         return None
     found = targets.build(config.collate_fn, "data.collate_fn")
     if not callable(found):
-        raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called with a list of samples.")
+        raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called.")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from distaccum.errors import OtherRankFailedError, UserError
 
@@ -30,9 +31,9 @@ class World:
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self._store: dist.Store | None = None
+        self._store: Any = None  # a torch.distributed.Store
         if self.launched:
-            self._store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size))
+            self._store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
 
     @property
     def is_main(self) -> bool:
@@ -88,7 +89,7 @@ class World:
         if self._store is None:
             return True
         try:
-            return self._store.add(_FAILURES, 1) == 1
+            return bool(self._store.add(_FAILURES, 1) == 1)
         except RuntimeError:
             # The store is gone, and with it the rank or the launcher that held it: that one has spoken.
             return False

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -96,10 +96,11 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
     known = {entry.name for entry in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     strays = []
     for name in node:
-        key = f"{path}.{name}".lstrip(".")
+        key = f"{path}.{name!s}".lstrip(".")
+        entry = node._get_node(name)
         if known is not None and name not in known:
             strays.append(key)
-        elif OmegaConf.is_dict(entry := node._get_node(name)) and not (entry._is_none() or entry._is_missing()):
+        elif isinstance(entry, DictConfig) and not (entry._is_none() or entry._is_missing()):
             strays += _stray_keys(entry, key)
     return strays
 

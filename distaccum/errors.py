@@ -14,6 +14,5 @@ class UserError(Exception):
     """
 
 
-
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""

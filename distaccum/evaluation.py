@@ -76,6 +76,6 @@ def _over_ranks(totals: dict[str, Tensor], device: torch.device) -> dict[str, Te
         if flat:
             vector = torch.cat(flat)
             dist.all_reduce(vector)
-            split = vector.split([part.numel() for part in flat])
+            split = torch.split(vector, [part.numel() for part in flat])
             totals = {name: part.reshape(shape) for (name, shape), part in zip(known.items(), split, strict=True)}
     return {name: value.cpu() for name, value in totals.items()}

@@ -230,7 +230,7 @@ class EvaluationLoader:
 
 
 class _ResettableSampler(Sampler[list[int]]):
-    """Lists of indices, asked for anew at each iteration, so that one DataLoader (and its workers) serves all epochs."""
+    """Lists of indices, asked for anew at each iteration: one DataLoader, with its workers, serves all epochs."""
 
     def __init__(self) -> None:
         self.micro_batches: Callable[[], Iterator[list[int]]] = lambda: iter(())
@@ -320,7 +320,7 @@ def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: tor
     One micro-batch ahead, across the ends of windows too: the copy of a window's first micro-batch overlaps with the
     last backward and the optimizer step of the window before.
     """
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     ahead: tuple[Any, torch.cuda.Event] | None = None
 
     def use(batch: Any, copied: torch.cuda.Event) -> Any:
@@ -334,7 +334,7 @@ def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: tor
     for batch in batches:
         with torch.cuda.stream(stream):
             moved = to_device(batch, device, non_blocking=True, float_dtype=float_dtype)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(stream)
         if ahead is not None:
             yield use(*ahead)

@@ -23,7 +23,9 @@ class _ConsoleHandler(logging.Handler):
     """Prints messages as they are, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno == logging.WARNING else "bold red" if record.levelno > logging.WARNING else ""
+        style = (
+            "yellow" if record.levelno == logging.WARNING else "bold red" if record.levelno > logging.WARNING else ""
+        )
         console.print(Text(self.format(record), style=style))
 
 
@@ -43,7 +45,7 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the log {path} can't be written: {error.strerror or error}. Choose another run_dir.") from error
+        raise UserError(f"the log {path} can't be written: {error.strerror or error}. Choose another.") from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console = _ConsoleHandler()
     to_console.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -62,9 +62,9 @@ def _implementation_arguments(target: str, implementation: Implementation, devic
 def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int], float]:
     """The factor of the learning rate for update 1, 2, …, `total_updates`.
 
-    During the warm-up the factor of update *t* is t / warmup_updates. After it, with x from 0 at the warm-up's end to 1 at
-    the last update: linear 1 − x · (1 − final), cosine final + (1 − final) · (1 + cos πx) / 2 (Loshchilov and Hutter
-    2017, without restarts), step factor^⌊updates since the warm-up / every_updates⌋.
+    During the warm-up the factor of update *t* is t / warmup_updates. After it, with x from 0 at the warm-up's end to
+    1 at the last update: linear 1 − x · (1 − final), cosine final + (1 − final) · (1 + cos πx) / 2 (Loshchilov and
+    Hutter 2017, without restarts), step factor^⌊updates since the peak / every_updates⌋.
 
     Raises:
         UserError: the name is unknown, or the warm-up is longer than the run.
@@ -77,10 +77,11 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
         )
 
     def after_warmup(update: int) -> float:
-        done = max(0, update - max(1, warmup)) / max(1, total_updates - max(1, warmup))
+        since = update - max(1, warmup)  # 0 at the peak: the last update of the warm-up, or the first of all
+        done = since / max(1, total_updates - max(1, warmup))
         match config:
             case StepScheduleConfig():
-                return float(config.factor ** ((update - 1 - warmup) // config.every_updates))
+                return float(config.factor ** (since // config.every_updates))
             case DecayScheduleConfig(name="linear"):
                 return 1 - done * (1 - config.final_factor)
             case DecayScheduleConfig(name="cosine"):

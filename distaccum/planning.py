@@ -1,7 +1,7 @@
 """Windows and cuts as index arithmetic: integers in, integers out.
 
 A *window* is the set of samples behind one update, a function of seed, epoch, position in the epoch and global batch
-size alone. A *cut* deals a window out to ranks and micro-steps. Nothing here knows a device, a model or a process group.
+size alone. A *cut* deals a window out to ranks and micro-steps. Nothing here knows a device or a model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [small + 1] * larger_parts + [small] * (parts - larger_parts)
 
 
-def shuffled(positions: Sequence[int] | NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def shuffled(
+    positions: Sequence[int] | NDArray[np.int64], num_samples: int, seed: int, epoch: int
+) -> NDArray[np.int64]:
     """The sample that stands at each position of an epoch's random order.
 
     The order is a permutation of `range(num_samples)`, evaluated only where it is asked for: a rank computes the

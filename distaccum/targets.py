@@ -31,9 +31,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
             "Give the import path of a class or function that Python finds from here (PYTHONPATH helps)."
         ) from error
     if not callable(found):
-        raise UserError(
-            f"{where}.{TARGET}={path} is a {type(found).__name__}, not a class or function."
-        )
+        raise UserError(f"{where}.{TARGET}={path} is a {type(found).__name__}, not a class or function.")
     return found  # type: ignore[no-any-return]
 
 

@@ -160,9 +160,7 @@ class Trainer:
         totals.data_seconds += result.data_seconds
         totals.sync_seconds += result.sync_seconds
         if result.skipped:
-            logger.info(
-                "update %d skipped: loss %g, gradient norm %g", totals.updates, result.loss, result.grad_norm
-            )
+            logger.info("update %d skipped: loss %g, gradient norm %g", totals.updates, result.loss, result.grad_norm)
         if not self.observers:
             return
         record = UpdateRecord(
@@ -219,12 +217,12 @@ class Trainer:
             observer.on_evaluation(self._evaluation)
         stopping = self._early_stopping
         if stopping is not None and stopping.update(self._evaluation.metrics):
-            return f"{stopping.metric} has not improved over {stopping.patience} evaluations"
+            return stopping.reason
         return None
 
     def _metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         if not weight:
-            return {name: math.nan for name in sums}
+            return dict.fromkeys(sums, math.nan)
         if hasattr(self.task, "metrics"):
             return dict(self.task.metrics(sums, weight))
         return {name: float(value) / weight for name, value in sums.items()}

@@ -92,7 +92,9 @@ def test_planning_knows_no_torch() -> None:
     imported = {
         name.split(".")[0]
         for node in ast.walk(ast.parse((PACKAGE / "planning.py").read_text()))
-        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""])
+        for name in (
+            [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+        )
     }
     assert "torch" not in imported
 

@@ -146,7 +146,10 @@ def test_what_is_not_given_follows() -> None:
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        ({"global_batch_size": 256, "micro_batch_size": 16, "accumulation_steps": 5}, "16 × 5 × 4 ranks = 320, not 256"),
+        (
+            {"global_batch_size": 256, "micro_batch_size": 16, "accumulation_steps": 5},
+            "16 × 5 × 4 ranks = 320, not 256",
+        ),
         ({"micro_batch_size": 16}, "without a global batch both"),
         ({"accumulation_steps": 16}, "without a global batch both"),
         ({}, "without a global batch both"),

@@ -100,7 +100,8 @@ class _Block(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         stream = stream + self.dropout(self.attention(self.attention_norm(stream)))
-        return stream + self.dropout(self.perceptron(self.perceptron_norm(stream)))
+        update: Tensor = self.dropout(self.perceptron(self.perceptron_norm(stream)))
+        return stream + update
 
 
 class _Attention(nn.Module):

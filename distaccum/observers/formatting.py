@@ -44,6 +44,15 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def duration(seconds: float) -> str:
+    """A time that has been measured: with tenths of a second below a minute.
+
+    >>> duration(14.23), duration(74.2)
+    ('14.2 s', '0:01:14')
+    """
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+
+
 def byte_size(count: int) -> str:
     """Bytes in the binary unit that leaves one to four digits before the point.
 

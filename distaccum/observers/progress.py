@@ -16,12 +16,13 @@ from rich.text import Text
 
 from distaccum import logs
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.formatting import byte_size, clock, evaluation_text, number, rate, words
+from distaccum.observers.formatting import byte_size, clock, duration, evaluation_text, number, rate, words
 
 _LABEL_WIDTH = 15
 _BAR_WIDTHS = 8, 40
 _GAP = 2
 _NARROWEST_COLUMN = 20
+_ECHO_WIDTH = 2  # A terminal shows ^C behind the bar; on a new line, it would leave a second bar behind.
 _REFRESH_SECONDS = 0.1
 
 
@@ -199,7 +200,7 @@ class _Bar:
         self._texts = _fields(record, self._total_updates, remaining_seconds, skipped_updates)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
+        width = max(1, options.max_width - _ECHO_WIDTH)
         if width != self._width:
             self._width, self._cuts = width, 0
         versions = list(self._versions())
@@ -210,6 +211,7 @@ class _Bar:
         texts = versions[self._cuts]
         bar_width = min(widest, width - _width(texts) - _GAP)
         line = Text((" " * _GAP).join(texts), no_wrap=True, overflow="crop")
+        line.truncate(width)
         if bar_width < narrowest:
             yield line
             return
@@ -244,7 +246,7 @@ def _summary(end: RunEnd, total_updates: int) -> list[tuple[str, str]]:
     shares = {"data": end.data_share, "compute": end.compute_share, "sync": end.sync_share}
     return [
         *rows,
-        ("time", f"{clock(end.total_seconds)}, of which training {clock(end.train_seconds)}"),
+        ("time", f"{duration(end.total_seconds)}, of which training {duration(end.train_seconds)}"),
         ("speed", f"{rate(end.samples_per_second)} samples/s"),
         ("training time", ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares.items())),
         ("peak memory", f"{byte_size(end.peak_memory_bytes)} ({end.peak_memory_kind})"),

@@ -51,9 +51,9 @@ def strategy_of(model: nn.Module) -> Strategy:
         return DDPStrategy(model)
     if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
         raise UserError(
-            f"the model is a bare {type(model).__name__}, but there are {world_size} ranks: their gradients would never "
-            "meet. Wrap it in torch.nn.parallel.DistributedDataParallel, or pass strategy=SingleStrategy(model) if each "
-            "rank is meant to train its own."
+            f"the model is a bare {type(model).__name__}, but there are {world_size} ranks: their gradients would "
+            "never meet. Wrap it in torch.nn.parallel.DistributedDataParallel, or pass strategy=SingleStrategy(model) "
+            "if each rank is meant to train its own."
         )
     return SingleStrategy(model)
 

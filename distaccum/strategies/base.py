@@ -41,12 +41,18 @@ class Strategy(Protocol):
         traffic: the collectives that carried gradients so far.
     """
 
-    model: nn.Module
-    module: nn.Module
-    device: torch.device
-    world_size: int
-    process_group: dist.ProcessGroup | None
-    traffic: Traffic
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def process_group(self) -> dist.ProcessGroup | None: ...
+    @property
+    def traffic(self) -> Traffic: ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""

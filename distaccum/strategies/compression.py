@@ -10,13 +10,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.futures import Future
 
 from distaccum.config import Compression, DDPConfig
 from distaccum.strategies.base import Traffic
 
-Hook = Callable[[Any, dist.GradBucket], Future[torch.Tensor]]
+Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class HookState:
     mark: Callable[[], Any]
 
 
-def _all_reduce(state: HookState, bucket: dist.GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
+def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
     buffer = bucket.buffer()
     # Dividing before the sum keeps float16 in range; the accumulator has made the gradients of the order of a mean.
     sent = (buffer if dtype is None else buffer.to(dtype)).div_(state.world_size)
@@ -41,17 +42,17 @@ def _all_reduce(state: HookState, bucket: dist.GradBucket, dtype: torch.dtype | 
     return reduced if dtype is None else reduced.then(lambda future: buffer.copy_(future.value()))
 
 
-def all_reduce_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
     """Mean over the ranks, in the gradients' own format: what DDP does without a hook."""
     return _all_reduce(state, bucket, None)
 
 
-def all_reduce_fp16_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def all_reduce_fp16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
     """Mean over the ranks, sent as float16."""
     return _all_reduce(state, bucket, torch.float16)
 
 
-def all_reduce_bf16_hook(state: HookState, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+def all_reduce_bf16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
     """Mean over the ranks, sent as bfloat16. torch's own hook refuses gloo."""
     return _all_reduce(state, bucket, torch.bfloat16)
 
@@ -89,7 +90,7 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
     The process group in `state` must be one that nothing but this model's gradients uses.
     """
     _counted_groups[state.process_group] = state
-    powersgd.dist = _CountedDistributed()
+    powersgd.dist = _CountedDistributed()  # type: ignore[attr-defined, assignment]
     powersgd_state = powersgd.PowerSGDState(
         process_group=state.process_group,
         matrix_approximation_rank=config.powersgd_rank,

@@ -47,7 +47,7 @@ class DDPStrategy:
             # an unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients
             # that are equal on all ranks is what they are already.
             return nullcontext()
-        return self.model.no_sync()  # type: ignore[no-any-return]
+        return self.model.no_sync()
 
     def share_buffers(self) -> None:
         if self.model.broadcast_buffers:
@@ -69,9 +69,9 @@ def place_ddp(module: nn.Module, config: DDPConfig, device: torch.device) -> DDP
     if config.sync_batchnorm:
         if device.type != "cuda":
             raise UserError(
-                "strategy.sync_batchnorm=true runs on CUDA only, and the device is a CPU. Leave it out, or use GroupNorm."
+                "strategy.sync_batchnorm=true runs on CUDA only, not on a CPU. Leave it out, or use GroupNorm."
             )
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     # PowerSGD's collectives are told from others by their group, so it gets one of its own.
     group = dist.new_group() if config.compression is Compression.powersgd else None
     model = DistributedDataParallel(

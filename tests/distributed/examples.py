@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distaccum import Accumulator, UpdateResult, WindowLoader
 from distaccum.config import DDPConfig
 from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.tasks import LanguageModeling, TaskOutput
 
 VOCABULARY = 11
 
@@ -153,3 +154,12 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+class DividedByK(LanguageModeling):
+    """What accumulation tutorials do: a mean per micro-batch, each counted alike."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        output = super().__call__(model, batch)
+        weight = torch.as_tensor(output.weight)
+        return TaskOutput(output.loss_sum / weight.clamp(min=1), 1.0) if model.training else output

@@ -40,7 +40,9 @@ def cases(module: str, world_sizes: tuple[int, ...] = (2, 4)) -> Any:
     )
 
 
-def torchrun(world_size: int, *command: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    world_size: int, *command: str, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a command line under torchrun; returns the finished process with its output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     return subprocess.run(

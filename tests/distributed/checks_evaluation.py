@@ -1,0 +1,110 @@
+"""Checks of evaluations, loaders and agreement between ranks, on real ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from examples import RaggedTokens, TokenClassifier, token_loss
+from torch import nn
+
+from distaccum import EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate
+from distaccum.config import DDPConfig
+from distaccum.distributed import World
+from distaccum.strategies import place
+
+
+def _task(model: nn.Module, batch: Any) -> TaskOutput:
+    loss_sum, weight = token_loss(model, batch)
+    seen = torch.stack([torch.tensor(float(len(batch[0]))), weight.float()])
+    return TaskOutput(loss_sum, weight, {"seen": seen, "loss": torch.tensor(1.0)})
+
+
+def check_an_evaluation_is_exact_whatever_the_world_size(world: World) -> None:
+    model = TokenClassifier()
+    # 41: unequal shares; 3: not every rank of four has a sample.
+    for num_samples, batch_size in ((41, 7), (3, 2), (41, 100)):
+        data = RaggedTokens(num_samples)
+        loss, weight, sums = evaluate(
+            model, _task, EvaluationLoader(data, batch_size=batch_size), device=torch.device("cpu")
+        )
+        loss_sum, valid = token_loss(model, data.collate_fn(data.samples))
+        assert weight == float(valid)
+        assert math.isclose(loss, float(loss_sum.detach() / valid), rel_tol=1e-12)
+        assert sums["seen"].tolist() == [num_samples, float(valid)]
+        batches = sum(-(-share // batch_size) for share in _shares(num_samples, world.world_size))
+        assert float(sums["loss"]) == batches
+    assert model.training
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (rank < total % parts) for rank in range(parts)]
+
+
+def check_an_evaluation_has_no_gradients_and_comes_back_to_training(world: World) -> None:
+    model = nn.Sequential(TokenClassifier(), nn.Dropout(0.5)).double()
+    modes = []
+
+    def task(module: nn.Module, batch: Any) -> TaskOutput:
+        modes.append((module.training, torch.is_grad_enabled()))
+        return _task(module, batch)
+
+    evaluate(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
+    assert set(modes) == {(False, False)}
+    assert model.training
+    with pytest.raises(UserError, match="total weight of 0"):
+        evaluate(model, _task, [], device=torch.device("cpu"))
+    assert model.training
+
+
+def check_the_samples_loaded_are_the_same_for_every_world_size(world: World) -> None:
+    """Recorded where the dataset is asked, with two workers and without."""
+
+    class Recording(RaggedTokens):
+        def __getitem__(self, index: int) -> Any:
+            inputs, targets = super().__getitem__(index)
+            return torch.cat([torch.tensor([index]), inputs]), torch.cat([torch.tensor([index]), targets])
+
+    def loaded(**placement: Any) -> list[list[int]]:
+        loader = WindowLoader(Recording(), global_batch_size=9, micro_batch_size=2, seed=4, **placement)
+        return [
+            [int(row[0]) for batch, size in zip(window, window.sizes, strict=True) if size for row in batch[0]]
+            for window in loader.epoch(1)
+        ]
+
+    wanted = loaded(rank=0, world_size=1)
+    ranks = world.gather(loaded())
+    assert [[sample for rank in ranks for sample in rank[index]] for index in range(len(wanted))] == wanted
+    assert sorted(sample for window in wanted for sample in window) == list(range(41))
+
+
+def check_buffers_are_shared_before_an_evaluation(world: World) -> None:
+    for broadcast in (True, False):
+        module = nn.BatchNorm1d(3)
+        strategy = place(module, DDPConfig(broadcast_buffers=broadcast), torch.device("cpu"))
+        assert module.running_mean is not None
+        module.running_mean.fill_(world.rank + 1.0)
+        strategy.share_buffers()
+        assert module.running_mean.tolist() == [1.0 if broadcast else world.rank + 1.0] * 3
+
+
+def check_ranks_fail_together(world: World) -> None:
+    with pytest.raises(UserError, match="^rank 1: the disk is full$"), world.together():
+        if world.rank == 1:
+            raise UserError("the disk is full")
+    with pytest.raises(UserError, match="^all alike$"), world.together():
+        raise UserError("all alike")
+    with world.together():
+        pass
+
+
+def check_ranks_agree(world: World) -> None:
+    assert world.gather(world.rank) == list(range(world.world_size))
+    assert world.from_main(f"from {world.rank}") == "from 0"
+
+
+def check_only_one_rank_is_first_to_fail(world: World) -> None:
+    assert sum(world.gather(world.is_first_to_fail())) == 1
+    assert sum(world.gather(world.is_first_to_fail())) == 0

@@ -1,0 +1,29 @@
+"""`python -m distaccum.train`, which saves the final parameters too: record_run.py OUT.pt [overrides]."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from examples import flat
+
+from distaccum.train import main
+from distaccum.trainer import Trainer
+
+
+def _record(path: str) -> None:
+    fit = Trainer.fit
+
+    def recorded(self: Trainer) -> Any:
+        end = fit(self)
+        if self.observers:
+            torch.save(flat(self.strategy.module), path)
+        return end
+
+    Trainer.fit = recorded  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    _record(sys.argv.pop(1))
+    main()

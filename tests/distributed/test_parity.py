@@ -1,0 +1,119 @@
+"""Whole runs: the same losses, gradient norms, evaluations and parameters for every placement and cut.
+
+A small GPT on paragraphs of unequal length, float64, AdamW, clipping, eight updates with a ragged last window.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples import distance
+from launching import HERE, ROOT, torchrun
+
+SETTINGS = [
+    "experiment=text",
+    "precision=fp64",
+    "data.max_length=48",
+    "model.num_layers=1",
+    "model.width=16",
+    "model.num_heads=2",
+    "batch.global_batch_size=1900",
+    "train.epochs=2",
+    "train.max_updates=8",
+    "train.clip_norm=0.5",
+    "schedule.warmup_updates=2",
+    "wandb.mode=disabled",
+    "device=cpu",
+]
+
+Run = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @functools.cache
+    def recorded(world_size: int, *overrides: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        command = [str(HERE / "record_run.py"), str(folder / "out.pt"), *SETTINGS, f"run_dir={folder / 'run'}"]
+        command += [override for override in overrides if override != "launched"]
+        if world_size == 1:
+            paths = ":".join(map(str, (ROOT, HERE)))
+            done = subprocess.run(
+                [sys.executable, *command], capture_output=True, text=True, check=False, env=_environment(paths)
+            )
+        else:
+            done = torchrun(world_size, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return _read(folder)
+
+    return recorded
+
+
+def _environment(paths: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def _read(folder: Path) -> Run:
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "eval" not in line]
+    return {
+        "parameters": torch.load(folder / "out.pt"),
+        "evaluations": [[line["eval"]["loss"], line["eval"]["accuracy"]] for line in lines if "eval" in line],
+        **{key: [line[key] for line in updates] for key in ("loss", "grad_norm", "weight", "samples", "sync_calls")},
+        "sync_bytes": [line["sync_bytes"] for line in updates],
+        "accuracy": [line["metrics"].get("accuracy") for line in updates],
+        "micro_steps": [line["micro_steps"] for line in updates],
+    }
+
+
+@pytest.fixture(scope="module")
+def one_shot(run: Any) -> Run:
+    """One process, the whole window in one micro-batch."""
+    found: Run = run(1, "batch.micro_batch_size=1900")
+    assert set(found["micro_steps"]) == {1}
+    assert len(found["loss"]) == 8
+    sizes = {b - a for a, b in zip(found["samples"], found["samples"][1:], strict=False)}
+    assert len(sizes) == 2, "one window of the epoch must be ragged"
+    assert max(found["grad_norm"]) > 0.5, "clipping must act"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "override"),
+    [
+        (1, "batch.micro_batch_size=170"),
+        (2, "batch.micro_batch_size=170"),
+        (3, "batch.micro_batch_size=170"),
+        (4, "batch.micro_batch_size=170"),
+    ],
+)
+def test_every_placement_makes_the_same_run(run: Any, one_shot: Run, world_size: int, override: str) -> None:
+    found = run(world_size, override)
+    assert max(found["micro_steps"]) > 1
+    for key in ("loss", "grad_norm", "evaluations", "parameters", "accuracy"):
+        assert distance(found[key], one_shot[key]) < 1e-12, key
+    assert found["weight"] == one_shot["weight"]
+    assert found["samples"] == one_shot["samples"]
+
+
+def test_dividing_by_the_number_of_micro_steps_misses(run: Any, one_shot: Run) -> None:
+    """The negative control: the same comparison notices what tutorials do."""
+    found = run(2, "batch.micro_batch_size=10", "task=custom", "task._target_=examples.DividedByK")
+    for key in ("loss", "grad_norm", "parameters"):
+        assert distance(found[key], one_shot[key]) > 1e-2, key
+
+
+def test_one_sync_per_update(run: Any, one_shot: Run) -> None:
+    assert set(one_shot["sync_calls"]) == {0}
+    for world_size in (2, 4):
+        found = run(world_size, "batch.micro_batch_size=170")
+        assert set(found["sync_calls"]) == {1}
+        assert set(found["sync_bytes"]) == {one_shot["parameters"].nbytes}

@@ -1,0 +1,71 @@
+"""Records as a trainer would make them, for tests that change a field or two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distaccum.observers import EvaluationRecord, RunEnd, RunStart, UpdateRecord
+
+CONFIG = {"seed": 3, "batch": {"global_batch_size": 64}, "model": {"_target_": "m.Net", "sizes": [8, 4], "bias": None}}
+
+
+def start(run_dir: Path | None, **changes: Any) -> RunStart:
+    made = RunStart(
+        run_dir=run_dir,
+        plan="window 64 = 2 ranks × 4 micro-steps × 8; 1 sync per update",
+        total_updates=180,
+        updates_per_epoch=6,
+        config=CONFIG,
+    )
+    return replace(made, **changes)
+
+
+def update(number: int, **changes: Any) -> UpdateRecord:
+    made = UpdateRecord(
+        update=number,
+        epoch=(number - 1) // 6,
+        samples=number * 64,
+        loss=0.43121,
+        metrics={"accuracy": 0.8712},
+        grad_norm=1.0 / 3.0,
+        lr=0.1,
+        micro_steps=4,
+        weight=64.0,
+        update_seconds=0.02,
+        samples_per_second=3214.4,
+        data_seconds=0.001,
+        sync_seconds=0.002,
+        sync_calls=2,
+        sync_bytes=1024,
+        skipped=False,
+    )
+    return replace(made, **changes)
+
+
+def evaluation(number: int, **changes: Any) -> EvaluationRecord:
+    made = EvaluationRecord(
+        update=number, epoch=(number - 1) // 6, metrics={"loss": 0.1234, "accuracy": 0.981}, seconds=0.5
+    )
+    return replace(made, **changes)
+
+
+def end(run_dir: Path | None, **changes: Any) -> RunEnd:
+    made = RunEnd(
+        updates=180,
+        samples=11_520,
+        skipped_updates=0,
+        stopped_early=None,
+        evaluation=evaluation(180),
+        train_seconds=12.3,
+        total_seconds=14.2,
+        samples_per_second=3214.4,
+        data_share=0.031,
+        compute_share=0.902,
+        sync_share=0.067,
+        peak_memory_bytes=432_328_704,
+        peak_memory_kind="resident set",
+        run_dir=run_dir,
+    )
+    return replace(made, **changes)

@@ -1,0 +1,248 @@
+"""The accumulator in one process. Its behaviour on several ranks is in tests/distributed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from examples import RaggedTokens, TokenClassifier, adamw, curves, distance, flat, token_loss, train_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from distaccum import Accumulator, UserError, WindowLoader
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 41), st.integers(1, 9))
+def test_the_update_does_not_depend_on_the_cut(global_batch_size: int, micro_batch_size: int) -> None:
+    options: dict[str, Any] = {"global_batch_size": global_batch_size, "updates": 4}
+    wanted, wanted_parameters = train_tokens(None, micro_batch_size=global_batch_size, **options)
+    found, parameters = train_tokens(None, micro_batch_size=min(micro_batch_size, global_batch_size), **options)
+    assert distance(curves(found)[0], curves(wanted)[0]) < 1e-12
+    assert distance(curves(found)[1], curves(wanted)[1]) < 1e-12
+    assert distance(parameters, wanted_parameters) < 1e-12
+
+
+def test_the_update_is_the_one_that_torch_makes_of_the_large_batch() -> None:
+    """Against a hand-written large-batch step, with torch's own clipping."""
+    found, parameters = train_tokens(None, micro_batch_size=3, updates=3)
+    model = TokenClassifier()
+    optimizer = adamw(model)
+    data = RaggedTokens()
+    losses, norms = [], []
+    for window in WindowLoader(data, global_batch_size=16, seed=1):
+        loss_sum, weight = token_loss(model, data.collate_fn([data[i] for ids in window.sample_indices for i in ids]))
+        optimizer.zero_grad()
+        (loss_sum / weight).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.05)))
+        optimizer.step()
+        losses.append(float(loss_sum.detach() / weight))
+    assert distance(curves(found)[0], losses) < 1e-12
+    assert distance(curves(found)[1], norms) < 1e-12
+    assert distance(parameters, flat(model)) < 1e-12
+
+
+def _accumulator(**options: Any) -> tuple[nn.Module, Accumulator]:
+    model = nn.Linear(2, 1).double()
+    return model, Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+BATCHES = [torch.ones(size, 2, dtype=torch.float64) * size for size in (3, 1, 2)]
+
+
+def _train(model: nn.Module, accumulator: Accumulator, batches: Any) -> Any:
+    with accumulator.window(batches) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).square().sum(), len(batch))
+    return accumulator.step()
+
+
+def test_a_list_and_a_generator_are_windows_too() -> None:
+    torch.manual_seed(0)
+    first, by_list = _accumulator()
+    second, by_generator = _accumulator()
+    second.load_state_dict(first.state_dict())
+
+    def generate() -> Iterator[Tensor]:
+        yield from BATCHES
+
+    assert _train(first, by_list, BATCHES).loss == _train(second, by_generator, generate()).loss
+    assert torch.equal(flat(first), flat(second))
+
+
+def test_parameters_move_in_the_step_only_and_gradients_are_cleared_after_it() -> None:
+    model, accumulator = _accumulator()
+    before = flat(model)
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).square().sum(), len(batch))
+            assert torch.equal(flat(model), before)
+    result = accumulator.step()
+    assert not torch.equal(flat(model), before)
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert (result.micro_steps, result.weight, result.sync_calls, result.sync_bytes) == (3, 6.0, 0, 0)
+    assert accumulator.updates == 1
+
+
+def test_gradients_from_before_do_not_leak_into_the_first_window() -> None:
+    model, _ = _accumulator()
+    model(BATCHES[0]).sum().backward()
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    norm = _train(model, accumulator, BATCHES).grad_norm
+    assert _train(model, accumulator, BATCHES).grad_norm == pytest.approx(norm, rel=1e-12)
+
+
+def test_clipping_acts_on_the_mean_gradient_of_the_window() -> None:
+    model, accumulator = _accumulator(clip_norm=0.5)
+    before = flat(model)
+    result = _train(model, accumulator, BATCHES)
+    assert result.grad_norm > 0.5
+    assert float((flat(model) - before).norm()) == pytest.approx(0.1 * 0.5, rel=1e-5)
+
+
+def test_sums_are_added_up_whatever_their_shape() -> None:
+    model, accumulator = _accumulator()
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            sums = {"matrix": torch.full((2, 3), float(len(batch))), "count": torch.tensor(1)}
+            accumulator.backward(model(batch).sum(), torch.tensor(len(batch)), sums)
+    result = accumulator.step()
+    assert torch.equal(result.sums["matrix"], torch.full((2, 3), 6.0, dtype=torch.float64))
+    assert result.sums["count"].tolist() == 3
+    assert result.weight == 6.0
+
+
+def test_misuse_is_an_error_and_the_next_window_is_clean() -> None:
+    model, accumulator = _accumulator()
+
+    def window_without_backward() -> None:
+        with accumulator.window(BATCHES) as micro_batches:
+            for _ in micro_batches:
+                pass
+
+    def window_left_early() -> None:
+        with accumulator.window(BATCHES) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(model(batch).sum(), 1)
+                break
+
+    def two_backwards() -> None:
+        with accumulator.window(BATCHES) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(model(batch).sum(), 1)
+                accumulator.backward(model(batch).sum(), 1)
+
+    def empty_window() -> None:
+        with accumulator.window([]) as micro_batches:
+            for _ in micro_batches:
+                pass
+
+    for misuse, said in (
+        (window_without_backward, "micro-step 1 ended without"),
+        (window_left_early, r"left after 1 micro-step"),
+        (two_backwards, "once for each micro-batch"),
+        (empty_window, r"left after 0 micro-step"),
+        (accumulator.step, "after a whole window"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            misuse()
+    norm = _train(model, accumulator, BATCHES).grad_norm
+    twin = nn.Linear(2, 1).double()
+    twin.load_state_dict(model.state_dict())
+    assert math.isfinite(norm)
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).sum(), 1)
+    with pytest.raises(RuntimeError, match="has not been brought to its end"), accumulator.window(BATCHES):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda model, batch: model(batch), r"got shape \(3, 1\), requires_grad=True"),
+        (lambda model, batch: model(batch).sum().detach(), r"got shape \(\), requires_grad=False"),
+    ],
+)
+def test_a_loss_that_is_no_sum_is_refused(loss: Any, said: str) -> None:
+    model, accumulator = _accumulator()
+    with pytest.raises(UserError, match=said), accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(loss(model, batch), len(batch))
+
+
+def test_nan_inf_and_nothing_to_learn_from_stop_before_the_step() -> None:
+    for factor, weight, said in (
+        (math.nan, 1.0, r"update 1: the loss is nan \(rank 0, micro-steps 1, 2, 3\)"),
+        (math.inf, 1.0, r"update 1: the loss is (inf|-inf|nan)"),
+        (1.0, 0.0, "update 1: the total weight of the window is 0"),
+    ):
+        model, accumulator = _accumulator()
+        before = flat(model)
+        with accumulator.window(BATCHES) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(model(batch).sum() * factor, weight)
+        with pytest.raises(UserError, match=said):
+            accumulator.step()
+        assert torch.equal(flat(model), before)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_too() -> None:
+    model, accumulator = _accumulator()
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            loss_sum = model(batch).sum()
+            loss_sum.register_hook(lambda gradient: gradient * math.inf)
+            accumulator.backward(loss_sum, len(batch))
+    with pytest.raises(UserError, match="but the norm of the gradient is"):
+        accumulator.step()
+
+
+def test_nonfinite_updates_can_be_skipped() -> None:
+    model, accumulator = _accumulator(skip_nonfinite=True)
+    before = flat(model)
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).sum() * math.nan, 1)
+    assert accumulator.step().skipped
+    assert torch.equal(flat(model), before)
+    assert not _train(model, accumulator, BATCHES).skipped
+
+
+def test_a_model_that_takes_no_part_is_refused() -> None:
+    model, accumulator = _accumulator()
+    elsewhere = torch.ones(1, requires_grad=True)
+    with accumulator.window(BATCHES) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward((elsewhere * batch.sum()).sum(), 1)
+    with pytest.raises(UserError, match="no parameter of the optimizer got a gradient"):
+        accumulator.step()
+
+
+def test_the_scale_of_the_loss_changes_no_bit() -> None:
+    """Losses are multiplied by a power of two on the way; the update must be the same without it, bit for bit."""
+    plain, _ = train_tokens(None, micro_batch_size=3, updates=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accumulator, "_choose_scale", lambda *_: 1.0)
+        unscaled, _ = train_tokens(None, micro_batch_size=3, updates=5)
+    assert curves(plain) == curves(unscaled)
+
+
+@pytest.mark.gpu
+def test_no_micro_step_makes_the_host_wait() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)).cuda()
+    accumulator = Accumulator(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), clip_norm=1.0)
+    batches = [torch.randn(8, 32, device="cuda") for _ in range(4)]
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with accumulator.window(batches) as micro_batches:
+                for batch in micro_batches:
+                    accumulator.backward(model(batch).square().sum(), len(batch))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert math.isfinite(accumulator.step().loss)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, IterableDataset
+
+from distaccum import UserError, WindowLoader
+from distaccum.loaders import EvaluationLoader, LoaderOptions
+
+
+class Numbers(Dataset[tuple[torch.Tensor, int]]):
+    """Sample i is (i, i): what has been loaded shows which samples it was."""
+
+    def __init__(self, num_samples: int, bad: int | None = None) -> None:
+        self.num_samples = num_samples
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == self.bad:
+            raise OSError("disk on fire")
+        return torch.tensor(float(index)), index
+
+
+def _loaded(loader: WindowLoader, epoch: int) -> list[list[list[int]]]:
+    """Samples of each window's micro-batches, as they came out of the dataset; placeholders left out."""
+    return [
+        [batch[1].tolist() for batch, size in zip(window, window.sizes, strict=True) if size]
+        for window in loader.epoch(epoch)
+    ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(4, 60), st.integers(4, 30), st.integers(1, 9), st.integers(0, 3), st.booleans(), st.booleans())
+def test_windows_are_the_same_for_every_world_size(
+    num_samples: int, global_batch_size: int, micro_batch_size: int, epoch: int, drop_last: bool, equal: bool
+) -> None:
+    global_batch_size = min(global_batch_size, num_samples)
+    windows = {}
+    for world_size in (1, 2, 3, 4):
+        ranks = [
+            _loaded(
+                WindowLoader(
+                    Numbers(num_samples),
+                    global_batch_size=global_batch_size,
+                    micro_batch_size=min(micro_batch_size, global_batch_size),
+                    drop_last=drop_last,
+                    seed=3,
+                    rank=rank,
+                    world_size=world_size,
+                    equal_micro_steps=equal,
+                ),
+                epoch,
+            )
+            for rank in range(world_size)
+        ]
+        windows[world_size] = [
+            [sample for rank in ranks for micro_batch in rank[index] for sample in micro_batch]
+            for index in range(len(ranks[0]))
+        ]
+    assert windows[1] == windows[2] == windows[3] == windows[4]
+    seen = Counter(sample for window in windows[1] for sample in window)
+    assert set(seen.values()) == {1}
+    assert len(seen) == num_samples - (num_samples % global_batch_size if drop_last else 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_epoch_has_an_order_of_its_own_and_repeats(num_workers: int) -> None:
+    options = LoaderOptions(num_workers=num_workers, persistent_workers=num_workers > 0)
+    loader = WindowLoader(Numbers(20), global_batch_size=8, micro_batch_size=3, options=options)
+    first, second = ([[b[1].tolist() for b in window] for window in loader] for _ in range(2))
+    assert first != second
+    assert sorted(i for w in second for b in w for i in b) == list(range(20))
+    assert (_loaded(loader, 0), _loaded(loader, 1)) == (first, second)
+    assert [len(batch) for batch in first[-1]] == [2, 2]
+
+
+def test_a_window_can_be_jumped_to() -> None:
+    loader = WindowLoader(Numbers(30), global_batch_size=8, micro_batch_size=3)
+    assert [[b[1].tolist() for b in w] for w in loader.epoch(2, first_window=2)] == _loaded(loader, 2)[2:]
+
+
+def test_a_window_left_in_the_middle_does_not_shift_the_next() -> None:
+    loader = WindowLoader(Numbers(30), global_batch_size=8, micro_batch_size=2)
+    wanted = _loaded(loader, 0)
+    found = []
+    for window in loader.epoch(0):
+        found.append(next(iter(window))[1].tolist())
+    assert found == [window[0] for window in wanted]
+
+
+def test_a_window_knows_its_samples() -> None:
+    loader = WindowLoader(Numbers(21), global_batch_size=8, micro_batch_size=3, rank=1, world_size=2)
+    for window in loader.epoch(1):
+        assert window.sample_indices == [batch[1].tolist() for batch in window]
+        assert window.num_samples == (8 if window.index < 2 else 5)
+
+
+def test_a_placeholder_is_a_sample_of_the_window() -> None:
+    options: dict[str, Any] = {"global_batch_size": 4, "micro_batch_size": 1, "world_size": 4}
+    ranks = [list(WindowLoader(Numbers(5), rank=rank, **options).epoch(0)) for rank in range(4)]
+    last = [rank[-1] for rank in ranks]
+    assert [window.sizes for window in last] == [(1,), (0,), (0,), (0,)]
+    assert [window.sample_indices for window in last][1:] == [[[]], [[]], [[]]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_that_raises_is_named(num_workers: int) -> None:
+    loader = WindowLoader(
+        Numbers(20, bad=13), global_batch_size=5, micro_batch_size=5, options=LoaderOptions(num_workers=num_workers)
+    )
+    with pytest.raises(UserError, match="sample 13 of the training data could not be loaded: OSError: disk on fire"):
+        _loaded(loader, 0)
+
+
+def test_samples_that_do_not_fit_together_are_named() -> None:
+    def collate(samples: list[Any]) -> Any:
+        raise ValueError("no")
+
+    loader = WindowLoader(Numbers(4), global_batch_size=2, micro_batch_size=2, collate_fn=collate)
+    with pytest.raises(UserError, match=r"the micro-batch of samples \[\d, \d\] of the training data .* ValueError: no"):
+        _loaded(loader, 0)
+
+
+def test_batched_fetching_is_used_where_the_dataset_has_it() -> None:
+    class Batched(Numbers):
+        def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
+            return [(torch.tensor(0.0), -index) for index in indices]
+
+    window = next(iter(WindowLoader(Batched(6), global_batch_size=6, micro_batch_size=6)))
+    assert sorted(next(iter(window))[1].tolist()) == [-5, -4, -3, -2, -1, 0]
+
+
+def test_loading_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    _loaded(WindowLoader(Numbers(12), global_batch_size=4, micro_batch_size=2), 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batches_are_moved_and_cast() -> None:
+    options = LoaderOptions(device=torch.device("cpu"), float_dtype=torch.float64)
+    numbers, labels = next(iter(next(iter(WindowLoader(Numbers(4), global_batch_size=4, options=options)))))
+    assert (numbers.dtype, labels.dtype) == (torch.float64, torch.int64)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 6))
+def test_an_evaluation_has_every_sample_once(num_samples: int, batch_size: int, world_size: int) -> None:
+    seen: list[int] = []
+    for rank in range(world_size):
+        loader = EvaluationLoader(Numbers(num_samples), batch_size=batch_size, rank=rank, world_size=world_size)
+        batches = [batch[1].tolist() for batch in loader]
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        seen += [index for batch in batches for index in batch]
+    assert seen == list(range(num_samples))
+
+
+def test_datasets_without_numbers_are_refused() -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+    with pytest.raises(UserError, match="Stream, which has no __len__"):
+        WindowLoader(Stream(), global_batch_size=1)
+    with pytest.raises(UserError, match="is empty"):
+        WindowLoader(Numbers(0), global_batch_size=1)
+    with pytest.raises(UserError, match="rank=2 is not a rank of world_size=2"):
+        WindowLoader(Numbers(4), global_batch_size=2, rank=2, world_size=2)
+    with pytest.raises(UserError, match="both rank and world_size"):
+        WindowLoader(Numbers(4), global_batch_size=2, rank=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("non_blocking", [False, True])
+def test_batches_arrive_whole_on_a_gpu(non_blocking: bool) -> None:
+    class Large(Numbers):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.full((256, 1024), float(index)), index
+
+    options = LoaderOptions(device=torch.device("cuda", 0), pin_memory=True, non_blocking=non_blocking)
+    loader = WindowLoader(Large(64), global_batch_size=16, micro_batch_size=4, options=options)
+    busy = torch.randn(2048, 2048, device="cuda")
+    for window in loader:
+        for values, labels in window:
+            for _ in range(4):
+                busy = busy @ busy / 2048
+            assert values.is_cuda
+            assert torch.equal(values.amin((1, 2)), labels.float())
+            assert torch.equal(values.amax((1, 2)), labels.float())
