@@ -8,18 +8,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, conf_dir
@@ -27,6 +29,9 @@ from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
 from distaccum.logs import print_error
 
 _SECONDS_FOR_RANK_0_TO_FAIL = 5.0
+
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+"""What Hydra raises when the command line or a file is wrong."""
 
 
 def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> None:
@@ -37,10 +42,14 @@ def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> N
     _register()
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    is_composing = True
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     def job(composed: DictConfig) -> None:
+        nonlocal is_composing
+        is_composing = False
         try:
+            _refuse_sweep_on_ranks()
             config = _typed(composed)
         except UserError as error:
             _exit_before_ranks_are_joined(error)
@@ -51,11 +60,28 @@ def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> N
         except UserError as error:
             print_error(str(error))
             sys.exit(EXIT_STATUS)
+        is_composing = True  # the next run of a sweep
 
     try:
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except _COMPOSITION_ERRORS as error:
+        if not is_composing:
+            raise
         _exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
+    """The configuration that a command line makes, checked: for notebooks, scripts and tests.
+
+    Raises:
+        UserError: the message that the command line would end with.
+    """
+    _register()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return _typed(hydra.compose(config_name, list(overrides)))
+    except _COMPOSITION_ERRORS as error:
+        raise UserError(explain_composition_error(error)) from error
 
 
 def _register() -> None:
@@ -71,19 +97,20 @@ def _register() -> None:
     )
 
 
-def _typed(composed: DictConfig) -> TrainConfig:
-    """The composed configuration as the dataclass of its schema, checked."""
+def _refuse_sweep_on_ranks() -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN and "RANK" in os.environ:
         raise UserError(
             "-m (multirun) under torchrun would make every rank run the whole sweep. Sweep outside: one torchrun for "
             "each point."
         )
+
+
+def _typed(composed: DictConfig) -> TrainConfig:
+    """The composed configuration as the dataclass of its schema, checked."""
     if strays := _stray_keys(composed):
         raise UserError(f"there is no key {strays[0]}: it was added with +, but nothing reads it.")
     try:
         config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} must be given, for example {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise UserError(explain_composition_error(error)) from error
     assert isinstance(config, TrainConfig)
@@ -108,42 +135,80 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
 def explain_composition_error(error: BaseException) -> str:
     """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
     cause = error.__cause__ or error
-    if isinstance(error, MissingConfigException):
-        lines = [line.strip() for line in str(error).splitlines()]
-        options = [line for line in lines[1:] if line and not line.startswith(("Available", "Config", "provider"))]
-        asked = error.missing_cfg_file or ""
-        group, _, option = asked.rpartition("/")
-        return f"there is no {group}={option}. Choose one of: {', '.join(options)}." if group else lines[0]
-    if isinstance(error, ConfigCompositionException) and str(error).startswith("Could not override"):
-        key = str(error).split("'")[1]
-        return f"there is no key {key}.{_nearest_keys(cause, key)}"
-    message = str(error).splitlines()[0]
-    if isinstance(error, ConfigCompositionException) and message.startswith("Error merging override"):
-        return f"{message.removeprefix('Error merging override ')}: {str(cause).splitlines()[0]}."
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {message}."
-    if isinstance(error, OverrideParseException):
-        return f"{message}. Write KEY=VALUE; a value with special characters in quotes: 'KEY=\"VALUE\"'."
-    return message
+    message = _first_line(error)
+    match error:
+        case MissingConfigException():
+            return _explain_missing_config(error)
+        case ConfigCompositionException() if message.startswith("Could not override"):
+            key = message.split("'")[1]
+            return f"there is no key {key}.{_what_there_is_instead(cause, key)}"
+        case ConfigCompositionException() if message.startswith("Error merging override"):
+            override, reason = message.removeprefix("Error merging override "), _first_line(cause)
+            if "is not a ListConfig" in reason:
+                reason = f"it takes a list, as in {override.partition('=')[0]}=[…]"
+            return f"{override}: {reason}."
+        case ConfigCompositionException() if group := re.search(r"schema/(\w+)@", message):
+            return f"{group[1]} is given more than once. Choose one option: {group[1]}=…, without +."
+        case OverrideParseException():
+            return f"{message}. Write KEY=VALUE; a value with special characters in quotes: 'KEY=\"VALUE\"'."
+        case InterpolationToMissingValueError():
+            return f"{message.rpartition(' ')[2]} must be given."
+        case MissingMandatoryValue():
+            return f"{error.full_key} must be given."
+        case OmegaConfBaseException() if error.full_key:
+            return f"{error.full_key}: {message}."
+        case yaml.YAMLError():
+            return f"a configuration file can't be read: {' '.join(str(error).split())}."
+        case ValueError():
+            return f"{message}. A group is given by the name of one of its options, as in data=digits."
+    return f"{message}."
 
 
-def _nearest_keys(cause: BaseException, key: str) -> str:
-    """What the section has instead, as far as OmegaConf's exception knows."""
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _explain_missing_config(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return f"{_first_line(error)}."
+    lines = [line.strip() for line in str(error).splitlines()]
+    options = [line for line in lines[1:] if line and not line.startswith(("Available", "Config", "provider"))]
+    return f"there is no {group}={option}. Choose one of: {', '.join(options)}."
+
+
+def _what_there_is_instead(cause: BaseException, key: str) -> str:
+    """What the section of an unknown key has, as far as OmegaConf's exception knows."""
     parent = getattr(cause, "parent_node", None)
     if not isinstance(parent, DictConfig) or parent._is_none() or parent._is_missing():
         return " `--cfg job` shows all keys."
     section = str(parent._get_full_key(None) or "")
     asked = key.removeprefix(f"{section}.").split(".")[0]
     known = [str(entry) for entry in parent if entry != "hydra"]
-    nearest = difflib.get_close_matches(asked, known, n=1)
-    meant = f" Did you mean {section + '.' if section else ''}{nearest[0]}?" if nearest else ""
-    homes = [
-        option
-        for option, schema in SCHEMAS.get(section, {}).items()
-        if any(entry.name == asked for entry in dataclasses.fields(schema))
+    parts = []
+    if options := _options_with(section, asked):
+        parts.append(f"It belongs to {' or '.join(f'{section}={option}' for option in options)}.")
+    if nearest := difflib.get_close_matches(asked, known, n=1):
+        parts.append(f"Did you mean {section + '.' if section else ''}{nearest[0]}?")
+    if known:
+        parts.append(f"{section or 'The configuration'} has: {', '.join(known)}.")
+    if not dataclasses.is_dataclass(OmegaConf.get_type(parent)):
+        parts.append(f"To add a key to {section}, write +{key}=….")
+    return "".join(f" {part}" for part in parts)
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """Options of a configuration group whose schema has a key."""
+    names = {
+        name
+        for name, schema in SCHEMAS.get(group, {}).items()
+        if any(entry.name == key for entry in dataclasses.fields(schema))
+    }
+    return [
+        path.stem
+        for path in sorted((conf_dir() / group).glob("*.yaml"))
+        if names & set(re.findall(rf"/schema/{group}@_here_: (\w+)", path.read_text(encoding="utf-8")))
     ]
-    belongs = f" It belongs to {section}={homes[0]}." if homes else ""
-    return f"{belongs}{meant} {section or 'The configuration'} has: {', '.join(known)}."
 
 
 def _exit_before_ranks_are_joined(error: UserError) -> NoReturn:
