@@ -1,0 +1,108 @@
+"""Makes the README's configuration reference from the schema: python tests/config_reference.py --write."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from distaccum import components, config
+
+ROOT = Path(__file__).parent.parent
+BEGIN = "<!-- made by tests/config_reference.py from the schema -->"
+END = "<!-- end of what tests/config_reference.py made -->"
+
+SECTIONS: list[tuple[str, str, type]] = [
+    ("the run", "", config.TrainConfig),
+    ("`batch`", "batch", config.BatchConfig),
+    ("`train`", "train", config.LoopConfig),
+    ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
+    ("`data`", "data", config.DataConfig),
+    ("`data=text`", "data", components.TextDataConfig),
+    ("`data=image_folder`", "data", components.ImageFolderDataConfig),
+    ("`data=synthetic`", "data", components.SyntheticDataConfig),
+    ("`model=mlp`", "model", components.MLPConfig),
+    ("`model=cnn`", "model", components.CNNConfig),
+    ("`model=gpt`", "model", components.GPTConfig),
+    ("`task=classification`", "task", components.ClassificationConfig),
+    ("`task=language_modeling`", "task", components.LanguageModelingConfig),
+    ("`optim=…`", "optim", components.TorchOptimConfig),
+    ("`optim=sgd`, `momentum`, `nesterov`", "optim", components.SGDConfig),
+    ("`optim=adam`, `amsgrad`, `adamw`", "optim", components.AdamConfig),
+    ("`optim=rmsprop`", "optim", components.RMSpropConfig),
+    ("`optim=adagrad`", "optim", components.AdagradConfig),
+    ("`optim=adadelta`", "optim", components.AdadeltaConfig),
+    ("`schedule=…`", "schedule", config.ScheduleConfig),
+    ("`schedule=linear`, `cosine`", "schedule", config.DecayScheduleConfig),
+    ("`schedule=step`", "schedule", config.StepScheduleConfig),
+    ("`strategy=single`", "strategy", config.SingleConfig),
+    ("`strategy=ddp`", "strategy", config.DDPConfig),
+    ("`precision=fp32`, `bf16`, `fp64`", "precision", config.PrecisionConfig),
+    ("`precision=fp16`", "precision", config.Fp16Config),
+    ("`wandb`", "wandb", config.WandbConfig),
+]
+
+
+def field_docstrings() -> dict[str, dict[str, str]]:
+    """Class → field → the docstring below it."""
+    found: dict[str, dict[str, str]] = {}
+    for module in ("config", "components"):
+        tree = ast.parse((ROOT / "distaccum" / f"{module}.py").read_text())
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            docs = found.setdefault(node.name, {})
+            for entry, following in zip(node.body, node.body[1:], strict=False):
+                is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name) and is_text:
+                    docs[entry.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def reference() -> str:
+    docs = field_docstrings()
+    lines = [BEGIN, ""]
+    for title, key, schema in SECTIONS:
+        summary = " ".join((schema.__doc__ or "").split())
+        lines += [f"**{title}**: {summary}", ""]
+        rows = []
+        for entry in dataclasses.fields(schema):
+            if entry.name not in schema.__annotations__ or entry.name == "_target_":
+                continue
+            texts = (docs.get(parent.__name__, {}).get(entry.name) for parent in schema.__mro__)
+            text = next((text for text in texts if text), None)
+            if text is not None:
+                path = f"{key}.{entry.name}" if key else entry.name
+                rows.append(f"| `{path}` | {_default(entry)} | {text} |")
+        if rows:
+            lines += ["| key | default | meaning |", "| --- | --- | --- |", *rows, ""]
+    lines.append(END)
+    return "\n".join(lines)
+
+
+def _default(entry: dataclasses.Field[Any]) -> str:
+    if entry.default_factory is not dataclasses.MISSING:
+        value = entry.default_factory()
+    elif entry.default == config.MISSING or entry.default is dataclasses.MISSING:
+        return "must be given"
+    else:
+        value = entry.default
+    if isinstance(value, Enum):
+        return f"`{value.name}`"
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def written(readme: str) -> str:
+    start, stop = readme.index(BEGIN), readme.index(END) + len(END)
+    return readme[:start] + reference() + readme[stop:]
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    if sys.argv[1:] == ["--write"]:
+        path.write_text(written(path.read_text()))
+    else:
+        print(reference())

@@ -1,0 +1,49 @@
+"""From a wheel, in an empty folder: the configuration must have come along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    settings = ["data=synthetic", "model=mlp", "train.max_updates=2", "wandb.mode=disabled", "run_dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distaccum.train", *settings],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (empty / "out" / "metrics.jsonl").exists()
+
+
+def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    conf = {str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert {f"distaccum/{name}" for name in conf} <= set(names)
+    assert "distaccum/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "distaccum-train = distaccum.train:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
