@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.strategies import Strategy, strategy_of
+from distaccum.strategies import Strategy, local_parts, strategy_of
 
 Batch = TypeVar("Batch")
 
@@ -200,7 +199,7 @@ class Accumulator:
         window.awaiting_backward = False
         is_placeholder = window.sizes is not None and window.sizes[window.micro_steps - 1] == 0
         if is_placeholder:
-            loss_sum = _with_zero_gradients(loss_sum)
+            loss_sum = self.strategy.placeholder_loss(loss_sum)
             weight = 0.0
             sums = {name: torch.zeros_like(value) for name, value in (sums or {}).items()}
         window.loss_sums.append(loss_sum.detach())
@@ -245,7 +244,7 @@ class Accumulator:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        raw_norm = get_total_norm(gradients)
+        raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         loss_sum, weight, norm, *flat_sums = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
         self._last_weight = weight
@@ -258,7 +257,7 @@ class Accumulator:
             if self.clip_norm is not None:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(local_parts(gradients), factor)
             if self.scaler is None:
                 self.optimizer.step()
             else:
@@ -344,7 +343,7 @@ class Accumulator:
         parameters = [*self._model.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]
         gradients = list({id(p): p.grad for p in parameters if p.grad is not None}.values())
         if gradients:
-            torch._foreach_zero_(gradients)
+            torch._foreach_zero_(local_parts(gradients))
 
 
 def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -373,36 +372,3 @@ def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str,
     shapes = {name: parts[0].shape for name, parts in sums.items()}
     split = torch.split(values, [shape.numel() for shape in shapes.values()]) if shapes else ()
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), split, strict=True)}
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """A zero whose gradient is exactly zero for each parameter, whatever the parameter holds."""
-
-    @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
-def _with_zero_gradients(loss_sum: Tensor) -> Tensor:
-    """A loss of zero that reaches the same parameters, so that the strategy's hooks run and the collectives take place.
-
-    Multiplying by zero would not do: 0 · NaN is NaN. So the model's own graph is left out of the backward.
-    """
-    leaves: list[Tensor] = []
-    seen: set[Any] = set()
-    nodes = [loss_sum.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        nodes.extend(following for following, _ in node.next_functions)
-    zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
-    return zero

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.errors import UserError
+from distaccum.loaders import EvaluationLoader
 from distaccum.tasks.base import TaskOutput
 
 
@@ -27,8 +28,8 @@ def evaluate(
     Each rank may have any number of batches, none included. The model is put into evaluation mode and back.
 
     Args:
-        model: the bare module, so that ranks needn't take equally many forwards.
-        batches: this rank's part, disjoint from the other ranks' (see `EvaluationLoader`).
+        model: the module to call; the bare one if ranks take unequal numbers of forwards.
+        batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
 
     Returns:
         The mean loss, the total weight, and the sums (float64 on the CPU). The same on every rank.
@@ -41,9 +42,11 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 with autocast():
                     output = task(model, batch)
+                if isinstance(batches, EvaluationLoader) and batches.sizes[number] == 0:
+                    continue
                 parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight), **_prefixed(output.sums)}
                 for name, value in parts.items():
                     value = value.detach().to(device=device, dtype=torch.float64)

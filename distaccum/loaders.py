@@ -201,6 +201,10 @@ class EvaluationLoader:
         dataset: map-style dataset.
         batch_size: samples per batch; each rank's last one may be smaller.
         collate_fn, rank, world_size, options: as for `WindowLoader`.
+        equal_batches: give all ranks the same number of batches, by placeholders of size 0 (see `Window`).
+
+    Attributes:
+        sizes: samples of each of this rank's batches.
     """
 
     def __init__(
@@ -212,16 +216,19 @@ class EvaluationLoader:
         rank: int | None = None,
         world_size: int | None = None,
         options: LoaderOptions | None = None,
+        equal_batches: bool = False,
     ) -> None:
         self.num_samples = _size_of(dataset, "evaluation")
         rank, world_size = _placement(rank, world_size)
         shares = planning.split_evenly(self.num_samples, world_size)
         start = sum(shares[:rank])
         stop = start + shares[rank]
+        batches = [range(begin, min(begin + batch_size, stop)) for begin in range(start, stop, batch_size)]
+        if equal_batches:
+            batches += [range(0)] * (-(-shares[0] // batch_size) - len(batches))
+        self.sizes = [len(batch) for batch in batches]
         sampler = _ResettableSampler()
-        sampler.micro_batches = lambda: (
-            list(range(begin, min(begin + batch_size, stop))) for begin in range(start, stop, batch_size)
-        )
+        sampler.micro_batches = lambda: (list(batch) or [0] for batch in batches)
         self._options = options or LoaderOptions()
         self._loader = _data_loader(dataset, sampler, collate_fn, "evaluation", self._options, seed=0)
 

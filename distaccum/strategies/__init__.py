@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.config import DDPConfig, StrategyConfig
 from distaccum.errors import UserError
-from distaccum.strategies.base import Strategy, Traffic
+from distaccum.strategies.base import Strategy, Traffic, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp
 from distaccum.strategies.single import SingleStrategy
 
@@ -18,6 +18,7 @@ __all__ = [
     "SingleStrategy",
     "Strategy",
     "Traffic",
+    "local_parts",
     "needs_equal_micro_steps",
     "place",
     "strategy_of",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Traffic:
@@ -29,6 +31,11 @@ class Traffic:
         self.bytes += tensor.nbytes
 
 
+def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's shards of sharded tensors; other tensors as they are. Shares memory with them."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 class Strategy(Protocol):
     """A placed model. Few methods, and no registry: a strategy is chosen in `distaccum.strategies.place`.
 
@@ -39,6 +46,8 @@ class Strategy(Protocol):
         world_size: number of ranks whose gradients are averaged in the sync.
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
+        equal_forwards: True if forwards hold collectives, so that all ranks must take equally many of them, in
+            evaluations too.
     """
 
     @property
@@ -53,9 +62,19 @@ class Strategy(Protocol):
     def process_group(self) -> dist.ProcessGroup | None: ...
     @property
     def traffic(self) -> Traffic: ...
+    @property
+    def equal_forwards(self) -> bool: ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""
+        ...
+
+    def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
+        """In place of the loss of a micro-step of weight zero: gradients of zero, and all the collectives."""
+        ...
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Norm of all gradients together, the same on every rank; a scalar on the device."""
         ...
 
     def share_buffers(self) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from distaccum.config import Compression, DDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic
 from distaccum.strategies.compression import HookState, communication_hook, powersgd_hook
+from distaccum.strategies.placeholders import with_zero_gradients
 
 
 class DDPStrategy:
@@ -33,6 +35,7 @@ class DDPStrategy:
         self.process_group: dist.ProcessGroup | None = model.process_group
         self.world_size = dist.get_world_size(model.process_group)
         self.traffic = Traffic()
+        self.equal_forwards = False
         compression = config.compression if config is not None else Compression.none
         state = HookState(model.process_group, self.world_size, self.traffic, Stopwatch(self.device).mark)
         if compression is Compression.powersgd:
@@ -48,6 +51,12 @@ class DDPStrategy:
             # that are equal on all ranks is what they are already.
             return nullcontext()
         return self.model.no_sync()
+
+    def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
+        return with_zero_gradients(loss_sum)
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return get_total_norm(gradients)
 
     def share_buffers(self) -> None:
         if self.model.broadcast_buffers:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from distaccum.strategies.base import Traffic
+from distaccum.strategies.placeholders import with_zero_gradients
 
 
 class SingleStrategy:
@@ -20,9 +22,16 @@ class SingleStrategy:
         self.world_size = 1
         self.process_group = None
         self.traffic = Traffic()
+        self.equal_forwards = False
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
+        return with_zero_gradients(loss_sum)
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return get_total_norm(gradients)
 
     def share_buffers(self) -> None:
         pass

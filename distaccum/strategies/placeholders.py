@@ -1,0 +1,41 @@
+"""The loss of a micro-step that counts nothing, taken because the other ranks wait for this one in their collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """A zero whose gradient is exactly zero for each parameter, whatever the parameter holds."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
+def with_zero_gradients(loss_sum: Tensor) -> Tensor:
+    """A loss of zero that reaches the same parameters, so that the strategy's hooks run and the collectives take place.
+
+    Multiplying by zero would not do: 0 · NaN is NaN. So the model's own graph is left out of the backward.
+    """
+    leaves: list[Tensor] = []
+    seen: set[Any] = set()
+    nodes = [loss_sum.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        nodes.extend(following for following, _ in node.next_functions)
+    zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
+    return zero
