@@ -155,6 +155,7 @@ class Accumulator:
         except BaseException:
             micro_steps.close()  # leaves no_sync, if a micro-step is inside it
             self._open = None
+            self.strategy.drop_gradients()
             self._clear_gradients()
             raise
 
@@ -258,10 +259,11 @@ class Accumulator:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             torch._foreach_mul_(local_parts(gradients), factor)
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
+            with _in_parameter_format(self.optimizer):
+                if self.scaler is None:
+                    self.optimizer.step()
+                else:
+                    self.scaler.step(self.optimizer)
         if self.scaler is not None:
             self.scaler.update()
         traffic = self.strategy.traffic
@@ -360,6 +362,32 @@ def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
             yield current, False
             current = following
         yield current, True
+
+
+@contextmanager
+def _in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hands the optimizer gradients in the format of their parameters, which is what optimizers take.
+
+    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
+    """
+    wide = [
+        (parameter, parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and parameter.grad.dtype != parameter.dtype
+    ]
+    formats = [parameter.grad_dtype for parameter, _ in wide]
+    for parameter, gradient in wide:
+        parameter.grad = None
+        parameter.grad_dtype = None
+        parameter.grad = gradient.to(parameter.dtype)
+    try:
+        yield
+    finally:
+        for (parameter, gradient), grad_dtype in zip(wide, formats, strict=True):
+            parameter.grad = None
+            parameter.grad_dtype = grad_dtype
+            parameter.grad = gradient
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from distaccum import targets
-from distaccum.config import DataConfig, Fp16Config, PrecisionName, TrainConfig, WandbMode
+from distaccum.config import DataConfig, Fp16Config, TrainConfig, WandbMode
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
@@ -23,7 +24,7 @@ from distaccum.logs import logging_to
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.seeding import derived_seed, seed_everything
-from distaccum.strategies import needs_equal_micro_steps, place
+from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.trainer import Trainer, total_updates
 
 logger = logging.getLogger(__name__)
@@ -50,50 +51,96 @@ def train(config: TrainConfig) -> RunEnd:
             return build_trainer(config, world, device, run_dir, plain).fit()
 
 
+@dataclass(kw_only=True, slots=True)
+class Parts:
+    """What a configuration names, built, before the model is placed. Made by `build_parts`."""
+
+    precision: Precision
+    train_data: Any
+    loader: WindowLoader
+    evaluation_data: Any
+    evaluation_loader: EvaluationLoader | None
+    task: Any
+    module: nn.Module
+    """On the CPU, in the precision's parameter format."""
+
+
+def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> Parts:
+    """Builds data, task and model. The same model on every rank, and nothing in here waits for another rank.
+
+    Raises:
+        UserError: the configuration or the data don't fit.
+    """
+    seed_everything(derived_seed(config.seed, "model"))
+    precision = resolve_precision(config.precision.name, device)
+    options = _loader_options(config.data, device, precision)
+    train_data = targets.build(config.data.train, "data.train")
+    loader = WindowLoader(
+        train_data,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        accumulation_steps=config.batch.accumulation_steps,
+        drop_last=config.batch.drop_last,
+        seed=config.seed,
+        collate_fn=_collate_fn(config.data),
+        rank=rank,
+        world_size=world_size,
+        equal_micro_steps=needs_equal_micro_steps(config.strategy),
+        options=options,
+    )
+    evaluation_data, evaluation_loader = None, None
+    if config.data.evaluation is not None:
+        evaluation_data = targets.build(config.data.evaluation, "data.evaluation")
+        evaluation_loader = EvaluationLoader(
+            evaluation_data,
+            batch_size=config.train.eval_batch_size,
+            collate_fn=_collate_fn(config.data),
+            rank=rank,
+            world_size=world_size,
+            options=options,
+            equal_batches=needs_equal_forwards(config.strategy),
+        )
+    task = targets.build(config.task, "task")
+    if not callable(task):
+        raise UserError(f"task built a {type(task).__name__}, which can't be called.")
+    module = targets.build(config.model, "model", defaults_from=train_data)
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    return Parts(
+        precision=precision,
+        train_data=train_data,
+        loader=loader,
+        evaluation_data=evaluation_data,
+        evaluation_loader=evaluation_loader,
+        task=task,
+        module=module.to(precision.parameter_dtype),
+    )
+
+
 def build_trainer(
     config: TrainConfig, world: World, device: torch.device, run_dir: Path, plain: dict[str, Any]
 ) -> Trainer:
     """Builds what a configuration names. What a rank can do alone comes before anything that ranks wait in."""
-    seed_everything(derived_seed(config.seed, "model"))
     with world.together():
-        precision = resolve_precision(config.precision.name, device)
-        options = _loader_options(config.data, device, precision)
-        train_data = targets.build(config.data.train, "data.train")
-        loader = WindowLoader(
-            train_data,
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
-            accumulation_steps=config.batch.accumulation_steps,
-            drop_last=config.batch.drop_last,
-            seed=config.seed,
-            collate_fn=_collate_fn(config.data),
-            rank=world.rank,
-            world_size=world.world_size,
-            equal_micro_steps=needs_equal_micro_steps(config.strategy),
-            options=options,
-        )
-        evaluation_data, evaluation_loader = _evaluation(config, world, options)
-        task = targets.build(config.task, "task")
-        module = targets.build(config.model, "model", defaults_from=train_data)
-        if not isinstance(module, nn.Module):
-            raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
-        updates = total_updates(config.train, len(loader))
-        factor = schedule_factor(config.schedule, updates)
+        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        factor = schedule_factor(config.schedule, total_updates(config.train, len(parts.loader)))
         observers = _observers(config, run_dir) if world.is_main else []
-    strategy = place(module.to(precision.parameter_dtype), config.strategy, device)
-    optimizer = build_optimizer(config.optim, strategy.model.parameters(), device)
+    strategy = place(parts.module, config.strategy, device, config.precision.name)
+    optimizer = build_optimizer(
+        config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
+    )
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     return Trainer(
         model=strategy.model,
-        task=task,
+        task=parts.task,
         optimizer=optimizer,
-        loader=loader,
+        loader=parts.loader,
         loop=config.train,
         schedule=Schedule(optimizer, factor),
-        evaluation_loader=evaluation_loader,
-        references=getattr(evaluation_data, "reference_losses", None),
-        precision=precision,
+        evaluation_loader=parts.evaluation_loader,
+        references=getattr(parts.evaluation_data, "reference_losses", None),
+        precision=parts.precision,
         scaler=_scaler(config, device),
         observers=observers,
         strategy=strategy,
@@ -121,7 +168,8 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
     """
     everyone = world.gather(_flat(plain))
     keys = sorted(set().union(*everyone))
-    different = [key for key in keys if any(flat.get(key) != everyone[0].get(key) for flat in everyone)]
+    # As text, because NaN is not equal to itself.
+    different = [key for key in keys if len({repr(flat.get(key)) for flat in everyone}) > 1]
     if different:
         shown = "; ".join(
             f"{key} is " + ", ".join(f"{flat.get(key)!r} on rank {rank}" for rank, flat in enumerate(everyone))
@@ -148,25 +196,39 @@ def make_run_dir(path: str | None, plain: dict[str, Any]) -> Path:
     Raises:
         UserError: it holds the results of another run, or can't be written.
     """
+    if path == "":
+        raise UserError("run_dir is empty. Name a folder, or leave run_dir out for a new one in runs/.")
     run_dir = Path(path) if path is not None else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if path is None:
-        first, number = run_dir, 1
-        while run_dir.exists():
-            number += 1
-            run_dir = first.with_name(f"{first.name}_{number}")
-    elif (run_dir / "config.yaml").exists() or (run_dir / "metrics.jsonl").exists():
-        raise UserError(
-            f"run_dir={path} holds the results of another run, which would be overwritten. Choose another folder, or "
-            "remove that one."
-        )
     try:
-        run_dir.mkdir(parents=True, exist_ok=path is not None)
+        if path is None:
+            run_dir = _made_anew(run_dir)
+        elif (run_dir / "metrics.jsonl").exists():
+            # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
+            raise UserError(
+                f"run_dir={path} holds the results of another run, which would be overwritten. Choose another folder, "
+                "or remove that one."
+            )
+        else:
+            run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"the run folder {run_dir} can't be written: {error.strerror or error}. Choose another with run_dir=…"
         ) from error
     return run_dir
+
+
+def _made_anew(path: Path) -> Path:
+    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
+    folder, number = path, 1
+    while True:
+        try:
+            # Asking first whether it is there would let two runs that start at once take the same one.
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}_{number}")
 
 
 def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
@@ -179,7 +241,7 @@ def _loader_options(config: DataConfig, device: torch.device, precision: Precisi
         persistent_workers=config.num_workers > 0 and config.persistent_workers is not False,
         prefetch_factor=config.prefetch_factor,
         device=device,
-        float_dtype=torch.float64 if precision.name is PrecisionName.fp64 else None,
+        float_dtype=precision.input_dtype,
         non_blocking=config.non_blocking,
     )
 
@@ -191,21 +253,6 @@ def _collate_fn(config: DataConfig) -> Any:
     if not callable(found):
         raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called.")
     return found
-
-
-def _evaluation(config: TrainConfig, world: World, options: LoaderOptions) -> tuple[Any, EvaluationLoader | None]:
-    if config.data.evaluation is None:
-        return None, None
-    data = targets.build(config.data.evaluation, "data.evaluation")
-    loader = EvaluationLoader(
-        data,
-        batch_size=config.train.eval_batch_size,
-        collate_fn=_collate_fn(config.data),
-        rank=world.rank,
-        world_size=world.world_size,
-        options=options,
-    )
-    return data, loader
 
 
 def _scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler | None:

@@ -14,7 +14,9 @@ from distaccum.config import (
     DataConfig,
     DDPConfig,
     DecayScheduleConfig,
+    DPConfig,
     Fp16Config,
+    FSDPConfig,
     Implementation,
     OptimConfig,
     PrecisionConfig,
@@ -217,7 +219,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adam": AdamConfig,
     },
     "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
-    "strategy": {"single": SingleConfig, "ddp": DDPConfig},
+    "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},
     "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
 }
 """Configuration group → name → dataclass. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""

@@ -33,6 +33,7 @@ class PrecisionName(Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp64 = "fp64"
+    bf16_params = "bf16_params"
 
 
 class Compression(Enum):
@@ -63,6 +64,22 @@ class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+class PlacementName(Enum):
+    """What `python -m distaccum.compare` can compare."""
+
+    one_shot = "one_shot"
+    single = "single"
+    dp = "dp"
+    ddp_sync_every_step = "ddp_sync_every_step"
+    ddp = "ddp"
+    ddp_bf16 = "ddp_bf16"
+    ddp_fp16 = "ddp_fp16"
+    ddp_powersgd = "ddp_powersgd"
+    zero1 = "zero1"
+    fsdp = "fsdp"
+    fsdp_gathered = "fsdp_gathered"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -142,10 +159,11 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """In which floating-point format the model computes. Parameters are float32 (float64 with `fp64`)."""
+    """In which floating-point format the model computes. Parameters are float32, unless said otherwise."""
 
     name: PrecisionName = PrecisionName.fp32
-    """`fp32`; `bf16` or `fp16`: autocast; `fp64`: everything in double precision, for proofs."""
+    """`fp32`; `bf16` or `fp16`: autocast; `bf16_params`: parameters in bfloat16 themselves, gradients accumulated in
+    float32; `fp64`: everything in double precision, for proofs."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,7 +185,8 @@ class StrategyConfig:
     """How the model is placed on devices."""
 
     name: str = MISSING
-    """`single` or `ddp`. Without `strategy=…` on the command line: `ddp` under torchrun with more than one process."""
+    """`single`, `dp`, `ddp` or `fsdp`. Without `strategy=…` on the command line: `ddp` under torchrun with more than
+    one process, else `single`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -196,6 +215,9 @@ class DDPConfig(StrategyConfig):
     sync_batchnorm: bool = False
     """Replace BatchNorm by SyncBatchNorm, whose statistics run over the ranks' micro-batches of one micro-step. CUDA
     only."""
+    shard_optimizer: bool = False
+    """Each rank keeps the optimizer's state for a part of the parameters, and sends its part of the update to the
+    others (ZeRO stage 1)."""
     compression: Compression = Compression.none
     """Gradients cross the network as `fp16`, `bf16` or low-rank factors (`powersgd`). The update is then no longer
     exact."""
@@ -208,6 +230,34 @@ class DDPConfig(StrategyConfig):
         _require_positive(strategy__bucket_cap_mb=self.bucket_cap_mb)
         _require_at_least(1, strategy__powersgd_rank=self.powersgd_rank)
         _require_at_least(2, strategy__powersgd_start_update=self.powersgd_start_update)
+
+
+@dataclass(kw_only=True, slots=True)
+class DPConfig(StrategyConfig):
+    """One process, several replicas: `torch.nn.DataParallel` on two or more GPUs, threads on a CPU.
+
+    Each micro-batch is scattered over the replicas, their outputs are gathered, and the loss is taken of them together.
+    """
+
+    name: str = "dp"
+    replicas: int | None = None
+    """Number of replicas. `null`: one per GPU, or two on a CPU."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, strategy__replicas=self.replicas)
+
+
+@dataclass(kw_only=True, slots=True)
+class FSDPConfig(StrategyConfig):
+    """One process per device, each with a shard of the model: FSDP2, `torch.distributed.fsdp.fully_shard`."""
+
+    name: str = "fsdp"
+    wrap: list[str] = field(default_factory=list)
+    """Class names of the modules that are gathered and sharded as one. Empty: the members of each `ModuleList`, or the
+    model's own children if it has none."""
+    reshard_in_window: bool = True
+    """Free gathered parameters after each forward and backward: least memory. `false`: keep them for the window's
+    micro-steps, and gather once per update."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -344,6 +394,68 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(0, seed=self.seed)
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareSection:
+    """What `python -m distaccum.compare` runs, and how long it measures."""
+
+    placements: list[PlacementName] | None = None
+    """Which placements, of `one_shot`, `single`, `dp`, `ddp_sync_every_step`, `ddp`, `ddp_bf16`, `ddp_fp16`,
+    `ddp_powersgd`, `zero1`, `fsdp` and `fsdp_gathered` (`strategy.reshard_in_window=false`). `null`: all of them."""
+    world_sizes: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of ranks, or of replicas under DP. Placements of one process run if 1 is among them."""
+    accumulation_steps: list[int] = field(default_factory=lambda: [4])
+    """Micro-steps per window and rank, each of which is a row of its own for each placement and world size."""
+    updates: int = 10
+    """Timed updates per round. Only windows of the full size are timed."""
+    warmup_updates: int = 2
+    """Updates before the timed ones of each round."""
+    rounds: int = 3
+    """How often each placement takes its turn to be timed."""
+    curve_updates: int = 30
+    """Updates of the loss curve, from the start of the training, at most as many as the training has."""
+    exact_updates: int = 3
+    """Updates after which the parameters are compared with those of the float64 one-shot run."""
+    tolerance: float = 1e-12
+    """Largest error, in float64, of what is called exact."""
+    threads_per_rank: int = 1
+    """CPU threads of each rank."""
+    keep_alive: bool | None = None
+    """Keep the processes of a placement while the others take their turn, instead of starting them anew in each round.
+    `null`: on a CPU, as long as they take up little memory."""
+    timeout_seconds: float = 300.0
+    """How long a placement may stay silent before it is stopped and becomes a row that says so."""
+
+    def __post_init__(self) -> None:
+        for key in ("world_sizes", "accumulation_steps", "placements"):
+            values = getattr(self, key)
+            _require(values is None or len(values) > 0, f"compare.{key} is empty: give at least one.")
+            if values is not None:
+                setattr(self, key, list(dict.fromkeys(values)))
+        for key in ("world_sizes", "accumulation_steps"):
+            for value in getattr(self, key):
+                _require(value >= 1, f"compare.{key}={getattr(self, key)} is impossible: each must be at least 1.")
+        _require_at_least(1, compare__updates=self.updates, compare__rounds=self.rounds)
+        _require_at_least(0, compare__warmup_updates=self.warmup_updates)
+        _require_at_least(1, compare__curve_updates=self.curve_updates, compare__exact_updates=self.exact_updates)
+        _require_at_least(1, compare__threads_per_rank=self.threads_per_rank)
+        _require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig(TrainConfig):
+    """A training, and the placements that it is to be compared under."""
+
+    compare: CompareSection = field(default_factory=CompareSection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _require(
+            self.batch.global_batch_size is not None,
+            "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
+            "null: give a number.",
+        )
 
 
 def conf_dir() -> Path:

@@ -111,10 +111,17 @@ class Precision:
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        return torch.float64 if self.name is PrecisionName.fp64 else torch.float32
+        return {PrecisionName.fp64: torch.float64, PrecisionName.bf16_params: torch.bfloat16}.get(
+            self.name, torch.float32
+        )
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """What floating-point inputs are cast to; None where they may stay as they are."""
+        return None if self.parameter_dtype is torch.float32 else self.parameter_dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Encloses forwards. Does nothing under fp32 and fp64."""
+        """Encloses forwards. Does nothing unless the precision is bf16 or fp16."""
         if self.name is PrecisionName.bf16:
             return torch.autocast(self.device_type, torch.bfloat16)
         if self.name is PrecisionName.fp16:
@@ -129,7 +136,7 @@ def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
         UserError: it cannot.
     """
     precision = Precision(name, device.type)
-    if name in (PrecisionName.fp32, PrecisionName.fp64):
+    if name not in (PrecisionName.bf16, PrecisionName.fp16):
         return precision
     try:
         inputs = torch.ones(2, 3, 4, 4, device=device, requires_grad=True)

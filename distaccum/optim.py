@@ -23,8 +23,14 @@ _FUSED_DEVICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def build_optimizer(config: Any, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Any, parameters: Iterable[nn.Parameter], device: torch.device, *, shard: bool = False
+) -> torch.optim.Optimizer:
     """Makes the optimizer of a section `optim`: one of torch's, or anybody's own by `_target_`.
+
+    Args:
+        shard: keep the state for a part of the parameters only, and send that part of each update to the other ranks
+            of the process group (ZeRO stage 1; Rajbhandari et al. 2020).
 
     Raises:
         UserError: the section doesn't fit the optimizer, or there is nothing to optimize.
@@ -32,6 +38,22 @@ def build_optimizer(config: Any, parameters: Iterable[nn.Parameter], device: tor
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise UserError("the model has no parameter that requires a gradient, so there is nothing to train.")
+    if shard:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        def of_a_shard(shard_parameters: Any, **_: Any) -> torch.optim.Optimizer:
+            return _build(config, shard_parameters, device)
+
+        # The learning rate is named so that it stands in the parameter groups, where the schedule sets it.
+        return ZeroRedundancyOptimizer(trainable, optimizer_class=of_a_shard, lr=_learning_rate(config))  # type: ignore[arg-type]
+    return _build(config, trainable, device)
+
+
+def _learning_rate(config: Any) -> float:
+    return float(config["lr"] if isinstance(config, dict) else config.lr)
+
+
+def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     if not isinstance(config, TorchOptimConfig):
         optimizer = targets.build(config, "optim", trainable)
         if not isinstance(optimizer, torch.optim.Optimizer):

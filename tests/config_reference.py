@@ -39,8 +39,10 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`schedule=linear`, `cosine`", "schedule", config.DecayScheduleConfig),
     ("`schedule=step`", "schedule", config.StepScheduleConfig),
     ("`strategy=single`", "strategy", config.SingleConfig),
+    ("`strategy=dp`", "strategy", config.DPConfig),
     ("`strategy=ddp`", "strategy", config.DDPConfig),
-    ("`precision=fp32`, `bf16`, `fp64`", "precision", config.PrecisionConfig),
+    ("`strategy=fsdp`", "strategy", config.FSDPConfig),
+    ("`precision=fp32`, `bf16`, `bf16_params`, `fp64`", "precision", config.PrecisionConfig),
     ("`precision=fp16`", "precision", config.Fp16Config),
     ("`wandb`", "wandb", config.WandbConfig),
 ]

@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distaccum import Accumulator, UserError, WindowLoader
+from distaccum.components import AdamConfig, SGDConfig
+from distaccum.config import PrecisionName, SingleConfig
+from distaccum.optim import build_optimizer
+from distaccum.strategies import SingleStrategy, place
 
 
 @settings(deadline=None, max_examples=15)
@@ -170,9 +174,14 @@ def test_misuse_is_an_error_and_the_next_window_is_clean() -> None:
 )
 def test_a_loss_that_is_no_sum_is_refused(loss: Any, said: str) -> None:
     model, accumulator = _accumulator()
-    with pytest.raises(UserError, match=said), accumulator.window(BATCHES) as micro_batches:
-        for batch in micro_batches:
-            accumulator.backward(loss(model, batch), len(batch))
+
+    def train() -> None:
+        with accumulator.window(BATCHES) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(loss(model, batch), len(batch))
+
+    with pytest.raises(UserError, match=said):
+        train()
 
 
 def test_nan_inf_and_nothing_to_learn_from_stop_before_the_step() -> None:
@@ -214,7 +223,7 @@ def test_nonfinite_updates_can_be_skipped() -> None:
 
 
 def test_a_model_that_takes_no_part_is_refused() -> None:
-    model, accumulator = _accumulator()
+    _, accumulator = _accumulator()
     elsewhere = torch.ones(1, requires_grad=True)
     with accumulator.window(BATCHES) as micro_batches:
         for batch in micro_batches:
@@ -246,3 +255,50 @@ def test_no_micro_step_makes_the_host_wait() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert math.isfinite(accumulator.step().loss)
+
+
+def _bf16_gradient(accumulate_in_float32: bool) -> float:
+    """Relative error of a gradient added up over 256 micro-steps, against the same micro-gradients added in float64."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8).bfloat16()
+    if accumulate_in_float32:
+        strategy = place(model, SingleConfig(), torch.device("cpu"), PrecisionName.bf16_params)
+    else:
+        strategy = SingleStrategy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accumulator = Accumulator(model, optimizer, strategy=strategy)
+    batches = [torch.randn(2, 64).bfloat16() + 0.5 for _ in range(256)]
+    exact = torch.zeros(8, 64, dtype=torch.float64)
+    for batch in batches:
+        exact += torch.autograd.grad(model(batch).float().square().sum(), model.weight)[0].double()
+    handed: list[Tensor] = []
+    found: list[Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: handed.append(model.weight.grad.clone()))  # type: ignore[union-attr]
+    with accumulator.window(batches) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).float().square().sum(), len(batch))
+            found.append(model.weight.grad)  # type: ignore[arg-type]
+    error = distance(found[-1].double() / accumulator._open.scale, exact)  # type: ignore[union-attr]
+    accumulator.step()
+    assert handed[0].dtype == torch.bfloat16, "optimizers take gradients of the parameters' format"
+    assert distance(handed[0], exact / 512) < 0.01 or not accumulate_in_float32
+    assert model.weight.grad is not None
+    assert model.weight.grad.dtype == (torch.float32 if accumulate_in_float32 else torch.bfloat16)
+    return error
+
+
+def test_bf16_parameters_accumulate_in_float32_and_what_bf16_would_lose() -> None:
+    in_float32, in_bf16 = _bf16_gradient(True), _bf16_gradient(False)
+    assert in_float32 < 1e-5
+    assert in_bf16 > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", [AdamConfig(), SGDConfig(momentum=0.9)])
+def test_bf16_parameters_train(optimizer: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1).bfloat16()
+    strategy = place(model, SingleConfig(), torch.device("cpu"), PrecisionName.bf16_params)
+    accumulator = Accumulator(model, build_optimizer(optimizer, model.parameters(), torch.device("cpu")))
+    assert strategy.module is model
+    losses = [_train(model, accumulator, [batch.bfloat16() for batch in BATCHES]).loss for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]

@@ -65,19 +65,20 @@ def test_precisions_compute_in_what_they_say(name: PrecisionName) -> None:
     try:
         precision = resolve_precision(name, CPU)
     except UserError as error:
-        assert name is PrecisionName.fp16  # noqa: PT017 -- not every CPU can
+        assert name is PrecisionName.fp16
         assert "precision=fp16 can't run" in str(error)  # noqa: PT017
         return
     layer = torch.nn.Linear(2, 2).to(precision.parameter_dtype)
     with precision.autocast():
         found = layer(torch.ones(1, 2, dtype=precision.parameter_dtype)).dtype
     wanted = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    wanted["bf16_params"] = torch.bfloat16
     assert found == wanted[name.value]
 
 
 def test_a_precision_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError('"addmm" not implemented for \'Half\'\nmore')
+        raise RuntimeError("\"addmm\" not implemented for 'Half'\nmore")
 
     monkeypatch.setattr(torch.nn.functional, "linear", broken)
     with pytest.raises(UserError, match=r"precision=fp16 can't run on this cpu: .*not implemented for 'Half'\. Set"):

@@ -90,9 +90,7 @@ def test_a_window_can_be_jumped_to() -> None:
 def test_a_window_left_in_the_middle_does_not_shift_the_next() -> None:
     loader = WindowLoader(Numbers(30), global_batch_size=8, micro_batch_size=2)
     wanted = _loaded(loader, 0)
-    found = []
-    for window in loader.epoch(0):
-        found.append(next(iter(window))[1].tolist())
+    found = [next(iter(window))[1].tolist() for window in loader.epoch(0)]
     assert found == [window[0] for window in wanted]
 
 
@@ -125,7 +123,7 @@ def test_samples_that_do_not_fit_together_are_named() -> None:
         raise ValueError("no")
 
     loader = WindowLoader(Numbers(4), global_batch_size=2, micro_batch_size=2, collate_fn=collate)
-    with pytest.raises(UserError, match=r"the micro-batch of samples \[\d, \d\] of the training data .* ValueError: no"):
+    with pytest.raises(UserError, match=r"micro-batch of samples \[\d, \d\] of the training data .* ValueError: no"):
         _loaded(loader, 0)
 
 

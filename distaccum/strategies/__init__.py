@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum.config import DDPConfig, StrategyConfig
+from distaccum.config import DDPConfig, FSDPConfig, PrecisionName, StrategyConfig
 from distaccum.errors import UserError
 from distaccum.strategies.base import Strategy, Traffic, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp
@@ -19,21 +19,40 @@ __all__ = [
     "Strategy",
     "Traffic",
     "local_parts",
+    "needs_equal_forwards",
     "needs_equal_micro_steps",
     "place",
+    "shards_optimizer",
     "strategy_of",
 ]
 
 
-def place(module: nn.Module, config: StrategyConfig, device: torch.device) -> Strategy:
+def place(
+    module: nn.Module,
+    config: StrategyConfig,
+    device: torch.device,
+    precision: PrecisionName = PrecisionName.fp32,
+) -> Strategy:
     """Moves a module to this rank's device and makes it what the strategy says.
+
+    Args:
+        precision: what the model computes in, for strategies that move parameters in that format.
 
     Raises:
         UserError: the strategy can't be had here.
     """
     module = module.to(device)
     if isinstance(config, DDPConfig):
-        return place_ddp(module, config, device)
+        return place_ddp(module, config, device, precision)
+    if isinstance(config, FSDPConfig):
+        # Here and not above: importing FSDP takes as long as starting a small run.
+        from distaccum.strategies.fsdp import place_fsdp
+
+        return place_fsdp(module, config, device, precision)
+    if precision is PrecisionName.bf16_params:
+        for parameter in module.parameters():
+            # Else gradients are added up in bfloat16, whose 8 bits swallow what is small beside the sum so far.
+            parameter.grad_dtype = torch.float32
     if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
         raise UserError(
             f"strategy=single is one process, and the launcher started {world_size}: each would train a model of its "
@@ -50,6 +69,10 @@ def strategy_of(model: nn.Module) -> Strategy:
     """
     if isinstance(model, DistributedDataParallel):
         return DDPStrategy(model)
+    if type(model).__name__.startswith("FSDP"):  # fully_shard puts this before the class's name
+        from distaccum.strategies.fsdp import FSDPStrategy
+
+        return FSDPStrategy(model, next(model.parameters()).device)
     if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
         raise UserError(
             f"the model is a bare {type(model).__name__}, but there are {world_size} ranks: their gradients would "
@@ -59,6 +82,18 @@ def strategy_of(model: nn.Module) -> Strategy:
     return SingleStrategy(model)
 
 
+def needs_equal_forwards(config: StrategyConfig) -> bool:
+    """True if the forwards of the strategy hold collectives, in evaluations too."""
+    return isinstance(config, FSDPConfig)
+
+
+def shards_optimizer(config: StrategyConfig) -> bool:
+    """True if each rank is to keep a part of the optimizer's state (ZeRO stage 1)."""
+    return isinstance(config, DDPConfig) and config.shard_optimizer
+
+
 def needs_equal_micro_steps(config: StrategyConfig) -> bool:
-    """True if forwards or backwards before the last one hold collectives, so that ranks must take them together."""
-    return isinstance(config, DDPConfig) and (config.static_graph or config.sync_batchnorm)
+    """True if micro-steps before the last one hold collectives, so that all ranks must take equally many."""
+    if isinstance(config, DDPConfig):
+        return config.static_graph or config.sync_batchnorm
+    return needs_equal_forwards(config)

@@ -77,6 +77,10 @@ class Strategy(Protocol):
         """Norm of all gradients together, the same on every rank; a scalar on the device."""
         ...
 
+    def drop_gradients(self) -> None:
+        """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
+        ...
+
     def share_buffers(self) -> None:
         """Makes buffers (BatchNorm statistics) the same on all ranks, if the strategy keeps them the same at all."""
         ...

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distaccum.config import Compression, DDPConfig
+from distaccum.config import Compression, DDPConfig, PrecisionName
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic
@@ -58,22 +58,36 @@ class DDPStrategy:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
 
+    def drop_gradients(self) -> None:
+        pass
+
     def share_buffers(self) -> None:
         if self.model.broadcast_buffers:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group_src=0, group=self.process_group)
 
 
-def place_ddp(module: nn.Module, config: DDPConfig, device: torch.device) -> DDPStrategy:
+def place_ddp(
+    module: nn.Module,
+    config: DDPConfig,
+    device: torch.device,
+    precision: PrecisionName = PrecisionName.fp32,
+) -> DDPStrategy:
     """Wraps a module that lies on this rank's device.
 
     Raises:
-        UserError: there are no other processes to be parallel with, or SyncBatchNorm is asked for on a CPU.
+        UserError: there are no other processes to be parallel with, SyncBatchNorm is asked for on a CPU, or gradients
+            are to be of another format than the parameters.
     """
     if not dist.is_initialized():
         raise UserError(
             "strategy=ddp needs processes that torchrun starts, and this one was started without it. Run "
             "`torchrun --nproc_per_node=4 -m distaccum.train …`, or set strategy=single."
+        )
+    if precision is PrecisionName.bf16_params:
+        raise UserError(
+            "precision=bf16_params can't be had with strategy=ddp: DDP's buckets are of the parameters' format, so the "
+            "gradients couldn't accumulate in float32. Set strategy=fsdp or single, or precision=bf16."
         )
     if config.sync_batchnorm:
         if device.type != "cuda":

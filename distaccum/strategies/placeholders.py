@@ -1,4 +1,4 @@
-"""The loss of a micro-step that counts nothing, taken because the other ranks wait for this one in their collectives."""
+"""The loss of a micro-step that counts nothing, taken because other ranks wait for this one in their collectives."""
 
 from __future__ import annotations
 

@@ -33,5 +33,8 @@ class SingleStrategy:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
 
+    def drop_gradients(self) -> None:
+        pass
+
     def share_buffers(self) -> None:
         pass

@@ -91,13 +91,16 @@ def check_buffers_are_shared_before_an_evaluation(world: World) -> None:
 
 
 def check_ranks_fail_together(world: World) -> None:
-    with pytest.raises(UserError, match="^rank 1: the disk is full$"), world.together():
-        if world.rank == 1:
-            raise UserError("the disk is full")
-    with pytest.raises(UserError, match="^all alike$"), world.together():
-        raise UserError("all alike")
-    with world.together():
-        pass
+    def work(message: str | None) -> None:
+        with world.together():
+            if message:
+                raise UserError(message)
+
+    with pytest.raises(UserError, match=r"^rank 1: the disk is full$"):
+        work("the disk is full" if world.rank == 1 else None)
+    with pytest.raises(UserError, match=r"^all alike$"):
+        work("all alike")
+    work(None)
 
 
 def check_ranks_agree(world: World) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
-from distaccum.config import DDPConfig
-from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.components import AdamConfig
+from distaccum.config import StrategyConfig
+from distaccum.optim import build_optimizer
+from distaccum.strategies import SingleStrategy, Strategy, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import LanguageModeling, TaskOutput
 
 VOCABULARY = 11
@@ -70,12 +73,12 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-2)
 
 
-def placed(module: nn.Module, config: DDPConfig | None) -> Strategy:
+def placed(module: nn.Module, config: StrategyConfig | None) -> Strategy:
     return SingleStrategy(module) if config is None else place(module, config, torch.device("cpu"))
 
 
 def train_tokens(
-    config: DDPConfig | None,
+    config: StrategyConfig | None,
     *,
     updates: int = 7,
     rank: int = 0,
@@ -83,19 +86,26 @@ def train_tokens(
     dtype: torch.dtype = torch.float64,
     loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor | float]] = token_loss,
     clip_norm: float | None = 0.05,
-    equal_micro_steps: bool = False,
+    equal_micro_steps: bool | None = None,
     **batch: Any,
 ) -> tuple[list[UpdateResult], Tensor]:
     """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
     strategy = placed(TokenClassifier(dtype), config)
-    optimizer = adamw(strategy.model)
+    optimizer = build_optimizer(
+        AdamConfig(_target_="torch.optim.AdamW", lr=3e-2, weight_decay=0.01),
+        strategy.model.parameters(),
+        torch.device("cpu"),
+        shard=config is not None and shards_optimizer(config),
+    )
     accumulator = Accumulator(strategy.model, optimizer, clip_norm=clip_norm, strategy=strategy)
     loader = WindowLoader(
         RaggedTokens(),
         rank=rank,
         world_size=world_size,
         seed=1,
-        equal_micro_steps=equal_micro_steps,
+        equal_micro_steps=(
+            needs_equal_micro_steps(config) if equal_micro_steps is None and config else bool(equal_micro_steps)
+        ),
         **{"global_batch_size": 16, **batch},
     )
     results: list[UpdateResult] = []
@@ -111,7 +121,9 @@ def train_tokens(
 
 
 def flat(module: nn.Module) -> Tensor:
-    return torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
+    """All parameters in one vector; shards are gathered, so every rank must ask."""
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in map(torch.detach, module.parameters()))
+    return torch.cat([parameter.reshape(-1) for parameter in whole])
 
 
 def distance(found: Any, wanted: Any) -> float:

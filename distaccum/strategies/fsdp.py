@@ -1,0 +1,172 @@
+"""FSDP2: one process per device, each with a shard of the parameters, the gradients and the optimizer's state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.nn.utils import get_total_norm
+
+from distaccum.config import FSDPConfig, PrecisionName
+from distaccum.devices import Stopwatch
+from distaccum.errors import UserError
+from distaccum.strategies.base import Traffic, local_parts
+
+logger = logging.getLogger(__name__)
+
+# torch 2.13 has renamed it, and warns of the old name.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class FSDPStrategy:
+    """A module sharded by `fully_shard`. Forwards hold collectives, so ranks must take equally many of them."""
+
+    def __init__(self, model: nn.Module, device: torch.device, *, reshard_in_window: bool = True) -> None:
+        assert isinstance(model, FSDPModule)
+        self.model: nn.Module = model
+        self.module: nn.Module = model
+        self.device = device
+        self.process_group = dist.group.WORLD
+        self.world_size = dist.get_world_size()
+        self.traffic = Traffic()
+        self.equal_forwards = True
+        self._reshard_in_window = reshard_in_window
+        self._root: FSDPModule = model
+        if self.world_size > 1:
+            counted = _CountedReduceScatter(self.traffic, Stopwatch(device))
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_custom_reduce_scatter(counted)
+        if not reshard_in_window:
+            model.set_reshard_after_forward(False)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """No reduce-scatter; and with `reshard_in_window=false`, parameters stay gathered for the next micro-step."""
+        self._set_sync(False)
+        try:
+            yield
+        finally:
+            self._set_sync(True)
+
+    def _set_sync(self, sync: bool) -> None:
+        # Not set_is_last_backward(sync): FSDP would keep its record of the forwards across micro-steps, and prefetch
+        # from it a block that is done with: one all-gather more an update. There is no reduction to wait for anyway.
+        self._root.set_requires_gradient_sync(sync)
+        if not self._reshard_in_window:
+            self._root.set_reshard_after_backward(sync)
+
+    def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
+        # FSDP's collectives are in the backward of the model's own graph, so it can't be left out. A placeholder is a
+        # sample of the window, so it is NaN only where the window's loss is NaN already.
+        return loss_sum * 0
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        # Each rank holds a shard of every gradient: squares are added up over the ranks.
+        square = get_total_norm(local_parts(gradients)).double().square()
+        dist.all_reduce(square, group=self.process_group)
+        return square.sqrt()
+
+    def drop_gradients(self) -> None:
+        # Gradients that have not been reduced yet are on the gathered parameters, out of sight of the optimizer.
+        if hasattr(self._root, "reset_iter_state"):  # since torch 2.13
+            self._root.reset_iter_state()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                for group in _groups_of(module):
+                    for parameter in group.fsdp_params:
+                        parameter.unsharded_accumulated_grad = None
+                        if hasattr(parameter, "_unsharded_param"):
+                            parameter._unsharded_param.grad = None
+
+    def share_buffers(self) -> None:
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, group_src=0, group=self.process_group)
+
+
+def _groups_of(module: FSDPModule) -> Sequence[Any]:
+    state: Any = module._get_fsdp_state()
+    group = getattr(state, "_fsdp_param_group", None)
+    return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [group] if group is not None else []
+
+
+class _CountedReduceScatter(ReduceScatter):
+    """The collective that FSDP makes by itself, counted."""
+
+    def __init__(self, traffic: Traffic, stopwatch: Stopwatch) -> None:
+        self._traffic = traffic
+        self._stopwatch = stopwatch
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        self._traffic.count(input_tensor)
+        self._traffic.last_launch = self._stopwatch.mark()
+        work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return work
+
+
+def place_fsdp(module: nn.Module, config: FSDPConfig, device: torch.device, precision: PrecisionName) -> FSDPStrategy:
+    """Shards a module that lies on this rank's device, block by block.
+
+    Raises:
+        UserError: there are no other processes, no module has a name of `strategy.wrap`, or the precision is fp16.
+    """
+    if not dist.is_initialized():
+        raise UserError(
+            "strategy=fsdp needs processes that torchrun starts, and this one was started without it. Run "
+            "`torchrun --nproc_per_node=4 -m distaccum.train strategy=fsdp …`, or set strategy=single."
+        )
+    if precision is PrecisionName.fp16:
+        raise UserError("precision=fp16 can't be had with strategy=fsdp: its scaler doesn't know shards. Use bf16.")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if precision is PrecisionName.bf16_params:
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    elif precision is PrecisionName.bf16:
+        # Gradients are reduced, and accumulated over the window, in float32.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    blocks = blocks_to_wrap(module, config.wrap)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    kinds = sorted({type(block).__name__.removeprefix("FSDP") for block in blocks})
+    logger.info("strategy=fsdp: %d blocks sharded by themselves (%s)", len(blocks), ", ".join(kinds) or "none")
+    return FSDPStrategy(module, device, reshard_in_window=config.reshard_in_window)
+
+
+def blocks_to_wrap(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules that are gathered and sharded as one each; the rest goes with the root.
+
+    Raises:
+        UserError: no module has one of the names.
+    """
+    if names:
+        blocks = [child for child in module.modules() if type(child).__name__ in names and child is not module]
+        if missing := set(names) - {type(block).__name__ for block in blocks}:
+            there = ", ".join(sorted({type(child).__name__ for child in module.modules()}))
+            raise UserError(f"strategy.wrap={sorted(missing)}: the model has no such module. It has: {there}.")
+        return blocks
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    blocks = [block for child in lists for block in child] if lists else list(module.children())
+    blocks = [block for block in blocks if any(True for _ in block.parameters())]
+    owners: dict[nn.Parameter, set[int]] = {}
+    for number, block in enumerate(blocks):
+        for parameter in block.parameters():
+            owners.setdefault(parameter, set()).add(number)
+    inside = {id(parameter) for parameter in owners}
+    rest = [p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
+    is_shared = any(len(numbers) > 1 for numbers in owners.values()) or len(rest) > len(inside)
+    # A parameter that belongs to two blocks, or to a block and the rest, must be gathered with both: by the root.
+    return [] if is_shared else blocks
