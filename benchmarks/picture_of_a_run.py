@@ -24,7 +24,7 @@ def main() -> None:
     console.print(Text("$ torchrun --nproc_per_node=4 -m distaccum.train", style="bold"))
     for line in shown:
         name, gap, rest = line.partition("  ")
-        is_row = bool(gap) and name.isalpha() or name in ("training time", "peak memory")
+        is_row = (bool(gap) and name.isalpha()) or name in ("training time", "peak memory")
         console.print(Text.assemble((name, "cyan"), gap, rest) if is_row else Text(line))
     path.parent.mkdir(exist_ok=True)
     console.save_svg(str(path), title="distaccum")

@@ -88,18 +88,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
         options=options,
     )
-    evaluation_data, evaluation_loader = None, None
-    if config.data.evaluation is not None:
-        evaluation_data = targets.build(config.data.evaluation, "data.evaluation")
-        evaluation_loader = EvaluationLoader(
-            evaluation_data,
-            batch_size=config.train.eval_batch_size,
-            collate_fn=_collate_fn(config.data),
-            rank=rank,
-            world_size=world_size,
-            options=options,
-            equal_batches=needs_equal_forwards(config.strategy),
-        )
+    evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size)
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
@@ -198,7 +187,7 @@ def make_run_dir(path: str | None, plain: dict[str, Any]) -> Path:
     """
     if path == "":
         raise UserError("run_dir is empty. Name a folder, or leave run_dir out for a new one in runs/.")
-    run_dir = Path(path) if path is not None else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir = Path(path).expanduser() if path is not None else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         if path is None:
             run_dir = _made_anew(run_dir)
@@ -244,6 +233,28 @@ def _loader_options(config: DataConfig, device: torch.device, precision: Precisi
         float_dtype=precision.input_dtype,
         non_blocking=config.non_blocking,
     )
+
+
+def _evaluation(
+    config: TrainConfig, options: LoaderOptions, rank: int, world_size: int
+) -> tuple[Any, EvaluationLoader | None]:
+    if config.data.evaluation is None:
+        wanted = {"early_stopping.metric": config.train.early_stopping.metric, "eval_every": config.train.eval_every}
+        for key, value in wanted.items():
+            if value is not None:
+                raise UserError(f"train.{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
+        return None, None
+    data = targets.build(config.data.evaluation, "data.evaluation")
+    loader = EvaluationLoader(
+        data,
+        batch_size=config.train.eval_batch_size,
+        collate_fn=_collate_fn(config.data),
+        rank=rank,
+        world_size=world_size,
+        options=options,
+        equal_batches=needs_equal_forwards(config.strategy),
+    )
+    return data, loader
 
 
 def _collate_fn(config: DataConfig) -> Any:

@@ -24,6 +24,7 @@ from distaccum.config import (
     SingleConfig,
     StepScheduleConfig,
 )
+from distaccum.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,6 +200,10 @@ class AdamConfig(TorchOptimConfig):
     """Added to the denominator."""
     amsgrad: bool = False
     """Divide by the largest second moment so far."""
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise UserError(f"optim.betas={self.betas} is impossible: it must be two numbers, as in [0.9,0.999].")
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

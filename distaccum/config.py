@@ -100,6 +100,13 @@ def _require_positive(**values: float | None) -> None:
         _require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
 
 
+def _require_name(group: str, name: str, *own: str) -> None:
+    """A section's name says which option of its group it is: it can't become another by being renamed."""
+    _require(
+        name in own, f"{group}.name={name} can't be set: it follows from the choice of {group}. Set {group}={name}."
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class BatchConfig:
     """How many samples one update is made of, and how they are cut. See `distaccum.planning.resolve_batch`."""
@@ -162,8 +169,11 @@ class PrecisionConfig:
     """In which floating-point format the model computes. Parameters are float32, unless said otherwise."""
 
     name: PrecisionName = PrecisionName.fp32
-    """`fp32`; `bf16` or `fp16`: autocast; `bf16_params`: parameters in bfloat16 themselves, gradients accumulated in
-    float32; `fp64`: everything in double precision, for proofs."""
+    """Set by the choice of the group. `fp32`; `bf16` or `fp16`: autocast; `bf16_params`: parameters in bfloat16
+    themselves, gradients accumulated in float32; `fp64`: everything in double precision, for proofs."""
+
+    def __post_init__(self) -> None:
+        _require_name("precision", self.name.name, *(entry.name for entry in PrecisionName if entry.name != "fp16"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,6 +187,7 @@ class Fp16Config(PrecisionConfig):
     """Updates without an overflow after which the loss scale doubles."""
 
     def __post_init__(self) -> None:
+        _require_name("precision", self.name.name, "fp16")
         _require_positive(precision__init_scale=self.init_scale, precision__growth_interval=self.growth_interval)
 
 
@@ -194,6 +205,9 @@ class SingleConfig(StrategyConfig):
     """One process, one device."""
 
     name: str = "single"
+
+    def __post_init__(self) -> None:
+        _require_name("strategy", self.name, "single")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -227,6 +241,7 @@ class DDPConfig(StrategyConfig):
     """Updates that PowerSGD leaves uncompressed at the start (at least 2)."""
 
     def __post_init__(self) -> None:
+        _require_name("strategy", self.name, "ddp")
         _require_positive(strategy__bucket_cap_mb=self.bucket_cap_mb)
         _require_at_least(1, strategy__powersgd_rank=self.powersgd_rank)
         _require_at_least(2, strategy__powersgd_start_update=self.powersgd_start_update)
@@ -244,6 +259,7 @@ class DPConfig(StrategyConfig):
     """Number of replicas. `null`: one per GPU, or two on a CPU."""
 
     def __post_init__(self) -> None:
+        _require_name("strategy", self.name, "dp")
         _require_at_least(1, strategy__replicas=self.replicas)
 
 
@@ -258,6 +274,9 @@ class FSDPConfig(StrategyConfig):
     reshard_in_window: bool = True
     """Free gathered parameters after each forward and backward: least memory. `false`: keep them for the window's
     micro-steps, and gather once per update."""
+
+    def __post_init__(self) -> None:
+        _require_name("strategy", self.name, "fsdp")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,7 +299,12 @@ class ScheduleConfig:
     """Updates over which the factor rises linearly to 1."""
 
     def __post_init__(self) -> None:
+        _require_name("schedule", self.name, *self._own_names)
         _require_at_least(0, schedule__warmup_updates=self.warmup_updates)
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
+        return ("constant",)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -293,6 +317,10 @@ class DecayScheduleConfig(ScheduleConfig):
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
         _require_at_least(0, schedule__final_factor=self.final_factor)
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
+        return ("linear", "cosine")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -309,6 +337,10 @@ class StepScheduleConfig(ScheduleConfig):
         ScheduleConfig.__post_init__(self)
         _require_at_least(1, schedule__every_updates=self.every_updates)
         _require_positive(schedule__factor=self.factor)
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
+        return ("step",)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -407,11 +439,11 @@ class CompareSection:
     """Numbers of ranks, or of replicas under DP. Placements of one process run if 1 is among them."""
     accumulation_steps: list[int] = field(default_factory=lambda: [4])
     """Micro-steps per window and rank, each of which is a row of its own for each placement and world size."""
-    updates: int = 10
+    updates: int = 8
     """Timed updates per round. Only windows of the full size are timed."""
     warmup_updates: int = 2
     """Updates before the timed ones of each round."""
-    rounds: int = 3
+    rounds: int = 5
     """How often each placement takes its turn to be timed."""
     curve_updates: int = 30
     """Updates of the loss curve, from the start of the training, at most as many as the training has."""
@@ -456,6 +488,36 @@ class CompareConfig(TrainConfig):
             "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
             "null: give a number.",
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckSection:
+    """What `python -m distaccum.check` measures, and how far apart equal results may be."""
+
+    windows: int = 2
+    """Windows to measure: the first ones of an epoch, the last of them being the epoch's last window, ragged or not."""
+    samples: int | None = 32
+    """Samples of each window that are measured, so that they fit into one micro-batch. `null`: all of them."""
+    tolerance_fp64: float = 1e-10
+    """In float64: largest ‖difference‖ / ‖gradient‖ of any one parameter."""
+    tolerance: float | None = None
+    """In the configured precision: largest ‖difference‖ / ‖gradient‖ over all parameters together. `null`: 1e-4, or
+    what float16 (1e-2) and bfloat16 (5e-2) can hold."""
+    worst: int = 5
+    """Parameters to show, those that differ most first."""
+    json: bool = False
+    """Print one JSON object and nothing else. `--json` is short for `check.json=true`."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(1, check__windows=self.windows, check__samples=self.samples, check__worst=self.worst)
+        _require_positive(check__tolerance_fp64=self.tolerance_fp64, check__tolerance=self.tolerance)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckConfig(TrainConfig):
+    """A training whose updates are to be proved independent of the cut."""
+
+    check: CheckSection = field(default_factory=CheckSection)
 
 
 def conf_dir() -> Path:

@@ -24,16 +24,23 @@ class World:
     Attributes:
         rank, local_rank, world_size: as in torch.distributed; 0, 0 and 1 without a launcher.
         launched: True under torchrun, or any launcher that sets the same environment.
+
+    Raises:
+        UserError: a launcher has set only a part of what the ranks need to find each other.
     """
 
     def __init__(self) -> None:
         self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
         self._store: Any = None  # a torch.distributed.Store
         if self.launched:
-            self._store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
+            self.rank = int(os.environ["RANK"])
+            self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            self.world_size = int(os.environ["WORLD_SIZE"])
+            try:
+                self._store, _, _ = next(rendezvous("env://", self.rank, self.world_size))
+            except ValueError as error:
+                raise UserError(f"the ranks can't find each other: {error}. Start them with torchrun.") from error
 
     @property
     def is_main(self) -> bool:
@@ -104,15 +111,18 @@ def joined_world() -> Iterator[World]:
             mostly): that rank says why, this one has nothing to add.
     """
     world = World()
+    failed = False
     try:
         yield world
         if dist.is_initialized():
             # Leaving while another rank still reads from this one's sockets aborts that rank.
             dist.barrier()
     except Exception as error:
+        failed = True
         if world.is_first_to_fail():
             raise
         raise OtherRankFailedError("stopped because another rank failed") from error
     finally:
-        if dist.is_initialized():
+        # After a failure, NCCL would wait here for ranks that don't come; the process ends at once anyway.
+        if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
             dist.destroy_process_group()

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -21,32 +21,42 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from distaccum.components import SCHEMAS
-from distaccum.config import TrainConfig, conf_dir
+from distaccum.config import CheckConfig, CompareConfig, TrainConfig, conf_dir
 from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
 from distaccum.logs import print_error
 
-_SECONDS_FOR_RANK_0_TO_FAIL = 5.0
+ROOTS: dict[str, type[TrainConfig]] = {"train": TrainConfig, "compare": CompareConfig, "check": CheckConfig}
+"""Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
+
+_SECONDS_TO_BE_STOPPED = 5.0
+"""How long a rank that has nothing to say waits for the launcher to stop it, once another rank has failed."""
 
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 """What Hydra raises when the command line or a file is wrong."""
 
 
-def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> None:
+def run_entry_point(run: Callable[[Any], object], config_name: str) -> None:
     """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
 
-    Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback.
+    Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
+    `run` returns becomes the exit status; of the points of a sweep, the largest one.
     """
     _register()
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    is_composing = True
+    is_composing, status = True, 0
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     def job(composed: DictConfig) -> None:
-        nonlocal is_composing
+        nonlocal is_composing, status
         is_composing = False
         try:
             _refuse_sweep_on_ranks()
@@ -54,12 +64,16 @@ def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> N
         except UserError as error:
             _exit_before_ranks_are_joined(error)
         try:
-            run(config)
+            outcome = run(config)
         except OtherRankFailedError:
+            # Leaving first would have the launcher stop the rank that is about to say why.
+            time.sleep(_SECONDS_TO_BE_STOPPED)
             sys.exit(EXIT_STATUS)
         except UserError as error:
             print_error(str(error))
             sys.exit(EXIT_STATUS)
+        if isinstance(outcome, int):
+            status = max(status, outcome)
         is_composing = True  # the next run of a sweep
 
     try:
@@ -68,6 +82,8 @@ def run_entry_point(run: Callable[[TrainConfig], object], config_name: str) -> N
         if not is_composing:
             raise
         _exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
+    if status:
+        sys.exit(status)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
@@ -86,15 +102,17 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
 
 def _register() -> None:
     store = ConfigStore.instance()
-    store.store(group="schema/train", name="train", node=TrainConfig)
+    for name, root in ROOTS.items():
+        store.store(group=f"schema/{name}", name=name, node=root)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-    OmegaConf.register_new_resolver(
-        "distaccum.default_strategy",
-        lambda: "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single",
-        replace=True,
-    )
+    OmegaConf.register_new_resolver("distaccum.default_strategy", _default_strategy, replace=True)
+
+
+def _default_strategy() -> str:
+    is_launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "ddp" if is_launched else "single"
 
 
 def _refuse_sweep_on_ranks() -> None:
@@ -134,23 +152,26 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
 
 def explain_composition_error(error: BaseException) -> str:
     """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
-    cause = error.__cause__ or error
+    cause = error.__cause__ or error.__context__
     message = _first_line(error)
     match error:
-        case MissingConfigException():
-            return _explain_missing_config(error)
-        case ConfigCompositionException() if message.startswith("Could not override"):
-            key = message.split("'")[1]
-            return f"there is no key {key}.{_what_there_is_instead(cause, key)}"
-        case ConfigCompositionException() if message.startswith("Error merging override"):
-            override, reason = message.removeprefix("Error merging override "), _first_line(cause)
-            if "is not a ListConfig" in reason:
-                reason = f"it takes a list, as in {override.partition('=')[0]}=[…]"
-            return f"{override}: {reason}."
-        case ConfigCompositionException() if group := re.search(r"schema/(\w+)@", message):
-            return f"{group[1]} is given more than once. Choose one option: {group[1]}=…, without +."
+        case MissingConfigException() if error.options is not None:
+            group, _, option = (error.missing_cfg_file or "").rpartition("/")
+            return f"there is no {group}={option}. Choose one of: {', '.join(error.options)}."
+        case ConfigCompositionException() if not message and cause is not None:
+            return explain_composition_error(cause)
+        case ConfigCompositionException() if cause is not None and (file := re.match("In '(.+)': .+ raised", message)):
+            return f"in {file[1]}.yaml: {_explain_content(cause, file[1])}"
+        case ConfigCompositionException() if message.startswith("Could not override") and cause is not None:
+            return _explain_unknown_key(cause, message.split("'")[1])
+        case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
+            return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
+        case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
+            group = group_given[1]
+            return f"{group} is given more than once. Choose one option: {group}=…, without +."
         case OverrideParseException():
-            return f"{message}. Write KEY=VALUE; a value with special characters in quotes: 'KEY=\"VALUE\"'."
+            wanted = "Write KEY=VALUE; a value with special characters in quotes: 'KEY=\"VALUE\"'."
+            return f"{error.override or message} can't be read. {wanted}"
         case InterpolationToMissingValueError():
             return f"{message.rpartition(' ')[2]} must be given."
         case MissingMandatoryValue():
@@ -159,7 +180,7 @@ def explain_composition_error(error: BaseException) -> str:
             return f"{error.full_key}: {message}."
         case yaml.YAMLError():
             return f"a configuration file can't be read: {' '.join(str(error).split())}."
-        case ValueError():
+        case ValueError() if message.startswith("Config group override"):
             return f"{message}. A group is given by the name of one of its options, as in data=digits."
     return f"{message}."
 
@@ -168,13 +189,26 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].rstrip(".")
 
 
-def _explain_missing_config(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not group:
-        return f"{_first_line(error)}."
-    lines = [line.strip() for line in str(error).splitlines()]
-    options = [line for line in lines[1:] if line and not line.startswith(("Available", "Config", "provider"))]
-    return f"there is no {group}={option}. Choose one of: {', '.join(options)}."
+def _explain_content(error: BaseException, file: str) -> str:
+    """What is wrong in a file, which knows its place in the configuration by its group or by its first line."""
+    if not isinstance(error, ConfigKeyError) or not error.full_key:
+        return explain_composition_error(error)
+    if error.full_key == file.partition("/")[0]:
+        return "its first line must be `# @package _global_`, so that its keys are those of the whole configuration."
+    return _explain_unknown_key(error, str(error.full_key))
+
+
+def _explain_wrong_value(error: BaseException, override: str) -> str:
+    reason = _first_line(error)
+    if "is not a ListConfig" in reason:
+        reason = f"it takes a list, as in {override.partition('=')[0]}=[…]"
+    elif "is not Optional" in reason:
+        reason = "it can't be null"
+    return f"{override}: {reason}."
+
+
+def _explain_unknown_key(error: BaseException, key: str) -> str:
+    return f"there is no key {key}.{_what_there_is_instead(error, key)}"
 
 
 def _what_there_is_instead(cause: BaseException, key: str) -> str:
@@ -185,14 +219,15 @@ def _what_there_is_instead(cause: BaseException, key: str) -> str:
     section = str(parent._get_full_key(None) or "")
     asked = key.removeprefix(f"{section}.").split(".")[0]
     known = [str(entry) for entry in parent if entry != "hydra"]
+    is_open = not dataclasses.is_dataclass(OmegaConf.get_type(parent))
     parts = []
-    if options := _options_with(section, asked):
+    if not is_open and (options := _options_with(section, asked)):
         parts.append(f"It belongs to {' or '.join(f'{section}={option}' for option in options)}.")
     if nearest := difflib.get_close_matches(asked, known, n=1):
         parts.append(f"Did you mean {section + '.' if section else ''}{nearest[0]}?")
     if known:
         parts.append(f"{section or 'The configuration'} has: {', '.join(known)}.")
-    if not dataclasses.is_dataclass(OmegaConf.get_type(parent)):
+    if is_open:
         parts.append(f"To add a key to {section}, write +{key}=….")
     return "".join(f" {part}" for part in parts)
 
@@ -218,6 +253,6 @@ def _exit_before_ranks_are_joined(error: UserError) -> NoReturn:
     here after a while failed alone (it was started with other arguments), and speaks for itself.
     """
     if int(os.environ.get("RANK", "0")) != 0:
-        time.sleep(_SECONDS_FOR_RANK_0_TO_FAIL)
+        time.sleep(_SECONDS_TO_BE_STOPPED)
     print_error(str(error))
     sys.exit(EXIT_STATUS)

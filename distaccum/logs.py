@@ -34,7 +34,7 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
     """Sends the package's messages to `run_dir/logs/rank<rank>.log`, and to the console.
 
     Rank 0's console shows everything from INFO up; the other ranks' only warnings, with their rank in front. Files hold
-    details too (DEBUG).
+    details too (DEBUG), and the traceback of an error that ends the run.
 
     Raises:
         UserError: the file can't be written.
@@ -45,7 +45,9 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"the log {path} can't be written: {error.strerror or error}. Choose another.") from error
+        raise UserError(
+            f"the log {path} can't be written: {error.strerror or error}. Choose another folder with run_dir=…"
+        ) from error
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console = _ConsoleHandler()
     to_console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -57,6 +59,10 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
     logger.addHandler(to_console)
     try:
         yield logger
+    except Exception:
+        # The console gets one message, from one rank; each rank's file says where it came from.
+        logger.debug("the run ended with an error", exc_info=True)
+        raise
     finally:
         for handler in (to_file, to_console):
             logger.removeHandler(handler)

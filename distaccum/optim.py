@@ -89,7 +89,7 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
     Hutter 2017, without restarts), step factor^⌊updates since the peak / every_updates⌋.
 
     Raises:
-        UserError: the name is unknown, or the warm-up is longer than the run.
+        UserError: the warm-up is longer than the run.
     """
     warmup = config.warmup_updates
     if warmup >= total_updates and warmup > 0:
@@ -108,11 +108,8 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
                 return 1 - done * (1 - config.final_factor)
             case DecayScheduleConfig(name="cosine"):
                 return config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * done)) / 2
-            case ScheduleConfig(name="constant"):
-                return 1.0
-        raise UserError(f"schedule.name={config.name} is not one of constant, linear, cosine and step.")
+        return 1.0
 
-    after_warmup(max(1, warmup))
     return lambda update: update / warmup if update < warmup else after_warmup(update)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from distaccum.errors import UserError
@@ -24,7 +26,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
         UserError: it cannot be imported, or is not callable.
     """
     try:
-        found = pkgutil.resolve_name(path)
+        found = _resolve(path)
     except Exception as error:  # an import runs arbitrary code, and whatever it raises is the reason
         raise UserError(
             f"{where}.{TARGET}={path} cannot be imported: {type(error).__name__}: {error}. "
@@ -33,6 +35,19 @@ def locate(path: str, where: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{where}.{TARGET}={path} is a {type(found).__name__}, not a class or function.")
     return found  # type: ignore[no-any-return]
+
+
+def _resolve(path: str) -> Any:
+    name, *names = path.split(".")
+    found: Any = importlib.import_module(name)
+    for attribute in names:
+        name = f"{name}.{attribute}"
+        # A module that is there but fails to import must say why: looking for it comes before importing it.
+        is_package = isinstance(found, ModuleType) and hasattr(found, "__path__")
+        if is_package and not hasattr(found, attribute) and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+        found = getattr(found, attribute)
+    return found
 
 
 def build(section: Any, where: str, *args: Any, defaults_from: object = None) -> Any:
@@ -55,11 +70,17 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
     signature = _signature(component)
     if signature is not None:
         for name, parameter in signature.parameters.items():
-            wanted = arguments.get(name, parameter.default) is None or (
-                name not in arguments and parameter.default is parameter.empty
-            )
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            is_required = parameter.default is parameter.empty
+            wanted = arguments.get(name, parameter.default) is None or (name not in arguments and is_required)
             if wanted and hasattr(defaults_from, name):
                 arguments[name] = getattr(defaults_from, name)
+            elif wanted and is_required and name in arguments and defaults_from is not None:
+                raise UserError(
+                    f"{where}.{name} is null, and the data doesn't say it: {type(defaults_from).__name__} has no "
+                    f"attribute {name}. Set {where}.{name}=…, or give the dataset that attribute."
+                )
         _check_arguments(signature, component, where, args, arguments)
     return component(*args, **arguments)
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from command_line import Ended
 
 # One thread a process, as under torchrun: many processes share few cores here.
 torch.set_num_threads(1)
@@ -30,3 +33,24 @@ def _nothing_leaks() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs `python -m distaccum.train` with the given arguments, in this process and in a new and empty folder."""
+    from distaccum.train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by the entry point: so it is taken back
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["distaccum.train", *arguments])
+        capfd.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Ended(status, *capfd.readouterr())
+
+    return run

@@ -17,8 +17,9 @@ def _record(path: str) -> None:
 
     def recorded(self: Trainer) -> Any:
         end = fit(self)
+        parameters = flat(self.strategy.module)  # on every rank: shards are gathered
         if self.observers:
-            torch.save(flat(self.strategy.module), path)
+            torch.save(parameters, path)
         return end
 
     Trainer.fit = recorded  # type: ignore[method-assign]

@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def recorded(world_size: int, *overrides: str) -> Run:
         folder = tmp_path_factory.mktemp("run")
         command = [str(HERE / "record_run.py"), str(folder / "out.pt"), *SETTINGS, f"run_dir={folder / 'run'}"]
-        command += [override for override in overrides if override != "launched"]
+        command += overrides
         if world_size == 1:
             paths = ":".join(map(str, (ROOT, HERE)))
             done = subprocess.run(
@@ -87,16 +87,21 @@ def one_shot(run: Any) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "override"),
+    ("world_size", "overrides"),
     [
-        (1, "batch.micro_batch_size=170"),
-        (2, "batch.micro_batch_size=170"),
-        (3, "batch.micro_batch_size=170"),
-        (4, "batch.micro_batch_size=170"),
+        (1, ()),
+        (2, ()),
+        (3, ()),
+        (4, ()),
+        (2, ("strategy=ddp", "strategy.shard_optimizer=true")),
+        (2, ("strategy=fsdp",)),
+        (4, ("strategy=fsdp", "strategy.reshard_in_window=false")),
     ],
 )
-def test_every_placement_makes_the_same_run(run: Any, one_shot: Run, world_size: int, override: str) -> None:
-    found = run(world_size, override)
+def test_every_placement_makes_the_same_run(
+    run: Any, one_shot: Run, world_size: int, overrides: tuple[str, ...]
+) -> None:
+    found = run(world_size, "batch.micro_batch_size=170", *overrides)
     assert max(found["micro_steps"]) > 1
     for key in ("loss", "grad_norm", "evaluations", "parameters", "accuracy"):
         assert distance(found[key], one_shot[key]) < 1e-12, key

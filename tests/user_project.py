@@ -1,0 +1,135 @@
+"""Somebody's own model, data, task, optimizer and observers, outside the package."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from distaccum import Observer, TaskOutput
+from distaccum.observers import EvaluationRecord, RunEnd, RunStart, UpdateRecord
+
+
+class Points(Dataset[dict[str, Tensor]]):
+    """Points of a line with slope 2; a sample is a mapping."""
+
+    def __init__(self, num_points: int, noise: float = 0.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.linspace(-1, 1, num_points)
+        self.y = 2 * self.x + noise * torch.randn(num_points, generator=generator)
+        self.num_features = 1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index : index + 1], "y": self.y[index]}
+
+
+class BrokenAt(Points):
+    """Raises at one sample."""
+
+    def __init__(self, num_points: int, index: int) -> None:
+        super().__init__(num_points)
+        self.index = index
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.index:
+            raise RuntimeError("broken on purpose")
+        return super().__getitem__(index)
+
+
+class Stream(IterableDataset[Tensor]):
+    """Has no length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.zeros(8, 1))
+
+
+class Line(nn.Module):
+    def __init__(self, num_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).squeeze(-1)
+
+
+class Curve(Line):
+    """Needs an argument that the data doesn't know."""
+
+    def __init__(self, degree: int) -> None:
+        super().__init__(degree)
+
+
+class SquaredDistance:
+    """A task that is no subclass of `distaccum.Task`: any callable will do."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
+        errors = model(batch["x"]) - batch["y"]
+        return TaskOutput(errors.square().sum(), len(errors), {"absolute_error": errors.detach().abs().sum()})
+
+
+class NanAt(SquaredDistance):
+    """Gives NaN in one update, on one rank. For one micro-step per update."""
+
+    def __init__(self, update: int, rank: int = 0) -> None:
+        self.calls_left = update
+        self.is_here = int(os.environ.get("RANK", "0")) == rank
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
+        output = super().__call__(model, batch)
+        if model.training:
+            self.calls_left -= 1
+            if self.is_here and self.calls_left == 0:
+                output.loss_sum = output.loss_sum * math.nan
+        return output
+
+
+class SignDescent(torch.optim.Optimizer):
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad.sign()
+
+
+class Recorder(Observer):
+    """Writes down what it was told."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.told: list[Any] = []
+
+    def on_start(self, start: RunStart) -> None:
+        self.told.append(["start", start.total_updates])
+
+    def on_update(self, record: UpdateRecord) -> None:
+        self.told.append(["update", record.update])
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.told.append(["evaluation", record.update, sorted(record.metrics)])
+
+    def on_end(self, end: RunEnd) -> None:
+        self.told.append(["end", end.updates])
+
+    def close(self) -> None:
+        self.path.write_text(json.dumps(self.told))
+
+
+class NoObserver:
+    pass
+
+
+def no_module(width: int) -> int:
+    return width
