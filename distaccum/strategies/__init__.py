@@ -7,14 +7,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum.config import DDPConfig, FSDPConfig, PrecisionName, StrategyConfig
+from distaccum.config import DDPConfig, DPConfig, FSDPConfig, PrecisionName, StrategyConfig
 from distaccum.errors import UserError
 from distaccum.strategies.base import Strategy, Traffic, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp
+from distaccum.strategies.dp import DPStrategy, place_dp
 from distaccum.strategies.single import SingleStrategy
 
 __all__ = [
     "DDPStrategy",
+    "DPStrategy",
     "SingleStrategy",
     "Strategy",
     "Traffic",
@@ -53,6 +55,8 @@ def place(
         for parameter in module.parameters():
             # Else gradients are added up in bfloat16, whose 8 bits swallow what is small beside the sum so far.
             parameter.grad_dtype = torch.float32
+    if isinstance(config, DPConfig):
+        return place_dp(module, config, device)
     if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
         raise UserError(
             f"strategy=single is one process, and the launcher started {world_size}: each would train a model of its "

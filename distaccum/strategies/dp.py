@@ -1,0 +1,383 @@
+"""Data parallelism inside one process: each micro-batch is scattered over replicas, and their outputs are gathered.
+
+On two or more GPUs that is `torch.nn.DataParallel`. On a CPU, where torch would just call the module, replicas are
+threads, so that the semantics can be run, compared and tested anywhere. Both take the loss of all outputs together, so
+the update is the same as without replicas, however unevenly the samples are scattered (unless the model mixes samples,
+as BatchNorm does: then it mixes those of one replica). What is the same for both:
+
+- All tensors are scattered along their first dimension, so all must have as many entries there; numbers, scalar tensors
+  and other objects are given to each replica as they are.
+- The first replica's buffers (BatchNorm statistics, of its own part of the batch) are kept, those of the others are
+  dropped. Other attributes that a forward sets are lost with the replica that set them.
+- What can't be put together exactly (a model that returns its mean loss) or would differ from one process (a forward
+  that changes parameters) is refused.
+- Replicas draw different random numbers, and the same ones for the same seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from types import MethodType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from distaccum.config import DPConfig
+from distaccum.devices import to_device
+from distaccum.errors import UserError
+from distaccum.seeding import derived_seed
+from distaccum.strategies.scattering import Call, batch_size, gather, scatter
+from distaccum.strategies.single import SingleStrategy
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_REPLICAS_ON_CPU = 2
+
+
+class DPStrategy(SingleStrategy):
+    """One process with several replicas: nothing crosses ranks, so it differs from one device in what is called."""
+
+    def __init__(self, model: CheckedDataParallel | ThreadedReplicas) -> None:
+        super().__init__(model)
+        self.module = model.module
+
+
+def place_dp(module: nn.Module, config: DPConfig, device: torch.device) -> DPStrategy:
+    """Makes replicas of a module that lies on the device.
+
+    Raises:
+        UserError: there are several processes, or not enough GPUs, or the module can't be replicated.
+    """
+    if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
+        raise UserError(
+            f"strategy=dp is one process with several replicas, and the launcher started {world_size}: each would "
+            "train a model of its own. Set strategy=ddp, or start one process."
+        )
+    _check_replicable(module)
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 1:
+            raise UserError(
+                "strategy=dp needs two or more GPUs, and this host has one, where strategy=single is the same. Set "
+                "strategy=single, or device=cpu, where replicas are threads."
+            )
+        replicas = config.replicas or gpus
+        if replicas > gpus:
+            raise UserError(
+                f"strategy.replicas={replicas} is impossible: each replica needs a GPU of its own, and this host has "
+                f"{gpus}. Set strategy.replicas={gpus}, or device=cpu, where replicas are threads."
+            )
+        logger.info("strategy=dp: DataParallel on GPU%s %s", _s(replicas), ", ".join(map(str, range(replicas))))
+        return DPStrategy(CheckedDataParallel(module, device_ids=list(range(replicas))))
+    replicas = config.replicas or DEFAULT_REPLICAS_ON_CPU
+    if replicas == 1:
+        logger.info("strategy=dp: 1 replica on the CPU, which is the same as strategy=single")
+    else:
+        logger.info("strategy=dp: %d replicas as threads on the CPU", replicas)
+    return DPStrategy(ThreadedReplicas(module, replicas))
+
+
+def _check_replicable(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UserError(
+                f"strategy=dp can't replicate {name or 'the model'}, a {type(part).__name__} of TorchScript. Give the "
+                "model as it was before torch.jit, or set strategy=single or strategy=ddp."
+            )
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise UserError(
+                f"strategy=dp can't replicate the parameter {name}, whose shape is not known before the first forward. "
+                "Give the model its sizes, or run one forward where it is built."
+            )
+
+
+class ThreadedReplicas(nn.Module):
+    """Calls replicas of a module on the CPU, one thread each, on parts of the batch.
+
+    A batch of one sample, and a module in evaluation mode, need no replicas: the module itself is called.
+
+    A replica is made anew for each forward, as in `torch.nn.DataParallel`: the same objects all through, but for
+    parameters, which are views of the real ones (so gradients add up there), and buffers, which are copies. It follows
+    whatever has been changed in the module since, and outlives its forward, as activation checkpointing needs.
+
+    Threads share torch's, Python's and NumPy's random streams, so replicas that draw from them in parallel would get
+    what chance gives them. So the first forward runs its replicas one after the other, and so do all that follow if
+    random numbers were drawn. A model that draws its first ones later has that forward thrown away and run again.
+
+    Args:
+        module: the user's model, on the CPU.
+        replicas: how many there are at most; a small batch may make fewer parts.
+    """
+
+    def __init__(self, module: nn.Module, replicas: int) -> None:
+        super().__init__()
+        self.module = module
+        self.replicas = replicas
+        self._draws: bool | None = None
+        """Whether the model has ever drawn random numbers; None before the first forward that had replicas."""
+
+    def extra_repr(self) -> str:
+        return f"replicas={self.replicas}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replicas == 1 or not self.module.training:
+            return self.module(*args, **kwargs)
+        parts = scatter((args, kwargs), self.replicas)
+        if len(parts) == 1:
+            return self.module(*args, **kwargs)
+        with _parameters_stay(self.module):
+            first, outputs = self._run(parts)
+        first.hand_over_buffers()
+        return gather(outputs, [batch_size(part) for part in parts])
+
+    def _run(self, parts: list[Call]) -> tuple[_Replica, list[Any]]:
+        """The first replica, and the outputs of all."""
+        randomness = _Randomness(self.module)
+        first, outputs = self._run_threads(parts, in_turn=self._draws is not False)
+        if not self._draws and randomness.moved:
+            logger.info("strategy=dp: the model draws random numbers, so its replicas run one after the other")
+            if self._draws is False:
+                randomness.restore()
+                first, outputs = self._run_threads(parts, in_turn=True)
+            self._draws = True
+        elif self._draws is None:
+            self._draws = False
+        return first, outputs
+
+    def _run_threads(self, parts: list[Call], *, in_turn: bool) -> tuple[_Replica, list[Any]]:
+        replicas = [_Replica(self.module) for _ in parts]
+        modes = _modes_of_this_thread("cpu")
+        outcomes: list[Any] = [None] * len(parts)
+
+        def run(number: int) -> None:
+            outcomes[number] = _attempting(replicas[number], modes)(*parts[number][0], **parts[number][1])
+
+        # New threads and no pool, in turn too. The backward takes nodes in the order of numbers that each thread counts
+        # from 0; so gradients are added up in the same order in each run, and no bit depends on what ran before.
+        threads = [Thread(target=run, args=(number,), name=f"replica {number + 1}") for number in range(len(parts))]
+        try:
+            for thread in threads:
+                thread.start()
+                if in_turn:
+                    thread.join()
+        finally:
+            for thread in threads:
+                if thread.ident is not None:  # it was started
+                    thread.join()
+        return replicas[0], _successes(outcomes, len(parts))
+
+
+class CheckedDataParallel(nn.DataParallel[nn.Module]):
+    """`torch.nn.DataParallel`, made to refuse or mend what it gets wrong without a word.
+
+    It drops samples when tensors have unequal batch sizes; its threads compute in float16 when autocast is to bfloat16;
+    it hands out a vector of losses for a model that returns its loss; and after `torch.manual_seed`, all GPUs draw the
+    same dropout masks.
+    """
+
+    _has_warned = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _parameters_stay(self.module):
+            return super().forward(*args, **kwargs)
+
+    def scatter(
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, device_ids: Sequence[int | torch.device]
+    ) -> Any:
+        parts = scatter((inputs, kwargs or {}), len(device_ids))
+        moved = [
+            to_device(part, torch.device(device), non_blocking=True, float_dtype=None)
+            for part, device in zip(parts, device_ids, strict=False)
+        ]
+        return tuple(part[0] for part in moved), tuple(part[1] for part in moved)
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        """Outputs of the replicas, each with the number of samples that it is of: what `gather` takes."""
+        set_apart([torch.cuda.default_generators[index] for index in self.device_ids])
+        randomness = _Randomness(self.module)
+        modes = _modes_of_this_thread("cuda")
+        calls: Any = [_attempting(replica, modes) for replica in replicas]
+        outputs = _successes(super().parallel_apply(calls, inputs, kwargs), len(replicas))
+        if not self._has_warned and randomness.moved:
+            self._has_warned = True
+            logger.warning(
+                "strategy=dp: the model draws random numbers on the CPU; the GPUs' threads share them in no fixed "
+                "order, so another run will differ from this one. Draw them on the model's device."
+            )
+        return list(zip(outputs, map(batch_size, zip(inputs, kwargs, strict=True)), strict=True))
+
+    def gather(self, outputs: Any, output_device: int | torch.device) -> Any:
+        values, sizes = zip(*outputs, strict=True)
+        return gather(values, sizes, torch.device(output_device))
+
+
+def set_apart(generators: Sequence[torch.Generator]) -> None:
+    """Gives each generator but the first a seed of its own, derived from the first one's, if it has the same seed."""
+    seed = generators[0].initial_seed()
+    for number, generator in enumerate(generators[1:], 1):
+        if generator.initial_seed() == seed:
+            generator.manual_seed(derived_seed(seed, "replica", number))
+
+
+class _Replica:
+    """A module of the same structure, over views of the parameters and copies of the buffers."""
+
+    def __init__(self, original: nn.Module) -> None:
+        self._originals = list(original.modules())
+        self._twins = {id(module): object.__new__(type(module)) for module in self._originals}
+        self._module = self._twins[id(original)]
+        # Tied tensors stay tied: what was one before is one copy, or one view.
+        self._parameters = list(original.parameters())
+        self._buffers = {id(tensor): tensor.clone() for tensor in original.buffers()}
+        for module in self._originals:
+            attributes = {name: self._translated(value) for name, value in vars(module).items()}
+            attributes["_buffers"] = _put_in_place(module._buffers, self._buffers)
+            attributes["_modules"] = _put_in_place(module._modules, self._twins)
+            # Straight into the dictionary: a module's own __setattr__ would want it to be initialised.
+            vars(self._twins[id(module)]).update(attributes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the forward, in a thread that has nothing else to do."""
+        # The views are made here, so that they are numbered with the rest of the replica's graph.
+        views = {id(tensor): tensor.view_as(tensor) for tensor in self._parameters}
+        for module in self._originals:
+            # A module would take a view for no parameter, if it were asked to. Here `parameters()` finds it too.
+            vars(self._twins[id(module)])["_parameters"] = _put_in_place(module._parameters, views)
+        return self._module(*args, **kwargs)
+
+    def _translated(self, value: Any) -> Any:
+        """An attribute, with the replica's own modules and their methods in it instead of the original's."""
+        if type(value) in (list, tuple) and value and self._names_modules(value):
+            return type(value)(map(self._translated, value))
+        if type(value) in (dict, OrderedDict) and value and self._names_modules(value.values()):
+            return type(value)((key, self._translated(entry)) for key, entry in value.items())
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self._twins.get(id(value.__self__), value.__self__))
+        return self._twins.get(id(value), value) if isinstance(value, nn.Module) else value
+
+    @staticmethod
+    def _names_modules(values: Iterable[Any]) -> bool:
+        return any(isinstance(value, nn.Module | MethodType) for value in values)
+
+    def hand_over_buffers(self) -> None:
+        """Makes the replica's buffers those of the original."""
+        with torch.no_grad():
+            for module in self._originals:
+                for name, buffer in self._twins[id(module)]._buffers.items():
+                    real = module._buffers.get(name)
+                    if buffer is None or real is None or buffer is not self._buffers.get(id(real)):
+                        module._buffers[name] = buffer
+                    else:
+                        # Whether it was changed can't be asked: BatchNorm's kernels don't count their changes.
+                        real.copy_(buffer)
+
+
+def _put_in_place(members: Mapping[str, T | None], others: Mapping[int, T]) -> dict[str, T | None]:
+    """The same names for other objects, which are found by the identity of those they stand for."""
+    return {name: None if member is None else others[id(member)] for name, member in members.items()}
+
+
+class _Randomness:
+    """Where the random streams are that threads share: torch's, those that modules hold, Python's and NumPy's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        held = [value for part in module.modules() for value in vars(part).values() if type(value) is torch.Generator]
+        self._generators: list[torch.Generator] = [torch.default_generator, *held]
+        self._states = [generator.get_state() for generator in self._generators]
+        self._host = self._host_state()
+
+    @staticmethod
+    def _host_state() -> bytes:
+        return pickle.dumps((random.getstate(), np.random.get_state()))
+
+    @property
+    def moved(self) -> bool:
+        """True if anything has been drawn since."""
+        now = [generator.get_state() for generator in self._generators]
+        return self._host_state() != self._host or not all(map(torch.equal, now, self._states))
+
+    def restore(self) -> None:
+        for generator, state in zip(self._generators, self._states, strict=True):
+            generator.set_state(state)
+        python, numpy = pickle.loads(self._host)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _parameters_stay(module: nn.Module) -> Iterator[None]:
+    """Refuses a forward that changes parameters: replicas on a CPU share them, and those of other GPUs are dropped."""
+    before = [
+        (name, tensor, tensor._version) for name, tensor in module.named_parameters() if not tensor.is_inference()
+    ]
+    yield
+    changed = [name for name, tensor, version in before if tensor._version != version]
+    if changed:
+        raise UserError(
+            f"the model's forward changes its parameter {changed[0]} (as nn.Embedding does with max_norm), which its "
+            "replicas would do to each other under strategy=dp. Set strategy=single or strategy=ddp."
+        )
+
+
+def _modes_of_this_thread(device_type: str) -> Callable[[], AbstractContextManager[None]]:
+    """Gradient mode and autocast belong to a thread: gives a context that makes them what they are here, now."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+    cache_enabled = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def modes() -> Iterator[None]:
+        autocast = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients), autocast:
+            yield
+
+    return modes
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: BaseException
+
+
+def _attempting(replica: Callable[..., Any], modes: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
+    """A call of a replica that returns the exception, if it ends with one."""
+
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with modes():
+                return replica(*args, **kwargs)
+        except BaseException as error:
+            return _Failure(error)
+
+    return attempt
+
+
+def _successes(outcomes: list[Any], replicas: int) -> list[Any]:
+    """The outcomes; or raises the first exception among them, which then says in which replica it was."""
+    for number, outcome in enumerate(outcomes, 1):
+        if not isinstance(outcome, _Failure):
+            continue
+        where = f"in replica {number} of {replicas}"
+        if type(outcome.error) is UserError:
+            raise UserError(f"{where}: {outcome.error}") from outcome.error
+        outcome.error.add_note(where)
+        raise outcome.error
+    return outcomes
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
