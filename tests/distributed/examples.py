@@ -24,17 +24,21 @@ VOCABULARY = 11
 
 
 class RaggedTokens(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """Sequences of 1 to 12 tokens; long ones are easy, short ones are noise; some targets are left out of the loss."""
+    """Sequences of 1 to 12 tokens; long ones are easy, short ones are noise; some targets are left out of the loss.
 
-    def __init__(self, num_samples: int = 41) -> None:
+    With `length`, all are of that length, and every target counts.
+    """
+
+    def __init__(self, num_samples: int = 41, length: int | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
         self.samples = []
         for _ in range(num_samples):
-            length = int(torch.randint(1, 13, (), generator=generator))
-            inputs = torch.randint(0, VOCABULARY, (length,), generator=generator)
-            noise = torch.randint(0, VOCABULARY, (length,), generator=generator)
-            targets = torch.zeros_like(inputs) if length > 6 else noise
-            targets[torch.rand(length, generator=generator) < 0.2] = -100
+            drawn = length or int(torch.randint(1, 13, (), generator=generator))
+            inputs = torch.randint(0, VOCABULARY, (drawn,), generator=generator)
+            noise = torch.randint(0, VOCABULARY, (drawn,), generator=generator)
+            targets = torch.zeros_like(inputs) if drawn > 6 else noise
+            if length is None:
+                targets[torch.rand(drawn, generator=generator) < 0.2] = -100
             self.samples.append((inputs, targets))
 
     def __len__(self) -> int:
@@ -87,6 +91,8 @@ def train_tokens(
     loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor | float]] = token_loss,
     clip_norm: float | None = 0.05,
     equal_micro_steps: bool | None = None,
+    data: RaggedTokens | None = None,
+    seed: int = 1,
     **batch: Any,
 ) -> tuple[list[UpdateResult], Tensor]:
     """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
@@ -99,10 +105,10 @@ def train_tokens(
     )
     accumulator = Accumulator(strategy.model, optimizer, clip_norm=clip_norm, strategy=strategy)
     loader = WindowLoader(
-        RaggedTokens(),
+        data or RaggedTokens(),
         rank=rank,
         world_size=world_size,
-        seed=1,
+        seed=seed,
         equal_micro_steps=(
             needs_equal_micro_steps(config) if equal_micro_steps is None and config else bool(equal_micro_steps)
         ),
