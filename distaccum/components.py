@@ -44,7 +44,8 @@ class MLPConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CNNConfig:
-    """Convolutional network: one 3×3 convolution with GroupNorm per stage, halving the image between stages."""
+    """Convolutional network: one 3×3 convolution with GroupNorm per stage, halving the image between stages;
+    then the mean of each quarter of the image."""
 
     _target_: str = "distaccum.models.CNN"
     channels: list[int] = field(default_factory=lambda: [32, 64])
@@ -62,11 +63,11 @@ class GPTConfig:
     """Decoder-only transformer (pre-norm, learned positions, tied embeddings)."""
 
     _target_: str = "distaccum.models.GPT"
-    num_layers: int = 4
+    num_layers: int = 2
     """Transformer blocks."""
     num_heads: int = 4
     """Attention heads per block."""
-    width: int = 128
+    width: int = 96
     """Size of the residual stream."""
     dropout: float = 0.0
     """Dropout in attention and on the residual stream."""
@@ -96,7 +97,7 @@ class LanguageModelingConfig:
 class TextDataConfig(DataConfig):
     """Paragraphs of the documentation in Python's standard library, bytes as tokens."""
 
-    max_length: int = 512
+    max_length: int = 128
     """Longest sequence in bytes; longer paragraphs are cut into several samples."""
 
 

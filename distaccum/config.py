@@ -66,43 +66,27 @@ class WandbMode(Enum):
     online = "online"
 
 
-class PlacementName(Enum):
-    """What `python -m distaccum.compare` can compare."""
-
-    one_shot = "one_shot"
-    single = "single"
-    dp = "dp"
-    ddp_sync_every_step = "ddp_sync_every_step"
-    ddp = "ddp"
-    ddp_bf16 = "ddp_bf16"
-    ddp_fp16 = "ddp_fp16"
-    ddp_powersgd = "ddp_powersgd"
-    zero1 = "zero1"
-    fsdp = "fsdp"
-    fsdp_gathered = "fsdp_gathered"
-
-
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
-def _require_at_least(minimum: float, **values: float | None) -> None:
+def require_at_least(minimum: float, **values: float | None) -> None:
     """Each value must be at least `minimum` or absent; `__` in a name stands for the dot of its key."""
     for name, value in values.items():
         key = name.replace("__", ".")
-        _require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
+        require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
 
 
-def _require_positive(**values: float | None) -> None:
+def require_positive(**values: float | None) -> None:
     for name, value in values.items():
         key = name.replace("__", ".")
-        _require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
+        require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
 
 
-def _require_name(group: str, name: str, *own: str) -> None:
+def require_name(group: str, name: str, *own: str) -> None:
     """A section's name says which option of its group it is: it can't become another by being renamed."""
-    _require(
+    require(
         name in own, f"{group}.name={name} can't be set: it follows from the choice of {group}. Set {group}={name}."
     )
 
@@ -122,7 +106,7 @@ class BatchConfig:
     """Leave out an epoch's last window when it is smaller than the global batch."""
 
     def __post_init__(self) -> None:
-        _require_at_least(
+        require_at_least(
             1,
             batch__global_batch_size=self.global_batch_size,
             batch__micro_batch_size=self.micro_batch_size,
@@ -154,10 +138,10 @@ class DataConfig:
     """Copy to the GPU without waiting; the next micro-batch is then copied while this one computes."""
 
     def __post_init__(self) -> None:
-        _require_at_least(0, data__num_workers=self.num_workers)
-        _require_at_least(1, data__prefetch_factor=self.prefetch_factor)
+        require_at_least(0, data__num_workers=self.num_workers)
+        require_at_least(1, data__prefetch_factor=self.prefetch_factor)
         for key in ("persistent_workers", "prefetch_factor"):
-            _require(
+            require(
                 not (getattr(self, key) and self.num_workers == 0),
                 f"data.{key}={getattr(self, key)} needs worker processes, and data.num_workers is 0: "
                 f"set data.num_workers, or leave data.{key} out.",
@@ -173,7 +157,7 @@ class PrecisionConfig:
     themselves, gradients accumulated in float32; `fp64`: everything in double precision, for proofs."""
 
     def __post_init__(self) -> None:
-        _require_name("precision", self.name.name, *(entry.name for entry in PrecisionName if entry.name != "fp16"))
+        require_name("precision", self.name.name, *(entry.name for entry in PrecisionName if entry.name != "fp16"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,8 +171,8 @@ class Fp16Config(PrecisionConfig):
     """Updates without an overflow after which the loss scale doubles."""
 
     def __post_init__(self) -> None:
-        _require_name("precision", self.name.name, "fp16")
-        _require_positive(precision__init_scale=self.init_scale, precision__growth_interval=self.growth_interval)
+        require_name("precision", self.name.name, "fp16")
+        require_positive(precision__init_scale=self.init_scale, precision__growth_interval=self.growth_interval)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -207,7 +191,7 @@ class SingleConfig(StrategyConfig):
     name: str = "single"
 
     def __post_init__(self) -> None:
-        _require_name("strategy", self.name, "single")
+        require_name("strategy", self.name, "single")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,10 +225,10 @@ class DDPConfig(StrategyConfig):
     """Updates that PowerSGD leaves uncompressed at the start (at least 2)."""
 
     def __post_init__(self) -> None:
-        _require_name("strategy", self.name, "ddp")
-        _require_positive(strategy__bucket_cap_mb=self.bucket_cap_mb)
-        _require_at_least(1, strategy__powersgd_rank=self.powersgd_rank)
-        _require_at_least(2, strategy__powersgd_start_update=self.powersgd_start_update)
+        require_name("strategy", self.name, "ddp")
+        require_positive(strategy__bucket_cap_mb=self.bucket_cap_mb)
+        require_at_least(1, strategy__powersgd_rank=self.powersgd_rank)
+        require_at_least(2, strategy__powersgd_start_update=self.powersgd_start_update)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -259,8 +243,8 @@ class DPConfig(StrategyConfig):
     """Number of replicas. `null`: one per GPU, or two on a CPU."""
 
     def __post_init__(self) -> None:
-        _require_name("strategy", self.name, "dp")
-        _require_at_least(1, strategy__replicas=self.replicas)
+        require_name("strategy", self.name, "dp")
+        require_at_least(1, strategy__replicas=self.replicas)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,7 +260,7 @@ class FSDPConfig(StrategyConfig):
     micro-steps, and gather once per update."""
 
     def __post_init__(self) -> None:
-        _require_name("strategy", self.name, "fsdp")
+        require_name("strategy", self.name, "fsdp")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -299,8 +283,8 @@ class ScheduleConfig:
     """Updates over which the factor rises linearly to 1."""
 
     def __post_init__(self) -> None:
-        _require_name("schedule", self.name, *self._own_names)
-        _require_at_least(0, schedule__warmup_updates=self.warmup_updates)
+        require_name("schedule", self.name, *self._own_names)
+        require_at_least(0, schedule__warmup_updates=self.warmup_updates)
 
     @property
     def _own_names(self) -> tuple[str, ...]:
@@ -316,7 +300,7 @@ class DecayScheduleConfig(ScheduleConfig):
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
-        _require_at_least(0, schedule__final_factor=self.final_factor)
+        require_at_least(0, schedule__final_factor=self.final_factor)
 
     @property
     def _own_names(self) -> tuple[str, ...]:
@@ -335,8 +319,8 @@ class StepScheduleConfig(ScheduleConfig):
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
-        _require_at_least(1, schedule__every_updates=self.every_updates)
-        _require_positive(schedule__factor=self.factor)
+        require_at_least(1, schedule__every_updates=self.every_updates)
+        require_positive(schedule__factor=self.factor)
 
     @property
     def _own_names(self) -> tuple[str, ...]:
@@ -355,7 +339,7 @@ class EarlyStoppingConfig:
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, train__early_stopping__patience=self.patience)
+        require_at_least(1, train__early_stopping__patience=self.patience)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -378,13 +362,13 @@ class LoopConfig:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.epochs is not None or self.max_updates is not None,
             "train.epochs and train.max_updates are both null, so the run would never end: set one of them.",
         )
-        _require_at_least(1, train__epochs=self.epochs, train__max_updates=self.max_updates)
-        _require_at_least(1, train__eval_every=self.eval_every, train__eval_batch_size=self.eval_batch_size)
-        _require_positive(train__clip_norm=self.clip_norm)
+        require_at_least(1, train__epochs=self.epochs, train__max_updates=self.max_updates)
+        require_at_least(1, train__eval_every=self.eval_every, train__eval_batch_size=self.eval_batch_size)
+        require_positive(train__clip_norm=self.clip_norm)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -425,99 +409,7 @@ class TrainConfig:
     """Components by name: more observers of the run, besides progress, `metrics.jsonl` and wandb."""
 
     def __post_init__(self) -> None:
-        _require_at_least(0, seed=self.seed)
-
-
-@dataclass(kw_only=True, slots=True)
-class CompareSection:
-    """What `python -m distaccum.compare` runs, and how long it measures."""
-
-    placements: list[PlacementName] | None = None
-    """Which placements, of `one_shot`, `single`, `dp`, `ddp_sync_every_step`, `ddp`, `ddp_bf16`, `ddp_fp16`,
-    `ddp_powersgd`, `zero1`, `fsdp` and `fsdp_gathered` (`strategy.reshard_in_window=false`). `null`: all of them."""
-    world_sizes: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of ranks, or of replicas under DP. Placements of one process run if 1 is among them."""
-    accumulation_steps: list[int] = field(default_factory=lambda: [4])
-    """Micro-steps per window and rank, each of which is a row of its own for each placement and world size."""
-    updates: int = 8
-    """Timed updates per round. Only windows of the full size are timed."""
-    warmup_updates: int = 2
-    """Updates before the timed ones of each round."""
-    rounds: int = 5
-    """How often each placement takes its turn to be timed."""
-    curve_updates: int = 30
-    """Updates of the loss curve, from the start of the training, at most as many as the training has."""
-    exact_updates: int = 3
-    """Updates after which the parameters are compared with those of the float64 one-shot run."""
-    tolerance: float = 1e-12
-    """Largest error, in float64, of what is called exact."""
-    threads_per_rank: int = 1
-    """CPU threads of each rank."""
-    keep_alive: bool | None = None
-    """Keep the processes of a placement while the others take their turn, instead of starting them anew in each round.
-    `null`: on a CPU, as long as they take up little memory."""
-    timeout_seconds: float = 300.0
-    """How long a placement may stay silent before it is stopped and becomes a row that says so."""
-
-    def __post_init__(self) -> None:
-        for key in ("world_sizes", "accumulation_steps", "placements"):
-            values = getattr(self, key)
-            _require(values is None or len(values) > 0, f"compare.{key} is empty: give at least one.")
-            if values is not None:
-                setattr(self, key, list(dict.fromkeys(values)))
-        for key in ("world_sizes", "accumulation_steps"):
-            for value in getattr(self, key):
-                _require(value >= 1, f"compare.{key}={getattr(self, key)} is impossible: each must be at least 1.")
-        _require_at_least(1, compare__updates=self.updates, compare__rounds=self.rounds)
-        _require_at_least(0, compare__warmup_updates=self.warmup_updates)
-        _require_at_least(1, compare__curve_updates=self.curve_updates, compare__exact_updates=self.exact_updates)
-        _require_at_least(1, compare__threads_per_rank=self.threads_per_rank)
-        _require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
-
-
-@dataclass(kw_only=True, slots=True)
-class CompareConfig(TrainConfig):
-    """A training, and the placements that it is to be compared under."""
-
-    compare: CompareSection = field(default_factory=CompareSection)
-
-    def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
-        _require(
-            self.batch.global_batch_size is not None,
-            "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
-            "null: give a number.",
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckSection:
-    """What `python -m distaccum.check` measures, and how far apart equal results may be."""
-
-    windows: int = 2
-    """Windows to measure: the first ones of an epoch, the last of them being the epoch's last window, ragged or not."""
-    samples: int | None = 32
-    """Samples of each window that are measured, so that they fit into one micro-batch. `null`: all of them."""
-    tolerance_fp64: float = 1e-10
-    """In float64: largest ‖difference‖ / ‖gradient‖ of any one parameter."""
-    tolerance: float | None = None
-    """In the configured precision: largest ‖difference‖ / ‖gradient‖ over all parameters together. `null`: 1e-4, or
-    what float16 (1e-2) and bfloat16 (5e-2) can hold."""
-    worst: int = 5
-    """Parameters to show, those that differ most first."""
-    json: bool = False
-    """Print one JSON object and nothing else. `--json` is short for `check.json=true`."""
-
-    def __post_init__(self) -> None:
-        _require_at_least(1, check__windows=self.windows, check__samples=self.samples, check__worst=self.worst)
-        _require_positive(check__tolerance_fp64=self.tolerance_fp64, check__tolerance=self.tolerance)
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckConfig(TrainConfig):
-    """A training whose updates are to be proved independent of the cut."""
-
-    check: CheckSection = field(default_factory=CheckSection)
+        require_at_least(0, seed=self.seed)
 
 
 def conf_dir() -> Path:

@@ -29,9 +29,10 @@ from omegaconf.errors import (
 )
 
 from distaccum.components import SCHEMAS
-from distaccum.config import CheckConfig, CompareConfig, TrainConfig, conf_dir
+from distaccum.config import TrainConfig, conf_dir
 from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
 from distaccum.logs import print_error
+from distaccum.tool_configs import CheckConfig, CompareConfig
 
 ROOTS: dict[str, type[TrainConfig]] = {"train": TrainConfig, "compare": CompareConfig, "check": CheckConfig}
 """Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""

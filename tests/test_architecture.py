@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "distaccum"
 FLOORS = {
     "config": 0,
     "components": 0,
+    "tool_configs": 0,
     "errors": 0,
     "distributed": 1,
     "devices": 1,
@@ -32,17 +33,27 @@ FLOORS = {
     "trainer": 5,
     "evaluation": 5,
     "assembly": 5,
+    "comparison": 5,
+    "checking": 5,
     "entry": 6,
     "train": 6,
+    "compare": 6,
+    "check": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
     ("components", "config"),
+    ("tool_configs", "config"),
     ("components", "errors"),
     ("config", "errors"),
     ("trainer", "evaluation"),
     ("assembly", "trainer"),
+    ("comparison", "assembly"),
+    ("checking", "assembly"),
+    ("comparison", "trainer"),
     ("train", "entry"),
+    ("compare", "entry"),
+    ("check", "entry"),
 }
 
 
@@ -100,7 +111,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train",):
+    for name in ("train", "compare", "check"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -1,0 +1,232 @@
+"""What is measured of one placement, in the process of one of its ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distaccum.accumulation import Accumulator, UpdateResult
+from distaccum.assembly import build_parts
+from distaccum.config import Fp16Config, OnNonfinite, PrecisionConfig, PrecisionName, TrainConfig
+from distaccum.devices import Stopwatch, peak_memory
+from distaccum.loaders import Window
+from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.seeding import derived_seed, seed_everything
+from distaccum.strategies import Strategy, place, shards_optimizer
+from distaccum.trainer import total_updates
+
+
+class SyncEveryMicroStep:
+    """A strategy whose `no_sync` syncs: what a loop does that knows nothing of `no_sync`.
+
+    Everything else is the strategy's own. The waits of all the micro-steps before the last one, of which the
+    accumulator knows nothing, are kept here.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._stopwatch = Stopwatch(strategy.device)
+        self._waits: list[tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self._noting_the_wait()
+
+    @contextmanager
+    def _noting_the_wait(self) -> Iterator[None]:
+        yield
+        self._waits.append((self._strategy.traffic.last_launch, self._stopwatch.mark()))
+
+    def take_waited_seconds(self) -> float:
+        """Seconds since the last call; to be asked for when the host has waited for the device."""
+        waits, self._waits = self._waits, []
+        return sum(self._stopwatch.seconds(start, end) for start, end in waits if start is not None)
+
+
+class Training:
+    """The training of a configuration, one update at a time: what `distaccum.train` does, without its observers."""
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, *, rank: int, world_size: int, sync_every_step: bool
+    ) -> None:
+        parts = build_parts(config, device, rank=rank, world_size=world_size)
+        if sync_every_step:
+            # Ranks sync in each micro-step, so they must take equally many.
+            parts.loader.plan = dataclasses.replace(parts.loader.plan, equal_micro_steps=True)
+        self.loader = parts.loader
+        self.task = parts.task
+        self.precision = parts.precision
+        self.total_updates = total_updates(config.train, len(parts.loader))
+        factor = schedule_factor(config.schedule, self.total_updates)
+        placed = place(parts.module, config.strategy, device, config.precision.name)
+        self.syncing = SyncEveryMicroStep(placed) if sync_every_step else None
+        self.strategy = placed if self.syncing is None else cast(Strategy, self.syncing)
+        optimizer = build_optimizer(
+            config.optim, self.strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
+        )
+        self.schedule = Schedule(optimizer, factor)
+        # As in a training: until here all ranks drew the same numbers; dropout must differ.
+        seed_everything(derived_seed(config.seed, "rank", rank))
+        self.accumulator = Accumulator(
+            self.strategy.model,
+            optimizer,
+            clip_norm=config.train.clip_norm,
+            scaler=_scaler(config.precision, device),
+            skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
+            strategy=self.strategy,
+        )
+        self._windows = self._all_windows()
+
+    def _all_windows(self) -> Iterator[Window]:
+        while True:
+            yield from self.loader
+
+    def update(self) -> tuple[Window, UpdateResult]:
+        """Makes the next update. What was waited for in the sync includes all micro-steps."""
+        window = next(self._windows)
+        # A comparison may go on for longer than the training would: at the learning rate of its last update.
+        self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
+        with self.accumulator.window(window) as micro_batches:
+            for batch in micro_batches:
+                with self.precision.autocast():
+                    output = self.task(self.strategy.model, batch)
+                self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+        result = self.accumulator.step()
+        if self.syncing is not None:
+            waited = self.syncing.take_waited_seconds()
+            result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
+        return window, result
+
+    def parameters(self) -> Tensor:
+        """All parameters in one row, float64 on the CPU. Sharded ones are gathered: every rank must ask."""
+        rows = []
+        for parameter in self.strategy.module.parameters():
+            value = parameter.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            rows.append(whole.to("cpu", torch.float64).reshape(-1))
+        return torch.cat(rows)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Measuring:
+    """One rank of a placement, told what to measure next. Each method returns what JSON can hold."""
+
+    config: TrainConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    sync_every_step: bool
+    reference: Path
+    """File of the parameters' change in the float64 one-shot run."""
+    _training: Training | None = None
+
+    def prepare(self, curve_updates: int) -> dict[str, Any]:
+        """Builds the training and makes its first updates: the loss curve, and the peak of the memory."""
+        before, _ = self._peak_memory()
+        training = self._training = self._start(self.config)
+        curve = [training.update()[1].loss for _ in range(min(curve_updates, training.total_updates))]
+        peak, kind = self._peak_memory()
+        # After what was measured: the optimizer has its state now, and no more is to come.
+        first_window = next(iter(training.loader.epoch(0)))
+        sizes = list(first_window.sizes)
+        return {
+            "loss_curve": curve,
+            "memory_before": before,
+            "peak_memory": peak,
+            "memory_kind": kind,
+            "micro_batch_sizes": sizes,
+            "window": first_window.num_samples,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+        }
+
+    def exactness(self, updates: int, precision: str | None) -> dict[str, Any]:
+        """Distance of the parameters' change from the reference's, after a few updates from the start.
+
+        Args:
+            precision: "fp64", or None for the configuration's own.
+        """
+        change = self._change(updates, PrecisionConfig(name=PrecisionName[precision]) if precision else None)
+        wanted = torch.load(self.reference, weights_only=True)
+        if wanted.shape != change.shape:
+            raise ValueError(f"the reference has {wanted.numel()} parameters, this placement {change.numel()}")
+        return {"error": float((change - wanted).norm() / wanted.norm())}
+
+    def make_reference(self, updates: int) -> dict[str, Any]:
+        change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
+        torch.save(change, self.reference)
+        return {"parameters": change.numel(), "norm": float(change.norm())}
+
+    def round(self, updates: int, warmup_updates: int) -> dict[str, Any]:
+        """Times so many updates of full windows."""
+        if self._training is None:
+            self._training = self._start(self.config)
+        training = self._training
+        full = min(training.loader.plan.global_batch_size, training.loader.num_samples)
+        if dist.is_initialized():
+            dist.barrier()
+        for _ in range(warmup_updates):
+            training.update()
+        timed: dict[str, list[float]] = {"seconds": [], "data_seconds": [], "sync_seconds": []}
+        result = None
+        while len(timed["seconds"]) < updates:
+            started = time.perf_counter()
+            window, update = training.update()
+            seconds = time.perf_counter() - started
+            if window.num_samples < full:
+                continue
+            result = update
+            timed["seconds"].append(seconds)
+            timed["data_seconds"].append(update.data_seconds)
+            timed["sync_seconds"].append(update.sync_seconds)
+        assert result is not None
+        return {
+            **timed,
+            "samples": full,
+            "sync_calls": result.sync_calls,
+            "sync_bytes": result.sync_bytes,
+            "micro_steps": result.micro_steps,
+        }
+
+    def _start(self, config: TrainConfig) -> Training:
+        return Training(
+            config,
+            self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            sync_every_step=self.sync_every_step,
+        )
+
+    def _change(self, updates: int, precision: PrecisionConfig | None) -> Tensor:
+        config = self.config if precision is None else dataclasses.replace(self.config, precision=precision)
+        training = self._start(config)
+        before = training.parameters()
+        for _ in range(updates):
+            training.update()
+        return training.parameters() - before
+
+    def _peak_memory(self) -> tuple[int, str]:
+        if self.device.type != "cuda":
+            # Not ru_maxrss: a process takes that over from the one that started it.
+            status = Path("/proc/self/status")
+            if status.exists():
+                for line in status.read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        return int(line.split()[1]) * 1024, "resident set"
+        return peak_memory(self.device)
+
+
+def _scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler | None:
+    if not isinstance(config, Fp16Config):
+        return None
+    return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)

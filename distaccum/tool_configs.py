@@ -1,0 +1,116 @@
+"""The typed configuration of the tools beside training: `distaccum.compare` and `distaccum.check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from distaccum.config import TrainConfig, require, require_at_least, require_positive
+
+
+class PlacementName(Enum):
+    """What `python -m distaccum.compare` can compare."""
+
+    one_shot = "one_shot"
+    single = "single"
+    dp = "dp"
+    ddp_sync_every_step = "ddp_sync_every_step"
+    ddp = "ddp"
+    ddp_bf16 = "ddp_bf16"
+    ddp_fp16 = "ddp_fp16"
+    ddp_powersgd = "ddp_powersgd"
+    zero1 = "zero1"
+    fsdp = "fsdp"
+    fsdp_gathered = "fsdp_gathered"
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareSection:
+    """What `python -m distaccum.compare` runs, and how long it measures."""
+
+    placements: list[PlacementName] | None = None
+    """Which placements, of `one_shot`, `single`, `dp`, `ddp_sync_every_step`, `ddp`, `ddp_bf16`, `ddp_fp16`,
+    `ddp_powersgd`, `zero1`, `fsdp` and `fsdp_gathered` (`strategy.reshard_in_window=false`). `null`: all of them."""
+    world_sizes: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of ranks, or of replicas under DP. Placements of one process run if 1 is among them."""
+    accumulation_steps: list[int] = field(default_factory=lambda: [4])
+    """Micro-steps per window and rank, each of which is a row of its own for each placement and world size."""
+    updates: int = 8
+    """Timed updates per round. Only windows of the full size are timed."""
+    warmup_updates: int = 2
+    """Updates before the timed ones of each round."""
+    rounds: int = 5
+    """How often each placement takes its turn to be timed."""
+    curve_updates: int = 30
+    """Updates of the loss curve, from the start of the training, at most as many as the training has."""
+    exact_updates: int = 3
+    """Updates after which the parameters are compared with those of the float64 one-shot run."""
+    tolerance: float = 1e-12
+    """Largest error, in float64, of what is called exact."""
+    threads_per_rank: int = 1
+    """CPU threads of each rank."""
+    keep_alive: bool | None = None
+    """Keep the processes of a placement while the others take their turn, instead of starting them anew in each round.
+    `null`: on a CPU, as long as they take up little memory."""
+    timeout_seconds: float = 300.0
+    """How long a placement may stay silent before it is stopped and becomes a row that says so."""
+
+    def __post_init__(self) -> None:
+        for key in ("world_sizes", "accumulation_steps", "placements"):
+            values = getattr(self, key)
+            require(values is None or len(values) > 0, f"compare.{key} is empty: give at least one.")
+            if values is not None:
+                setattr(self, key, list(dict.fromkeys(values)))
+        for key in ("world_sizes", "accumulation_steps"):
+            for value in getattr(self, key):
+                require(value >= 1, f"compare.{key}={getattr(self, key)} is impossible: each must be at least 1.")
+        require_at_least(1, compare__updates=self.updates, compare__rounds=self.rounds)
+        require_at_least(0, compare__warmup_updates=self.warmup_updates)
+        require_at_least(1, compare__curve_updates=self.curve_updates, compare__exact_updates=self.exact_updates)
+        require_at_least(1, compare__threads_per_rank=self.threads_per_rank)
+        require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
+
+
+@dataclass(kw_only=True, slots=True)
+class CompareConfig(TrainConfig):
+    """A training, and the placements that it is to be compared under."""
+
+    compare: CompareSection = field(default_factory=CompareSection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            self.batch.global_batch_size is not None,
+            "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
+            "null: give a number.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckSection:
+    """What `python -m distaccum.check` measures, and how far apart equal results may be."""
+
+    windows: int = 2
+    """Windows to measure: the first ones of an epoch, the last of them being the epoch's last window, ragged or not."""
+    samples: int | None = 32
+    """Samples of each window that are measured, so that they fit into one micro-batch. `null`: all of them."""
+    tolerance_fp64: float = 1e-10
+    """In float64: largest ‖difference‖ / ‖gradient‖ of any one parameter."""
+    tolerance: float | None = None
+    """In the configured precision: largest ‖difference‖ / ‖gradient‖ over all parameters together. `null`: 1e-4, or
+    what float16 (1e-2) and bfloat16 (5e-2) can hold."""
+    worst: int = 5
+    """Parameters to show, those that differ most first."""
+    json: bool = False
+    """Print one JSON object and nothing else. `--json` is short for `check.json=true`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, check__windows=self.windows, check__samples=self.samples, check__worst=self.worst)
+        require_positive(check__tolerance_fp64=self.tolerance_fp64, check__tolerance=self.tolerance)
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckConfig(TrainConfig):
+    """A training whose updates are to be proved independent of the cut."""
+
+    check: CheckSection = field(default_factory=CheckSection)

@@ -1,0 +1,106 @@
+"""`python -m distaccum.check` as it is started: alone, and on ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import Ended
+from examining import POINTS
+from launching import ROOT, torchrun
+
+HERE = Path(__file__).parent
+SMALL = ["batch.global_batch_size=12", "batch.micro_batch_size=4", "device=cpu", "model=custom"]
+
+
+def check(*arguments: str, cwd: Path) -> Ended:
+    done = subprocess.run(
+        [sys.executable, "-m", "distaccum.check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])},
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def test_equal(tmp_path: Path) -> None:
+    ended = check(*POINTS, *SMALL, "model._target_=zoo.PartlyUnused", cwd=tmp_path)
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines()[0].startswith("EQUAL: the update is that of the large batch, to ")
+    assert "micro-batches of 1" in ended.out
+    assert "never_called.weight" in ended.out
+    assert ended.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_equal_as_json(tmp_path: Path) -> None:
+    ended = check(*POINTS, *SMALL, "model._target_=zoo.WithBatchNorm", "--json", cwd=tmp_path)
+    assert ended.status == 1, ended.err
+    found = json.loads(ended.out)
+    assert found["equal"] is False
+    assert found["status"] == 1
+    assert found["verdict"].startswith("NOT EQUAL: ")
+    assert found["findings"][0]["kind"] == "mixes_samples"
+    assert found["findings"][0]["where"] == "layers.1 (BatchNorm1d)"
+    # BatchNorm refuses a single sample in training: the row says why.
+    refused = next(row for row in found["rows"] if row["cut"] == "micro-batches of 1")
+    assert "more than 1 value per channel" in refused["failure"]
+    assert found["parameters"][0]["float64_error"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["check.windos=3"], "check.windows"),
+        (["model._target_=zoo.NoSuchModel"], "NoSuchModel"),
+        (["model._target_=zoo.Plain", "task=custom", "task._target_=zoo.NoTask"], "TaskOutput"),
+    ],
+)
+def test_bad_input_ends_with_one_message(arguments: list[str], named: str, tmp_path: Path) -> None:
+    assert named in check(*POINTS, *SMALL, *arguments, cwd=tmp_path).message
+
+
+def on_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), str(HERE)])
+    return torchrun(2, "-m", "distaccum.check", *POINTS, *SMALL, "--json", *arguments, PYTHONPATH=path)
+
+
+def test_a_healthy_model_on_two_ranks() -> None:
+    done = on_ranks("model._target_=zoo.Gated")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["world_size"] == 2
+    assert "2 ranks" in found["verdict"]
+    rows = [row for row in found["rows"] if row["ranks"] == 2 and row["precision"] == "float64"]
+    assert {row["cut"] for row in rows} == {"one micro-step a rank", "three micro-steps a rank", "unequal micro-steps"}
+    assert all(row["equal"] and row["worst_error"] < 1e-12 for row in rows)
+    # One sync per update, whatever the number of micro-steps.
+    assert {row["sync_calls"] for row in rows} == {1}
+    # An expert that a rank's last micro-batch doesn't use is what DDP stumbles over.
+    sometimes = next(entry for entry in found["findings"] if entry["kind"] == "sometimes_no_gradient")
+    assert sometimes["severity"] == "warning"
+    assert "find_unused_parameters=true" in sometimes["remedy"]
+
+
+def test_batchnorm_on_two_ranks() -> None:
+    done = on_ranks("model._target_=zoo.WithBatchNorm")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["findings"][0]["where"] == "layers.1 (BatchNorm1d)"
+    row = next(row for row in found["rows"] if row["ranks"] == 2 and row["cut"] == "one micro-step a rank")
+    assert not row["equal"]
+    assert row["gradient_error"] > 1e-3
+
+
+def test_bad_input_on_ranks_is_said_once() -> None:
+    done = on_ranks("model._target_=zoo.NoSuchModel")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("NoSuchModel cannot be imported") == 1
