@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from distaccum import targets
-from distaccum.config import DataConfig, Fp16Config, TrainConfig, WandbMode
+from distaccum.config import DataConfig, Fp16Config, PrecisionConfig, TrainConfig, WandbMode
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
@@ -130,7 +130,7 @@ def build_trainer(
         evaluation_loader=parts.evaluation_loader,
         references=getattr(parts.evaluation_data, "reference_losses", None),
         precision=parts.precision,
-        scaler=_scaler(config, device),
+        scaler=build_scaler(config.precision, device),
         observers=observers,
         strategy=strategy,
         run_dir=run_dir,
@@ -266,12 +266,11 @@ def _collate_fn(config: DataConfig) -> Any:
     return found
 
 
-def _scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler | None:
-    if not isinstance(config.precision, Fp16Config):
+def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler | None:
+    """The gradient scaler of a precision; None for all but fp16."""
+    if not isinstance(config, Fp16Config):
         return None
-    return torch.amp.GradScaler(
-        device.type, init_scale=config.precision.init_scale, growth_interval=config.precision.growth_interval
-    )
+    return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
 
 
 def _observers(config: TrainConfig, run_dir: Path) -> list[Observer]:

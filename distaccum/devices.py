@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,8 +100,14 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
     """Bytes at the highest point so far, and what they are, in words."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "of device memory"
-    # Linux counts ru_maxrss in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "resident set"
+    # ru_maxrss would be that of the launcher too: a process takes it over from the one that started it.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, "resident set"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set"
 
 
 @dataclass(frozen=True, slots=True)

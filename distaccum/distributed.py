@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ def joined_world() -> Iterator[World]:
             raise
         raise OtherRankFailedError("stopped because another rank failed") from error
     finally:
+        # DDP's modules are in reference cycles; as long as one is there, so are the group and its threads.
+        gc.collect()
         # After a failure, NCCL would wait here for ranks that don't come; the process ends at once anyway.
         if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
             dist.destroy_process_group()

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distaccum import components, config
+from distaccum import components, config, tool_configs
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- made by tests/config_reference.py from the schema -->"
@@ -45,13 +45,15 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`precision=fp32`, `bf16`, `bf16_params`, `fp64`", "precision", config.PrecisionConfig),
     ("`precision=fp16`", "precision", config.Fp16Config),
     ("`wandb`", "wandb", config.WandbConfig),
+    ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
+    ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
 ]
 
 
 def field_docstrings() -> dict[str, dict[str, str]]:
     """Class → field → the docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    for module in ("config", "components"):
+    for module in ("config", "components", "tool_configs"):
         tree = ast.parse((ROOT / "distaccum" / f"{module}.py").read_text())
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import sys
 from collections.abc import Sequence
 
@@ -181,9 +180,6 @@ class _Examination:
                     if world.is_main:
                         calls.setdefault(name, update.sync_calls)
                         self._add(number, float64, world.world_size, name, sizes, update, [len(part) for part in cut])
-        # DDP models hold one another in cycles. Left to the end of the process, they would outlive the process group
-        # whose work they wait for, and now and then abort.
-        gc.collect()
         if world.is_main:
             self._judge_collectives(calls, config)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator, UpdateResult
-from distaccum.assembly import build_parts
-from distaccum.config import Fp16Config, OnNonfinite, PrecisionConfig, PrecisionName, TrainConfig
+from distaccum.assembly import build_parts, build_scaler
+from distaccum.config import OnNonfinite, PrecisionConfig, PrecisionName, TrainConfig
 from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
@@ -82,7 +82,7 @@ class Training:
             self.strategy.model,
             optimizer,
             clip_norm=config.train.clip_norm,
-            scaler=_scaler(config.precision, device),
+            scaler=build_scaler(config.precision, device),
             skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,
         )
@@ -133,10 +133,10 @@ class Measuring:
 
     def prepare(self, curve_updates: int) -> dict[str, Any]:
         """Builds the training and makes its first updates: the loss curve, and the peak of the memory."""
-        before, _ = self._peak_memory()
+        before, _ = peak_memory(self.device)
         training = self._training = self._start(self.config)
         curve = [training.update()[1].loss for _ in range(min(curve_updates, training.total_updates))]
-        peak, kind = self._peak_memory()
+        peak, kind = peak_memory(self.device)
         # After what was measured: the optimizer has its state now, and no more is to come.
         first_window = next(iter(training.loader.epoch(0)))
         sizes = list(first_window.sizes)
@@ -214,19 +214,3 @@ class Measuring:
         for _ in range(updates):
             training.update()
         return training.parameters() - before
-
-    def _peak_memory(self) -> tuple[int, str]:
-        if self.device.type != "cuda":
-            # Not ru_maxrss: a process takes that over from the one that started it.
-            status = Path("/proc/self/status")
-            if status.exists():
-                for line in status.read_text().splitlines():
-                    if line.startswith("VmHWM:"):
-                        return int(line.split()[1]) * 1024, "resident set"
-        return peak_memory(self.device)
-
-
-def _scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler | None:
-    if not isinstance(config, Fp16Config):
-        return None
-    return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
