@@ -75,6 +75,7 @@ class _OpenWindow:
     totals: Tensor | None = None
     totals_work: dist.Work | None = None
     backward_end: Any = None
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Accumulator:
@@ -137,6 +138,16 @@ class Accumulator:
         """
         if self._open is not None:
             raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
+        if (
+            isinstance(micro_batches, Window)
+            and self.strategy.equal_micro_steps
+            and not micro_batches.equal_micro_steps
+        ):
+            raise UserError(
+                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
+                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
+                "equal_micro_steps=True."
+            )
         self._open = _OpenWindow(
             scale=self._choose_scale(micro_batches),
             sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
@@ -144,6 +155,8 @@ class Accumulator:
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
         )
+        if self.skip_nonfinite:
+            self._open.buffers = [(b, b.clone()) for b in self._model.buffers() if b.is_floating_point()]
         micro_steps = self._micro_steps(self._open, micro_batches)
         try:
             yield micro_steps
@@ -243,8 +256,15 @@ class Accumulator:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        if self.scaler is None:
+            return self._update(window, totals, gradients)
+        self.scaler.unscale_(self.optimizer)
+        try:
+            return self._update(window, totals, gradients)
+        finally:
+            self.scaler.update()
+
+    def _update(self, window: _OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         loss_sum, weight, norm, *flat_sums = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
@@ -264,8 +284,8 @@ class Accumulator:
                     self.optimizer.step()
                 else:
                     self.scaler.step(self.optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
+        else:
+            self._undo_forwards(window)
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
@@ -282,14 +302,20 @@ class Accumulator:
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
         )
 
+    def _undo_forwards(self, window: _OpenWindow) -> None:
+        """Takes back what the forwards of a skipped update may have left for good: a NaN in BatchNorm's statistics."""
+        for buffer, before in window.buffers:
+            buffer.copy_(before)
+        self.strategy.drop_gradients()
+
     def _is_sound(self, window: _OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
         """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
         if math.isfinite(loss) and math.isfinite(grad_norm) and weight > 0:
             return True
-        if self.scaler is not None and math.isfinite(loss) and weight > 0:
-            return False  # an overflow of the scaled gradients: the scaler lowers its scale
         if self.skip_nonfinite:
             return False
+        if self.scaler is not None and math.isfinite(loss) and weight > 0 and self.scaler.get_scale() >= 1:
+            return False  # an overflow of the scaled gradients: the scaler lowers its scale
         if weight <= 0:
             what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
         elif not math.isfinite(loss):
@@ -392,7 +418,7 @@ def _in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(torch.float64) for value in values]).sum(0).to(device, non_blocking=True)
+    return torch.stack([value.to(device, torch.float64, non_blocking=True) for value in values]).sum(0)
 
 
 def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -347,9 +347,10 @@ class LoopConfig:
     """How long to train, when to evaluate, what to do when numbers go wrong. Everything counts updates."""
 
     epochs: int | None = 30
-    """Passes over the training data. `null`: until `max_updates`."""
+    """Passes over the training data; with `max_updates`, whichever comes first. `null`: until `max_updates`."""
     max_updates: int | None = None
-    """Updates after which the run ends, wherever it is in an epoch. `null`: only `epochs` counts."""
+    """Updates after which the run ends, wherever it is in an epoch; with `epochs`, whichever comes first. `null`: only
+    `epochs` counts."""
     clip_norm: float | None = 1.0
     """Largest norm of the window's mean gradient, over all parameters together. `null`: no clipping."""
     eval_every: int | None = None

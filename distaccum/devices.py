@@ -53,8 +53,8 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, f
         if isinstance(value, Tensor):
             dtype = float_dtype if float_dtype is not None and value.is_floating_point() else None
             return value.to(device=device, dtype=dtype, non_blocking=non_blocking)
-        if isinstance(value, Mapping) and type(value) is dict:
-            return {key: move(entry) for key, entry in value.items()}
+        if isinstance(value, dict) or (isinstance(value, Mapping) and not hasattr(value, "to")):
+            return _rebuilt(value, {key: move(entry) for key, entry in value.items()})
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(move, value))
         if isinstance(value, tuple | list):
@@ -62,6 +62,14 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, f
         return value.to(device) if hasattr(value, "to") else value
 
     return move(batch)
+
+
+def _rebuilt(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
+    """The entries in a mapping of the same type, if it can be made of a dict."""
+    try:
+        return type(mapping)(entries)  # type: ignore[call-arg]
+    except TypeError:  # a defaultdict, say, which takes its factory first
+        return entries
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

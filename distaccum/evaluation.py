@@ -37,7 +37,8 @@ def evaluate(
     Raises:
         UserError: the total weight is zero.
     """
-    was_training = model.training
+    # Each module's own mode: a layer that is frozen by eval() must come back frozen.
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     totals: dict[str, Tensor] = {}
     try:
@@ -52,7 +53,8 @@ def evaluate(
                     value = value.detach().to(device=device, dtype=torch.float64)
                     totals[name] = totals[name] + value if name in totals else value
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
     totals = _over_ranks(totals, device)
     weight = float(totals.pop("weight", 0.0))
     if weight <= 0:

@@ -47,6 +47,7 @@ class Window:
         epoch: number of the epoch, from 0.
         index: number of the window in its epoch, from 0.
         num_samples: samples of the window over all ranks.
+        equal_micro_steps: every rank has the same number of micro-batches.
         sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
             window's first sample, which counts nothing and is there because the other ranks wait for this one in
             their collectives.
@@ -61,11 +62,13 @@ class Window:
         sizes: tuple[int, ...],
         batches: Iterator[Any],
         sample_indices: Callable[[], list[list[int]]],
+        equal_micro_steps: bool = False,
     ) -> None:
         self.epoch = epoch
         self.index = index
         self.num_samples = num_samples
         self.sizes = sizes
+        self.equal_micro_steps = equal_micro_steps
         self._batches = batches
         self._left = len(sizes)
         self._sample_indices = sample_indices
@@ -164,6 +167,7 @@ class WindowLoader:
                 num_samples=self._bounds[index][1] - self._bounds[index][0],
                 sizes=self._cut(index).sizes[self.rank],
                 batches=batches,
+                equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
                 sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
             )
             yield window
@@ -339,6 +343,9 @@ def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: tor
         return batch
 
     for batch in batches:
+        # An object that moves itself doesn't show its tensors to record_stream: what was computed with the batch before
+        # the last must be done before its memory is used again. The copy still overlaps with the computing to come.
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             moved = to_device(batch, device, non_blocking=True, float_dtype=float_dtype)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -229,6 +229,17 @@ class Trainer:
 
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
+        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates:
+            logger.info(
+                "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
+                self.loop.epochs,
+                self.total_updates,
+                self.loop.max_updates,
+            )
+        if not self.strategy.module.training:
+            logger.warning(
+                "the model is in evaluation mode, so it trains without dropout: call train() on it if not meant"
+            )
         start = RunStart(
             run_dir=self.run_dir,
             plan=self.loader.explain(),

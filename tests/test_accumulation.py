@@ -302,3 +302,40 @@ def test_bf16_parameters_train(optimizer: Any) -> None:
     assert strategy.module is model
     losses = [_train(model, accumulator, [batch.bfloat16() for batch in BATCHES]).loss for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_skipped_window_leaves_no_nan_in_the_statistics() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), skip_nonfinite=True)
+    batches = [torch.randn(4, 2, dtype=torch.float64), torch.full((4, 2), math.nan, dtype=torch.float64)]
+    assert _train(model, accumulator, batches).skipped
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert torch.equal(model[1].running_mean, torch.zeros(3, dtype=torch.float64))
+
+
+def test_a_gradient_that_no_scale_mends_stops_a_float16_run() -> None:
+    model, _ = _accumulator()
+    model = model.float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+
+    def update() -> bool:
+        with accumulator.window([torch.ones(2, 2)]) as micro_batches:
+            for batch in micro_batches:
+                outputs = model(batch)
+                accumulator.backward(outputs.sum() + (outputs * 0).sqrt().sum(), len(batch))
+        return accumulator.step().skipped
+
+    assert [update(), update(), update()] == [True, True, True]  # scales 4, 2 and 1
+    for _ in range(2):  # and an own loop that goes on is told again
+        with pytest.raises(UserError, match="the norm of the gradient is"):
+            update()
+
+
+def test_a_weight_may_be_a_tensor_of_any_kind() -> None:
+    model, accumulator = _accumulator()
+    with accumulator.window(BATCHES) as micro_batches:
+        for number, batch in enumerate(micro_batches):
+            weight = (3, torch.tensor(1), torch.tensor(2.0, dtype=torch.float32))[number]
+            accumulator.backward(model(batch).sum(), weight)
+    assert accumulator.step().weight == 6.0

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
@@ -95,3 +95,9 @@ def test_the_stopwatch_reads_the_gpu() -> None:
     torch.cuda.synchronize()
     assert watch.seconds(start, end) > 1e-3
     assert peak_memory(device)[1] == "of device memory"
+
+
+def test_mappings_keep_their_type() -> None:
+    moved = to_device(OrderedDict(a=torch.ones(1)), CPU, float_dtype=torch.float64)
+    assert type(moved) is OrderedDict
+    assert moved["a"].dtype == torch.float64

@@ -73,7 +73,7 @@ def strategy_of(model: nn.Module) -> Strategy:
     """
     if isinstance(model, DistributedDataParallel):
         return DDPStrategy(model)
-    if type(model).__name__.startswith("FSDP"):  # fully_shard puts this before the class's name
+    if any(parent.__name__ == "FSDPModule" for parent in type(model).__mro__):  # what fully_shard makes of a class
         from distaccum.strategies.fsdp import FSDPStrategy
 
         return FSDPStrategy(model, next(model.parameters()).device)

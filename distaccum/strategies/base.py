@@ -46,8 +46,7 @@ class Strategy(Protocol):
         world_size: number of ranks whose gradients are averaged in the sync.
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
-        equal_forwards: True if forwards hold collectives, so that all ranks must take equally many of them, in
-            evaluations too.
+        equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
     """
 
     @property
@@ -63,7 +62,7 @@ class Strategy(Protocol):
     @property
     def traffic(self) -> Traffic: ...
     @property
-    def equal_forwards(self) -> bool: ...
+    def equal_micro_steps(self) -> bool: ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""

@@ -96,4 +96,12 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
         matrix_approximation_rank=config.powersgd_rank,
         start_powerSGD_iter=config.powersgd_start_update,
     )
-    return powersgd_state, powersgd.powerSGD_hook
+
+    def counted_powersgd_hook(remembered: powersgd.PowerSGDState, bucket: GradBucket) -> Future[torch.Tensor]:
+        if remembered.iter < remembered.start_powerSGD_iter:
+            # The uncompressed all-reduce of the first updates is started elsewhere in torch.
+            state.traffic.count(bucket.buffer())
+            state.traffic.last_launch = state.mark()
+        return powersgd.powerSGD_hook(remembered, bucket)
+
+    return powersgd_state, counted_powersgd_hook

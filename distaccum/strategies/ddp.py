@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -35,17 +36,22 @@ class DDPStrategy:
         self.process_group: dist.ProcessGroup | None = model.process_group
         self.world_size = dist.get_world_size(model.process_group)
         self.traffic = Traffic()
-        self.equal_forwards = False
+        self._has_sync_batchnorm = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+        self.equal_micro_steps = self.world_size > 1 and (model.static_graph or self._has_sync_batchnorm)
+        self._graph_is_known = not model.static_graph
+        self._powersgd: PowerSGDState | None = None
         compression = config.compression if config is not None else Compression.none
         state = HookState(model.process_group, self.world_size, self.traffic, Stopwatch(self.device).mark)
         if compression is Compression.powersgd:
             assert config is not None
-            model.register_comm_hook(*powersgd_hook(state, config))
+            self._powersgd, hook = powersgd_hook(state, config)
+            model.register_comm_hook(self._powersgd, hook)
         elif not model._comm_hooks:
             model.register_comm_hook(state, communication_hook(compression))
 
     def no_sync(self) -> AbstractContextManager[None]:
-        if self.model.static_graph and self.traffic.calls == 0:
+        if not self._graph_is_known:
+            self._graph_is_known = True
             # DDP learns a static graph in the first backward it synchronises, and trips over an internal assertion if
             # an unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients
             # that are equal on all ranks is what they are already.
@@ -53,13 +59,17 @@ class DDPStrategy:
         return self.model.no_sync()
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
-        return with_zero_gradients(loss_sum)
+        # SyncBatchNorm's backward holds a collective, so its part of the graph can't be left out.
+        return loss_sum * 0 if self._has_sync_batchnorm else with_zero_gradients(loss_sum)
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
 
     def drop_gradients(self) -> None:
-        pass
+        if self._powersgd is not None:
+            # What PowerSGD remembers of the window's gradients, NaN included, would go into all that follow.
+            for memory in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
+                memory.clear()
 
     def share_buffers(self) -> None:
         if self.model.broadcast_buffers:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from distaccum.config import FSDPConfig, PrecisionName
@@ -31,13 +32,19 @@ class FSDPStrategy:
 
     def __init__(self, model: nn.Module, device: torch.device, *, reshard_in_window: bool = True) -> None:
         assert isinstance(model, FSDPModule)
+        meshes = [p.device_mesh if isinstance(p, DTensor) else None for p in model.parameters()]
+        if any(mesh is None or mesh.ndim != 1 or mesh.size() != dist.get_world_size() for mesh in meshes):
+            raise UserError(
+                "the model is not sharded over all ranks alike: every parameter must be, on one mesh dimension of "
+                f"{dist.get_world_size()} ranks (no HSDP, no sub-mesh, no ignored parameters)."
+            )
         self.model: nn.Module = model
         self.module: nn.Module = model
         self.device = device
         self.process_group = dist.group.WORLD
         self.world_size = dist.get_world_size()
         self.traffic = Traffic()
-        self.equal_forwards = True
+        self.equal_micro_steps = self.world_size > 1
         self._reshard_in_window = reshard_in_window
         self._root: FSDPModule = model
         if self.world_size > 1:

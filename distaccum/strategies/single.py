@@ -22,7 +22,7 @@ class SingleStrategy:
         self.world_size = 1
         self.process_group = None
         self.traffic = Traffic()
-        self.equal_forwards = False
+        self.equal_micro_steps = False
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()

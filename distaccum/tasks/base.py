@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +26,12 @@ class TaskOutput:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Task:
+class Task(ABC):
     """A loss and its metrics. Subclass it, or write any callable that returns a `TaskOutput`."""
 
+    @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
         """Runs the model on one micro-batch. Must not make the host wait for the device (`.item()`, `print`)."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(model, batch)")
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         """Makes metrics of sums over all micro-batches and ranks. By default each sum is divided by the weight.

@@ -307,11 +307,32 @@ def check_compression_is_near_and_smaller(world: World) -> None:
         assert 0 < distance(parameters, wanted) < tolerance, (compression, distance(parameters, wanted))
         assert len(set(world.gather(tuple(parameters.tolist())))) == 1, "all ranks have the same parameters"
         if compression is Compression.powersgd:
+            assert results[0].sync_calls == 1  # not compressed yet
             assert results[-1].sync_calls == 3  # what isn't a matrix, P, and Q
             assert results[-1].sync_bytes < exact[-1].sync_bytes
         else:
             assert results[-1].sync_bytes * 2 == exact[-1].sync_bytes
             assert results[-1].sync_calls == exact[-1].sync_calls
+
+
+def check_powersgd_forgets_a_window_that_was_skipped(world: World) -> None:
+    config = DDPConfig(compression=Compression.powersgd, powersgd_start_update=2)
+    strategy = place_ddp(TokenClassifier(torch.float32), config, torch.device("cpu"))
+    accumulator = Accumulator(strategy.model, adamw(strategy.model), skip_nonfinite=True, strategy=strategy)
+    skipped = []
+    for update in range(7):
+        _window_with_nan(strategy.model, accumulator, rank_is_bad=update == 4 and world.rank == 1)
+        skipped.append(accumulator.step().skipped)
+    assert skipped == [update == 4 for update in range(7)]
+    assert len(set(world.gather(tuple(flat(strategy.module).tolist())))) == 1
+
+
+def check_unequal_windows_are_refused_where_they_would_hang(world: World) -> None:
+    strategy = place_ddp(TokenClassifier(), DDPConfig(static_graph=True), torch.device("cpu"))
+    accumulator = Accumulator(strategy.model, adamw(strategy.model), strategy=strategy)
+    window = next(iter(WindowLoader(RaggedTokens(), global_batch_size=33, micro_batch_size=16)))
+    with pytest.raises(UserError, match="equally many micro-steps"), accumulator.window(window):
+        pass
 
 
 def check_float16_buckets_hold_sums_over_many_tokens(world: World) -> None:

@@ -54,6 +54,11 @@ def check_an_evaluation_has_no_gradients_and_comes_back_to_training(world: World
     evaluate(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
     assert set(modes) == {(False, False)}
     assert model.training
+    model[1].eval()
+    evaluate(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
+    assert model.training
+    assert not model[1].training, "what was frozen comes back frozen"
+    model[1].train()
     with pytest.raises(UserError, match="total weight of 0"):
         evaluate(model, _task, [], device=torch.device("cpu"))
     assert model.training

@@ -177,7 +177,9 @@ def check_an_exception_drops_what_fsdp_has_accumulated(world: World) -> None:
 def check_bf16_is_reduced_in_float32(world: World) -> None:
     strategy = place(TokenClassifier(torch.float32), FSDPConfig(), CPU, PrecisionName.bf16)
     accumulator = Accumulator(strategy.model, adamw(strategy.model), strategy=strategy)
-    window = next(iter(WindowLoader(RaggedTokens(), global_batch_size=16, accumulation_steps=2)))
+    window = next(
+        iter(WindowLoader(RaggedTokens(), global_batch_size=16, accumulation_steps=2, equal_micro_steps=True))
+    )
     with CollectiveCounter() as counter, accumulator.window(window) as micro_batches:
         for inputs, targets in micro_batches:
             logits = strategy.model(inputs)
@@ -202,7 +204,7 @@ def check_gpt_blocks_are_wrapped_one_by_one(world: World) -> None:
     assert len(wrapped) == 4, wrapped
     tokens = torch.arange(8)[None]
     assert torch.allclose(strategy.model(tokens), gpt()(tokens), rtol=1e-12)
-    assert strategy_of(strategy.model).equal_forwards
+    assert strategy_of(strategy.model).equal_micro_steps
 
 
 def check_what_fsdp_cannot_do_is_refused(world: World) -> None:

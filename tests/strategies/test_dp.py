@@ -589,7 +589,7 @@ def test_placing_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
             assert isinstance(strategy.model, ThreadedReplicas)
             assert strategy.model.replicas == replicas or replicas is None
             assert (strategy.device, strategy.world_size, strategy.process_group) == (CPU, 1, None)
-            assert not strategy.equal_forwards
+            assert not strategy.equal_micro_steps
     assert caplog.messages == [
         "strategy=dp: 2 replicas as threads on the CPU",
         "strategy=dp: 3 replicas as threads on the CPU",
