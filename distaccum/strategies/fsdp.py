@@ -32,6 +32,9 @@ class FSDPStrategy:
 
     def __init__(self, model: nn.Module, device: torch.device, *, reshard_in_window: bool = True) -> None:
         assert isinstance(model, FSDPModule)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward leaves gathered parameters behind, whose shards can't be seen
         meshes = [p.device_mesh if isinstance(p, DTensor) else None for p in model.parameters()]
         if any(mesh is None or mesh.ndim != 1 or mesh.size() != dist.get_world_size() for mesh in meshes):
             raise UserError(
