@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.optim import in_parameter_format
 from distaccum.strategies import Strategy, local_parts, strategy_of
 
 Batch = TypeVar("Batch")
@@ -279,7 +280,7 @@ class Accumulator:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             torch._foreach_mul_(local_parts(gradients), factor)
-            with _in_parameter_format(self.optimizer):
+            with in_parameter_format(self.optimizer):
                 if self.scaler is None:
                     self.optimizer.step()
                 else:
@@ -388,32 +389,6 @@ def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
             yield current, False
             current = following
         yield current, True
-
-
-@contextmanager
-def _in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hands the optimizer gradients in the format of their parameters, which is what optimizers take.
-
-    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
-    """
-    wide = [
-        (parameter, parameter.grad)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None and parameter.grad.dtype != parameter.dtype
-    ]
-    formats = [parameter.grad_dtype for parameter, _ in wide]
-    for parameter, gradient in wide:
-        parameter.grad = None
-        parameter.grad_dtype = None
-        parameter.grad = gradient.to(parameter.dtype)
-    try:
-        yield
-    finally:
-        for (parameter, gradient), grad_dtype in zip(wide, formats, strict=True):
-            parameter.grad = None
-            parameter.grad_dtype = grad_dtype
-            parameter.grad = gradient
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.seeding import derived_seed
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,7 +283,6 @@ class _MicroBatches(Dataset[Any]):
 def _raise_failures(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, _Failure):
-            logger.debug("%s\n%s", batch.message, batch.details)
             error = UserError(batch.message)
             error.add_note(batch.details)
             raise error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,3 +131,29 @@ class Schedule:
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self._factor(update)
         return float(self._optimizer.param_groups[0]["lr"])
+
+
+@contextmanager
+def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hands the optimizer gradients in the format of their parameters, which is what optimizers take.
+
+    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
+    """
+    wide = [
+        (parameter, parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and parameter.grad.dtype != parameter.dtype
+    ]
+    formats = [parameter.grad_dtype for parameter, _ in wide]
+    for parameter, gradient in wide:
+        parameter.grad = None
+        parameter.grad_dtype = None
+        parameter.grad = gradient.to(parameter.dtype)
+    try:
+        yield
+    finally:
+        for (parameter, gradient), grad_dtype in zip(wide, formats, strict=True):
+            parameter.grad = None
+            parameter.grad_dtype = grad_dtype
+            parameter.grad = gradient

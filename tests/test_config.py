@@ -29,6 +29,7 @@ from distaccum.config import (
 )
 from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.tasks import Task
 
 FILES = sorted(path for group in SCHEMAS for path in conf_dir().glob(f"{group}/*.yaml"))
 EXPERIMENTS = sorted(conf_dir().glob("experiment/*.yaml"))
@@ -92,18 +93,19 @@ def test_a_name_is_one_of_its_enum() -> None:
 )
 def test_the_classes_that_options_name_are_there(group: str, option: str) -> None:
     if option != "custom":
-        targets.locate(_composed(group, option)._target_, group)
+        assert isinstance(targets.locate(_composed(group, option)._target_, group), type)
 
 
 @pytest.mark.parametrize("option", ["mlp", "cnn", "gpt"])
 def test_models_take_every_key_of_their_section(option: str) -> None:
     data = SimpleNamespace(input_shape=(1, 8, 8), num_classes=3, vocab_size=5, max_length=7)
-    targets.build(_composed("model", option), "model", defaults_from=data)
+    model = targets.build(_composed("model", option), "model", defaults_from=data)
+    assert type(model).__name__.lower() == option
 
 
 @pytest.mark.parametrize("option", ["classification", "language_modeling"])
 def test_tasks_take_every_key_of_their_section(option: str) -> None:
-    targets.build(_composed("task", option), "task")
+    assert isinstance(targets.build(_composed("task", option), "task"), Task)
 
 
 # Checks of single sections
@@ -195,9 +197,9 @@ def test_impossible_values_are_refused_by_name(make: Callable[[], object], messa
 
 
 def test_values_at_the_edge_are_taken() -> None:
-    BatchConfig(global_batch_size=1, micro_batch_size=1, accumulation_steps=1)
-    DataConfig(num_workers=1, prefetch_factor=1, persistent_workers=False)
-    DDPConfig(powersgd_rank=1, powersgd_start_update=2)
+    assert BatchConfig(global_batch_size=1, micro_batch_size=1, accumulation_steps=1).global_batch_size == 1
+    assert DataConfig(num_workers=1, prefetch_factor=1, persistent_workers=False).prefetch_factor == 1
+    assert DDPConfig(powersgd_rank=1, powersgd_start_update=2).powersgd_start_update == 2
     DecayScheduleConfig(name="linear", warmup_updates=0, final_factor=0)
     LoopConfig(epochs=None, max_updates=1, clip_norm=None, eval_every=1)
 
