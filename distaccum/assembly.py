@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from distaccum import targets
-from distaccum.config import DataConfig, Fp16Config, PrecisionConfig, TrainConfig, WandbMode
+from distaccum.choices import WandbMode
+from distaccum.config import DataConfig, Fp16Config, PrecisionConfig, TrainConfig
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError

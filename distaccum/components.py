@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from distaccum.choices import Implementation
 from distaccum.config import (
     MISSING,
     BatchConfig,
@@ -17,7 +18,6 @@ from distaccum.config import (
     DPConfig,
     Fp16Config,
     FSDPConfig,
-    Implementation,
     OptimConfig,
     PrecisionConfig,
     ScheduleConfig,

@@ -12,76 +12,14 @@ or function, and the other keys of its section are passed to it. The typed secti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distaccum.errors import UserError
+from distaccum.choices import Compression, DeviceChoice, Goal, OnNonfinite, PrecisionName, WandbMode
+from distaccum.errors import require, require_at_least, require_positive
 
 MISSING: Any = "???"
 """OmegaConf's mark for a value that must be given (the same string as `omegaconf.MISSING`)."""
-
-
-class DeviceChoice(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class PrecisionName(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp64 = "fp64"
-    bf16_params = "bf16_params"
-
-
-class Compression(Enum):
-    none = "none"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    powersgd = "powersgd"
-
-
-class Implementation(Enum):
-    auto = "auto"
-    fused = "fused"
-    foreach = "foreach"
-    forloop = "forloop"
-
-
-class OnNonfinite(Enum):
-    stop = "stop"
-    skip = "skip"
-
-
-class Goal(Enum):
-    min = "min"
-    max = "max"
-
-
-class WandbMode(Enum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def require_at_least(minimum: float, **values: float | None) -> None:
-    """Each value must be at least `minimum` or absent; `__` in a name stands for the dot of its key."""
-    for name, value in values.items():
-        key = name.replace("__", ".")
-        require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
-
-
-def require_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        key = name.replace("__", ".")
-        require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
 
 
 def require_name(group: str, name: str, *own: str) -> None:

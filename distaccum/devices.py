@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distaccum.config import DeviceChoice, PrecisionName
+from distaccum.choices import DeviceChoice, PrecisionName
 from distaccum.errors import UserError
 
 

@@ -16,3 +16,21 @@ class UserError(Exception):
 
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def require_at_least(minimum: float, **values: float | None) -> None:
+    """Each value must be at least `minimum` or absent; `__` in a name stands for the dot of its key."""
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
+
+
+def require_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        key = name.replace("__", ".")
+        require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")

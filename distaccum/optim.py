@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from distaccum import targets
+from distaccum.choices import Implementation
 from distaccum.components import TorchOptimConfig
-from distaccum.config import DecayScheduleConfig, Implementation, ScheduleConfig, StepScheduleConfig
+from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.errors import UserError
 
 # Where torch has fused kernels: on the devices named, for parameters in float32 and float64.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from distaccum.config import TrainConfig, require, require_at_least, require_positive
+from distaccum.config import TrainConfig
+from distaccum.errors import require, require_at_least, require_positive
 
 
 class PlacementName(Enum):

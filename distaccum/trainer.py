@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator, UpdateResult
-from distaccum.config import LoopConfig, OnNonfinite, PrecisionName
+from distaccum.choices import OnNonfinite, PrecisionName
+from distaccum.config import LoopConfig
 from distaccum.devices import Precision, peak_memory
 from distaccum.evaluation import evaluate
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader

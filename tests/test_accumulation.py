@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distaccum import Accumulator, UserError, WindowLoader
+from distaccum.choices import PrecisionName
 from distaccum.components import AdamConfig, SGDConfig
-from distaccum.config import PrecisionName, SingleConfig
+from distaccum.config import SingleConfig
 from distaccum.optim import build_optimizer
 from distaccum.strategies import SingleStrategy, place
 

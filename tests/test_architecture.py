@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "distaccum"
 
 FLOORS = {
     "config": 0,
+    "choices": 0,
     "components": 0,
     "tool_configs": 0,
     "errors": 0,
@@ -42,10 +43,14 @@ FLOORS = {
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
+    ("config", "choices"),
+    ("components", "choices"),
     ("components", "config"),
+    ("tool_configs", "choices"),
     ("tool_configs", "config"),
     ("components", "errors"),
     ("config", "errors"),
+    ("tool_configs", "errors"),
     ("trainer", "evaluation"),
     ("assembly", "trainer"),
     ("comparison", "assembly"),

@@ -12,7 +12,7 @@ from command_line import files_below
 from omegaconf import OmegaConf
 
 from distaccum.assembly import as_plain, check_same_config, make_run_dir
-from distaccum.config import PrecisionName
+from distaccum.choices import PrecisionName
 from distaccum.entry import compose
 from distaccum.errors import UserError
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distaccum import targets
+from distaccum.choices import PrecisionName
 from distaccum.components import SCHEMAS, AdamConfig
 from distaccum.config import (
     BatchConfig,
@@ -20,7 +21,6 @@ from distaccum.config import (
     Fp16Config,
     LoopConfig,
     PrecisionConfig,
-    PrecisionName,
     ScheduleConfig,
     SingleConfig,
     StepScheduleConfig,

@@ -6,7 +6,7 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 
-from distaccum.config import DeviceChoice, PrecisionName
+from distaccum.choices import DeviceChoice, PrecisionName
 from distaccum.devices import Stopwatch, peak_memory, resolve_device, resolve_precision, tensors_of, to_device
 from distaccum.errors import UserError
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from distaccum.choices import Implementation
 from distaccum.components import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
-from distaccum.config import DecayScheduleConfig, Implementation, ScheduleConfig, StepScheduleConfig
+from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.errors import UserError
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
 from distaccum.checking.subject import Subject
-from distaccum.config import DDPConfig, Fp16Config, PrecisionName
+from distaccum.choices import PrecisionName
+from distaccum.config import DDPConfig, Fp16Config
 from distaccum.optim import build_optimizer
 from distaccum.strategies import SingleStrategy, Strategy, place
 

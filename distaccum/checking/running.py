@@ -15,7 +15,8 @@ from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.measuring import Difference, Update, ddp_config, difference, measure
 from distaccum.checking.report import CutRow, ParameterRow, Report
 from distaccum.checking.subject import Subject, cuts_of, quiet_state, split, window_samples
-from distaccum.config import Compression, DDPConfig, PrecisionName
+from distaccum.choices import Compression, PrecisionName
+from distaccum.config import DDPConfig
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError

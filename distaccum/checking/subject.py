@@ -16,7 +16,7 @@ from distaccum import planning, targets
 from distaccum.assembly import Parts
 from distaccum.checking.recording import Call, Recording, recording
 from distaccum.checking.stillness import DrawWatch, StillDraws
-from distaccum.config import PrecisionName
+from distaccum.choices import PrecisionName
 from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator, UpdateResult
 from distaccum.assembly import build_parts, build_scaler
-from distaccum.config import OnNonfinite, PrecisionConfig, PrecisionName, TrainConfig
+from distaccum.choices import OnNonfinite, PrecisionName
+from distaccum.config import PrecisionConfig, TrainConfig
 from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
 from distaccum.optim import Schedule, build_optimizer, schedule_factor

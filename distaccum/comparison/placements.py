@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distaccum.config import Compression, DDPConfig, DPConfig, FSDPConfig, SingleConfig, StrategyConfig, TrainConfig
+from distaccum.choices import Compression
+from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig, StrategyConfig, TrainConfig
 from distaccum.tool_configs import CompareConfig, PlacementName
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distaccum.config import Goal
+from distaccum.choices import Goal
 from distaccum.errors import UserError
 from distaccum.observers.formatting import number, words
 

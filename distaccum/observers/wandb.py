@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distaccum.config import WandbMode
+from distaccum.choices import WandbMode
 from distaccum.errors import UserError
 from distaccum.logs import LOGGER_NAME
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord

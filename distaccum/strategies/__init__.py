@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum.config import DDPConfig, DPConfig, FSDPConfig, PrecisionName, StrategyConfig
+from distaccum.choices import PrecisionName
+from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
 from distaccum.errors import UserError
 from distaccum.strategies.base import Strategy, Traffic, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp

@@ -14,7 +14,8 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.futures import Future
 
-from distaccum.config import Compression, DDPConfig
+from distaccum.choices import Compression
+from distaccum.config import DDPConfig
 from distaccum.strategies.base import Traffic
 
 Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]

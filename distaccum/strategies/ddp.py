@@ -13,7 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distaccum.config import Compression, DDPConfig, PrecisionName
+from distaccum.choices import Compression, PrecisionName
+from distaccum.config import DDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic

@@ -16,7 +16,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from distaccum.config import FSDPConfig, PrecisionName
+from distaccum.choices import PrecisionName
+from distaccum.config import FSDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic, local_parts

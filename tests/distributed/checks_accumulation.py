@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import Accumulator, UserError, WindowLoader
-from distaccum.config import Compression, DDPConfig
+from distaccum.choices import Compression
+from distaccum.config import DDPConfig
 from distaccum.distributed import World
 from distaccum.loaders import Window
 from distaccum.strategies import DDPStrategy, SingleStrategy

@@ -23,8 +23,9 @@ from examples import (
 from torch import Tensor, nn
 
 from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate
+from distaccum.choices import PrecisionName
 from distaccum.components import AdamConfig
-from distaccum.config import DDPConfig, FSDPConfig, PrecisionName
+from distaccum.config import DDPConfig, FSDPConfig
 from distaccum.distributed import World
 from distaccum.models import GPT
 from distaccum.optim import build_optimizer

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaccum.config import Goal
+from distaccum.choices import Goal
 from distaccum.errors import UserError
 from distaccum.observers import EarlyStopping
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import records
 
-from distaccum.config import WandbMode
+from distaccum.choices import WandbMode
 from distaccum.errors import UserError
 from distaccum.observers import Wandb
 
