@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -38,6 +38,8 @@ class UpdateResult:
     """Σ weight."""
     sums: dict[str, Tensor]
     """Σ of what was passed as `sums`: float64, on the CPU."""
+    flags: frozenset[str]
+    """Names of the accumulator's `flags` that any rank raised."""
     grad_norm: float
     """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
     skipped: bool
@@ -98,6 +100,10 @@ class Accumulator:
         scaler: a `torch.amp.GradScaler`, for float16. It steps, skips and adapts once per update.
         skip_nonfinite: skip an update whose loss or gradient is NaN or infinite, instead of raising.
         strategy: how the model is placed. Default: what the model shows.
+        flags: questions by name, answered by each rank at the end of each window; `UpdateResult.flags` has those that
+            any rank said yes to, on every rank alike. The answers ride along with the loss, at no collective's cost:
+            it is how ranks agree, at the same update, to stop because one of them got a signal. The same names on each
+            rank.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -112,12 +118,14 @@ class Accumulator:
         scaler: torch.amp.GradScaler | None = None,
         skip_nonfinite: bool = False,
         strategy: Strategy | None = None,
+        flags: Mapping[str, Callable[[], bool]] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.scaler = scaler
         self.skip_nonfinite = skip_nonfinite
         self.strategy = strategy or strategy_of(model)
+        self.flags = dict(flags or {})
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -125,6 +133,15 @@ class Accumulator:
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
         self._clear_gradients()
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
+        return {"updates": self.updates, "last_weight": self._last_weight}
+
+    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        """Goes on from `state_dict()`'s answer."""
+        self.updates = int(state["updates"] or 0)
+        self._last_weight = state["last_weight"]
 
     @contextmanager
     def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
@@ -268,7 +285,8 @@ class Accumulator:
     def _update(self, window: _OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, norm, *flat_sums = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        raised, flat_sums = rest[: len(self.flags)], rest[len(self.flags) :]
         self._last_weight = weight
         loss = loss_sum / weight if weight else math.nan
         # The sync has taken the mean over ranks of sums, each multiplied by the scale.
@@ -293,6 +311,7 @@ class Accumulator:
             loss=loss,
             weight=weight,
             sums=_unflatten(flat_sums, window.sums),
+            flags=frozenset(name for name, number in zip(self.flags, raised, strict=True) if number),
             grad_norm=grad_norm,
             skipped=skipped,
             micro_steps=window.micro_steps,
@@ -349,8 +368,14 @@ class Accumulator:
         weights = [value for value in window.weights if isinstance(value, Tensor)]
         numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
         weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
-        parts = [_added_up(values, device) for values in (window.loss_sums, weights, *window.sums.values())]
-        window.totals = torch.cat([part.reshape(-1) for part in parts])
+        loss_sum, weight, *sums = (
+            _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
+        )
+        flags = torch.zeros(len(self.flags), dtype=torch.float64, device=device)
+        for number, ask in enumerate(self.flags.values()):
+            if ask():
+                flags[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
+        window.totals = torch.cat([loss_sum, weight, flags, *sums])
         if self.strategy.process_group is not None:
             window.totals_work = dist.all_reduce(window.totals, group=self.strategy.process_group, async_op=True)
 
