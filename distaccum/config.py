@@ -311,6 +311,48 @@ class LoopConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is kept so that a run that dies goes on as if it never had."""
+
+    enabled: bool = True
+    """Save checkpoints, and at the end `model.safetensors`. `false`: neither."""
+    every_updates: int | None = None
+    """Updates between two checkpoints. `null`: only time counts."""
+    every_minutes: float | None = 10.0
+    """Minutes between two checkpoints; with `every_updates`, whichever comes first. `null`: only updates count. The end
+    of a run, and a signal to stop, save one in any case."""
+    keep_last: int = 2
+    """The newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints of the best evaluations that are kept besides; an evaluation among them is saved at once."""
+    best_metric: str = "loss"
+    """Which metric of the evaluation decides what is best."""
+    best_goal: Goal | None = None
+    """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
+    async_save: bool = True
+    """Write beside the training, which waits only while its state is copied in memory. `false`: wait for the disk."""
+    grace_seconds: float = 25.0
+    """Seconds that a signal to stop leaves until the process is killed (torchrun's and SLURM's own are 30). A window
+    that can't be finished in time is dropped, and the state before it saved."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, checkpoint__every_updates=self.every_updates, checkpoint__keep_last=self.keep_last)
+        require_at_least(0, checkpoint__keep_best=self.keep_best, checkpoint__grace_seconds=self.grace_seconds)
+        require_positive(checkpoint__every_minutes=self.every_minutes)
+
+
+@dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """What ranks expect of each other."""
+
+    timeout_seconds: float = 600.0
+    """How long ranks wait for one that does not come, before they stop and say which it was and what it was doing."""
+
+    def __post_init__(self) -> None:
+        require_positive(distributed__timeout_seconds=self.timeout_seconds)
+
+
+@dataclass(kw_only=True, slots=True)
 class WandbConfig:
     """Weights & Biases. Imported only when used."""
 
@@ -332,6 +374,11 @@ class TrainConfig:
     """Seed of the windows, of the model's initialisation and of dropout."""
     run_dir: str | None = None
     """Folder for all that the run writes. `null`: `runs/` and the time of the start."""
+    resume: str = "auto"
+    """`auto`: go on from the newest valid checkpoint in `run_dir`, if there is one; `none`: begin anew, in a folder
+    without results; or the path of a checkpoint, or of the run folder that it is in, to go on from."""
+    resume_override: bool = False
+    """Go on although the global batch, the seed or the training data are no longer those of the checkpoint."""
     device: DeviceChoice = DeviceChoice.auto
     """`cpu` or `cuda`; `auto`: CUDA where there is one."""
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -343,6 +390,8 @@ class TrainConfig:
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
     train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     observers: dict[str, Any] = field(default_factory=dict)
     """Components by name: more observers of the run, besides progress, `metrics.jsonl` and wandb."""

@@ -5,6 +5,12 @@ from __future__ import annotations
 EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
 
+EXIT_UNFINISHED = 75
+"""Exit status of a run that was asked to stop, has saved, and wants to be started again (`EX_TEMPFAIL` of sysexits)."""
+
+EXIT_INTERRUPTED = 130
+"""Exit status of a run that was stopped by Ctrl-C, as shells have it."""
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done: the message says what, what was given, and how to mend it.

@@ -20,6 +20,8 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`batch`", "batch", config.BatchConfig),
     ("`train`", "train", config.LoopConfig),
     ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
+    ("`checkpoint`", "checkpoint", config.CheckpointConfig),
+    ("`distributed`", "distributed", config.DistributedConfig),
     ("`data`", "data", config.DataConfig),
     ("`data=text`", "data", components.TextDataConfig),
     ("`data=image_folder`", "data", components.ImageFolderDataConfig),

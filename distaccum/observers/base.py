@@ -20,6 +20,8 @@ class RunStart:
     updates_per_epoch: int
     config: dict[str, Any]
     """The configuration as plain dictionaries, lists, strings and numbers."""
+    resumed_update: int = 0
+    """Updates done before, by the run that this one goes on from; 0 for a new run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,8 @@ class RunEnd:
     skipped_updates: int
     stopped_early: str | None
     """Why the run ended before its last update, or None."""
+    interrupted: str | None = None
+    """The signal (`SIGTERM`, …) that the run was asked to stop by, when it is to be started again; else None."""
     evaluation: EvaluationRecord | None
     """The last evaluation."""
     train_seconds: float
