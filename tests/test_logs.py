@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import disks
 import pytest
 
 from distaccum.errors import UserError
@@ -32,7 +37,8 @@ def test_other_ranks_only_warn_and_say_who_they_are(tmp_path: Path, capsys: pyte
 def test_each_rank_writes_everything_to_its_file(tmp_path: Path) -> None:
     with logging_to(tmp_path, rank=3):
         _log_all()
-    lines = (tmp_path / "logs" / "rank3.log").read_text().splitlines()
+    starts, *lines = (tmp_path / "logs" / "rank3.log").read_text().splitlines()
+    assert re.fullmatch(rf"==== [-\d]+ [:\d]+ rank 3 starts \(process {os.getpid()} on \S+\) ====", starts)
     assert [line.split(" ", 2)[2] for line in lines] == [
         "DEBUG distaccum.somewhere: some detail",
         "INFO distaccum.somewhere: some news",
@@ -53,10 +59,99 @@ def test_a_second_run_writes_on(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with logging_to(tmp_path, rank=0):
             logger.debug(text)
-    assert [line.split()[-1] for line in (tmp_path / "logs" / "rank0.log").read_text().splitlines()] == [
-        "first",
-        "second",
-    ]
+    assert [_last_word(line) for line in _lines(tmp_path)] == ["starts", "first", "starts", "second"]
+
+
+def test_a_run_without_messages_leaves_no_mark(tmp_path: Path) -> None:
+    with logging_to(tmp_path, rank=0):
+        pass
+    assert _lines(tmp_path) == []
+
+
+def test_what_a_killed_run_left_of_a_line_does_not_run_into_the_next(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.log").write_text("first\nsecond, half of i")
+    with logging_to(tmp_path, rank=0):
+        logger.debug("third")
+    assert [_last_word(line) for line in _lines(tmp_path)] == ["first", "i", "starts", "third"]
+
+
+def test_a_full_disk_costs_messages_of_the_file_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with logging_to(tmp_path, rank=0):
+        logger.info("before")
+        with disks.no_larger_files(than=(tmp_path / "logs" / "rank0.log").stat().st_size + 20):
+            logger.info("lost, but for its beginning")
+            logger.warning("lost too")
+        logger.info("after")
+    assert capfd.readouterr() == ("before\nlost, but for its beginning\nlost too\nafter\n", "")
+    lines = _lines(tmp_path)
+    assert [_last_word(line) for line in (*lines[:2], *lines[3:])] == ["starts", "before", "missing", "after"]
+    assert lines[3] == "==== missing here, as they could not be written: 2 messages ===="
+
+
+def test_a_disk_that_stays_full_is_no_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.log").symlink_to("/dev/full")
+    with logging_to(tmp_path, rank=0):
+        _log_all()
+    assert capfd.readouterr() == ("some news\nsome warning\n", "")
+
+
+def test_a_message_that_does_not_fit_its_arguments_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with logging_to(tmp_path, rank=1):
+        logger.debug("%d", "no number")
+    assert "--- Logging error ---" in capfd.readouterr().err
+
+
+def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
+    with logging_to(tmp_path, rank=1):
+        logger.debug("a path: %s", os.fsdecode(b"/\xff"))
+    assert (tmp_path / "logs" / "rank1.log").read_text().endswith("a path: /\\udcff\n")
+
+
+_CHILD = """
+import sys; from pathlib import Path; from distaccum.logs import console, flush_output, logging_to, print_error
+with logging_to(Path(sys.argv[1]), rank=0) as logger:
+    for number in range(2000):
+        logger.info("message %d", number)
+        console.print("some more")
+if len(sys.argv) > 2: print_error(sys.argv[2])
+flush_output()
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["a mistake"]], ids=["no error", "error"])
+def test_standard_output_on_a_full_disk_stops_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(tmp_path), *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (0, "error: a mistake\n" if arguments else "")
+    assert _lines(tmp_path)[-1].endswith("message 1999")
+
+
+def test_standard_error_on_a_full_disk_stops_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", _CHILD, str(tmp_path), "a mistake"], stdout=full, stderr=full)
+    assert done.returncode == 0
+
+
+def test_a_reader_that_has_gone_ends_the_run(tmp_path: Path) -> None:
+    """As in `… | head`."""
+    with subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.close()
+    assert child.returncode == 1
+    assert not _lines(tmp_path)[-1].endswith("message 1999")
+
+
+def _lines(run_dir: Path) -> list[str]:
+    return (run_dir / "logs" / "rank0.log").read_text().splitlines()
+
+
+def _last_word(line: str) -> str:
+    """`starts` for the line that says so, `missing` for that about missing messages."""
+    return next((word for word in ("starts", "missing") if word in line), line.split()[-1])
 
 
 def test_the_logger_is_left_as_it_was(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ class RunStart:
     """The configuration as plain dictionaries, lists, strings and numbers."""
     resumed_update: int = 0
     """Updates done before, by the run that this one goes on from; 0 for a new run."""
+    skipped_updates: int = 0
+    """Those of them whose optimizer step was skipped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,8 @@ class RunEnd:
     """Why the run ended before its last update, or None."""
     interrupted: str | None = None
     """The signal (`SIGTERM`, …) that the run was asked to stop by, when it is to be started again; else None."""
+    is_saved: bool = True
+    """Whether a run that was asked to stop has a checkpoint of its last update."""
     evaluation: EvaluationRecord | None
     """The last evaluation."""
     train_seconds: float

@@ -47,9 +47,15 @@ class EarlyStopping:
                 f"{', '.join(sorted(metrics))}. Name one of those, or set train.early_stopping.metric=null."
             )
         self.evaluations += 1
-        if self._improves(metrics[self.metric]):
-            self.best = metrics[self.metric]
+        value = float(metrics[self.metric])  # a task's own may be NumPy's, which JSON knows nothing of
+        if self._improves(value):
+            self.best = value
             self.best_evaluation = self.evaluations
+        return self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """True when it is time to stop."""
         return self.evaluations - self.best_evaluation >= self.patience
 
     def _improves(self, value: float) -> bool:

@@ -53,18 +53,19 @@ class Progress(Observer):
 
     def on_start(self, start: RunStart) -> None:
         self._total_updates = start.total_updates
-        self._print_rows(
-            [
-                ("plan", start.plan),
-                ("updates", f"{start.total_updates:,} ({start.updates_per_epoch:,} per epoch)"),
-                *_files(start.run_dir),
-            ]
-        )
+        self._skipped_updates = start.skipped_updates
+        rows = [
+            ("plan", start.plan),
+            ("updates", f"{start.total_updates:,} ({start.updates_per_epoch:,} per epoch)"),
+        ]
+        if start.resumed_update:
+            rows.append(("resumed", f"after update {start.resumed_update:,}"))
+        self._print_rows([*rows, *_files(start.run_dir)])
         if self._on_terminal:
-            self._start_bar()
+            self._start_bar(start.resumed_update)
 
-    def _start_bar(self) -> None:
-        self._bar = _Bar(self._total_updates)
+    def _start_bar(self, done: int) -> None:
+        self._bar = _Bar(self._total_updates, done)
         self._live = Live(
             self._bar,
             console=self._console,
@@ -114,8 +115,8 @@ class Progress(Observer):
             self._print_update(record, self._remaining_seconds(record, time.monotonic()))
 
     def _remaining_seconds(self, record: UpdateRecord, now: float) -> float:
-        """Time left at the pace since the first update, evaluations and all. The first itself, which warms things up
-        and may compile, counts only as long as there is no other."""
+        """Time left at the pace since the first update of this process, evaluations and all. That one itself, which
+        warms things up and may compile, counts only as long as there is no other."""
         if self._first is None:
             self._first = record.update, now
         first_update, first_time = self._first
@@ -187,10 +188,10 @@ class _Bar:
     numbers gain and lose a digit.
     """
 
-    def __init__(self, total_updates: int) -> None:
+    def __init__(self, total_updates: int, done: int) -> None:
         self._total_updates = total_updates
-        self._done = 0
-        self._texts: dict[str, tuple[str, str]] = {_COUNT: (_count(0, total_updates),) * 2}
+        self._done = done
+        self._texts: dict[str, tuple[str, str]] = {_COUNT: (_count(done, total_updates),) * 2}
         self._width = 0
         self._cuts = 0
 
@@ -236,7 +237,7 @@ def _width(texts: list[str]) -> int:
 
 
 def _summary(end: RunEnd, total_updates: int) -> list[tuple[str, str]]:
-    rows = [("finished", f"{end.updates:,} of {total_updates:,} updates, {end.samples:,} samples")]
+    rows = [_how_it_ended(end, total_updates)]
     if end.stopped_early is not None:
         rows.append(("stopped early", end.stopped_early))
     if end.skipped_updates:
@@ -252,6 +253,14 @@ def _summary(end: RunEnd, total_updates: int) -> list[tuple[str, str]]:
         ("peak memory", f"{byte_size(end.peak_memory_bytes)} ({end.peak_memory_kind})"),
         *_files(end.run_dir),
     ]
+
+
+def _how_it_ended(end: RunEnd, total_updates: int) -> tuple[str, str]:
+    if end.interrupted is None:
+        return "finished", f"{end.updates:,} of {total_updates:,} updates, {end.samples:,} samples"
+    by = "Ctrl-C" if end.interrupted == "SIGINT" else end.interrupted
+    saved = "saved; start again with the same command to go on" if end.is_saved else "not saved"
+    return "stopped", f"by {by} after update {end.updates:,} of {total_updates:,}; {saved}"
 
 
 def _files(run_dir: Path | None) -> list[tuple[str, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from distaccum.choices import WandbMode
 from distaccum.errors import UserError
-from distaccum.logs import LOGGER_NAME
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.observers.files import replacing
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
+
+logger = logging.getLogger(__name__)
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _SERVICE = "WANDB_SERVICE"
 """Environment variable that leads to wandb's background process, set while there is one."""
@@ -27,6 +33,12 @@ class Wandb(Observer):
 
     wandb is imported when the run starts. All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the
     network, and `wandb sync` uploads the run later. Its background process and its hooks last as long as the run.
+
+    A run that is started again in the same folder is the same run to wandb: its id is in `run_dir/wandb/run_id`. What
+    was logged after the last checkpoint is then logged again, so that there are two points for one `update`: the same
+    ones twice, to rounding, and `metrics.jsonl` has each once. Offline, each start leaves a folder of its own in
+    `run_dir/wandb/`, and `wandb sync run_dir/wandb` brings them together, in order of their start (wandb 0.31; older
+    ones upload the last in place of those before).
     """
 
     def __init__(
@@ -51,8 +63,11 @@ class Wandb(Observer):
                 "install it (pip install wandb), or set wandb.mode=disabled."
             ) from error
         try:
+            run_id = self._run_id()
             self._session = _Session(self._run_dir, self._mode)
             self._run = wandb.init(
+                id=run_id,
+                resume="allow",
                 dir=str(self._run_dir),
                 mode=self._mode.value,
                 project=self._project,
@@ -61,11 +76,25 @@ class Wandb(Observer):
                 config=start.config,
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.Error as error:
+        except (wandb.Error, OSError) as error:
             raise self._failure(error) from error
         self._run.define_metric("update")
         self._run.define_metric("train/*", step_metric="update")
         self._run.define_metric("eval/*", step_metric="update")
+
+    def _run_id(self) -> str:
+        """What wandb knows the run by: that of an earlier start in this folder, or a new one."""
+        path = self._run_dir / "wandb" / "run_id"
+        if path.exists():
+            written = path.read_bytes().strip().decode("ascii", "replace")
+            if _RUN_ID.fullmatch(written):
+                return written
+            logger.warning("%s holds no id of a wandb run: this one gets a new id", path)
+        path.parent.mkdir(exist_ok=True)
+        run_id = secrets.token_hex(4)  # of the length of wandb's own
+        with replacing(path) as file:
+            file.write(f"{run_id}\n".encode())
+        return run_id
 
     def _failure(self, error: Exception) -> UserError:
         if self._mode is WandbMode.online:
@@ -119,7 +148,10 @@ class Wandb(Observer):
             "peak_memory_kind": end.peak_memory_kind,
         }
         self._run.summary.update(summary)
-        self._ended = True
+        if end.interrupted is None:
+            self._ended = True
+        else:
+            self._run.mark_preempting()  # so that wandb calls it preempted, and not failed
 
     def close(self) -> None:
         run, self._run = self._run, None
@@ -165,7 +197,7 @@ class _Session:
         try:
             wandb.teardown(exit_code)
         except SystemExit as error:  # how wandb tells that its background process failed
-            logging.getLogger(LOGGER_NAME).warning(
+            logger.warning(
                 "wandb's background process ended with status %s: what it logged may be incomplete.", error.code
             )
         # Only if nobody hooked in after wandb.

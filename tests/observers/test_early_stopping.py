@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,3 +83,13 @@ def test_a_restored_one_goes_on_as_if_never_stopped(
             broken.load_state_dict(state)
         assert unbroken.update({"m": value}) == broken.update({"m": value})
     assert unbroken.state_dict() == broken.state_dict()
+
+
+def test_a_tasks_own_numbers_can_be_saved() -> None:
+    stopping = EarlyStopping("f1", patience=2)
+    stopping.update({"f1": np.float32(0.1)})  # type: ignore[dict-item]
+    assert json.loads(json.dumps(stopping.state_dict())) == {
+        "best": float(np.float32(0.1)),
+        "best_evaluation": 1,
+        "evaluations": 1,
+    }

@@ -177,6 +177,41 @@ def test_the_summary_leaves_out_what_there_was_not() -> None:
     assert labels == ["plan", "updates", "", "finished", "time", "speed", "training time", "peak memory"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"interrupted": "SIGTERM"},
+            "by SIGTERM after update 1,200 of 1,800; saved; start again with the same command to go on",
+        ),
+        (
+            {"interrupted": "SIGINT"},
+            "by Ctrl-C after update 1,200 of 1,800; saved; start again with the same command to go on",
+        ),
+        ({"interrupted": "SIGUSR1", "is_saved": False}, "by SIGUSR1 after update 1,200 of 1,800; not saved"),
+    ],
+)
+def test_a_run_that_was_asked_to_stop_says_how_to_go_on(changes: dict[str, object], text: str) -> None:
+    console = _pipe()
+    observer = Progress(console=console)
+    observer.on_start(records.start(None, total_updates=1800))
+    observer.on_end(records.end(None, updates=1200, **changes))
+    assert f"stopped        {text}" in _lines(console)
+    assert "finished" not in _written(console)
+
+
+def test_a_run_that_goes_on_says_so_and_counts_what_was_before(tmp_path: Path, clock: _Clock) -> None:
+    console = _pipe()
+    observer = _start(console, tmp_path, resumed_update=120, skipped_updates=3)
+    assert _lines(console)[1:3] == ["updates        180 (6 per epoch)", "resumed        after update 120"]
+    observer.on_update(records.update(121, skipped=True))
+    clock.now += 10.0
+    observer.on_update(records.update(131))
+    # 10 updates took 10 seconds, and 49 are left: those before the resume are not in it.
+    assert _lines(console)[-1].startswith("update 131/180  epoch 21 ")
+    assert _lines(console)[-1].endswith("  4 skipped  3,214 samples/s  ETA 0:00:49")
+
+
 def test_a_pipe_gets_no_control_codes(tmp_path: Path) -> None:
     console = _pipe()
     observer = _start(console, tmp_path)
@@ -200,6 +235,16 @@ def test_the_bar_fits_80_columns(tmp_path: Path, clock: _Clock) -> None:
     assert last.endswith(" 12/180  epoch 1  loss 0.4312  accuracy 0.871  3,214/s  ETA 0:02:48")
     assert last.startswith("╸━━")
     assert len(last) <= 78
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_was(tmp_path: Path) -> None:
+    console = _terminal(80)
+    observer = _start(console, tmp_path, resumed_update=90)
+    first = _bars(console)[0]
+    assert first.endswith("  90/180")
+    # Half of the bar's 40 columns is done; the other half is dim, of the same sign.
+    assert "\x1b[36m" + "━" * 20 + "\x1b[0m" in _written(console)
+    observer.close()
 
 
 def test_a_wide_terminal_shows_everything(tmp_path: Path) -> None:

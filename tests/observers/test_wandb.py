@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import disks
 import pytest
 import records
 
@@ -33,6 +34,9 @@ class _Logged:
     name: str = ""
     tags: tuple[str, ...] = ()
     exit_code: int | None = None
+    run_id: str = ""
+    resume: bool = False
+    preempting: bool = False
 
 
 def _payloads(data: bytes) -> list[bytes]:
@@ -60,9 +64,19 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def _read(run_dir: Path) -> _Logged:
+    (logged,) = _read_all(run_dir)
+    return logged
+
+
+def _read_all(run_dir: Path) -> list[_Logged]:
+    """One for each time that the run was started, in order of their start."""
+    paths = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    return [_read_file(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def _read_file(path: Path) -> _Logged:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     logged = _Logged()
     for payload in _payloads(path.read_bytes()):
         record = Record.FromString(payload)
@@ -70,6 +84,7 @@ def _read(run_dir: Path) -> _Logged:
         if kind == "history":
             logged.rows.append({k: v for k, v in _items(record.history.item).items() if not k.startswith("_")})
         elif kind == "run":
+            logged.run_id, logged.resume = record.run.run_id, record.run.resume
             logged.project, logged.name = record.run.project, record.run.display_name
             logged.tags = tuple(record.run.tags)
             logged.config |= _items(record.run.config.update)
@@ -77,6 +92,8 @@ def _read(run_dir: Path) -> _Logged:
             logged.summary |= _items(record.summary.update)
         elif kind == "metric" and record.metric.step_metric:
             logged.step_metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        elif kind == "preempting":
+            logged.preempting = True
         elif kind == "exit":
             logged.exit_code = record.exit.exit_code
     return logged
@@ -153,6 +170,67 @@ def test_a_run_that_fails_is_marked_as_failed(tmp_path: Path) -> None:
     observer.close()
     logged = _read(tmp_path)
     assert (logged.exit_code, logged.name, len(logged.rows)) == (1, "mine", 1)
+
+
+def _start_and_log(run_dir: Path, resumed_update: int, last_update: int, interrupted: str | None = None) -> None:
+    observer = _offline(run_dir)
+    observer.on_start(records.start(run_dir, resumed_update=resumed_update))
+    for number in range(resumed_update + 1, last_update + 1):
+        observer.on_update(records.update(number))
+    observer.on_end(records.end(run_dir, interrupted=interrupted))
+    observer.close()
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    _start_and_log(tmp_path, 0, 3, interrupted="SIGTERM")
+    _start_and_log(tmp_path, 2, 5)
+    first, second = _read_all(tmp_path)
+    run_id = (tmp_path / "wandb" / "run_id").read_text().strip()
+    assert first.run_id == second.run_id == run_id
+    assert (first.resume, second.resume) == (True, True)
+    assert [[row["update"] for row in logged.rows] for logged in (first, second)] == [[1, 2, 3], [3, 4, 5]]
+    # wandb calls a run preempted that said so and ended with another status than 0.
+    assert (first.preempting, first.exit_code) == (True, 1)
+    assert (second.preempting, second.exit_code) == (False, 0)
+
+
+def test_another_folder_is_another_run(tmp_path: Path) -> None:
+    ids = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        _start_and_log(tmp_path / name, 0, 1)
+        ids.append(_read(tmp_path / name).run_id)
+    assert len(set(ids)) == 2
+
+
+@pytest.mark.parametrize("content", [b"", bytes(8), b"no id/at all", b"\xff"])
+def test_a_damaged_id_is_told_and_replaced(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "wandb" / "run_id"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    _start_and_log(tmp_path, 2, 3)
+    assert _read(tmp_path).run_id == path.read_text().strip() != ""
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("distaccum")]
+    assert warnings == [f"{path} holds no id of a wandb run: this one gets a new id"]
+
+
+def test_a_full_disk_stops_no_run_that_has_started(tiny_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    observer = _offline(tiny_disk)
+    observer.on_start(records.start(tiny_disk))
+    disks.fill(tiny_disk)
+    for number in range(1, 500):
+        observer.on_update(records.update(number))
+    observer.on_end(records.end(tiny_disk))
+    observer.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_disk_that_is_full_at_the_start_is_told(tiny_disk: Path) -> None:
+    disks.fill(tiny_disk)
+    observer = _offline(tiny_disk)
+    with pytest.raises(UserError, match=r"wandb\.mode=offline: .*No space left on device"):
+        observer.on_start(records.start(tiny_disk))
+    observer.close()
 
 
 def test_somebodys_own_session_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""Which lines of a `metrics.jsonl` a run keeps that goes on after an update."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distaccum.observers.files import replacing, sync
+
+
+class _Key(NamedTuple):
+    """What a line tells of. Sorted, an update comes before its evaluation."""
+
+    update: int
+    is_evaluation: bool
+
+
+class _Place(NamedTuple):
+    offset: int
+    num_bytes: int
+    is_whole: bool
+    """With its line break."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KeptLines:
+    """What `keep_lines` found."""
+
+    unreadable: list[int] = field(default_factory=list)
+    """Numbers, from 1, of lines among those kept that are no JSON objects with an update; they were dropped."""
+    repeated: int = 0
+    """Lines about something that a later line tells of too; they were dropped."""
+    missing: list[tuple[int, int]] = field(default_factory=list)
+    """First and last of updates in a row that have no line."""
+    last_evaluated: int = -1
+    """The last update with an evaluation; -1 if there is none."""
+
+
+def keep_lines(source: Path | None, target: Path, last_update: int) -> KeptLines:
+    """Makes `target` hold the lines of `source` about updates and evaluations up to `last_update`.
+
+    Each once, in order, byte for byte. At any moment `target` is as it was or as it is to be.
+
+    Args:
+        source: May be the same file; None, or a file that is not there, for no lines.
+        last_update: 0 for none.
+
+    Raises:
+        OSError: one of the files can't be read or written.
+    """
+    kept = KeptLines()
+    places = _scan(source, last_update, kept) if source is not None and source.exists() else {}
+    keys = sorted(places)
+    kept.missing = _gaps((key.update for key in keys if not key.is_evaluation), last_update)
+    kept.last_evaluated = max((key.update for key in keys if key.is_evaluation), default=-1)
+    wanted = [places[key] for key in keys]
+    end = _end_of_prefix(wanted)
+    if source is not None and source == target and end is not None:
+        # What is to stay is how the file begins: cutting it takes no room, and there may be none.
+        if end != target.stat().st_size:
+            os.truncate(target, end)
+            sync(target)
+    else:
+        _copy(source, target, wanted)
+    return kept
+
+
+def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]:
+    """Where the lines are that are wanted."""
+    places: dict[_Key, _Place] = {}
+    unreadable = []
+    last_wanted = offset = 0
+    with source.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            key = _key(line)
+            if key is None:
+                unreadable.append(number)
+            elif key.update <= last_update:
+                kept.repeated += key in places
+                places[key] = _Place(offset, len(line), line.endswith(b"\n"))
+                last_wanted = number
+            offset += len(line)
+    # What comes after is dropped in any case: half a line of a killed run, zeros after a power cut.
+    kept.unreadable = [number for number in unreadable if number < last_wanted]
+    return places
+
+
+def _key(line: bytes) -> _Key | None:
+    try:
+        value: Any = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or type(value.get("update")) is not int:
+        return None
+    return _Key(value["update"], "eval" in value)
+
+
+def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:
+    gaps = []
+    expected = 1
+    for update in (*updates, last_update + 1):
+        if update > expected:
+            gaps.append((expected, update - 1))
+        expected = update + 1
+    return gaps
+
+
+def _end_of_prefix(places: list[_Place]) -> int | None:
+    """Where these lines end, if they are what the file begins with."""
+    end = 0
+    for place in places:
+        if place.offset != end or not place.is_whole:
+            return None
+        end += place.num_bytes
+    return end
+
+
+def _copy(source: Path | None, target: Path, places: list[_Place]) -> None:
+    with replacing(target) as writing:
+        if source is None or not places:
+            return
+        with source.open("rb") as reading:
+            for place in places:
+                reading.seek(place.offset)
+                line = reading.read(place.num_bytes)
+                writing.write(line if place.is_whole else line + b"\n")
