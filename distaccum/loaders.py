@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset
 
 from distaccum import planning
 from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
-from distaccum.seeding import derived_seed
+from distaccum.fetching import BatchSource, MicroBatches, Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,13 +92,15 @@ class WindowLoader:
     """A data loader of windows. Iterating over it gives the windows of an epoch; each iteration is the next epoch.
 
     It takes the place of `DataLoader` with `DistributedSampler`: shuffled anew each epoch, nothing duplicated, nothing
-    dropped unless asked, and the same samples in update *t* for any number of ranks.
+    dropped unless asked, and the same samples in update *t* for any number of ranks. Random numbers that the dataset
+    draws from the global generators (`torch`, `random`, `numpy.random`) are the same for a sample in an epoch, wherever
+    and whenever it is loaded, and loading leaves those generators as they were.
 
     Args:
         dataset: map-style dataset (`__len__` and `__getitem__`).
         global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.resolve_batch`.
         drop_last: leave out an epoch's last window when it is smaller than the others.
-        seed: decides the order together with the epoch.
+        seed: decides the order together with the epoch, and the dataset's random numbers.
         collate_fn: makes a micro-batch of a list of samples. Default: the dataset's own `collate_fn` if it has one,
             else stacking with dynamic padding (`PadCollate`).
         rank, world_size: default to those of the process group, or to 0 and 1 without one.
@@ -140,9 +141,8 @@ class WindowLoader:
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
         self._cuts: dict[int, planning.Cut] = {}
-        self._sampler = _ResettableSampler()
         self._options = options or LoaderOptions()
-        self._loader = _data_loader(dataset, self._sampler, collate_fn, "training", self._options, seed)
+        self._source = _batch_source(dataset, collate_fn, "training", self._options, seed)
 
     def __len__(self) -> int:
         """Windows in an epoch."""
@@ -155,8 +155,7 @@ class WindowLoader:
 
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
         """The windows of one epoch, from `first_window` on."""
-        self._sampler.micro_batches = lambda: self._micro_batches(epoch, first_window)
-        batches = _on_device(_raise_failures(self._loader), self._options)
+        batches = _on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
         for index in range(first_window, len(self)):
             window = Window(
                 epoch=epoch,
@@ -169,6 +168,25 @@ class WindowLoader:
             )
             yield window
             window.skip_rest()
+
+    def sample_micro_batch(self, epoch: int, window: int) -> Any:
+        """This rank's first micro-batch of a window, on the device; an iteration under way isn't disturbed.
+
+        Args:
+            epoch, window: numbers from 0, the window's counted in its epoch. If the rank has nothing to do in that
+                window, it is the placeholder (see `Window`).
+
+        Raises:
+            UserError: a sample can't be loaded.
+        """
+        batch = self._source.one(next(self._requests(epoch, window)))
+        if self._options.device is None:
+            return batch
+        return to_device(batch, self._options.device, float_dtype=self._options.float_dtype)
+
+    def close(self) -> None:
+        """Ends the worker processes. The loader can be used on, with new ones."""
+        self._source.close()
 
     def explain(self) -> str:
         """One line that says how a window is cut."""
@@ -188,11 +206,12 @@ class WindowLoader:
         first = bounds[0][0]
         return [order[begin - first : end - first] for begin, end in bounds]
 
-    def _micro_batches(self, epoch: int, first_window: int) -> Iterator[list[int]]:
+    def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
         for index in range(first_window, len(self)):
             for indices in self._sample_indices(epoch, index):
                 placeholder = (self._bounds[index][0],)
-                yield indices or planning.shuffled(placeholder, self.num_samples, self.seed, epoch).tolist()
+                indices = indices or planning.shuffled(placeholder, self.num_samples, self.seed, epoch).tolist()
+                yield Request(epoch, indices)
 
 
 class EvaluationLoader:
@@ -228,86 +247,33 @@ class EvaluationLoader:
         if equal_batches:
             batches += [range(0)] * (-(-shares[0] // batch_size) - len(batches))
         self.sizes = [len(batch) for batch in batches]
-        sampler = _ResettableSampler()
-        sampler.micro_batches = lambda: (list(batch) or [0] for batch in batches)
+        # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
+        self._requests = lambda: (Request(0, list(batch) or [0]) for batch in batches)
         self._options = options or LoaderOptions()
-        self._loader = _data_loader(dataset, sampler, collate_fn, "evaluation", self._options, seed=0)
+        self._source = _batch_source(dataset, collate_fn, "evaluation", self._options, seed=0)
 
     def __iter__(self) -> Iterator[Any]:
-        return _on_device(_raise_failures(self._loader), self._options)
+        return _on_device(self._source.batches(self._requests), self._options)
+
+    def close(self) -> None:
+        """Ends the worker processes. The loader can be used on, with new ones."""
+        self._source.close()
 
 
-class _ResettableSampler(Sampler[list[int]]):
-    """Lists of indices, asked for anew at each iteration: one DataLoader, with its workers, serves all epochs."""
-
-    def __init__(self) -> None:
-        self.micro_batches: Callable[[], Iterator[list[int]]] = lambda: iter(())
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.micro_batches()
-
-
-@dataclass(slots=True)
-class _Failure:
-    """An exception on its way out of a worker process, which can't be trusted to pickle."""
-
-    message: str
-    details: str = field(repr=False)
-
-
-class _MicroBatches(Dataset[Any]):
-    """Fetches and collates a whole micro-batch, and says which sample it was that failed."""
-
-    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Any], role: str) -> None:
-        self.dataset = dataset
-        self.collate_fn = collate_fn
-        self.role = role
-
-    def __getitem__(self, indices: list[int]) -> Any:
-        index: int | None = None
-        try:
-            if hasattr(self.dataset, "__getitems__"):
-                samples = self.dataset.__getitems__(indices)
-            else:
-                samples = []
-                for index in indices:
-                    samples.append(self.dataset[index])
-            index = None
-            return self.collate_fn(samples)
-        except Exception as error:
-            where = f"sample {index}" if index is not None else f"the micro-batch of samples {indices}"
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            return _Failure(f"{where} of the {self.role} data could not be loaded: {said}", traceback.format_exc())
-
-
-def _raise_failures(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        if isinstance(batch, _Failure):
-            error = UserError(batch.message)
-            error.add_note(batch.details)
-            raise error
-        yield batch
-
-
-def _data_loader(
+def _batch_source(
     dataset: Dataset[Any],
-    sampler: Sampler[list[int]],
     collate_fn: Callable[[list[Any]], Any] | None,
     role: str,
     options: LoaderOptions,
     seed: int,
-) -> DataLoader[Any]:
+) -> BatchSource:
     collate = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
-    return DataLoader(
-        _MicroBatches(dataset, collate, role),
-        batch_size=None,  # the sampler hands out whole micro-batches
-        sampler=sampler,
+    return BatchSource(
+        MicroBatches(dataset, collate, role, seed),
         num_workers=options.num_workers,
         pin_memory=options.pin_memory,
         persistent_workers=options.persistent_workers,
         prefetch_factor=options.prefetch_factor,
-        # A generator of its own: otherwise each epoch draws the workers' seed from the state that dropout uses.
-        generator=torch.Generator().manual_seed(derived_seed(seed, "workers", role)),
     )
 
 

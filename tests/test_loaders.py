@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
+import random
+import signal
 from collections import Counter
+from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from distaccum import UserError, WindowLoader
 from distaccum.loaders import EvaluationLoader, LoaderOptions
+from distaccum.seeding import GlobalStates
 
 
 class Numbers(Dataset[tuple[torch.Tensor, int]]):
@@ -136,11 +142,169 @@ def test_batched_fetching_is_used_where_the_dataset_has_it() -> None:
     assert sorted(next(iter(window))[1].tolist()) == [-5, -4, -3, -2, -1, 0]
 
 
-def test_loading_leaves_the_random_state_alone() -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    _loaded(WindowLoader(Numbers(12), global_batch_size=4, micro_batch_size=2), 0)
-    assert torch.equal(torch.get_rng_state(), before)
+class Noisy(Numbers):
+    """Sample i is i and a number from each library; some samples draw more than others, some nothing at all."""
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        if index % 3 == 0:
+            return index, 0.0, 0.0, 0.0
+        noise = [(random.gauss(0, 1), float(np.random.randn()), torch.randn(()).item()) for _ in range(index % 3)]
+        return index, *noise[-1]
+
+
+class Stateful(Numbers):
+    """Fault: noise from a generator of its own that goes on from sample to sample."""
+
+    def __init__(self, num_samples: int) -> None:
+        super().__init__(num_samples)
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        return index, self.generator.random()
+
+
+def _samples(batch: Any) -> list[tuple[float, ...]]:
+    return list(zip(*(column.tolist() for column in batch), strict=True))
+
+
+def _noise(
+    dataset: Dataset[Any], epoch: int, *, num_workers: int = 0, world_size: int = 1, seed: int = 3, **batch: int
+) -> dict[int, tuple[float, ...]]:
+    """What each sample of an epoch came out as, loaded by all ranks."""
+    found: dict[int, tuple[float, ...]] = {}
+    options = LoaderOptions(num_workers=num_workers, persistent_workers=num_workers > 0)
+    for rank in range(world_size):
+        loader = WindowLoader(dataset, seed=seed, options=options, rank=rank, world_size=world_size, **batch)
+        with closing(loader):
+            for window in loader.epoch(epoch):
+                for micro_batch, size in zip(window, window.sizes, strict=True):
+                    found |= {int(index): noise for index, *noise in _samples(micro_batch) if size}  # type: ignore[misc]
+    return found
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    num_samples=st.integers(4, 40),
+    global_batch_size=st.integers(4, 30),
+    micro_batch_size=st.integers(1, 9),
+    world_size=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+)
+def test_random_numbers_do_not_depend_on_the_cut(
+    num_samples: int, global_batch_size: int, micro_batch_size: int, world_size: int, epoch: int
+) -> None:
+    size = min(global_batch_size, num_samples)
+    whole = _noise(Noisy(num_samples), epoch, global_batch_size=size, accumulation_steps=1)
+    batch = {"global_batch_size": size, "micro_batch_size": min(micro_batch_size, size)}
+    assert _noise(Noisy(num_samples), epoch, world_size=world_size, **batch) == whole
+
+
+def test_random_numbers_do_not_depend_on_workers() -> None:
+    batch = {"global_batch_size": 12, "micro_batch_size": 3}
+    wanted = _noise(Noisy(40), 1, **batch)
+    assert _noise(Noisy(40), 1, num_workers=2, **batch) == wanted
+    assert _noise(Noisy(40), 1, num_workers=1, world_size=2, global_batch_size=12, micro_batch_size=8) == wanted
+
+
+def test_random_numbers_differ_between_epochs_samples_and_seeds() -> None:
+    found = [
+        _noise(Noisy(40), epoch, seed=seed, global_batch_size=12, micro_batch_size=3)
+        for epoch, seed in ((0, 3), (1, 3), (0, 4))
+    ]
+    numbers = [number for noise in found for sample in noise.values() for number in sample if number]
+    assert len(numbers) == len(set(numbers)) == 3 * 3 * 26
+
+
+def test_noise_that_depends_on_the_cut_would_be_seen() -> None:
+    one = _noise(Stateful(40), 0, global_batch_size=12, micro_batch_size=3)
+    assert _noise(Stateful(40), 0, world_size=2, global_batch_size=12, micro_batch_size=3) != one
+    assert _noise(Stateful(40), 0, num_workers=2, global_batch_size=12, micro_batch_size=3) != one
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_starting_within_an_epoch_gives_the_same_micro_batches(num_workers: int, persistent: bool) -> None:
+    options = LoaderOptions(num_workers=num_workers, persistent_workers=persistent and num_workers > 0)
+
+    def load(epoch: int, first_window: int, epochs_before: int) -> list[Any]:
+        loader = WindowLoader(Noisy(50), global_batch_size=9, micro_batch_size=2, seed=5, options=options)
+        with closing(loader):
+            for before in range(epochs_before):
+                _loaded_whole(loader, before, 0)
+            return _loaded_whole(loader, epoch, first_window)
+
+    undisturbed = load(2, 0, epochs_before=2)
+    for first_window in (0, 1, 4):
+        assert load(2, first_window, epochs_before=0) == undisturbed[first_window:]
+
+
+def _loaded_whole(loader: WindowLoader, epoch: int, first_window: int) -> list[Any]:
+    return [[_samples(batch) for batch in window] for window in loader.epoch(epoch, first_window)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("dataset", [Numbers(12), Noisy(12)])
+def test_loading_leaves_the_random_states_alone(dataset: Any, num_workers: int) -> None:
+    def draw() -> tuple[float, ...]:
+        return random.gauss(0, 1), np.random.randn(), torch.randn(()).item()
+
+    options = LoaderOptions(num_workers=num_workers)
+    loader = WindowLoader(dataset, global_batch_size=4, micro_batch_size=2, options=options)
+    evaluation = EvaluationLoader(dataset, batch_size=5, options=options)
+    states = GlobalStates.now()
+    with_loading = [draw() for epoch in range(2) for window in loader.epoch(epoch) for _ in window]
+    loader.sample_micro_batch(0, 1)
+    with_loading += [draw() for _ in evaluation]
+    states.put_back()
+    assert [draw() for _ in with_loading] == with_loading
+
+
+def test_evaluations_draw_the_same_numbers() -> None:
+    loader = EvaluationLoader(Noisy(12), batch_size=5)
+    first = [_samples(batch) for batch in loader]
+    assert [_samples(batch) for batch in loader] == first
+    ranks = [EvaluationLoader(Noisy(12), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    other = [sample for loader in ranks for batch in loader for sample in _samples(batch)]
+    assert other == [sample for batch in first for sample in batch]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_first_micro_batch_of_a_window(num_workers: int) -> None:
+    options = LoaderOptions(
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        device=torch.device("cpu"),
+        float_dtype=torch.float64,
+    )
+    loader = WindowLoader(Noisy(30), global_batch_size=8, micro_batch_size=3, options=options)
+    with closing(loader):
+        windows = loader.epoch(1)
+        batch = next(iter(next(windows)))
+        sample = loader.sample_micro_batch(1, 2)
+        assert sample[1].dtype == batch[1].dtype == torch.float64
+        next(windows)
+        assert _samples(next(iter(next(windows)))) == _samples(sample)
+
+
+def test_the_first_micro_batch_of_an_idle_rank_is_its_placeholder() -> None:
+    loader = WindowLoader(Numbers(5), global_batch_size=4, micro_batch_size=1, rank=3, world_size=4)
+    last = [next(iter(window)) for window in loader.epoch(0)][-1]
+    assert torch.equal(loader.sample_micro_batch(0, 1)[1], last[1])
+
+
+def test_a_killed_worker_is_named_by_what_it_loads() -> None:
+    class Killed(Numbers):
+        def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    options = LoaderOptions(num_workers=1, persistent_workers=True)
+    training = WindowLoader(Killed(8), global_batch_size=4, options=options)
+    evaluation = EvaluationLoader(Killed(8), batch_size=4, options=options)
+    with closing(training), closing(evaluation):
+        with pytest.raises(UserError, match=r"loads the training data \(pid \d+\) was killed by SIGKILL"):
+            _loaded(training, 0)
+        with pytest.raises(UserError, match=r"loads the evaluation data \(pid \d+\) was killed by SIGKILL"):
+            list(evaluation)
 
 
 def test_batches_are_moved_and_cast() -> None:

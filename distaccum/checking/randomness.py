@@ -112,19 +112,26 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> list[Finding]:
         first, again = subject.samples[index], subject.samples.load(index, repeat=1)
         if not _same(first, again):
             seeded = _same(first, subject.samples.load(index))
-            why = "it draws from the global random state" if seeded else "it keeps a random state of its own"
             where = f"data.train ({type(subject.samples.dataset).__name__}), sample {index}"
+            what = (
+                "It draws from the global generators. The loader seeds them for each sample with the run's seed, the "
+                "epoch and the index, so the window is the same for every cut and after a resume."
+                if seeded
+                else f"Sample {index} was loaded twice and differs: it keeps a random state of its own. Which numbers a "
+                "sample gets then depends on the rank, the worker and the order of loading, so the window is not the "
+                "same for every cut, nor after a resume."
+            )
             return [
                 Finding(
                     kind="random_data",
-                    severity=Severity.warning,
+                    severity=Severity.info if seeded else Severity.warning,
                     because=f"{where} is another one each time it is loaded",
-                    what=f"Sample {index} was loaded twice and differs: {why}. Which numbers a sample gets then "
-                    "depends on the rank, the worker and the order of loading, so the window is not the same for every "
-                    "cut. The rest was measured with each sample loaded once.",
+                    what=f"{what} The rest was measured with each sample loaded once.",
                     where=where,
-                    remedy="Make a sample a function of its index: seed a generator of its own with the index (and the "
-                    "epoch), as in torch.Generator().manual_seed(index).",
+                    remedy="None needed."
+                    if seeded
+                    else "Draw from torch, random or numpy.random, which the loader seeds for each sample; or seed the "
+                    "generator with the index and the epoch.",
                 )
             ]
     return []

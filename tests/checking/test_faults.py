@@ -117,7 +117,7 @@ NAMED_ONLY: list[tuple[str, dict[str, Any], list[str], str, str, Severity]] = [
         ["data.train._target_=zoo.AugmentedPoints"],
         "random_data",
         "AugmentedPoints",
-        Severity.warning,
+        Severity.info,
     ),
     (
         "augmentation by a generator of its own",
