@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from distaccum import distributed
 from distaccum.distributed import World, joined_world
-from distaccum.errors import UserError
+from distaccum.errors import OtherRankFailedError, UserError
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
@@ -47,3 +51,43 @@ def test_together_passes_on_the_errors_of_a_lone_rank(error: Exception) -> None:
     with joined_world() as world, pytest.raises(type(error)) as found, world.together():
         raise error
     assert str(found.value) == str(error)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of rank 1 of 2, who does not wait for long."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "_SECONDS_TO_START", 1.0)
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_when_nobody_is_there_one_rank_of_the_host_says_so() -> None:
+    with pytest.raises(UserError, match=r"^the ranks can't find each other: .*\. Start them with torchrun\.$") as first:
+        World()
+    assert not isinstance(first.value, OtherRankFailedError)
+    with pytest.raises(OtherRankFailedError):
+        World()
+
+
+def test_a_rank_that_does_not_start_is_named(second_of_two: pytest.MonkeyPatch) -> None:
+    launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    second_of_two.setenv("MASTER_PORT", str(launcher.port))
+    second_of_two.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match=r"^rank 0 did not start, or has ended: "), joined_world() as world:
+        world.init_process_group(torch.device("cpu"))
+
+
+def test_counters_and_wishes_are_shared(second_of_two: pytest.MonkeyPatch) -> None:
+    launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    second_of_two.setenv("MASTER_PORT", str(launcher.port))
+    second_of_two.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    one, other = World(), World()
+    assert (one.count("asked"), other.count("asked"), one.count("asked", 0)) == (1, 2, 2)
+    assert one.first_wish("window/3", None) is None
+    assert [one.first_wish("window/3", "drop"), other.first_wish("window/3", "finish")] == ["drop", "drop"]
+    assert other.first_wish("window/3", None) == "drop"
