@@ -32,7 +32,12 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(
+            *(
+                f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+                for value in row.values()
+            )
+        )
     Console().print(table)
 
 

@@ -132,7 +132,7 @@ class Accumulator:
         self._open: _OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
-        self._clear_gradients()
+        self.clear_gradients()
 
     def state_dict(self) -> dict[str, float | int | None]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
@@ -187,7 +187,7 @@ class Accumulator:
             micro_steps.close()  # leaves no_sync, if a micro-step is inside it
             self._open = None
             self.strategy.drop_gradients()
-            self._clear_gradients()
+            self.clear_gradients()
             raise
 
     def _micro_steps(self, window: _OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
@@ -266,7 +266,7 @@ class Accumulator:
         try:
             return self._finish(window, window.totals)
         finally:
-            self._clear_gradients()
+            self.clear_gradients()
 
     def _finish(self, window: _OpenWindow, totals: Tensor) -> UpdateResult:
         if window.totals_work is not None:
@@ -391,7 +391,8 @@ class Accumulator:
             weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
         return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
 
-    def _clear_gradients(self) -> None:
+    def clear_gradients(self) -> None:
+        """Sets all gradients to zero. `step()` does so by itself."""
         # In place: DDP's buckets stay the gradients' home, and a parameter without a part in this window is treated
         # alike (a zero gradient) by every strategy.
         parameters = [*self._model.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from distaccum import targets
+from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
 from distaccum.choices import WandbMode
 from distaccum.config import DataConfig, Fp16Config, PrecisionConfig, TrainConfig
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
+from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.run_folder import (
+    CHECKPOINTS,
+    RunFolder,
+    changes,
+    flat,
+    held_run_folder,
+    leave_marker,
+    redacted,
+)
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.trainer import Trainer, total_updates
@@ -37,19 +47,64 @@ def train(config: TrainConfig) -> RunEnd:
     Raises:
         UserError: whatever in the configuration, the data or the machine keeps the run from going on.
     """
-    with joined_world() as world:
+    with joined_world() as world, ExitStack() as stack:
         device = resolve_device(config.device, world.local_rank)
-        world.init_process_group(device)
+        world.init_process_group(device, config.distributed.timeout_seconds)
         plain = as_plain(config)
         check_same_config(world, plain)
         with world.together():
-            made = make_run_dir(config.run_dir, plain) if world.is_main else None
-        run_dir = world.from_main(made)
-        assert run_dir is not None
-        with world.together(), logging_to(run_dir, world.rank):
+            made = stack.enter_context(held_run_folder(config.run_dir, config.resume, plain)) if world.is_main else None
+        folder = world.from_main(made)
+        assert folder is not None
+        with world.together(), logging_to(folder.path, world.rank):
             pass  # every rank can write its log, or all stop here
-        with logging_to(run_dir, world.rank):
-            return build_trainer(config, world, device, run_dir, plain).fit()
+        interruption = Interruption(world)
+        with logging_to(folder.path, world.rank), interruption.listening():
+            world.heartbeat.log_to(folder.path / "logs" / f"rank{world.rank}.log")
+            checkpoint = find_checkpoint(config, folder, world)
+            trainer = build_trainer(config, world, device, folder, plain, checkpoint, interruption)
+            if checkpoint is not None:
+                trainer.restore(checkpoint, override=config.resume_override)
+            end = trainer.fit()
+            if end.interrupted is not None and world.is_main:
+                leave_marker(folder.path, end.updates, end.interrupted)
+            return end
+
+
+def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, found whole; None for a run that begins anew.
+
+    Raises:
+        UserError: `resume` names one that is not there or is damaged.
+    """
+    checkpoint = newest_whole(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
+    if checkpoint is None and config.resume not in ("auto", "none"):
+        checkpoint = _named_checkpoint(Path(config.resume).expanduser(), world)
+    if checkpoint is not None and world.is_main:
+        before = checkpoint.state
+        logger.info("going on from %s, update %d", checkpoint.path, checkpoint.update)
+        for change in changes(before["progress"]["config"], redacted(as_plain(config))):
+            logger.info("changed since: %s", change)
+        if before["world_size"] != world.world_size:
+            logger.info("ranks: %d → %d", before["world_size"], world.world_size)
+    elif folder.is_restart and checkpoint is None and world.is_main:
+        logger.info("%s holds a run that had not saved a checkpoint yet: it starts over", folder.path)
+    return checkpoint
+
+
+def _named_checkpoint(path: Path, world: World) -> Checkpoint:
+    folders = world.from_main(checkpoints_in(path / CHECKPOINTS) or checkpoints_in(path))
+    if folders:
+        found = newest_whole(folders[0].parent, rank=world.rank, gather=world.gather)
+        problem = "all of its checkpoints are damaged"
+    else:
+        found, problem = checked(path, rank=world.rank, gather=world.gather)
+    if found is None:
+        raise UserError(
+            f"resume={path}: there is no checkpoint to go on from: {problem}. Give the path of a checkpoint (a folder "
+            "`update-…`) or of the run folder that it is in."
+        )
+    return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,19 +163,37 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
 
 
 def build_trainer(
-    config: TrainConfig, world: World, device: torch.device, run_dir: Path, plain: dict[str, Any]
+    config: TrainConfig,
+    world: World,
+    device: torch.device,
+    folder: RunFolder,
+    plain: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+    interruption: Interruption | None = None,
 ) -> Trainer:
-    """Builds what a configuration names. What a rank can do alone comes before anything that ranks wait in."""
+    """Builds what a configuration names. What a rank can do alone comes before anything that ranks wait in.
+
+    Args:
+        checkpoint: the one that the run is to go on from, for those who continue files.
+    """
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
         factor = schedule_factor(config.schedule, total_updates(config.train, len(parts.loader)))
-        observers = _observers(config, run_dir) if world.is_main else []
+        observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name)
     optimizer = build_optimizer(
         config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
     )
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
+    checkpointer = Checkpointer(
+        folder.path / CHECKPOINTS,
+        strategy.model,
+        optimizer,
+        config=config.checkpoint,
+        strategy=strategy,
+        timeout_seconds=config.distributed.timeout_seconds,
+    )
     return Trainer(
         model=strategy.model,
         task=parts.task,
@@ -134,8 +207,11 @@ def build_trainer(
         scaler=build_scaler(config.precision, device),
         observers=observers,
         strategy=strategy,
-        run_dir=run_dir,
-        config=plain,
+        run_dir=folder.path,
+        config=redacted(plain),
+        checkpointer=checkpointer if config.checkpoint.enabled else None,
+        interruption=interruption,
+        heartbeat=world.heartbeat,
     )
 
 
@@ -156,7 +232,7 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
     Raises:
         UserError: names the keys that differ and each rank's value.
     """
-    everyone = world.gather(_flat(plain))
+    everyone = world.gather(flat(plain))
     keys = sorted(set().union(*everyone))
     # As text, because NaN is not equal to itself.
     different = [key for key in keys if len({repr(flat.get(key)) for flat in everyone}) > 1]
@@ -167,58 +243,6 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
         )
         more = f"; and {len(different) - 5} more keys" if len(different) > 5 else ""
         raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {key: value}
-    return {
-        path: leaf for name, entry in value.items() for path, leaf in _flat(entry, f"{key}.{name}".lstrip(".")).items()
-    }
-
-
-def make_run_dir(path: str | None, plain: dict[str, Any]) -> Path:
-    """Makes the run folder, with `config.yaml` in it. To be called on one rank.
-
-    Args:
-        path: the folder, or None for a new one in `runs/`, named by the time.
-
-    Raises:
-        UserError: it holds the results of another run, or can't be written.
-    """
-    if path == "":
-        raise UserError("run_dir is empty. Name a folder, or leave run_dir out for a new one in runs/.")
-    run_dir = Path(path).expanduser() if path is not None else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    try:
-        if path is None:
-            run_dir = _made_anew(run_dir)
-        elif (run_dir / "metrics.jsonl").exists():
-            # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
-            raise UserError(
-                f"run_dir={path} holds the results of another run, which would be overwritten. Choose another folder, "
-                "or remove that one."
-            )
-        else:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"the run folder {run_dir} can't be written: {error.strerror or error}. Choose another with run_dir=…"
-        ) from error
-    return run_dir
-
-
-def _made_anew(path: Path) -> Path:
-    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
-    folder, number = path, 1
-    while True:
-        try:
-            # Asking first whether it is there would let two runs that start at once take the same one.
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = path.with_name(f"{path.name}_{number}")
 
 
 def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
@@ -274,8 +298,10 @@ def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.Gra
     return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
 
 
-def _observers(config: TrainConfig, run_dir: Path) -> list[Observer]:
-    observers: list[Observer] = [Progress(), MetricsFile(run_dir)]
+def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:
+    run_dir = folder.path
+    source = checkpoint.path.parent.parent if checkpoint is not None else None
+    observers: list[Observer] = [Progress(), MetricsFile(run_dir, continues=folder.is_restart, start_from=source)]
     if config.wandb.mode is not WandbMode.disabled:
         wandb = config.wandb
         observers.append(Wandb(run_dir, wandb.mode, wandb.project, wandb.name or run_dir.name, wandb.tags))

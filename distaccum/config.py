@@ -371,7 +371,7 @@ class TrainConfig:
     """A whole training run."""
 
     seed: int = 0
-    """Seed of the windows, of the model's initialisation and of dropout."""
+    """Seed of the windows, of the model's initialisation, of dropout and of random augmentation."""
     run_dir: str | None = None
     """Folder for all that the run writes. `null`: `runs/` and the time of the start."""
     resume: str = "auto"

@@ -31,8 +31,8 @@ from omegaconf.errors import (
 
 from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, conf_dir
-from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
-from distaccum.logs import print_error
+from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
+from distaccum.logs import flush_output, print_error
 from distaccum.tool_configs import CheckConfig, CompareConfig
 
 ROOTS: dict[str, type[TrainConfig]] = {"train": TrainConfig, "compare": CompareConfig, "check": CheckConfig}
@@ -45,7 +45,7 @@ _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, V
 """What Hydra raises when the command line or a file is wrong."""
 
 
-def run_entry_point(run: Callable[[Any], object], config_name: str) -> None:
+def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
 
     Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
@@ -70,10 +70,12 @@ def run_entry_point(run: Callable[[Any], object], config_name: str) -> None:
         except OtherRankFailedError:
             # Leaving first would have the launcher stop the rank that is about to say why.
             time.sleep(_SECONDS_TO_BE_STOPPED)
-            sys.exit(EXIT_STATUS)
+            _leave(EXIT_STATUS)
         except UserError as error:
             print_error(str(error))
-            sys.exit(EXIT_STATUS)
+            _leave(EXIT_STATUS)
+        if outcome in (EXIT_INTERRUPTED, EXIT_UNFINISHED):
+            _leave(outcome)  # a sweep stops too
         if isinstance(outcome, int):
             status = max(status, outcome)
         is_composing = True  # the next run of a sweep
@@ -84,10 +86,12 @@ def run_entry_point(run: Callable[[Any], object], config_name: str) -> None:
         if not is_composing:
             raise
         _exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
-    if "RANK" in os.environ:
-        _leave_as_a_rank(status)
-    if status:
-        sys.exit(status)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        flush_output()
+    _leave(status)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
@@ -250,16 +254,19 @@ def _options_with(group: str, key: str) -> list[str]:
     ]
 
 
-def _leave_as_a_rank(status: int) -> NoReturn:
-    """Ends the process of a rank whose work is done and whose files are closed, without taking the interpreter down.
+def _leave(status: int) -> None:
+    """Ends the process, unless it is an ordinary one and all went well.
 
-    A thread of gloo's that frees a Python object while the interpreter goes down aborts the process, once in some
-    dozens of runs (seen with torch 2.13), and the launcher then takes a finished rank for a failed one.
+    A rank's work is done and its files are closed; it leaves without taking the interpreter down. A thread of gloo's
+    that frees a Python object meanwhile aborts the process, once in some dozens of runs (seen with torch 2.13), and the
+    launcher then takes a finished rank for a failed one.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    if "RANK" in os.environ:
+        logging.shutdown()
+        flush_output()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _exit_before_ranks_are_joined(error: UserError) -> NoReturn:

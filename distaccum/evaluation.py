@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.errors import UserError
+from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
 from distaccum.tasks.base import TaskOutput
 
@@ -22,6 +23,7 @@ def evaluate(
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    heartbeat: Heartbeat | None = None,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Sums loss, weight and the task's sums over this rank's batches and over all ranks of the process group.
 
@@ -30,6 +32,7 @@ def evaluate(
     Args:
         model: the module to call; the bare one if ranks take unequal numbers of forwards.
         batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
+        heartbeat: told of each batch.
 
     Returns:
         The mean loss, the total weight, and the sums (float64 on the CPU). The same on every rank.
@@ -38,12 +41,14 @@ def evaluate(
         UserError: the total weight is zero.
     """
     # Each module's own mode: a layer that is frozen by eval() must come back frozen.
+    doing = (heartbeat or Heartbeat(0, 1)).doing
     modes = {module: module.training for module in model.modules()}
     model.eval()
     totals: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
             for number, batch in enumerate(batches):
+                doing("forward of an evaluation", micro_step=number + 1)
                 with autocast():
                     output = task(model, batch)
                 if isinstance(batches, EvaluationLoader) and batches.sizes[number] == 0:
@@ -55,7 +60,9 @@ def evaluate(
     finally:
         for module, training in modes.items():
             module.training = training
+    doing("end of an evaluation", waits=True)
     totals = _over_ranks(totals, device)
+    doing("time after an evaluation")
     weight = float(totals.pop("weight", 0.0))
     if weight <= 0:
         raise UserError(f"the evaluation has a total weight of {weight:g}: there is nothing to take the mean of.")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from distaccum.config import TrainConfig
 from distaccum.entry import run_entry_point
+from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED
 
 
-def _run(config: TrainConfig) -> None:
+def _run(config: TrainConfig) -> int:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
     from distaccum.assembly import train
 
-    train(config)
+    interrupted = train(config).interrupted
+    if interrupted is None:
+        return 0
+    return EXIT_INTERRUPTED if interrupted == "SIGINT" else EXIT_UNFINISHED
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator, UpdateResult
+from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import LoopConfig
 from distaccum.devices import Precision, peak_memory
+from distaccum.errors import UserError
 from distaccum.evaluation import evaluate
+from distaccum.grace import Grace, WindowDroppedError
+from distaccum.heartbeat import Heartbeat
+from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.optim import Schedule
@@ -60,7 +65,10 @@ class Trainer:
         observers: told of what happens on this rank; rank 0 has them all, the others none.
         strategy: how the model is placed. Default: what the model shows.
         run_dir: where the run's files are, for the observers to say.
-        config: the configuration, for the observers to keep.
+        config: the configuration, for the observers and checkpoints to keep.
+        checkpointer: saves the run; None for no checkpoints.
+        interruption: tells when the run is to stop; None if it never is.
+        heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
     """
 
     def __init__(
@@ -80,6 +88,9 @@ class Trainer:
         strategy: Strategy | None = None,
         run_dir: Path | None = None,
         config: dict[str, Any] | None = None,
+        checkpointer: Checkpointer | None = None,
+        interruption: Interruption | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -94,6 +105,11 @@ class Trainer:
         self.run_dir = run_dir
         self.config = config or {}
         self.optimizer = optimizer
+        self.checkpointer = checkpointer
+        self.interruption = interruption or Interruption()
+        self.heartbeat = heartbeat or Heartbeat(0, 1)
+        grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
+        self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -101,6 +117,11 @@ class Trainer:
             scaler=scaler,
             skip_nonfinite=loop.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,
+            flags={
+                "stop": self.interruption.is_requested,
+                "long": self._grace.is_long,
+                **(checkpointer.flags if checkpointer else {}),
+            },
         )
         self.total_updates = total_updates(loop, len(loader))
         self._totals = _Totals()
@@ -109,9 +130,20 @@ class Trainer:
         self._early_stopping = (
             EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
         )
+        self._stopped_early: str | None = None
+        self._epoch, self._next_window = 0, 0
+        self._owes_evaluation = False
+        if checkpointer is not None:
+            stateful = {
+                "accumulator": self.accumulator,
+                "scaler": scaler,
+                # Of another metric, it would be of no use.
+                f"early_stopping/{stopping.metric}": self._early_stopping,
+            }
+            checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
 
     def fit(self) -> RunEnd:
-        """Trains to the end of the run.
+        """Trains to the end of the run, or to a signal to stop.
 
         Raises:
             UserError: a sample can't be loaded, a loss is NaN, an observer can't write, …
@@ -119,38 +151,80 @@ class Trainer:
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
+            stack.callback(self._close_loaders)
             started = time.perf_counter()
             self._tell_start()
-            stopped_early = None
-            for window in self._windows():
-                self._update(window)
-                if self._is_evaluation_due(window):
-                    stopped_early = self._evaluate(window.epoch)
-                    if stopped_early:
-                        break
-            end = self._end(stopped_early, time.perf_counter() - started)
+            interrupted = self._train()
+            self._save_at_the_end(is_finished=interrupted is None)
+            end = self._end(interrupted, time.perf_counter() - started)
             for observer in self.observers:
                 observer.on_end(end)
         return end
 
+    def _train(self) -> str | None:
+        """Updates, evaluations and checkpoints, in this order; returns the signal that ended it, if one did."""
+        if self._owes_evaluation:
+            self._evaluate()
+        if self._has_stopped_early():
+            return None
+        for window in self._windows():
+            self._epoch, self._next_window = window.epoch, window.index
+            try:
+                result = self._update(window)
+            except WindowDroppedError:
+                return self._agreed_signal()
+            self._next_window += 1
+            self._owes_evaluation = self._is_evaluation_due(window)
+            if "stop" in result.flags:
+                # An evaluation may take longer than the time that is left: the resumed run makes up for it.
+                return self._agreed_signal()
+            is_best = self._owes_evaluation and self._evaluate()
+            if self._has_stopped_early():
+                return None
+            if self.checkpointer and (self.checkpointer.is_due(self._totals.updates, result.flags) or is_best):
+                self.checkpointer.save(self._totals.updates, self._progress())
+        return None
+
+    def _has_stopped_early(self) -> bool:
+        return self._stopped_early is not None
+
     def _windows(self) -> Iterator[Window]:
-        epoch = 0
         while self._totals.updates < self.total_updates:
-            for window in self.loader.epoch(epoch):
+            for window in self.loader.epoch(self._epoch, self._next_window):
                 yield window
                 if self._totals.updates == self.total_updates:
                     return
-            epoch += 1
+            self._epoch, self._next_window = self._epoch + 1, 0
 
-    def _update(self, window: Window) -> None:
+    def _update(self, window: Window) -> UpdateResult:
         number = self._totals.updates + 1
         lr = self.schedule.apply(number) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
-        with self.accumulator.window(window) as micro_batches:
-            for batch in micro_batches:
-                with self.precision.autocast():
-                    output = self.task(self.model, batch)
-                self.accumulator.backward(output.loss_sum, output.weight, output.sums)
-        self._tell_update(window, self.accumulator.step(), lr)
+        self._grace.begin(number, len(window))
+        doing = self.heartbeat.doing
+        doing("loading of a micro-batch", update=number, micro_step=1)
+        try:
+            with self.accumulator.window(window) as micro_batches:
+                for step, batch in enumerate(micro_batches, 1):
+                    if self.interruption.is_requested():
+                        self._grace.check(step)
+                    doing("forward", update=number, micro_step=step)
+                    with self.precision.autocast():
+                        output = self.task(self.model, batch)
+                    is_last = step == len(window)
+                    what = "backward with the gradient sync" if is_last else "backward"
+                    doing(what, update=number, micro_step=step, waits=is_last)
+                    self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+                    doing("loading of a micro-batch", update=number, micro_step=step + 1)
+        except WindowDroppedError:
+            self._grace.put_back()
+            logger.info("update %d: no time is left to finish its window, which is dropped", number)
+            raise
+        doing("step", update=number, waits=True)
+        result = self.accumulator.step()
+        doing("end", update=number)
+        self._grace.end(result.flags)
+        self._tell_update(window, result, lr)
+        return result
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         totals = self._totals
@@ -195,8 +269,8 @@ class Trainer:
             return updates % self.loop.eval_every == 0
         return window.index == len(self.loader) - 1
 
-    def _evaluate(self, epoch: int) -> str | None:
-        """Evaluates; returns why to stop now, if early stopping says so. All ranks see the same metrics."""
+    def _evaluate(self) -> bool:
+        """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
         assert self.evaluation_loader is not None
         started = time.perf_counter()
         self.strategy.share_buffers()
@@ -206,20 +280,115 @@ class Trainer:
             self.evaluation_loader,
             device=self.strategy.device,
             autocast=self.precision.autocast,
+            heartbeat=self.heartbeat,
         )
         self._evaluation = EvaluationRecord(
             update=self._totals.updates,
-            epoch=epoch,
+            epoch=self._epoch,
             metrics={"loss": loss, **self._metrics(sums, weight)},
             references=self.references,
             seconds=time.perf_counter() - started,
         )
         for observer in self.observers:
             observer.on_evaluation(self._evaluation)
+        self._owes_evaluation = False
         stopping = self._early_stopping
         if stopping is not None and stopping.update(self._evaluation.metrics):
-            return stopping.reason
-        return None
+            self._stopped_early = stopping.reason
+        return self.checkpointer is not None and self.checkpointer.is_among_best(
+            self._totals.updates, self._evaluation.metrics
+        )
+
+    # Saving and going on
+
+    def restore(self, checkpoint: Checkpoint, *, override: bool = False) -> None:
+        """Goes on from a checkpoint, with exactly the window after it. To be called before `fit`.
+
+        Args:
+            override: go on although the windows are no longer the same ones, at the first window that begins where
+                the run had come to, or later.
+
+        Raises:
+            UserError: global batch, seed or length of the training data are others, or the model or optimizer is.
+        """
+        assert self.checkpointer is not None, "a trainer without checkpoints has nothing to go on from"
+        progress = checkpoint.state["progress"]
+        self._epoch, self._next_window = progress["epoch"], progress["next_window"]
+        if different := self._different_windows(progress["windows"]):
+            if not override:
+                raise UserError(
+                    f"{checkpoint.path} was saved with {different}: the windows would no longer be the same. Put it "
+                    "back as it was, or set resume_override=true to go on from there all the same, or begin anew in "
+                    "another run_dir."
+                )
+            done = self._next_window * progress["windows"]["batch.global_batch_size"]
+            self._next_window = -(-done // self.loader.plan.global_batch_size)
+            logger.warning("resume_override: saved with %s", different)
+        if self._next_window >= len(self.loader):
+            self._epoch, self._next_window = self._epoch + 1, 0
+        self.strategy.warm_up(self._loss_of_next_window)
+        self.checkpointer.restore(checkpoint)
+        self.accumulator.clear_gradients()
+        self._totals = _Totals(**progress["totals"])
+        self._owes_evaluation = progress["owes_evaluation"] and self.evaluation_loader is not None
+        self._evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
+        stopping = self._early_stopping
+        if stopping is not None and stopping.is_over:
+            self._stopped_early = stopping.reason
+
+    def _different_windows(self, before: dict[str, Any]) -> str:
+        now = self._windows_identity()
+        return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
+
+    def _windows_identity(self) -> dict[str, Any]:
+        """All that the samples of a window depend on."""
+        return {
+            "batch.global_batch_size": self.loader.plan.global_batch_size,
+            "batch.drop_last": self.loader.drop_last,
+            "seed": self.loader.seed,
+            "training samples": self.loader.num_samples,
+        }
+
+    def _loss_of_next_window(self) -> Tensor:
+        batch = self.loader.sample_micro_batch(self._epoch, self._next_window)
+        with self.precision.autocast():
+            return self.task(self.model, batch).loss_sum
+
+    def _progress(self) -> dict[str, Any]:
+        """Where the run stands, as JSON has it."""
+        return {
+            "totals": asdict(self._totals),
+            "epoch": self._epoch,
+            "next_window": self._next_window,
+            "owes_evaluation": self._owes_evaluation,
+            "evaluation": asdict(self._evaluation) if self._evaluation else None,
+            "windows": self._windows_identity(),
+            "config": self.config,
+        }
+
+    def _save_at_the_end(self, *, is_finished: bool) -> None:
+        if self.checkpointer is None:
+            return
+        self.heartbeat.doing("saving of the last checkpoint", update=self._totals.updates, waits=True)
+        self.checkpointer.save(self._totals.updates, self._progress(), wait=True)
+        if is_finished and self.run_dir is not None:
+            export_model(self.strategy, self.run_dir, is_main=self.checkpointer.rank == 0)
+
+    def _agreed_signal(self) -> str:
+        """The signal that came to the first rank that got one."""
+        names = [self.interruption.signal_name]
+        group = self.strategy.process_group
+        if group is not None:
+            names = [None] * self.strategy.world_size
+            dist.all_gather_object(names, self.interruption.signal_name, group=group)
+        return next(name for name in names if name is not None)
+
+    def _close_loaders(self) -> None:
+        self.loader.close()
+        if self.evaluation_loader is not None:
+            self.evaluation_loader.close()
+
+    # What observers are told
 
     def _metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         if not weight:
@@ -247,11 +416,13 @@ class Trainer:
             total_updates=self.total_updates,
             updates_per_epoch=len(self.loader),
             config=self.config,
+            resumed_update=self._totals.updates,
+            skipped_updates=self._totals.skipped_updates,
         )
         for observer in self.observers:
             observer.on_start(start)
 
-    def _end(self, stopped_early: str | None, total_seconds: float) -> RunEnd:
+    def _end(self, interrupted: str | None, total_seconds: float) -> RunEnd:
         totals = self._totals
         # Clocks differ a little, so a share may come out a hair below 0 or above 1.
         data_share = min(1.0, totals.data_seconds / totals.train_seconds)
@@ -261,7 +432,9 @@ class Trainer:
             updates=totals.updates,
             samples=totals.samples,
             skipped_updates=totals.skipped_updates,
-            stopped_early=stopped_early,
+            stopped_early=self._stopped_early,
+            interrupted=interrupted,
+            is_saved=self.checkpointer is not None and self.checkpointer.last_saved == totals.updates,
             evaluation=self._evaluation,
             train_seconds=totals.train_seconds,
             total_seconds=total_seconds,

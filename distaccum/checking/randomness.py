@@ -117,8 +117,8 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> list[Finding]:
                 "It draws from the global generators. The loader seeds them for each sample with the run's seed, the "
                 "epoch and the index, so the window is the same for every cut and after a resume."
                 if seeded
-                else f"Sample {index} was loaded twice and differs: it keeps a random state of its own. Which numbers a "
-                "sample gets then depends on the rank, the worker and the order of loading, so the window is not the "
+                else f"Sample {index} was loaded twice and differs: it keeps a random state of its own. Which numbers "
+                "a sample gets then depends on the rank, the worker and the order of loading, so the window is not the "
                 "same for every cut, nor after a resume."
             )
             return [

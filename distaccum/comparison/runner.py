@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from distaccum.assembly import as_plain, make_run_dir
+from distaccum.assembly import as_plain
 from distaccum.comparison.advice import advise
 from distaccum.comparison.page import page_of
 from distaccum.comparison.placements import Case, cases_of, reference_case
@@ -34,6 +34,7 @@ from distaccum.comparison.terminal import show
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.observers.formatting import number
+from distaccum.run_folder import held_run_folder
 from distaccum.tool_configs import CompareConfig
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def compare(config: CompareConfig) -> Report:
             f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "
             "another folder, or remove that one."
         )
-    run_dir = make_run_dir(config.run_dir, as_plain(config))
-    with logging_to(run_dir, 0):
+    with held_run_folder(config.run_dir, "none", as_plain(config)) as folder, logging_to(folder.path, 0):
+        run_dir = folder.path
         started = time.monotonic()
         report = _Comparison(config, run_dir).run()
         report.seconds = time.monotonic() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ class Strategy(Protocol):
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
         equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
+        shares_buffers: True if rank 0's buffers replace the other ranks' at the start of each window.
     """
 
     @property
@@ -63,6 +64,8 @@ class Strategy(Protocol):
     def traffic(self) -> Traffic: ...
     @property
     def equal_micro_steps(self) -> bool: ...
+    @property
+    def shares_buffers(self) -> bool: ...
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""
@@ -82,4 +85,24 @@ class Strategy(Protocol):
 
     def share_buffers(self) -> None:
         """Makes buffers (BatchNorm statistics) the same on all ranks, if the strategy keeps them the same at all."""
+        ...
+
+    def at_rest(self) -> None:
+        """Leaves parameters as the optimizer and checkpoints see them; to be called between windows."""
+        ...
+
+    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+        """Settles what a strategy learns in the run's first backward, so that a resumed run computes the same bits.
+
+        Args:
+            forward: a forward of a real micro-batch, which gives a loss; called only if it is needed.
+        """
+        ...
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What the strategy remembers of the windows before, on this rank."""
+        ...
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state_tensors` gave on the same rank of as many."""
         ...

@@ -3,11 +3,12 @@
 DDP checks the annotations of a hook as objects, so this module must not postpone their evaluation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
@@ -106,3 +107,33 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
         return powersgd.powerSGD_hook(remembered, bucket)
 
     return powersgd_state, counted_powersgd_hook
+
+
+_POWERSGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
+
+
+def powersgd_tensors(state: powersgd.PowerSGDState) -> dict[str, torch.Tensor]:
+    """What PowerSGD remembers of the updates before: error feedback, factors, its count and its generator."""
+    _, keys, position, _, _ = state.rng.get_state(legacy=True)
+    tensors = {
+        "iter": torch.tensor(state.iter, dtype=torch.int64),
+        "rng": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
+    }
+    for memory in _POWERSGD_MEMORIES:
+        tensors |= {f"{memory}.{bucket}": tensor for bucket, tensor in getattr(state, memory).items()}
+    return tensors
+
+
+def load_powersgd_tensors(
+    state: powersgd.PowerSGDState, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Puts back what `powersgd_tensors` gave."""
+    *keys, position = tensors["rng"].tolist()
+    state.rng.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    state.iter = int(tensors["iter"])
+    for memory in _POWERSGD_MEMORIES:
+        getattr(state, memory).clear()
+    for name, tensor in tensors.items():
+        memory, _, bucket = name.partition(".")
+        if bucket:
+            getattr(state, memory)[int(bucket)] = tensor.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +19,13 @@ from distaccum.config import DDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic
-from distaccum.strategies.compression import HookState, communication_hook, powersgd_hook
+from distaccum.strategies.compression import (
+    HookState,
+    communication_hook,
+    load_powersgd_tensors,
+    powersgd_hook,
+    powersgd_tensors,
+)
 from distaccum.strategies.placeholders import with_zero_gradients
 
 
@@ -39,6 +46,7 @@ class DDPStrategy:
         self.traffic = Traffic()
         self._has_sync_batchnorm = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         self.equal_micro_steps = self.world_size > 1 and (model.static_graph or self._has_sync_batchnorm)
+        self.shares_buffers = self.world_size == 1 or model.broadcast_buffers
         self._graph_is_known = not model.static_graph
         self._powersgd: PowerSGDState | None = None
         compression = config.compression if config is not None else Compression.none
@@ -77,6 +85,26 @@ class DDPStrategy:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group_src=0, group=self.process_group)
 
+    def at_rest(self) -> None:
+        pass
+
+    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+        if self.world_size == 1 or (self.model.find_unused_parameters and not self.model.static_graph):
+            return
+        # After its first synchronised backward DDP lays its buckets out anew, in the order in which gradients came.
+        # The place of a gradient in its bucket decides in which order the ranks' parts are added up, and so its bits.
+        # With a static graph it does so after the second one.
+        for _ in range(2 if self.model.static_graph else 1):
+            (forward() * 0).backward()  # type: ignore[no-untyped-call]
+        self._graph_is_known = True
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return powersgd_tensors(self._powersgd) if self._powersgd is not None else {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        if self._powersgd is not None and state:
+            load_powersgd_tensors(self._powersgd, state, self.device)
+
 
 def place_ddp(
     module: nn.Module,
@@ -107,7 +135,7 @@ def place_ddp(
             )
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     # PowerSGD's collectives are told from others by their group, so it gets one of its own.
-    group = dist.new_group() if config.compression is Compression.powersgd else None
+    group = _own_group(device) if config.compression is Compression.powersgd else None
     model = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
@@ -119,6 +147,12 @@ def place_ddp(
         **_buffer_arguments(config.broadcast_buffers),
     )
     return DDPStrategy(model, config)
+
+
+def _own_group(device: torch.device) -> dist.ProcessGroup:
+    """A group of all ranks, which wait in it for each other as long as in the first one, and not torch's default."""
+    assert dist.group.WORLD is not None
+    return dist.new_group(timeout=dist.group.WORLD._get_backend(device).options._timeout)
 
 
 def _buffer_arguments(broadcast_buffers: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,7 @@ class FSDPStrategy:
 
     def __init__(self, model: nn.Module, device: torch.device, *, reshard_in_window: bool = True) -> None:
         assert isinstance(model, FSDPModule)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # a forward leaves gathered parameters behind, whose shards can't be seen
+        _reshard(model)
         meshes = [p.device_mesh if isinstance(p, DTensor) else None for p in model.parameters()]
         if any(mesh is None or mesh.ndim != 1 or mesh.size() != dist.get_world_size() for mesh in meshes):
             raise UserError(
@@ -49,6 +47,7 @@ class FSDPStrategy:
         self.world_size = dist.get_world_size()
         self.traffic = Traffic()
         self.equal_micro_steps = self.world_size > 1
+        self.shares_buffers = self.world_size == 1
         self._reshard_in_window = reshard_in_window
         self._root: FSDPModule = model
         if self.world_size > 1:
@@ -101,6 +100,25 @@ class FSDPStrategy:
     def share_buffers(self) -> None:
         for buffer in self.model.buffers():
             dist.broadcast(buffer, group_src=0, group=self.process_group)
+
+    def at_rest(self) -> None:
+        _reshard(self.model)
+
+    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+        pass
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+
+def _reshard(model: nn.Module) -> None:
+    """A forward leaves gathered parameters behind, whose shards can't be seen."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _groups_of(module: FSDPModule) -> Sequence[Any]:

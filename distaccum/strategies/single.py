@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +24,7 @@ class SingleStrategy:
         self.process_group = None
         self.traffic = Traffic()
         self.equal_micro_steps = False
+        self.shares_buffers = True
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -37,4 +39,16 @@ class SingleStrategy:
         pass
 
     def share_buffers(self) -> None:
+        pass
+
+    def at_rest(self) -> None:
+        pass
+
+    def warm_up(self, forward: Callable[[], Tensor]) -> None:
+        pass
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         pass

@@ -1,0 +1,23 @@
+"""Saving a run and going on from it: complete or absent, on as many ranks or on others, and never unpickled."""
+
+from __future__ import annotations
+
+from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
+from distaccum.checkpoints.export import MODEL_FILE, export_model
+from distaccum.checkpoints.finding import checked, newest_whole
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
+from distaccum.checkpoints.random_state import random_state, set_random_state
+
+__all__ = [
+    "MODEL_FILE",
+    "Checkpoint",
+    "Checkpointer",
+    "Stateful",
+    "checked",
+    "checkpoints_in",
+    "clear_leftovers",
+    "export_model",
+    "newest_whole",
+    "random_state",
+    "set_random_state",
+]

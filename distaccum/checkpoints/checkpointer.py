@@ -1,0 +1,352 @@
+"""Saving beside the training, and going on from what was saved."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from distaccum.checkpoints.finding import newest_whole
+from distaccum.checkpoints.folder import Checkpoint, clear_leftovers, prune
+from distaccum.checkpoints.random_state import set_random_state
+from distaccum.checkpoints.state import (
+    adopt_group_settings,
+    check_same_model,
+    extra_states,
+    group_settings,
+    optimizer_targets,
+    own_optimizer,
+    persistent_buffers,
+    set_extra_states,
+    set_optimizer_state,
+    state_tensors,
+)
+from distaccum.checkpoints.storage import ManifestReader, ManifestWriter
+from distaccum.choices import Goal
+from distaccum.config import CheckpointConfig
+from distaccum.errors import UserError
+from distaccum.strategies import Strategy, local_parts, strategy_of
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """An object whose `state_dict()` is made of dictionaries, lists, strings, numbers and None."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class Checkpointer:
+    """Saves a run at the boundaries between updates and restores it, on as many ranks or on others.
+
+    In anybody's own loop:
+
+        checkpointer = Checkpointer(Path("run/checkpoints"), model, optimizer)
+        accumulator = Accumulator(model, optimizer, strategy=checkpointer.strategy, flags=checkpointer.flags)
+        checkpointer.states["accumulator"] = accumulator
+        …
+            update = accumulator.step()
+            if checkpointer.is_due(accumulator.updates, update.flags):
+                checkpointer.save(accumulator.updates, {"epoch": window.epoch, "next_window": window.index + 1})
+
+    All methods are called by all ranks alike. The folder must be one that all ranks see.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: placed already, as for `Accumulator`.
+        optimizer: over its parameters.
+        config: how often, how many, how.
+        strategy: how the model is placed. Default: what the model shows.
+        states: further objects whose state belongs to the run (scaler, early stopping, …), by name.
+        timeout_seconds: how long ranks wait for each other while one writes.
+
+    Attributes:
+        flags: what `Accumulator` is to ask at the end of each window, for ranks to agree on when to save.
+        states: as given; more may be added.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: CheckpointConfig | None = None,
+        strategy: Strategy | None = None,
+        states: Mapping[str, Stateful] | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.folder = folder
+        self.config = config or CheckpointConfig()
+        self.optimizer = optimizer
+        self.strategy = strategy or strategy_of(model)
+        self.states = dict(states or {})
+        self.flags: dict[str, Callable[[], bool]] = {"save": self._is_time_up, "saving": self.is_busy}
+        self.rank = dist.get_rank() if self.strategy.process_group is not None else 0
+        # Ranks talk about a checkpoint in a thread, beside the training's own collectives: so in a group of their own.
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            if self.strategy.process_group is not None
+            else None
+        )
+        self._settings_at_start = group_settings(optimizer)
+        self._staged: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._saved_at = time.monotonic()
+        self._is_owed = False
+        self._best: dict[int, float] = {}
+        self.last_saved: int | None = None
+        """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
+
+    # When
+
+    def is_busy(self) -> bool:
+        """True while an earlier checkpoint is still being written on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _is_time_up(self) -> bool:
+        # Clocks of ranks differ: rank 0's counts.
+        minutes = self.config.every_minutes
+        return self.rank == 0 and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def is_due(self, update: int, flags: frozenset[str] = frozenset()) -> bool:
+        """Whether a checkpoint is to be saved after this update; the same on all ranks.
+
+        One that falls due while the one before it is still being written waits for a later update: training never
+        waits for the disk.
+
+        Args:
+            flags: `UpdateResult.flags` of the update.
+        """
+        every = self.config.every_updates
+        self._is_owed |= "save" in flags or (every is not None and update % every == 0)
+        if self._is_owed and "saving" in flags:
+            logger.debug("update %d: the checkpoint before is still being written, so the next one waits", update)
+            return False
+        return self._is_owed
+
+    def is_among_best(self, update: int, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation is one of the `keep_best` best so far, so that its state is to be saved.
+
+        Raises:
+            UserError: the evaluation doesn't have the metric.
+        """
+        name, count = self.config.best_metric, self.config.keep_best
+        if count == 0:
+            return False
+        if name not in metrics:
+            raise UserError(
+                f"checkpoint.best_metric={name} is unknown: the evaluation has {', '.join(sorted(metrics))}. Name one "
+                "of those, or set checkpoint.keep_best=0."
+            )
+        value = metrics[name]
+        if value == value:
+            goal = self.config.best_goal or (Goal.min if name == "loss" else Goal.max)
+            self._best[update] = value if goal is Goal.min else -value
+        ranking = sorted(self._best, key=lambda number: (self._best[number], number))
+        self._best = {number: self._best[number] for number in ranking[:count]}
+        return update in self._best
+
+    # Saving
+
+    def save(self, update: int, progress: dict[str, Any], *, wait: bool = False) -> None:
+        """Saves the state after an update.
+
+        Returns as soon as the state has been copied in memory, unless `wait` or `async_save=false`. A disk that is full
+        or read-only doesn't end the training: it is logged, and the checkpoints there are stay as they are.
+
+        Args:
+            progress: where the run stands, as JSON has it: what `restore` gives back.
+            wait: return when it is on the disk.
+        """
+        self.wait()
+        self._is_owed = False
+        self._saved_at = time.monotonic()
+        tensors = state_tensors(self.strategy, self.optimizer, self.rank)
+        state = {
+            "progress": progress,
+            "states": {name: entry.state_dict() for name, entry in self.states.items()},
+            "optimizer": {
+                "name": type(own_optimizer(self.optimizer)).__name__,
+                "settings": group_settings(self.optimizer),
+                "settings_at_start": self._settings_at_start,
+            },
+            "extra": extra_states(self.strategy.module),
+            "world_size": self.strategy.world_size,
+            "best": {str(number): value for number, value in self._best.items()},
+        }
+        if wait or not self.config.async_save:
+            self._write(update, tensors, state)
+            return
+        state = json.loads(json.dumps(state))  # what is alive goes on changing
+        self._thread = threading.Thread(
+            target=self._write, args=(update, self._stage(tensors), state), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU, in memory that is kept for the next time."""
+        known = self._staged
+        self._staged = {}
+        for name, tensor in tensors.items():
+            copy = known.get(name)
+            (here,) = local_parts([tensor])
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = tensor.detach().clone() if here.device.type == "cpu" else tensor.detach().to("cpu")
+            else:
+                local_parts([copy])[0].copy_(here)
+            self._staged[name] = copy
+        return self._staged
+
+    def _write(self, update: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        writer = ManifestWriter(self.folder, update, self.rank, state)
+        try:
+            with torch.no_grad():
+                _without_process_warning()
+                save(
+                    dict(tensors),
+                    storage_writer=writer,
+                    planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except (Exception, CheckpointException) as error:  # whatever it is, training goes on
+            self._report_failure(update, error)
+            return
+        self.last_saved = update
+        if self.rank == 0:
+            logger.debug("checkpoint of update %d saved", update)
+            try:
+                prune(self.folder, keep_last=self.config.keep_last, best=map(int, state["best"]))
+            except OSError as error:
+                logger.warning("old checkpoints in %s can't be removed: %s", self.folder, error.strerror or error)
+
+    def _report_failure(self, update: int, error: BaseException) -> None:
+        logger.debug("the checkpoint of update %d failed", update, exc_info=error)
+        if self.rank != 0:
+            return
+        clear_leftovers(self.folder)
+        kept = "there is none yet" if self.last_saved is None else f"that of update {self.last_saved} is kept"
+        logger.warning(
+            "the checkpoint of update %d could not be saved: %s. Training goes on; %s.", update, _reasons(error), kept
+        )
+
+    # Restoring
+
+    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Puts model, optimizer, generators and `states` back, in place; returns the `progress` that was saved.
+
+        With as many ranks as saved it, generators and all that belongs to one rank are put back too, bit for bit. With
+        others, ranks keep what they have drawn for themselves, and buffers are rank 0's.
+
+        Raises:
+            UserError: the checkpoint holds another model, or another optimizer.
+        """
+        module, stored = self.strategy.module, checkpoint.manifest["tensors"]
+        self.strategy.at_rest()
+        check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
+        saved = checkpoint.state["optimizer"]
+        if saved["name"] != (name := type(own_optimizer(self.optimizer)).__name__):
+            raise UserError(
+                f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
+                f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
+            )
+        is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
+        targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
+        for name, buffer in persistent_buffers(module):
+            own = f"rank/{self.rank}/buffers/{name}"
+            targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
+        formats = ManifestReader(checkpoint).formats()
+        optimizer_state = optimizer_targets(module, self.optimizer, formats)
+        mine = f"rank/{self.rank}/"
+        own_state = {
+            name: torch.zeros(shape, dtype=dtype)
+            for name, (shape, dtype) in formats.items()
+            if is_same_layout and name.startswith((f"{mine}random/", f"{mine}strategy/"))
+        }
+        self._read(checkpoint, targets | optimizer_state | own_state)
+        set_optimizer_state(module, self.optimizer, optimizer_state)
+        set_extra_states(module, checkpoint.state["extra"])
+        adopt_group_settings(self.optimizer, saved["settings"], saved["settings_at_start"])
+        if own_state:
+            self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
+            set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
+        for name, entry in self.states.items():
+            if name in checkpoint.state["states"]:
+                entry.load_state_dict(checkpoint.state["states"][name])
+        self._best = {int(number): value for number, value in checkpoint.state["best"].items()}
+        self._settings_at_start = saved["settings_at_start"]
+        self.last_saved = checkpoint.update
+        progress: dict[str, Any] = checkpoint.state["progress"]
+        return progress
+
+    def _read(self, checkpoint: Checkpoint, targets: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            _without_process_warning()
+            load(
+                targets,
+                storage_reader=ManifestReader(checkpoint),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint in the folder that is whole; damaged ones are named in the log and passed over."""
+        return newest_whole(self.folder, rank=self.rank, gather=self._gather)
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.strategy.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def _reasons(error: BaseException) -> str:
+    """Why saving failed, in one line: each reason once, with its rank if not all ranks have it."""
+    if not isinstance(error, CheckpointException):
+        return _reason(error)
+    by_rank = {rank: _reason(failure) for rank, (failure, _) in error.failures.items()}
+    return (
+        "; ".join(f"rank {rank}: {said}" for rank, said in by_rank.items())
+        if len(by_rank) > 1
+        else min(by_rank.values())
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _without_process_warning() -> None:
+    # One process is meant; torch would warn that it takes us to mean that.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,0 +1,50 @@
+"""Finding the checkpoint to go on from, together with the other ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distaccum.checkpoints.folder import (
+    Checkpoint,
+    DamagedCheckpointError,
+    checkpoints_in,
+    read_checkpoint,
+    verify_files,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> Checkpoint | None:
+    """The newest checkpoint in a folder whose files are all as they were written; ranks check a part of them each.
+
+    Args:
+        gather: gives every rank's value on every rank.
+    """
+    for path in gather(checkpoints_in(folder) if rank == 0 else None)[0]:
+        checkpoint, problems = checked(path, rank=rank, gather=gather)
+        if checkpoint is not None:
+            return checkpoint
+        if rank == 0:
+            logger.warning("the checkpoint %s is damaged and passed over: %s", path, problems)
+    return None
+
+
+def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in a folder, or None and what is wrong with it; the same on all ranks."""
+    checkpoint, problem = None, None
+    try:
+        checkpoint = read_checkpoint(path)
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    ranks = len(gather(None))
+    if checkpoint is not None:
+        try:
+            verify_files(checkpoint, checkpoint.files[rank::ranks])
+        except DamagedCheckpointError as error:
+            problem = str(error)
+    problems = [entry for entry in gather(problem) if entry is not None]
+    return (None, "; ".join(dict.fromkeys(problems))) if problems else (checkpoint, "")

@@ -1,0 +1,194 @@
+"""Checkpoints as folders: complete or absent, checked by hash, newest first.
+
+    run_dir/checkpoints/update-00000120/
+        manifest.json               what there is, with a hash of every file, and everything that is not a tensor
+        rank-00000.safetensors      the tensors that rank 0 has written
+
+A checkpoint is written into a folder with another name and renamed when all of it is on the disk, so a folder
+`update-…` is complete, unless the disk itself has damaged it, which the hashes show. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_PREFIX = "update-"
+_WRITING = ".writing-"
+_REMOVED = ".removed-"
+_REPLACED = ".replaced-"
+_CHUNK_BYTES = 8 << 20
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint can't be used: the message says what is wrong with which file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose manifest has been read and found whole."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def update(self) -> int:
+        return int(self.manifest["update"])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was saved besides tensors."""
+        state: dict[str, Any] = self.manifest["state"]
+        return state
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(self.manifest["files"])
+
+
+def name_of(update: int) -> str:
+    return f"{_PREFIX}{update:08d}"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints, newest first, as far as names tell. Clocks play no part: the update counts."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()]
+    found = [path for path in found if path.name.startswith(_PREFIX)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def writing_path(folder: Path, update: int) -> Path:
+    """The folder that a checkpoint is written in before it gets its name."""
+    return folder / f"{_WRITING}{update:08d}"
+
+
+def start_writing(folder: Path, update: int) -> Path:
+    """Makes that folder, anew."""
+    path = writing_path(folder, update)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a run that was killed had not finished writing or removing, and puts back what it had put aside."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(_REPLACED) and not (final := folder / path.name.removeprefix(_REPLACED)).exists():
+            path.rename(final)
+        elif path.name.startswith((_WRITING, _REMOVED, _REPLACED)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes the manifest, with its own hash in front, and sees to it that it is on the disk."""
+    text = json.dumps(content)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    with (folder / MANIFEST).open("x", encoding="utf-8") as file:
+        file.write(f'{{"blake2b": "{digest}", "content":\n{text}\n}}\n')
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit(writing: Path, update: int) -> Path:
+    """Gives a written checkpoint its name, which makes it one. What bore the name before is removed."""
+    _sync_folder(writing)
+    final = writing.with_name(name_of(update))
+    replaced = final.with_name(_REPLACED + final.name)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    writing.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint's manifest.
+
+    Raises:
+        DamagedCheckpointError: there is none, or not as it was written.
+    """
+    try:
+        lines = (path / MANIFEST).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{MANIFEST} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} can't be read ({error})") from error
+    try:
+        digest = json.loads(lines[0] + "0}")["blake2b"]
+        text = lines[1]
+        if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != digest or lines[2:] != ["}"]:
+            raise ValueError
+        manifest = json.loads(text)
+    except (ValueError, IndexError, KeyError, TypeError):
+        raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
+    if manifest.get("format") != FORMAT:
+        raise DamagedCheckpointError(f"it is of format {manifest.get('format')!r}, and this version reads {FORMAT}")
+    named = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
+    if not named <= set(manifest["files"]) or any(Path(name).name != name for name in manifest["files"]):
+        raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")
+    return Checkpoint(path=path, manifest=manifest)
+
+
+def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Checks size and hash of some of a checkpoint's files.
+
+    Raises:
+        DamagedCheckpointError: one is missing or not as it was written.
+    """
+    for name in names:
+        wanted = checkpoint.manifest["files"][name]
+        digest, size = hashlib.blake2b(digest_size=16), 0
+        try:
+            with (checkpoint.path / name).open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"{name} can't be read ({error.strerror})") from error
+        if size != wanted["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {size} bytes of {wanted['bytes']}")
+        if digest.hexdigest() != wanted["blake2b"]:
+            raise DamagedCheckpointError(f"{name} is not as it was written: its hash is another")
+
+
+def prune(folder: Path, *, keep_last: int, best: Iterable[int] = ()) -> list[int]:
+    """Removes checkpoints but the newest `keep_last` and those of the updates in `best`; returns what was removed."""
+    kept = set(best)
+    removed = []
+    for path in checkpoints_in(folder)[keep_last:]:
+        update = int(path.name.removeprefix(_PREFIX))
+        if update not in kept:
+            _remove(path)
+            removed.append(update)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: what is half removed must not look like a checkpoint.
+    aside = path.with_name(_REMOVED + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,242 @@
+"""Where `torch.distributed.checkpoint` puts tensors: one safetensors file per rank, and a manifest in JSON.
+
+torch's own file storage pickles its metadata, and what is unpickled can run code. Here shapes, offsets and hashes are
+JSON, and tensors lie in the safetensors format: a length (8 bytes, little-endian), a header in JSON, raw bytes. Files
+are written in pieces through Python's own `write`, which lets other threads run meanwhile: the training doesn't wait
+for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from distaccum.checkpoints.folder import FORMAT, Checkpoint, commit, start_writing, write_manifest, writing_path
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _SAFETENSORS_NAMES}
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a piece of a tensor has been written."""
+
+    file: str
+    key: str
+    file_bytes: int
+    file_blake2b: str
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Writes tensors (on the CPU) into a new file and sees to it that they are on the disk.
+
+    Returns:
+        The file's size in bytes and its hash (BLAKE2b of 16 bytes, hexadecimal).
+
+    Raises:
+        TypeError: safetensors has no name for the format of a tensor.
+        OSError: the disk is full, …
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _SAFETENSORS_NAMES:
+            raise TypeError(f"{name} is of format {tensor.dtype}, for which checkpoints have no name")
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("xb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
+            view = memoryview(part)
+            for start in range(0, len(view), _CHUNK_BYTES):
+                chunk = view[start : start + _CHUNK_BYTES]
+                digest.update(chunk)
+                while len(chunk):
+                    chunk = chunk[file.write(chunk) :]
+            size += len(view)
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class ManifestWriter(StorageWriter):
+    """Writes one checkpoint and gives it its name at the end.
+
+    Args:
+        folder: folder of all checkpoints of the run.
+        update: the update that it is made after.
+        rank: of this process.
+        state: what is saved besides tensors, as JSON has it; rank 0's counts.
+    """
+
+    def __init__(self, folder: Path, update: int, rank: int, state: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._update = update
+        self._rank = rank
+        self._state = state
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        start_writing(self._folder, self._update)  # on rank 0 alone, before anybody writes
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        if not plan.items:
+            done.set_result([])
+            return done
+        # A rank may hold several pieces of one tensor; the name of a piece is its tensor's and where it begins.
+        keys = [f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}" for item in plan.items]
+        tensors: dict[str, Tensor] = {}
+        for key, item in zip(keys, plan.items, strict=True):
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor), "everything else is in the manifest"
+            tensors[key] = tensor
+        name = f"rank-{self._rank:05d}.safetensors"
+        size, digest = write_safetensors(writing_path(self._folder, self._update) / name, tensors)
+        done.set_result(
+            [
+                WriteResult(item.index, tensors[key].nbytes, _Stored(name, key, size, digest))
+                for key, item in zip(keys, plan.items, strict=True)
+            ]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
+        tensors = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            chunks = []
+            for chunk in entry.chunks:
+                stored = written[name, tuple(chunk.offsets)]
+                piece = {"offsets": list(chunk.offsets), "shape": list(chunk.sizes)}
+                chunks.append({**piece, "file": stored.file, "key": stored.key})
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
+        files = {s.file: {"bytes": s.file_bytes, "blake2b": s.file_blake2b} for s in written.values()}
+        manifest = {
+            "format": FORMAT,
+            "update": self._update,
+            "state": self._state,
+            "tensors": tensors,
+            "files": files,
+            "torch": torch.__version__,
+        }
+        writing = writing_path(self._folder, self._update)
+        write_manifest(writing, manifest)
+        commit(writing, self._update)
+
+
+class ManifestReader(StorageReader):
+    """Reads tensors of a checkpoint, whatever ranks wrote it and whatever ranks read it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._path = checkpoint.path
+        self._tensors: dict[str, Any] = checkpoint.manifest["tensors"]
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata(
+            {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=_DTYPES[entry["dtype"]]),
+                    torch.Size(entry["shape"]),
+                    [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["shape"])) for c in entry["chunks"]],
+                )
+                for name, entry in self._tensors.items()
+            }
+        )
+
+    def formats(self) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shape and format of all tensors, by name."""
+        return {name: (entry["shape"], _DTYPES[entry["dtype"]]) for name, entry in self._tensors.items()}
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            chunk = self._chunk(item.storage_index)
+            by_file.setdefault(chunk["file"], []).append((item, chunk["key"]))
+        for name, reads in by_file.items():
+            with safe_open(self._path / name, framework="pt") as file:
+                for item, key in reads:
+                    ends = (start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True))
+                    piece = tuple(slice(start, end) for start, end in zip(item.storage_offsets, ends, strict=True))
+                    stored = file.get_slice(key)[piece] if piece else file.get_tensor(key)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(stored)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _chunk(self, index: MetadataIndex) -> dict[str, Any]:
+        chunks: list[dict[str, Any]] = self._tensors[index.fqn]["chunks"]
+        return next(chunk for chunk in chunks if chunk["offsets"] == list(index.offset or ()))

@@ -1,0 +1,218 @@
+"""The folder of a run: made once, held by one job at a time, found again by the job's restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from distaccum.checkpoints import checkpoints_in, clear_leftovers
+from distaccum.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+UNFINISHED = "unfinished.json"
+"""Left by a run that was asked to stop and has saved; launchers start such a run again."""
+
+_LOCK = "run.lock"
+_NOT_THE_RUNS_OWN = frozenset(
+    ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
+)
+"""Keys that may differ between a run and its continuation without making it another run."""
+
+_SECRET_NAME = re.compile(r"(api_?key|access_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+REDACTED = "<redacted>"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Attributes:
+    path: the folder.
+    is_restart: it holds a run that this one goes on with, or starts over if it has saved nothing yet.
+    """
+
+    path: Path
+    is_restart: bool
+
+
+@contextmanager
+def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> Iterator[RunFolder]:
+    """Makes or finds the run folder, with `config.yaml` in it, and keeps other jobs out of it. To be called on rank 0.
+
+    Args:
+        run_dir: the folder, or None for a new one in `runs/`, named by the time.
+        resume: as in the configuration.
+        plain: the whole configuration.
+
+    Raises:
+        UserError: another job is writing in it, it holds the results of another run, or can't be written.
+    """
+    if run_dir == "":
+        raise UserError("run_dir is empty. Name a folder, or leave run_dir out for a new one in runs/.")
+    with contextlib.ExitStack() as stack:
+        try:
+            path = _folder(run_dir)
+            stack.enter_context(_locked(path))
+            folder = RunFolder(path, _is_restart(path, run_dir, resume, plain))
+            clear_leftovers(path / CHECKPOINTS)
+            (path / UNFINISHED).unlink(missing_ok=True)
+            text = yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True)
+            (path / "config.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            where = run_dir if run_dir is not None else "runs"
+            raise UserError(
+                f"the run folder {where} can't be written: {error.strerror or error}. Choose another with run_dir=…"
+            ) from error
+        yield folder
+
+
+def _folder(run_dir: str | None) -> Path:
+    if run_dir is not None:
+        path = Path(run_dir).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    return _folder_before_restart() or _made_anew(Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def _folder_before_restart() -> Path | None:
+    """The folder that the same torchrun's ranks had before it restarted them."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    mine = os.environ.get("TORCHELASTIC_RUN_ID")
+    locks = sorted(Path("runs").glob(f"*/{_LOCK}"), key=lambda lock: lock.parent.name, reverse=True)
+    return next((lock.parent for lock in locks if _holder(lock).get("launch") == mine), None)
+
+
+def _made_anew(path: Path) -> Path:
+    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
+    folder, number = path, 1
+    while True:
+        try:
+            # Asking first whether it is there would let two runs that start at once take the same one.
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}_{number}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies."""
+    with (path / _LOCK).open("a+", encoding="utf-8") as file:
+        _wait_for_lock(file, path)
+        file.truncate(0)
+        launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launch": launch}, file)
+        file.flush()
+        yield
+
+
+def _wait_for_lock(file: TextIO, path: Path, patience_seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + patience_seconds  # a rank that was just killed may take a moment to be gone
+    while True:
+        try:
+            # Not flock: data-loader workers would inherit it, and outlive a killed rank by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise
+            if time.monotonic() > deadline:
+                holder = _holder(path / _LOCK)
+                raise UserError(
+                    f"run_dir={path} is in use: process {holder.get('pid', '?')} on {holder.get('host', '?')} is "
+                    "writing there. Wait for it or stop it, or choose another folder."
+                ) from None
+            time.sleep(0.2)
+
+
+def _holder(lock: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(lock.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, Any]) -> bool:
+    has_checkpoints = bool(checkpoints_in(path / CHECKPOINTS))
+    if not has_checkpoints and not (path / METRICS).exists():
+        # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
+        return False
+    if resume == "none":
+        raise UserError(
+            f"run_dir={run_dir} holds the results of another run, which would be overwritten. Choose another folder, "
+            "or remove that one."
+        )
+    if has_checkpoints or _is_same_run(path, plain):
+        return True
+    raise UserError(
+        f"run_dir={run_dir} holds the results of another run, with other settings and without a checkpoint to go on "
+        "from. Choose another folder, or remove that one."
+    )
+
+
+def _is_same_run(path: Path, plain: dict[str, Any]) -> bool:
+    try:
+        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(before, dict) and not changes(before, redacted(plain))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two configurations differ in, as far as it belongs to the run itself: `optim.lr: 0.1 → 0.2`."""
+    old, new = flat(before), flat(now)
+    keys = [key for key in {**old, **new} if key.partition(".")[0] not in _NOT_THE_RUNS_OWN]
+    # As text, because NaN is not equal to itself.
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if repr(old.get(key)) != repr(new.get(key))]
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """A configuration's values by their full keys."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {
+        path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
+    }
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """A configuration without secrets: texts under a name like `api_key`, or that an environment variable of such a
+    name holds (`${oc.env:…}`)."""
+    if isinstance(value, dict):
+        return {name: redacted(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [redacted(entry, key) for entry in value]
+    if isinstance(value, str) and value and (_SECRET_NAME.search(key) or any(s in value for s in secrets())):
+        return REDACTED
+    return value
+
+
+def secrets() -> list[str]:
+    """What the environment's variables hold whose names say that it is secret."""
+    return [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+
+
+def leave_marker(path: Path, update: int, signal_name: str) -> None:
+    """Says that the run is not finished and wants to be started again."""
+    content = {"update": update, "signal": signal_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        (path / UNFINISHED).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    except OSError as error:
+        logger.warning("%s can't be written: %s", path / UNFINISHED, error.strerror or error)
