@@ -28,6 +28,7 @@ from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.run_folder import (
     CHECKPOINTS,
     RunFolder,
+    begin,
     changes,
     flat,
     held_run_folder,
@@ -65,6 +66,9 @@ def train(config: TrainConfig) -> RunEnd:
             trainer = build_trainer(config, world, device, folder, plain, checkpoint, interruption)
             if checkpoint is not None:
                 trainer.restore(checkpoint, override=config.resume_override)
+            with world.together():
+                if world.is_main and folder.is_restart:
+                    begin(folder, plain)
             end = trainer.fit()
             if end.interrupted is not None and world.is_main:
                 leave_marker(folder.path, end.updates, end.interrupted)

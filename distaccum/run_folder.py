@@ -51,7 +51,9 @@ class RunFolder:
 
 @contextmanager
 def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> Iterator[RunFolder]:
-    """Makes or finds the run folder, with `config.yaml` in it, and keeps other jobs out of it. To be called on rank 0.
+    """Makes or finds the run folder and keeps other jobs out of it. To be called on rank 0.
+
+    A new run's has its `config.yaml` then; for one that goes on, `begin` writes it.
 
     Args:
         run_dir: the folder, or None for a new one in `runs/`, named by the time.
@@ -69,15 +71,33 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
             stack.enter_context(_locked(path))
             folder = RunFolder(path, _is_restart(path, run_dir, resume, plain))
             clear_leftovers(path / CHECKPOINTS)
-            (path / UNFINISHED).unlink(missing_ok=True)
-            text = yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True)
-            (path / "config.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
-            where = run_dir if run_dir is not None else "runs"
-            raise UserError(
-                f"the run folder {where} can't be written: {error.strerror or error}. Choose another with run_dir=…"
-            ) from error
+            raise _cannot_write(run_dir if run_dir is not None else "runs", error) from error
+        if not folder.is_restart:
+            begin(folder, plain)
         yield folder
+
+
+def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
+    """Writes the run's configuration, and takes away what said that it was not finished.
+
+    For a run that goes on, once that is sure: one that is refused leaves its folder as it was.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    try:
+        text = yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True)
+        (folder.path / "config.yaml").write_text(text, encoding="utf-8")
+        (folder.path / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder.path, error) from error
+
+
+def _cannot_write(path: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"the run folder {path} can't be written: {error.strerror or error}. Choose another with run_dir=…"
+    )
 
 
 def _folder(run_dir: str | None) -> Path:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,20 @@ from distaccum.accumulation import Accumulator, UpdateResult
 from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import LoopConfig
-from distaccum.devices import Precision, peak_memory
+from distaccum.devices import Precision
 from distaccum.errors import UserError
 from distaccum.evaluation import evaluate
 from distaccum.grace import Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
-from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import TaskOutput
+from distaccum.totals import Totals
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Totals:
-    """What has been done since the start of the run."""
-
-    updates: int = 0
-    samples: int = 0
-    skipped_updates: int = 0
-    train_seconds: float = 0.0
-    data_seconds: float = 0.0
-    sync_seconds: float = 0.0
 
 
 class Trainer:
@@ -124,7 +113,7 @@ class Trainer:
             },
         )
         self.total_updates = total_updates(loop, len(loader))
-        self._totals = _Totals()
+        self._totals = Totals()
         self._evaluation: EvaluationRecord | None = None
         stopping = loop.early_stopping
         self._early_stopping = (
@@ -156,7 +145,15 @@ class Trainer:
             self._tell_start()
             interrupted = self._train()
             self._save_at_the_end(is_finished=interrupted is None)
-            end = self._end(interrupted, time.perf_counter() - started)
+            end = self._totals.end(
+                self.strategy,
+                stopped_early=self._stopped_early,
+                interrupted=interrupted,
+                is_saved=self.checkpointer is not None and self.checkpointer.last_saved == self._totals.updates,
+                evaluation=self._evaluation,
+                total_seconds=time.perf_counter() - started,
+                run_dir=self.run_dir,
+            )
             for observer in self.observers:
                 observer.on_end(end)
         return end
@@ -227,35 +224,13 @@ class Trainer:
         return result
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
-        totals = self._totals
-        totals.updates += 1
-        totals.samples += window.num_samples
-        totals.skipped_updates += result.skipped
-        totals.train_seconds += result.seconds
-        totals.data_seconds += result.data_seconds
-        totals.sync_seconds += result.sync_seconds
+        self._totals.add(window, result)
         if result.skipped:
-            logger.info("update %d skipped: loss %g, gradient norm %g", totals.updates, result.loss, result.grad_norm)
+            number = self._totals.updates
+            logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        record = UpdateRecord(
-            update=totals.updates,
-            epoch=window.epoch,
-            samples=totals.samples,
-            loss=result.loss,
-            metrics=self._metrics(result.sums, result.weight),
-            grad_norm=result.grad_norm,
-            lr=lr,
-            micro_steps=result.micro_steps,
-            weight=result.weight,
-            update_seconds=result.seconds,
-            samples_per_second=window.num_samples / result.seconds,
-            data_seconds=result.data_seconds,
-            sync_seconds=result.sync_seconds,
-            sync_calls=result.sync_calls,
-            sync_bytes=result.sync_bytes,
-            skipped=result.skipped,
-        )
+        record = self._totals.record(window, result, self._metrics(result.sums, result.weight), lr)
         for observer in self.observers:
             observer.on_update(record)
 
@@ -324,12 +299,10 @@ class Trainer:
             done = self._next_window * progress["windows"]["batch.global_batch_size"]
             self._next_window = -(-done // self.loader.plan.global_batch_size)
             logger.warning("resume_override: saved with %s", different)
-        if self._next_window >= len(self.loader):
-            self._epoch, self._next_window = self._epoch + 1, 0
         self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
         self.accumulator.clear_gradients()
-        self._totals = _Totals(**progress["totals"])
+        self._totals = Totals(**progress["totals"])
         self._owes_evaluation = progress["owes_evaluation"] and self.evaluation_loader is not None
         self._evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
         stopping = self._early_stopping
@@ -350,7 +323,9 @@ class Trainer:
         }
 
     def _loss_of_next_window(self) -> Tensor:
-        batch = self.loader.sample_micro_batch(self._epoch, self._next_window)
+        # An epoch that is over stays the current one until its evaluation, which may be owed, is done.
+        is_over = self._next_window >= len(self.loader)
+        batch = self.loader.sample_micro_batch(*((self._epoch + 1, 0) if is_over else (self._epoch, self._next_window)))
         with self.precision.autocast():
             return self.task(self.model, batch).loss_sum
 
@@ -421,40 +396,6 @@ class Trainer:
         )
         for observer in self.observers:
             observer.on_start(start)
-
-    def _end(self, interrupted: str | None, total_seconds: float) -> RunEnd:
-        totals = self._totals
-        # Clocks differ a little, so a share may come out a hair below 0 or above 1.
-        data_share = min(1.0, totals.data_seconds / totals.train_seconds)
-        sync_share = min(1.0 - data_share, totals.sync_seconds / totals.train_seconds)
-        memory, kind = self._largest_peak_memory()
-        return RunEnd(
-            updates=totals.updates,
-            samples=totals.samples,
-            skipped_updates=totals.skipped_updates,
-            stopped_early=self._stopped_early,
-            interrupted=interrupted,
-            is_saved=self.checkpointer is not None and self.checkpointer.last_saved == totals.updates,
-            evaluation=self._evaluation,
-            train_seconds=totals.train_seconds,
-            total_seconds=total_seconds,
-            samples_per_second=totals.samples / totals.train_seconds,
-            data_share=data_share,
-            compute_share=1.0 - data_share - sync_share,
-            sync_share=sync_share,
-            peak_memory_bytes=memory,
-            peak_memory_kind=kind,
-            run_dir=self.run_dir,
-        )
-
-    def _largest_peak_memory(self) -> tuple[int, str]:
-        memory, kind = peak_memory(self.strategy.device)
-        group = self.strategy.process_group
-        if group is None:
-            return memory, kind
-        largest = torch.tensor(memory, dtype=torch.int64, device=self.strategy.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        return int(largest), f"{kind}, on the rank that used most"
 
 
 def total_updates(loop: LoopConfig, updates_per_epoch: int) -> int:

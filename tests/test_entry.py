@@ -302,6 +302,10 @@ def test_a_sweep_makes_its_runs_one_after_another(train: Callable[..., Ended], t
         "config.yaml",
         "metrics.jsonl",
         "rank0.log",
+        "run.lock",
+        "model.safetensors",
+        "manifest.json",
+        "rank-00000.safetensors",
         "multirun.yaml",  # Hydra's own record of the sweep
     }
     assert all(name.startswith("runs/") for name in files_below(tmp_path))

@@ -12,7 +12,7 @@ import yaml
 from command_line import files_below
 
 from distaccum.errors import UserError
-from distaccum.run_folder import REDACTED, RunFolder, changes, held_run_folder, leave_marker, redacted
+from distaccum.run_folder import REDACTED, RunFolder, begin, changes, held_run_folder, leave_marker, redacted
 
 CONFIG = {"seed": 3, "model": {"_target_": "mine.Net", "sizes": [1, 2]}, "run_dir": None}
 
@@ -75,6 +75,7 @@ def test_a_run_with_checkpoints_goes_on() -> None:
     hold("mine", {"seed": 1})
     _checkpoint("mine")
     assert hold("mine", {"seed": 1}).is_restart
+    assert Path("mine/config.yaml").read_text() == "seed: 1\n"
     assert hold("mine", {"seed": 2}).is_restart, "whether its windows are the same is for the checkpoint to say"
 
 
@@ -98,9 +99,7 @@ def test_the_results_of_another_run_are_refused_and_left_as_they_were(resume: st
 
 def test_a_run_with_checkpoints_is_refused_when_it_is_to_begin_anew() -> None:
     _checkpoint("mine")
-    with pytest.raises(
-        UserError, match=r"^run_dir=mine holds the results of another run, which would be"
-    ):
+    with pytest.raises(UserError, match=r"^run_dir=mine holds the results of another run, which would be"):
         hold("mine", resume="none")
 
 
@@ -123,8 +122,12 @@ def test_the_marker_of_an_unfinished_run_goes_when_it_goes_on() -> None:
     leave_marker(folder.path, 7, "SIGTERM")
     left = json.loads(Path("mine/unfinished.json").read_text())
     assert (left["update"], left["signal"]) == (7, "SIGTERM")
-    hold("mine")
+    _checkpoint("mine")
+    folder = hold("mine", {"seed": 2})
+    assert Path("mine/unfinished.json").exists(), "it may still be refused"
+    begin(folder, {"seed": 2})
     assert not Path("mine/unfinished.json").exists()
+    assert Path("mine/config.yaml").read_text() == "seed: 2\n"
 
 
 def test_files_of_others_in_the_folder_are_left_alone() -> None:

@@ -28,6 +28,18 @@ POINTS = [
 """A run of somebody's own data, model and task; 4 updates an epoch."""
 
 
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "logs/rank0.log",
+    "run.lock",
+    "model.safetensors",
+    "checkpoints/update-00000003/manifest.json",
+    "checkpoints/update-00000003/rank-00000.safetensors",
+}
+"""What a run of 3 updates in one process leaves."""
+
+
 def _write_images(folder: Path, per_class: int = 4) -> None:
     for label in ("cats", "dogs"):
         (folder / label).mkdir(parents=True)
@@ -49,7 +61,7 @@ def test_a_run_leaves_its_folder_and_nothing_else(train: Train, tmp_path: Path) 
     ended = train(*TINY)
     assert (ended.status, ended.err) == (0, "")
     (run_dir,) = Path("runs").iterdir()
-    assert files_below(tmp_path) == {f"{run_dir}/{name}" for name in ("config.yaml", "metrics.jsonl", "logs/rank0.log")}
+    assert files_below(tmp_path) == {f"{run_dir}/{name}" for name in FILES}
     assert "window 16 = 1 rank × 1 micro-step × 16; no sync needed; 4 windows an epoch" in ended.out
     assert str(run_dir) in ended.out
 
@@ -409,12 +421,18 @@ def test_logs_that_cannot_be_written_are_refused(train: Train) -> None:
 
 def test_the_results_of_another_run_are_not_overwritten(train: Train, tmp_path: Path) -> None:
     assert train(*TINY, "run_dir=run").status == 0
-    before = {name: Path(name).read_bytes() for name in files_below(tmp_path)}
+    results = {"config.yaml", "metrics.jsonl", "model.safetensors"}
+    before = {name: Path("run", name).read_bytes() for name in results}
     assert train(*TINY, "run_dir=run", "seed=1").message == (
+        "run/checkpoints/update-00000003 was saved with seed=0 and now has 1: the windows would no longer be the same. "
+        "Put it back as it was, or set resume_override=true to go on from there all the same, or begin anew in another "
+        "run_dir."
+    )
+    assert train(*TINY, "run_dir=run", "resume=none").message == (
         "run_dir=run holds the results of another run, which would be overwritten. Choose another folder, or remove "
         "that one."
     )
-    assert {name: Path(name).read_bytes() for name in files_below(tmp_path)} == before
+    assert {name: Path("run", name).read_bytes() for name in results} == before
 
 
 def test_a_mended_command_may_take_the_same_folder(train: Train) -> None:

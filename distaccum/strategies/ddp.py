@@ -152,7 +152,8 @@ def place_ddp(
 def _own_group(device: torch.device) -> dist.ProcessGroup:
     """A group of all ranks, which wait in it for each other as long as in the first one, and not torch's default."""
     assert dist.group.WORLD is not None
-    return dist.new_group(timeout=dist.group.WORLD._get_backend(device).options._timeout)
+    group: dist.ProcessGroup = dist.new_group(timeout=dist.group.WORLD._get_backend(device).options._timeout)
+    return group
 
 
 def _buffer_arguments(broadcast_buffers: bool) -> dict[str, Any]:
