@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distaccum.accumulation import Accumulator, UpdateResult
+    from distaccum.checkpoints import Checkpointer
+    from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
     from distaccum.evaluation import evaluate
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Accumulator": "accumulation",
     "UpdateResult": "accumulation",
+    "CheckpointConfig": "config",
+    "Checkpointer": "checkpoints",
     "UserError": "errors",
     "evaluate": "evaluation",
     "EvaluationLoader": "loaders",
@@ -44,6 +48,8 @@ _HOMES = {
 __all__ = [
     "Accumulator",
     "BatchPlan",
+    "CheckpointConfig",
+    "Checkpointer",
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",

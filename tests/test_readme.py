@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import config_reference
 import pytest
 import torch
+from command_line import TINY, Ended
 from launching import ROOT, torchrun
+from safetensors.torch import load_file
 from torch import nn
 
 README = (ROOT / "README.md").read_text()
@@ -54,6 +60,49 @@ def test_the_task_works() -> None:
     assert output.loss_sum.requires_grad
     error = float(model(torch.ones(2)).detach().abs())
     assert task.metrics(output.sums, 3.0)["mean absolute error"] == pytest.approx(error)
+
+
+def test_the_exported_model_loads(train: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(*TINY, "run_dir=run").status == 0
+    found: dict[str, nn.Module] = {}
+    exec(BLOCKS[2], found)
+    stored = load_file("run/model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in found["model"].state_dict().items())
+
+
+def test_the_own_loop_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.py"
+    # As often as told, whether or not the one before is on the disk yet.
+    loop.write_text(
+        BLOCKS[3].replace(
+            "        if checkpointer.is_due", "        checkpointer.wait()\n        if checkpointer.is_due"
+        )
+    )
+    killed = tmp_path / "killed.py"
+    text = loop.read_text().replace(
+        "        update = acc", "        if accumulator.updates == 23: os._exit(9)\n        update = acc"
+    )
+    killed.write_text("import os\n" + text)
+
+    def run(script: Path, folder: str) -> tuple[int, list[str]]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=tmp_path / folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout.splitlines()
+
+    status, wanted = run(loop, "whole")
+    assert (status, len(wanted)) == (0, 44)
+    status, before = run(killed, "cut")
+    assert (status, before) == (9, wanted[:23])
+    status, after = run(loop, "cut")
+    assert (status, after) == (0, wanted[20:])
 
 
 def test_the_configuration_reference_is_the_schemas() -> None:
