@@ -25,6 +25,7 @@ from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.redaction import redacted, secrets_in
 from distaccum.run_folder import (
     CHECKPOINTS,
     RunFolder,
@@ -33,7 +34,6 @@ from distaccum.run_folder import (
     flat,
     held_run_folder,
     leave_marker,
-    redacted,
 )
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
@@ -57,10 +57,11 @@ def train(config: TrainConfig) -> RunEnd:
             made = stack.enter_context(held_run_folder(config.run_dir, config.resume, plain)) if world.is_main else None
         folder = world.from_main(made)
         assert folder is not None
-        with world.together(), logging_to(folder.path, world.rank):
+        hidden = secrets_in(plain)
+        with world.together(), logging_to(folder.path, world.rank, hidden):
             pass  # every rank can write its log, or all stop here
         interruption = Interruption(world)
-        with logging_to(folder.path, world.rank), interruption.listening():
+        with logging_to(folder.path, world.rank, hidden), interruption.listening():
             world.heartbeat.log_to(folder.path / "logs" / f"rank{world.rank}.log")
             checkpoint = find_checkpoint(config, folder, world)
             trainer = build_trainer(config, world, device, folder, plain, checkpoint, interruption)
@@ -91,7 +92,15 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
             logger.info("changed since: %s", change)
         if before["world_size"] != world.world_size:
             logger.info("ranks: %d → %d", before["world_size"], world.world_size)
-    elif folder.is_restart and checkpoint is None and world.is_main:
+    damaged = checkpoint is None and world.from_main(bool(checkpoints_in(folder.path / CHECKPOINTS)))
+    if damaged:
+        # To start over would throw its numbers away, and in the end what is left of these checkpoints.
+        raise UserError(
+            f"all checkpoints in {folder.path / CHECKPOINTS} are damaged, as the log says one by one: there is nothing "
+            "to go on from. Put them right if the disk or its server can be mended, or go on from another run with "
+            "resume=PATH, or remove that folder, and the run starts over."
+        )
+    if folder.is_restart and checkpoint is None and world.is_main:
         logger.info("%s holds a run that had not saved a checkpoint yet: it starts over", folder.path)
     return checkpoint
 
@@ -236,7 +245,7 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
     Raises:
         UserError: names the keys that differ and each rank's value.
     """
-    everyone = world.gather(flat(plain))
+    everyone = world.gather(flat(redacted(plain)))
     keys = sorted(set().union(*everyone))
     # As text, because NaN is not equal to itself.
     different = [key for key in keys if len({repr(flat.get(key)) for flat in everyone}) > 1]

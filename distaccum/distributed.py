@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -30,6 +31,7 @@ T = TypeVar("T")
 _FAILURES = "failures"
 _SECONDS_TO_START = 300.0
 """How long ranks wait for each other's start, which takes as long as the slowest disk needs to load libraries."""
+_PR_SET_PDEATHSIG = 1
 _NCCL_PATIENCE = 60.0
 """How much longer NCCL's own watchdog waits, which aborts the process with a page of C++."""
 
@@ -56,6 +58,7 @@ class World:
             self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             self.world_size = int(os.environ["WORLD_SIZE"])
             self._store = PrefixStore(_attempt(), self._find_store())
+            _end_with_launcher()
         self._shared = self._store  # what ranks tell each other, besides torch's own
         self._holds_store = self.rank == 0 and not _launcher_holds_store()
         self.heartbeat = Heartbeat(self.rank, self.world_size)
@@ -245,6 +248,15 @@ def _attempt() -> str:
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
     return f"distaccum/{restarts}"
+
+
+def _end_with_launcher() -> None:
+    """Has the kernel send SIGTERM to this rank when torchrun is killed, which can't do it then.
+
+    The rank saves and leaves. Otherwise it would go on, unseen, and keep the run folder from the next torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _word_name() -> str:

@@ -24,6 +24,7 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     heartbeat: Heartbeat | None = None,
+    between: Callable[[bool], None] = lambda is_over: None,
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Sums loss, weight and the task's sums over this rank's batches and over all ranks of the process group.
 
@@ -33,6 +34,8 @@ def evaluate(
         model: the module to call; the bare one if ranks take unequal numbers of forwards.
         batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
         heartbeat: told of each batch.
+        between: called before each batch with False, and with True before the ranks meet at the end; what it raises
+            ends the evaluation.
 
     Returns:
         The mean loss, the total weight, and the sums (float64 on the CPU). The same on every rank.
@@ -48,6 +51,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for number, batch in enumerate(batches):
+                between(False)
                 doing("forward of an evaluation", micro_step=number + 1)
                 with autocast():
                     output = task(model, batch)
@@ -60,6 +64,7 @@ def evaluate(
     finally:
         for module, training in modes.items():
             module.training = training
+    between(True)
     doing("end of an evaluation", waits=True)
     totals = _over_ranks(totals, device)
     doing("time after an evaluation")

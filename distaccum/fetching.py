@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 import traceback
@@ -225,7 +227,7 @@ class BatchSource:
             pin_memory=self._pin_memory,
             persistent_workers=self._persistent_workers,
             prefetch_factor=self._prefetch_factor,
-            worker_init_fn=_ignore_signals if self._num_workers else None,
+            worker_init_fn=_begin_worker if self._num_workers else None,
             # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
             generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),
         )
@@ -331,6 +333,15 @@ def _whole(batch: Any) -> Any:
     if isinstance(batch, Failure):
         raise batch.error()
     return batch
+
+
+def _begin_worker(worker: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        # torch's worker takes whoever is its parent from here on for the training process, and ends with that one. If
+        # the training was killed before, it would stay for ever, and with it the sockets that the other ranks wait at.
+        os._exit(1)
+    _ignore_signals(worker)
 
 
 def _ignore_signals(worker: int) -> None:

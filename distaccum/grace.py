@@ -22,6 +22,10 @@ class WindowDroppedError(Exception):
     """The window was given up, on all ranks, and nothing of it remains."""
 
 
+class EvaluationDroppedError(Exception):
+    """The evaluation was given up, on all ranks."""
+
+
 class Grace:
     """Watches one window after another. Dropping one puts buffers and generators back to where it began.
 
@@ -64,14 +68,28 @@ class Grace:
         spent = time.perf_counter() - self._started
         needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1)
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
+        window = f"window/{self._update}"
         if self._random is not None and is_too_slow:
-            fate = self._interruption.settle(self._update, "drop")
+            fate = self._interruption.settle(window, "drop")
         elif micro_step == self._micro_steps:
-            fate = self._interruption.settle(self._update, "finish")
+            fate = self._interruption.settle(window, "finish")
         else:
-            fate = self._interruption.settle(self._update, None)
+            fate = self._interruption.settle(window, None)
         if fate == "drop":
             raise WindowDroppedError
+
+    def check_evaluation(self, update: int, *, is_over: bool) -> None:
+        """Before each batch of the evaluation after an update, and before ranks meet at its end (`is_over`).
+
+        An evaluation can be made at any time, so it is not waited for once a signal has come.
+
+        Raises:
+            EvaluationDroppedError: the ranks have settled to drop it.
+        """
+        if self._strategy.equal_micro_steps or not self._interruption.is_requested():
+            return
+        if self._interruption.settle(f"evaluation/{update}", "finish" if is_over else "drop") == "drop":
+            raise EvaluationDroppedError
 
     def end(self, flags: frozenset[str]) -> None:
         """After the update, with its flags."""

@@ -67,15 +67,16 @@ class Interruption:
         """Seconds since the signal came."""
         return time.monotonic() - self._came_at
 
-    def settle(self, update: int, wish: Fate | None) -> Fate | None:
-        """What all ranks do with the window of an update: the first wish counts, and binds those that ask later.
+    def settle(self, work: str, wish: Fate | None) -> Fate | None:
+        """What all ranks do with a piece of work: the first wish counts, and binds those that ask later.
 
-        To be called before each micro-step once a signal has come, so that nobody starts the last one, whose backward
-        waits for all ranks, after another rank has dropped the window. A window is dropped only if every rank has got
-        the signal, and so looks here.
+        To be called before each of its steps once a signal has come, so that nobody starts the one that waits for all
+        ranks (a window's last backward, the end of an evaluation) after another rank has dropped it all. Work is
+        dropped only if every rank has got the signal, and so looks here.
 
         Args:
-            wish: `drop` to give the window up; `finish` before the last micro-step; None to see what others have done.
+            work: its name, the same on all ranks.
+            wish: `drop` to give it up; `finish` before the step that waits; None to see what others have done.
         """
         world = self._world
         if world is None or world.world_size == 1:
@@ -85,7 +86,7 @@ class Interruption:
             world.count("interrupted")
         if wish == "drop" and world.count("interrupted", 0) < world.world_size:
             wish = None
-        return world.first_wish(f"window/{update}", wish)  # type: ignore[return-value]
+        return world.first_wish(work, wish)  # type: ignore[return-value]
 
 
 _CTRL_C_SEEN = b"\nstopping after this update, and saving; Ctrl-C again to leave at once\n"

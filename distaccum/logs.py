@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distaccum.errors import UserError
+from distaccum.redaction import redacted_text
 
 LOGGER_NAME = "distaccum"
 
@@ -71,14 +72,16 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileHandler(logging.Handler):
-    """Appends messages to a file; those that it can't be given are dropped, and counted once it can be written again.
+    """Appends messages to a file, without secrets (an exception may hold one); messages that it can't be given are
+    dropped, and counted once it can be written again.
 
     A line tells where a process begins: the runs of a folder that go on from one another share the file.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, hidden: Sequence[str]) -> None:
         super().__init__()
         self._rank = rank
+        self._hidden = list(hidden)
         self._file = path.open("ab+", buffering=0)
         self._dropped = 0
         self._begun = False
@@ -93,7 +96,7 @@ class _FileHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            lines = [self.format(record)]
+            lines = [redacted_text(self.format(record), self._hidden)]
         except Exception:
             self.handleError(record)  # a message whose arguments don't fit it
             return
@@ -123,12 +126,15 @@ class _FileHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
+def logging_to(run_dir: Path, rank: int, hidden: Sequence[str] = ()) -> Iterator[logging.Logger]:
     """Sends the package's messages to `run_dir/logs/rank<rank>.log`, and to the console.
 
     Rank 0's console shows everything from INFO up; the other ranks' only warnings, with their rank in front. Files hold
     details too (DEBUG), and the traceback of an error that ends the run; a run that goes on from another one in the
     same folder goes on with its files. While the disk is full, files miss messages; the run and its console go on.
+
+    Args:
+        hidden: secrets besides those in the environment, which files are not to show.
 
     Raises:
         UserError: the file can't be written.
@@ -137,7 +143,7 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
     path = run_dir / "logs" / f"rank{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = _FileHandler(path, rank)
+        to_file = _FileHandler(path, rank, hidden)
     except OSError as error:
         raise UserError(
             f"the log {path} can't be written: {error.strerror or error}. Choose another folder with run_dir=…"

@@ -7,7 +7,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import yaml
 
 from distaccum.checkpoints import checkpoints_in, clear_leftovers
 from distaccum.errors import UserError
+from distaccum.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,6 @@ _NOT_THE_RUNS_OWN = frozenset(
     ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
 )
 """Keys that may differ between a run and its continuation without making it another run."""
-
-_SECRET_NAME = re.compile(r"(api_?key|access_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
-REDACTED = "<redacted>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,23 +207,6 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {
         path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
     }
-
-
-def redacted(value: Any, key: str = "") -> Any:
-    """A configuration without secrets: texts under a name like `api_key`, or that an environment variable of such a
-    name holds (`${oc.env:…}`)."""
-    if isinstance(value, dict):
-        return {name: redacted(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [redacted(entry, key) for entry in value]
-    if isinstance(value, str) and value and (_SECRET_NAME.search(key) or any(s in value for s in secrets())):
-        return REDACTED
-    return value
-
-
-def secrets() -> list[str]:
-    """What the environment's variables hold whose names say that it is secret."""
-    return [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
 
 
 def leave_marker(path: Path, update: int, signal_name: str) -> None:

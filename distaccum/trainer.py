@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator, UpdateResult
-from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
+from distaccum.checkpoints import Checkpoint, Checkpointer, export_model, random_state, set_random_state
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import LoopConfig
 from distaccum.devices import Precision
 from distaccum.errors import UserError
 from distaccum.evaluation import evaluate
-from distaccum.grace import Grace, WindowDroppedError
+from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
@@ -159,17 +159,21 @@ class Trainer:
         return end
 
     def _train(self) -> str | None:
-        """Updates, evaluations and checkpoints, in this order; returns the signal that ended it, if one did."""
+        """Trains; returns the signal that ended it, if one did."""
+        try:
+            return self._make_updates()
+        except (WindowDroppedError, EvaluationDroppedError):
+            return self._agreed_signal()
+
+    def _make_updates(self) -> str | None:
+        """Updates, evaluations and checkpoints, in this order."""
         if self._owes_evaluation:
             self._evaluate()
         if self._has_stopped_early():
             return None
         for window in self._windows():
             self._epoch, self._next_window = window.epoch, window.index
-            try:
-                result = self._update(window)
-            except WindowDroppedError:
-                return self._agreed_signal()
+            result = self._update(window)
             self._next_window += 1
             self._owes_evaluation = self._is_evaluation_due(window)
             if "stop" in result.flags:
@@ -249,14 +253,22 @@ class Trainer:
         assert self.evaluation_loader is not None
         started = time.perf_counter()
         self.strategy.share_buffers()
-        loss, weight, sums = evaluate(
-            self.strategy.module,
-            self.task,
-            self.evaluation_loader,
-            device=self.strategy.device,
-            autocast=self.precision.autocast,
-            heartbeat=self.heartbeat,
-        )
+        device, number = self.strategy.device, self._totals.updates
+        generators = random_state(device)
+        try:
+            loss, weight, sums = evaluate(
+                self.strategy.module,
+                self.task,
+                self.evaluation_loader,
+                device=device,
+                autocast=self.precision.autocast,
+                heartbeat=self.heartbeat,
+                between=lambda is_over: self._grace.check_evaluation(number, is_over=is_over),
+            )
+        except EvaluationDroppedError:
+            set_random_state(generators, device)
+            logger.info("the evaluation after update %d is left for later", number)
+            raise
         self._evaluation = EvaluationRecord(
             update=self._totals.updates,
             epoch=self._epoch,

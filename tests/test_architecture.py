@@ -17,6 +17,7 @@ FLOORS = {
     "components": 0,
     "tool_configs": 0,
     "errors": 0,
+    "redaction": 0,
     "distributed": 1,
     "heartbeat": 1,
     "diagnosis": 1,

@@ -12,7 +12,8 @@ import yaml
 from command_line import files_below
 
 from distaccum.errors import UserError
-from distaccum.run_folder import REDACTED, RunFolder, begin, changes, held_run_folder, leave_marker, redacted
+from distaccum.redaction import REDACTED, redacted
+from distaccum.run_folder import RunFolder, begin, changes, held_run_folder, leave_marker
 
 CONFIG = {"seed": 3, "model": {"_target_": "mine.Net", "sizes": [1, 2]}, "run_dir": None}
 

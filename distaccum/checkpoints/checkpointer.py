@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from distaccum.checkpoints.state import (
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter
 from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
+from distaccum.diagnosis import is_broken_collective
 from distaccum.errors import UserError
 from distaccum.strategies import Strategy, local_parts, strategy_of
 
@@ -239,15 +241,17 @@ class Checkpointer:
         if self.rank == 0:
             logger.debug("checkpoint of update %d saved", update)
             try:
-                prune(self.folder, keep_last=self.config.keep_last, best=map(int, state["best"]))
+                best = map(int, state["best"])
+                prune(self.folder, keep_last=self.config.keep_last, newest=update, best=best)
             except OSError as error:
                 logger.warning("old checkpoints in %s can't be removed: %s", self.folder, error.strerror or error)
 
     def _report_failure(self, update: int, error: BaseException) -> None:
         logger.debug("the checkpoint of update %d failed", update, exc_info=error)
-        if self.rank != 0:
-            return
-        clear_leftovers(self.folder)
+        if self.rank != 0 or is_broken_collective(error):
+            return  # a rank that has died ends the run, and is spoken of there
+        with suppress(OSError):
+            clear_leftovers(self.folder)
         kept = "there is none yet" if self.last_saved is None else f"that of update {self.last_saved} is kept"
         logger.warning(
             "the checkpoint of update %d could not be saved: %s. Training goes on; %s.", update, _reasons(error), kept
@@ -326,15 +330,15 @@ class Checkpointer:
 
 
 def _reasons(error: BaseException) -> str:
-    """Why saving failed, in one line: each reason once, with its rank if not all ranks have it."""
+    """Why saving failed, in one line: each reason once, with the first of its ranks if there are several reasons."""
     if not isinstance(error, CheckpointException):
         return _reason(error)
-    by_rank = {rank: _reason(failure) for rank, (failure, _) in error.failures.items()}
-    return (
-        "; ".join(f"rank {rank}: {said}" for rank, said in by_rank.items())
-        if len(by_rank) > 1
-        else min(by_rank.values())
-    )
+    first_ranks: dict[str, int] = {}
+    for rank, (failure, _) in sorted(error.failures.items()):
+        first_ranks.setdefault(_reason(failure), rank)
+    if len(first_ranks) == 1:
+        return next(iter(first_ranks))
+    return "; ".join(f"rank {rank}: {reason}" for reason, rank in first_ranks.items())
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -40,6 +41,8 @@ def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool) -> None:
         write_safetensors(aside, tensors)
         aside.rename(path)
     except (OSError, TypeError) as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)  # it would take up what room there is
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path} can't be written: {reason}. Mend that and start the same command again: it goes on from the last "

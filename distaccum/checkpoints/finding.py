@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from distaccum.checkpoints.folder import (
+    MANIFEST,
     Checkpoint,
     DamagedCheckpointError,
     checkpoints_in,
@@ -16,6 +19,9 @@ from distaccum.checkpoints.folder import (
 )
 
 logger = logging.getLogger(__name__)
+
+_STATE = frozenset(("progress", "states", "optimizer", "extra", "world_size", "best"))
+"""What a run saves besides tensors."""
 
 
 def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> Checkpoint | None:
@@ -44,7 +50,23 @@ def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tup
     if checkpoint is not None:
         try:
             verify_files(checkpoint, checkpoint.files[rank::ranks])
+            _check_content(checkpoint, checkpoint.files[rank::ranks])
         except DamagedCheckpointError as error:
             problem = str(error)
     problems = [entry for entry in gather(problem) if entry is not None]
     return (None, "; ".join(dict.fromkeys(problems))) if problems else (checkpoint, "")
+
+
+def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Refuses what no run has written: hashes are no signature, anybody can make them."""
+    if missing := sorted(_STATE - checkpoint.state.keys()):
+        raise DamagedCheckpointError(f"{MANIFEST} lacks {', '.join(missing)}")
+    chunks = [chunk for tensor in checkpoint.manifest["tensors"].values() for chunk in tensor["chunks"]]
+    for name in names:
+        try:
+            with safe_open(checkpoint.path / name, framework="np") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from error
+        if any(chunk["file"] == name and shapes.get(chunk["key"]) != chunk["shape"] for chunk in chunks):
+            raise DamagedCheckpointError(f"{name} doesn't hold the tensors that {MANIFEST} names")

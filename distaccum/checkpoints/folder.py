@@ -132,14 +132,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != digest or lines[2:] != ["}"]:
             raise ValueError
         manifest = json.loads(text)
-    except (ValueError, IndexError, KeyError, TypeError):
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
-    if manifest.get("format") != FORMAT:
-        raise DamagedCheckpointError(f"it is of format {manifest.get('format')!r}, and this version reads {FORMAT}")
-    named = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
-    if not named <= set(manifest["files"]) or any(Path(name).name != name for name in manifest["files"]):
-        raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")
+    _check_form(manifest)
     return Checkpoint(path=path, manifest=manifest)
+
+
+def _check_form(manifest: Any) -> None:
+    """Refuses what this version would not have written: a hash is no signature, anybody can make one."""
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise DamagedCheckpointError(f"it is of format {found!r}, and this version reads {FORMAT}")
+    try:
+        chunks = [chunk for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]]
+        named = {chunk["file"] for chunk in chunks}
+        known = {name for name, entry in manifest["files"].items() if entry.keys() == {"bytes", "blake2b"}}
+        is_whole = isinstance(manifest["update"], int) and isinstance(manifest["state"], dict)
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes")
+    if not named <= known or any(Path(name).name != name for name in manifest["files"]):
+        raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")
 
 
 def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -166,14 +180,20 @@ def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             raise DamagedCheckpointError(f"{name} is not as it was written: its hash is another")
 
 
-def prune(folder: Path, *, keep_last: int, best: Iterable[int] = ()) -> list[int]:
-    """Removes checkpoints but the newest `keep_last` and those of the updates in `best`; returns what was removed."""
+def prune(folder: Path, *, keep_last: int, newest: int | None = None, best: Iterable[int] = ()) -> list[int]:
+    """Removes checkpoints but the newest `keep_last` and those of the updates in `best`; returns what was removed.
+
+    Args:
+        newest: the update that was saved last; None if that is the one with the highest number. What has a higher
+            number was damaged, or the run would have gone on from it: it must not take the place of one that is whole,
+            and is left alone.
+    """
+    updates = [int(path.name.removeprefix(_PREFIX)) for path in checkpoints_in(folder)]
     kept = set(best)
     removed = []
-    for path in checkpoints_in(folder)[keep_last:]:
-        update = int(path.name.removeprefix(_PREFIX))
+    for update in [update for update in updates if newest is None or update <= newest][keep_last:]:
         if update not in kept:
-            _remove(path)
+            _remove(folder / name_of(update))
             removed.append(update)
     return removed
 

@@ -16,6 +16,7 @@ from distaccum.choices import WandbMode
 from distaccum.errors import UserError
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.files import replacing
+from distaccum.redaction import redacted_arguments
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -65,17 +66,18 @@ class Wandb(Observer):
         try:
             run_id = self._run_id()
             self._session = _Session(self._run_dir, self._mode)
-            self._run = wandb.init(
-                id=run_id,
-                resume="allow",
-                dir=str(self._run_dir),
-                mode=self._mode.value,
-                project=self._project,
-                name=self._name,
-                tags=self._tags,
-                config=start.config,
-                settings=wandb.Settings(console="off", silent=True),
-            )
+            with _redacted_command_line():
+                self._run = wandb.init(
+                    id=run_id,
+                    resume="allow",
+                    dir=str(self._run_dir),
+                    mode=self._mode.value,
+                    project=self._project,
+                    name=self._name,
+                    tags=self._tags,
+                    config=start.config,
+                    settings=wandb.Settings(console="off", silent=True),
+                )
         except (wandb.Error, OSError) as error:
             raise self._failure(error) from error
         self._run.define_metric("update")
@@ -205,6 +207,17 @@ class _Session:
             sys.excepthook = self._hooks[0]
         if sys.exit == self._wandb_hooks[1]:
             sys.exit = self._hooks[1]
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """wandb keeps the arguments of the command line; those that are secret are not for it."""
+    before = sys.argv
+    sys.argv = [*before[:1], *redacted_arguments(before[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager

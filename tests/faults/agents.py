@@ -1,0 +1,107 @@
+"""torchrun agents that are killed, or whose workers are."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from zygote import HERE, ROOT, free_port
+
+PATIENCE_SECONDS = 120.0
+
+
+class Agent:
+    """A torchrun with its ranks.
+
+    Args:
+        command: options of torchrun and what it is to run.
+        folder: the current one.
+        name: of the file in the folder that gets all output.
+        shares_store: let the ranks use the agent's own store, as torchrun does if it isn't told otherwise.
+    """
+
+    def __init__(self, *command: str, folder: Path, name: str = "output", shares_store: bool = False) -> None:
+        self._said = folder / name
+        path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
+        with self._said.open("a") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *command],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",
+                    "PYTHONPATH": path,
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not shares_store)),
+                },
+            )
+
+    @property
+    def output(self) -> str:
+        return self._said.read_text(errors="replace")
+
+    def workers(self) -> dict[int, int]:
+        """Process numbers of this agent's ranks, by rank."""
+        found = {}
+        for pid in _children(self.process.pid):
+            with suppress(OSError):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                found |= {int(entry[5:]): pid for entry in environment if entry.startswith(b"RANK=")}
+        return found
+
+    def kill_all(self) -> None:
+        """Kills the agent with its ranks, as the loss of their host does. Nothing to do if they have ended."""
+        for pid in [self.process.pid, *self.workers().values()]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(status.parent.name))
+    return found
+
+
+def elastic_options(agents: int, nodes: str) -> list[list[str]]:
+    """Options of torchrun for several agents on this host with one rank each.
+
+    Args:
+        nodes: the number of agents, or the fewest and the most.
+    """
+    endpoint = f"127.0.0.1:{free_port()}"
+    return [
+        [
+            f"--nnodes={nodes}",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+            "--rdzv-id=elastic",
+            # Who is left waits so long for others before it goes on alone; torchrun's own keep-alive comes to 15 s.
+            f"--rdzv-conf=is_host={int(agent == 0)},last_call_timeout=5",
+            "--local-addr=127.0.0.1",
+        ]
+        for agent in range(agents)
+    ]
+
+
+def wait_for(condition: Callable[[], bool], agents: Sequence[Agent], *, may_end: bool = False) -> None:
+    """Waits until something has come about; fails with what the agents have said if it doesn't, or if one ends."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        said = "\n".join(agent.output for agent in agents)
+        assert time.monotonic() < deadline, said
+        assert may_end or all(agent.process.poll() is None for agent in agents), said
+        time.sleep(0.01)
