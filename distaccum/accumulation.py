@@ -54,6 +54,8 @@ class UpdateResult:
     """Wall time from the start of the window to the end of the step, on this rank."""
     data_seconds: float
     """Part of it spent waiting for micro-batches."""
+    micro_seconds: tuple[float, ...]
+    """Time of each of this rank's micro-steps, forward and backward; the last one's with the sync in it."""
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
@@ -78,6 +80,8 @@ class _OpenWindow:
     totals: Tensor | None = None
     totals_work: dist.Work | None = None
     backward_end: Any = None
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+    micro_step_start: Any = None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -203,6 +207,7 @@ class Accumulator:
             with nullcontext() if window.is_last else self.strategy.no_sync():
                 window.micro_steps += 1
                 window.awaiting_backward = True
+                window.micro_step_start = self._stopwatch.mark()
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
@@ -246,8 +251,8 @@ class Accumulator:
             loss_sum.backward(gradient=seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=seed)  # type: ignore[no-untyped-call]
-        if window.is_last:
-            window.backward_end = self._stopwatch.mark()
+        window.backward_end = self._stopwatch.mark()
+        window.marks.append((window.micro_step_start, window.backward_end))
 
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
@@ -319,6 +324,7 @@ class Accumulator:
             sync_bytes=traffic.bytes - window.bytes_before,
             seconds=time.perf_counter() - window.started,
             data_seconds=window.data_seconds,
+            micro_seconds=tuple(self._stopwatch.seconds(start, end) for start, end in window.marks),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
         )
 

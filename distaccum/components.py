@@ -12,6 +12,7 @@ from distaccum.choices import Implementation
 from distaccum.config import (
     MISSING,
     BatchConfig,
+    ByLengthBatchConfig,
     DataConfig,
     DDPConfig,
     DecayScheduleConfig,
@@ -208,7 +209,7 @@ class AdamConfig(TorchOptimConfig):
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "batch": {"uniform": BatchConfig},
+    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
     "data": {
         "base": DataConfig,
         "text": TextDataConfig,

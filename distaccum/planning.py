@@ -136,15 +136,21 @@ class BatchPlan:
         assert self.micro_batch_size is not None
         return max(1, -(-share // self.micro_batch_size))
 
-    def explain(self, num_samples: int | None = None, drop_last: bool = False) -> str:
-        """One line that says how a window is cut, and what an epoch's last window looks like if it is smaller."""
+    def explain(self, num_samples: int | None = None, drop_last: bool = False, how: str | None = None) -> str:
+        """One line that says how a window is cut, and what an epoch's last window looks like if it is smaller.
+
+        Args:
+            how: what a rank's part looks like, if it is not cut evenly.
+        """
         windows = window_bounds(num_samples, self.global_batch_size, drop_last) if num_samples else []
         full = min(self.global_batch_size, num_samples) if num_samples else self.global_batch_size
         cut = self.cut(full)
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
-        steps = _range_in_words([len(sizes) for sizes in cut.sizes])
-        sizes = _range_in_words([size for sizes in cut.sizes for size in sizes])
-        line = f"window {full} = {ranks} × {steps} micro-step{'' if steps == '1' else 's'} × {sizes}; "
+        if how is None:
+            steps = _range_in_words([len(sizes) for sizes in cut.sizes])
+            sizes = _range_in_words([size for sizes in cut.sizes for size in sizes])
+            how = f"{steps} micro-step{'' if steps == '1' else 's'} × {sizes}"
+        line = f"window {full} = {ranks} × {how}; "
         line += "1 sync per update" if self.world_size > 1 else "no sync needed"
         if full < self.global_batch_size:
             line += f" (all {full} samples there are, fewer than the global batch of {self.global_batch_size})"
