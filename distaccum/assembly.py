@@ -15,7 +15,7 @@ from torch import nn
 
 from distaccum import targets
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
-from distaccum.choices import WandbMode
+from distaccum.choices import Balance, WandbMode
 from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, Fp16Config, PrecisionConfig, TrainConfig
 from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_device, resolve_precision
@@ -219,6 +219,7 @@ def build_trainer(
         interruption=interruption,
         heartbeat=world.heartbeat,
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
+        balance_speed=config.batch.balance is Balance.speed,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.choices import Compression, DeviceChoice, Goal, OnNonfinite, PrecisionName, WandbMode
+from distaccum.choices import Balance, Compression, DeviceChoice, Goal, OnNonfinite, PrecisionName, WandbMode
 from distaccum.errors import require, require_at_least, require_positive
 
 MISSING: Any = "???"
@@ -42,6 +42,9 @@ class BatchConfig:
     """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
     drop_last: bool = False
     """Leave out an epoch's last window when it is smaller than the global batch."""
+    balance: Balance = Balance.even
+    """`even`: ranks get equal shares of each window; `speed`: shares in proportion to their measured speed, so that
+    unequal GPUs finish together."""
 
     def __post_init__(self) -> None:
         require_at_least(

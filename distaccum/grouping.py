@@ -7,9 +7,9 @@ Integers in, integers out: nothing here knows a device or a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ def cut_by_length(
     max_tokens: int,
     equal_micro_steps: bool = False,
     costs: CostModel | None = None,
+    speeds: Sequence[float] | None = None,
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Groups the samples of a window by length and deals the groups out to ranks.
 
@@ -55,6 +56,7 @@ def cut_by_length(
         max_tokens: most tokens in a micro-batch, padding included. A longer sample is a micro-batch of its own.
         equal_micro_steps: give all ranks the same number of micro-steps.
         costs: what a micro-batch costs.
+        speeds: of the ranks, which then get costs in proportion to them. Default: all alike.
 
     Returns:
         Positions in the window, for each rank and micro-step. An empty micro-step is a placeholder.
@@ -62,7 +64,7 @@ def cut_by_length(
     costs = costs or CostModel()
     order = np.argsort(-lengths, kind="stable")
     groups = _cheapest_groups(order, lengths, max_tokens, costs)
-    ranks = _dealt(groups, lengths, world_size, costs)
+    ranks = _dealt(groups, lengths, speeds or [1.0] * world_size, costs)
     if equal_micro_steps:
         most = max(map(len, ranks))
         for rank in ranks:
@@ -114,22 +116,25 @@ def _cheapest_groups(
 
 
 def _dealt(
-    groups: list[NDArray[np.int64]], lengths: NDArray[np.int64], world_size: int, costs: CostModel
+    groups: list[NDArray[np.int64]], lengths: NDArray[np.int64], speeds: Sequence[float], costs: CostModel
 ) -> list[list[NDArray[np.int64]]]:
-    """Groups to ranks, so that the rank with most has little more than the others."""
+    """Groups to ranks, so that the rank that takes longest takes little longer than the others."""
+    speeds = [speed / max(speeds) for speed in speeds]
     while True:
-        ranks: list[list[NDArray[np.int64]]] = [[] for _ in range(world_size)]
-        loads = [0.0] * world_size
+        ranks: list[list[NDArray[np.int64]]] = [[] for _ in speeds]
+        times = [0.0] * len(speeds)
         for group in sorted(groups, key=lambda group: -_cost(group, lengths, costs)):
-            rank = loads.index(min(loads))
+            cost = _cost(group, lengths, costs)
+            after = [time + cost / speed for time, speed in zip(times, speeds, strict=True)]
+            rank = after.index(min(after))
             ranks[rank].append(group)
-            loads[rank] += _cost(group, lengths, costs)
-        most = loads.index(max(loads))
-        spread = max(loads) - min(loads)
+            times[rank] = after[rank]
+        most = times.index(max(times))
         largest = max(ranks[most], key=lambda group: _cost(group, lengths, costs))
         # Splitting the largest group moves at most half of it; not worth its overhead if that is about the spread.
-        gain = min(spread, _cost(largest, lengths, costs)) / 2 - costs.overhead
-        if world_size == 1 or len(largest) < 2 or gain <= 0.02 * max(loads):
+        movable = _cost(largest, lengths, costs) / speeds[most]
+        gain = min(max(times) - min(times), movable) / 2 - costs.overhead / speeds[most]
+        if len(speeds) == 1 or len(largest) < 2 or gain <= 0.02 * max(times):
             return ranks
         half = len(largest) // 2
         groups = [*(group for group in groups if group is not largest), largest[:half], largest[half:]]
@@ -167,15 +172,18 @@ class Grouping:
         assert plan.micro_batch_size is not None or max_tokens is not None
         self.max_tokens = max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max())
         # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
-        self._costs = [(0, CostModel(overhead=self.max_tokens / 64))]
+        self.costs = Timeline(CostModel(overhead=self.max_tokens / 64))
         self._known: dict[int, tuple[tuple[tuple[int, ...], ...], ...]] = {}
 
-    def cut(self, samples: NDArray[np.int64], number: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    def cut(
+        self, samples: NDArray[np.int64], number: int, speeds: Sequence[float] | None = None
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """How a window is cut: positions in it, for each rank and micro-step.
 
         Args:
             samples: the window's samples, by their indices in the dataset.
             number: of the window, counted over all epochs.
+            speeds: of the ranks, as they are in force for the window.
         """
         if number not in self._known:
             if len(self._known) >= 4:  # the one in use, and those that are being loaded ahead
@@ -185,32 +193,37 @@ class Grouping:
                 world_size=self._plan.world_size,
                 max_tokens=self.max_tokens,
                 equal_micro_steps=self._plan.equal_micro_steps,
-                costs=self.costs_at(number),
+                costs=self.costs.at(number),
+                speeds=speeds,
             )
         return self._known[number]
 
-    def costs_at(self, number: int) -> CostModel:
-        """The costs in force for a window."""
-        return next(costs for first, costs in reversed(self._costs) if first <= number)
-
-    def set_costs(self, costs: CostModel, first: int) -> None:
-        """Puts other costs in force, from a window on that no rank has begun to load. The same on all ranks."""
-        self._costs.append((first, costs))
+    def cost(self, groups: Iterable[Sequence[int]], number: int) -> float:
+        """What micro-batches of these samples (indices in the dataset) cost together in a window."""
+        costs = self.costs.at(number)
+        return sum(_cost(np.asarray(group, dtype=np.int64), self.lengths, costs) for group in groups)
 
     def explain(self) -> str:
         """What a rank's part of a window looks like, in words."""
         return f"micro-steps of at most {self.max_tokens} tokens, by length"
 
-    def state_dict(self) -> dict[str, Any]:
-        """The costs in force, and from when on."""
-        return {"costs": [[first, costs.quadratic, costs.overhead] for first, costs in self._costs]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with the costs of `state_dict()`."""
-        self._costs = [
-            (first, CostModel(quadratic=quadratic, overhead=overhead)) for first, quadratic, overhead in state["costs"]
-        ]
-        self._known.clear()
+T = TypeVar("T")
+
+
+class Timeline(Generic[T]):
+    """A value that changes from one window to the next, for all ranks alike and ahead of what is being loaded."""
+
+    def __init__(self, first_value: T) -> None:
+        self.changes = [(0, first_value)]
+
+    def at(self, number: int) -> T:
+        """The value in force for a window."""
+        return next(value for first, value in reversed(self.changes) if first <= number)
+
+    def change(self, value: T, first: int) -> None:
+        """Puts another value in force, from a window on that no rank has begun to load."""
+        self.changes.append((first, value))
 
 
 class CostFit:

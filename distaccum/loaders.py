@@ -17,7 +17,7 @@ from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.fetching import BatchSource, MicroBatches, Request
-from distaccum.grouping import Grouping
+from distaccum.grouping import CostModel, Grouping, Timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +148,9 @@ class WindowLoader:
         self.seed = seed
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
-        self._cuts: dict[int, planning.Cut] = {}
+        self._cuts: dict[tuple[int, tuple[float, ...] | None], planning.Cut] = {}
+        self.speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
+        """Of the ranks: windows are dealt out in proportion to them. None: evenly."""
         self.grouping = Grouping(lengths, self.plan, self.num_samples, max_tokens) if lengths is not None else None
         """How windows are cut by length, if they are."""
         self._options = options or LoaderOptions()
@@ -210,25 +212,50 @@ class WindowLoader:
         how = self.grouping.explain() if self.grouping is not None else None
         return self.plan.explain(self.num_samples, self.drop_last, how)
 
-    def _cut(self, index: int) -> planning.Cut:
+    def number(self, epoch: int, index: int) -> int:
+        """The number of a window, counted over all epochs."""
+        return epoch * len(self) + index
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured of costs and ranks, by which windows are cut."""
+        state: dict[str, Any] = {"speeds": self.speeds.changes}
+        if self.grouping is not None:
+            costs = self.grouping.costs.changes
+            state["costs"] = [[first, value.quadratic, value.overhead] for first, value in costs]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`'s answer, as far as it fits: speeds are those of as many ranks."""
+        speeds = [(first, tuple(values) if values is not None else None) for first, values in state["speeds"]]
+        if all(values is None or len(values) == self.plan.world_size for _, values in speeds):
+            self.speeds.changes = speeds
+        if self.grouping is not None and "costs" in state:
+            self.grouping.costs.changes = [
+                (first, CostModel(quadratic=quadratic, overhead=overhead))
+                for first, quadratic, overhead in state["costs"]
+            ]
+
+    def _cut(self, epoch: int, index: int) -> planning.Cut:
         size = self._bounds[index][1] - self._bounds[index][0]
-        if size not in self._cuts:
-            self._cuts[size] = self.plan.cut(size)
-        return self._cuts[size]
+        speeds = self.speeds.at(self.number(epoch, index))
+        if (size, speeds) not in self._cuts:
+            self._cuts[size, speeds] = self.plan.cut(size, speeds)
+        return self._cuts[size, speeds]
 
     def _sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         if self.grouping is None:
-            return self._cut(index).sizes[self.rank]
+            return self._cut(epoch, index).sizes[self.rank]
         return tuple(map(len, self._sample_indices(epoch, index)))
 
     def _sample_indices(self, epoch: int, index: int) -> list[list[int]]:
         if self.grouping is not None:
             window = range(*self._bounds[index])
             order = planning.shuffled(window, self.num_samples, self.seed, epoch)
-            groups = self.grouping.cut(order, number=epoch * len(self) + index)[self.rank]
+            number = self.number(epoch, index)
+            groups = self.grouping.cut(order, number, self.speeds.at(number))[self.rank]
             return [order[list(group)].tolist() for group in groups]
         start = self._bounds[index][0]
-        bounds = list(self._cut(index).micro_batches(self.rank))
+        bounds = list(self._cut(epoch, index).micro_batches(self.rank))
         positions = range(start + bounds[0][0], start + bounds[-1][1])
         order = planning.shuffled(positions, self.num_samples, self.seed, epoch).tolist()
         first = bounds[0][0]

@@ -27,6 +27,17 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [small + 1] * larger_parts + [small] * (parts - larger_parts)
 
 
+def split_by_speed(total: int, speeds: Sequence[float]) -> list[int]:
+    """Sizes of parts of `total` in proportion to speeds, each at least 1; the largest remainders are rounded up."""
+    spare = total - len(speeds)
+    exact = [spare * speed / sum(speeds) for speed in speeds]
+    sizes = [1 + int(part) for part in exact]
+    by_remainder = sorted(range(len(speeds)), key=lambda part: (int(exact[part]) - exact[part], part))
+    for part in by_remainder[: total - sum(sizes)]:
+        sizes[part] += 1
+    return sizes
+
+
 def shuffled(
     positions: Sequence[int] | NDArray[np.int64], num_samples: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
@@ -120,9 +131,16 @@ class BatchPlan:
     accumulation_steps: int | None
     equal_micro_steps: bool = False
 
-    def cut(self, window_size: int) -> Cut:
-        """Cuts a window evenly: shares of the ranks, and micro-batches of a rank, differ by at most one sample."""
-        shares = split_evenly(window_size, self.world_size)
+    def cut(self, window_size: int, speeds: Sequence[float] | None = None) -> Cut:
+        """Cuts a window evenly: shares of the ranks, and micro-batches of a rank, differ by at most one sample.
+
+        Args:
+            speeds: of the ranks; shares are then in proportion to them.
+        """
+        if speeds is None or window_size < self.world_size:
+            shares = split_evenly(window_size, self.world_size)
+        else:
+            shares = split_by_speed(window_size, speeds)
         steps = [self._micro_steps(share) for share in shares]
         if self.equal_micro_steps:
             steps = [max(steps)] * self.world_size

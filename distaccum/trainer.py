@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator, UpdateResult
-from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
+from distaccum.checkpoints import Checkpoint, Checkpointer, Stateful, export_model
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import LoopConfig
+from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
 from distaccum.errors import UserError
 from distaccum.evaluation import evaluate
 from distaccum.grace import Grace, WindowDroppedError
-from distaccum.grouping import CostFit
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
@@ -34,9 +34,6 @@ from distaccum.tasks import TaskOutput
 from distaccum.totals import Totals
 
 logger = logging.getLogger(__name__)
-
-
-_UPDATES_TO_FIT_COSTS_AT = (4, 16, 64)
 
 
 class Trainer:
@@ -63,6 +60,7 @@ class Trainer:
         interruption: tells when the run is to stop; None if it never is.
         heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
         measure_costs: fit what micro-batches cost, if windows are cut by length.
+        balance_speed: give ranks shares of each window in proportion to their measured speed.
     """
 
     def __init__(
@@ -86,6 +84,7 @@ class Trainer:
         interruption: Interruption | None = None,
         heartbeat: Heartbeat | None = None,
         measure_costs: bool = True,
+        balance_speed: bool = False,
     ) -> None:
         self.model = model
         self.task = task
@@ -105,6 +104,7 @@ class Trainer:
         self.heartbeat = heartbeat or Heartbeat(0, 1)
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
+        self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -117,6 +117,7 @@ class Trainer:
                 "long": self._grace.is_long,
                 **(checkpointer.flags if checkpointer else {}),
             },
+            reports=self._tuning.reports,
         )
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
@@ -128,10 +129,9 @@ class Trainer:
         self._stopped_early: str | None = None
         self._epoch, self._next_window = 0, 0
         self._owes_evaluation = False
-        self._cost_fit = CostFit() if loader.grouping is not None and measure_costs else None
         if checkpointer is not None:
-            stateful = {
-                "grouping": loader.grouping,
+            stateful: dict[str, Stateful | None] = {
+                "loader": loader,
                 "accumulator": self.accumulator,
                 "scaler": scaler,
                 # Of another metric, it would be of no use.
@@ -229,32 +229,8 @@ class Trainer:
         doing("end", update=number)
         self._grace.end(result.flags)
         self._tell_update(window, result, lr)
-        if self._cost_fit is not None:
-            self._measure_costs(window, result)
+        self._tuning.after_update(self._totals.updates, window, result)
         return result
-
-    def _measure_costs(self, window: Window, result: UpdateResult) -> None:
-        """Fits what micro-batches cost to rank 0's times, now and then, and has all ranks cut by it."""
-        grouping, fit = self.loader.grouping, self._cost_fit
-        assert grouping is not None
-        assert fit is not None
-        longest = [max((int(grouping.lengths[index]) for index in step), default=0) for step in window.sample_indices]
-        steps = list(zip(window.sizes, longest, result.micro_seconds, strict=True))
-        # In the run's first update much is done for the first time; a last micro-step waits for the other ranks.
-        for size, length, seconds in steps if self._totals.updates > 1 else ():
-            if size and (self.strategy.world_size == 1 or seconds is not result.micro_seconds[-1]):
-                fit.add(size, length, seconds)
-        if self._totals.updates not in _UPDATES_TO_FIT_COSTS_AT:
-            return
-        costs = [fit.fit()]
-        if self.strategy.process_group is not None:
-            dist.broadcast_object_list(costs, group_src=0, group=self.strategy.process_group)
-        if self._totals.updates == _UPDATES_TO_FIT_COSTS_AT[-1]:
-            self._cost_fit = None
-        if costs[0] is not None:
-            number = window.epoch * len(self.loader) + window.index
-            grouping.set_costs(costs[0], number + self.loader.windows_ahead + 1)
-            logger.debug("costs of a micro-batch from update %d on: %s", self._totals.updates, costs[0])
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         self._totals.add(window, result)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -392,9 +393,28 @@ def test_cuts_that_change_are_the_same_for_loading_ahead() -> None:
     with closing(loader):
         for window in loader.epoch(0):
             if window.index == 1:
-                loader.grouping.set_costs(CostModel(overhead=1e6), first=1 + loader.windows_ahead + 1)
+                loader.grouping.costs.change(CostModel(overhead=1e6), 1 + loader.windows_ahead + 1)
             expected = window.sample_indices
             assert [batch[1].tolist() for batch in window] == expected
             assert window.sizes == tuple(map(len, expected))
     loaded = [len(window) for window in loader.epoch(1)]
     assert max(loaded) <= 2, "with so large an overhead, a window is hardly cut"
+
+
+@pytest.mark.parametrize("lengths", [None, [1 + (7 * index) % 40 for index in range(64)]])
+def test_measured_speeds_and_costs_go_on_after_a_resume(lengths: list[int] | None) -> None:
+    def loader(world_size: int = 2) -> WindowLoader:
+        return WindowLoader(
+            Numbers(64), global_batch_size=16, micro_batch_size=4, lengths=lengths, rank=0, world_size=world_size
+        )
+
+    one, again, fewer = loader(), loader(), loader(1)
+    one.speeds.change((0.75, 0.25), 2)
+    if one.grouping is not None:
+        one.grouping.costs.change(CostModel(overhead=1e6), 3)
+    state = json.loads(json.dumps(one.state_dict()))
+    again.load_state_dict(state)
+    assert [window.sizes for window in again.epoch(1)] == [window.sizes for window in one.epoch(1)]
+    assert next(one.epoch(0)).sizes != next(one.epoch(1)).sizes
+    fewer.load_state_dict(state)
+    assert fewer.speeds.at(99) is None, "speeds of other ranks say nothing"
