@@ -72,6 +72,8 @@ class GPTConfig:
     """Size of the residual stream."""
     dropout: float = 0.0
     """Dropout in attention and on the residual stream."""
+    activation_checkpointing: bool = False
+    """Keep the stream between blocks only, and compute each block once more in the backward: less memory, more time."""
     vocab_size: int | None = None
     """Number of different tokens. `null`: the dataset's."""
     max_length: int | None = None
