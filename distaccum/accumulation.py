@@ -40,6 +40,8 @@ class UpdateResult:
     """Σ of what was passed as `sums`: float64, on the CPU."""
     flags: frozenset[str]
     """Names of the accumulator's `flags` that any rank raised."""
+    reports: dict[str, tuple[float, ...]]
+    """What each rank answered to the accumulator's `reports`, in the order of the ranks."""
     grad_norm: float
     """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
     skipped: bool
@@ -54,6 +56,9 @@ class UpdateResult:
     """Wall time from the start of the window to the end of the step, on this rank."""
     data_seconds: float
     """Part of it spent waiting for micro-batches."""
+    micro_seconds: tuple[float, ...]
+    """Time of each of this rank's micro-steps, forward and backward; the last one's until the last gradient bucket was
+    launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own)."""
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
@@ -78,6 +83,8 @@ class _OpenWindow:
     totals: Tensor | None = None
     totals_work: dist.Work | None = None
     backward_end: Any = None
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+    micro_step_start: Any = None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -104,6 +111,7 @@ class Accumulator:
             any rank said yes to, on every rank alike. The answers ride along with the loss, at no collective's cost:
             it is how ranks agree, at the same update, to stop because one of them got a signal. The same names on each
             rank.
+        reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -119,6 +127,7 @@ class Accumulator:
         skip_nonfinite: bool = False,
         strategy: Strategy | None = None,
         flags: Mapping[str, Callable[[], bool]] | None = None,
+        reports: Mapping[str, Callable[[], float]] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -126,6 +135,7 @@ class Accumulator:
         self.skip_nonfinite = skip_nonfinite
         self.strategy = strategy or strategy_of(model)
         self.flags = dict(flags or {})
+        self.reports = dict(reports or {})
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -203,6 +213,7 @@ class Accumulator:
             with nullcontext() if window.is_last else self.strategy.no_sync():
                 window.micro_steps += 1
                 window.awaiting_backward = True
+                window.micro_step_start = self._stopwatch.mark()
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
@@ -246,8 +257,8 @@ class Accumulator:
             loss_sum.backward(gradient=seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=seed)  # type: ignore[no-untyped-call]
-        if window.is_last:
-            window.backward_end = self._stopwatch.mark()
+        window.backward_end = self._stopwatch.mark()
+        window.marks.append((window.micro_step_start, window.backward_end))
 
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
@@ -286,7 +297,10 @@ class Accumulator:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
-        raised, flat_sums = rest[: len(self.flags)], rest[len(self.flags) :]
+        raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
+        ranks = self.strategy.world_size
+        reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
+        flat_sums = rest[len(self.reports) * ranks :]
         self._last_weight = weight
         loss = loss_sum / weight if weight else math.nan
         # The sync has taken the mean over ranks of sums, each multiplied by the scale.
@@ -312,6 +326,7 @@ class Accumulator:
             weight=weight,
             sums=_unflatten(flat_sums, window.sums),
             flags=frozenset(name for name, number in zip(self.flags, raised, strict=True) if number),
+            reports=reports,
             grad_norm=grad_norm,
             skipped=skipped,
             micro_steps=window.micro_steps,
@@ -319,8 +334,15 @@ class Accumulator:
             sync_bytes=traffic.bytes - window.bytes_before,
             seconds=time.perf_counter() - window.started,
             data_seconds=window.data_seconds,
+            micro_seconds=self._micro_seconds(window, synced),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
         )
+
+    def _micro_seconds(self, window: _OpenWindow, synced: bool) -> tuple[float, ...]:
+        *marks, (start, end) = window.marks
+        if synced:
+            end = self.strategy.traffic.last_launch
+        return tuple(self._stopwatch.seconds(begin, stop) for begin, stop in [*marks, (start, end)])
 
     def _undo_forwards(self, window: _OpenWindow) -> None:
         """Takes back what the forwards of a skipped update may have left for good: a NaN in BatchNorm's statistics."""
@@ -375,9 +397,19 @@ class Accumulator:
         for number, ask in enumerate(self.flags.values()):
             if ask():
                 flags[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-        window.totals = torch.cat([loss_sum, weight, flags, *sums])
+        window.totals = torch.cat([loss_sum, weight, flags, *self._own_reports(device), *sums])
         if self.strategy.process_group is not None:
             window.totals_work = dist.all_reduce(window.totals, group=self.strategy.process_group, async_op=True)
+
+    def _own_reports(self, device: torch.device) -> list[Tensor]:
+        """Each report as a vector with a place for every rank, of which this one fills its own."""
+        group, ranks = self.strategy.process_group, self.strategy.world_size
+        rank = dist.get_rank(group) if group is not None else 0
+        vectors = []
+        for ask in self.reports.values():
+            vectors.append(torch.zeros(ranks, dtype=torch.float64, device=device))
+            vectors[-1][rank].fill_(ask())
+        return vectors
 
     def _choose_scale(self, micro_batches: Iterable[Any]) -> float:
         """A power of two near 1 / (total weight), by which every loss of the window is multiplied.

@@ -15,8 +15,9 @@ from torch import nn
 
 from distaccum import targets
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
-from distaccum.choices import WandbMode
-from distaccum.config import DataConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.choices import Balance, WandbMode
+from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
@@ -149,6 +150,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.micro_batch_size,
         accumulation_steps=config.batch.accumulation_steps,
+        **_grouping_arguments(config.batch, train_data),
         drop_last=config.batch.drop_last,
         seed=config.seed,
         collate_fn=_collate_fn(config.data),
@@ -225,6 +227,8 @@ def build_trainer(
         checkpointer=checkpointer if config.checkpoint.enabled else None,
         interruption=interruption,
         heartbeat=world.heartbeat,
+        measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
+        balance_speed=config.batch.balance is Balance.speed,
     )
 
 
@@ -256,6 +260,12 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
         )
         more = f"; and {len(different) - 5} more keys" if len(different) > 5 else ""
         raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
+
+
+def _grouping_arguments(config: BatchConfig, data: Any) -> dict[str, Any]:
+    if not isinstance(config, ByLengthBatchConfig):
+        return {}
+    return {"lengths": lengths_of(data), "max_tokens": config.max_tokens}
 
 
 def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:

@@ -47,3 +47,8 @@ class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+class Balance(Enum):
+    even = "even"
+    speed = "speed"

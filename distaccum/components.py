@@ -12,6 +12,7 @@ from distaccum.choices import Implementation
 from distaccum.config import (
     MISSING,
     BatchConfig,
+    ByLengthBatchConfig,
     DataConfig,
     DDPConfig,
     DecayScheduleConfig,
@@ -71,6 +72,8 @@ class GPTConfig:
     """Size of the residual stream."""
     dropout: float = 0.0
     """Dropout in attention and on the residual stream."""
+    activation_checkpointing: bool = False
+    """Keep the stream between blocks only, and compute each block once more in the backward: less memory, more time."""
     vocab_size: int | None = None
     """Number of different tokens. `null`: the dataset's."""
     max_length: int | None = None
@@ -208,7 +211,7 @@ class AdamConfig(TorchOptimConfig):
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "batch": {"uniform": BatchConfig},
+    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
     "data": {
         "base": DataConfig,
         "text": TextDataConfig,

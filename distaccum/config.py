@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.choices import Compression, DeviceChoice, Goal, OnNonfinite, PrecisionName, WandbMode
+from distaccum.choices import Balance, Compression, DeviceChoice, Goal, OnNonfinite, PrecisionName, WandbMode
 from distaccum.errors import require, require_at_least, require_positive
 
 MISSING: Any = "???"
@@ -42,6 +42,9 @@ class BatchConfig:
     """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
     drop_last: bool = False
     """Leave out an epoch's last window when it is smaller than the global batch."""
+    balance: Balance = Balance.even
+    """`even`: ranks get equal shares of each window; `speed`: shares in proportion to their measured speed, so that
+    unequal GPUs finish together."""
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -49,6 +52,31 @@ class BatchConfig:
             batch__global_batch_size=self.global_batch_size,
             batch__micro_batch_size=self.micro_batch_size,
             batch__accumulation_steps=self.accumulation_steps,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ByLengthBatchConfig(BatchConfig):
+    """Samples of like length share a micro-batch, within each window: little is padded, and the update is the same.
+
+    The windows are those of `batch=uniform`, so sampling is exactly as random. Lengths are the dataset's attribute
+    `lengths` (a number for each sample), or found once by loading every sample.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens in a micro-batch, padding included. `null`: `micro_batch_size` samples of the longest there is, which
+    is what `batch=uniform` must have memory for."""
+    measure_costs: bool = True
+    """Fit what a micro-batch costs (linear and quadratic in its length, and a constant) to measured micro-steps, at
+    updates 4, 16 and 64, and cut accordingly. `false`: a fixed guess, so that the same command gives the same bits."""
+
+    def __post_init__(self) -> None:
+        BatchConfig.__post_init__(self)
+        require_at_least(1, batch__max_tokens=self.max_tokens)
+        require(
+            self.accumulation_steps is None,
+            f"batch.accumulation_steps={self.accumulation_steps} can't be given with batch=by_length: the number of "
+            "micro-steps follows from the lengths. Leave it out, or set batch=uniform.",
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset
 
 from distaccum import planning
@@ -15,6 +17,7 @@ from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.fetching import BatchSource, MicroBatches, Request
+from distaccum.grouping import CostModel, Grouping, Timeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +102,9 @@ class WindowLoader:
     Args:
         dataset: map-style dataset (`__len__` and `__getitem__`).
         global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.resolve_batch`.
+        lengths: of all samples; given, samples of like length share a micro-batch, within each window (see
+            `distaccum.grouping.cut_by_length`).
+        max_tokens: most tokens in such a micro-batch, padding included. Default: `micro_batch_size` times the longest.
         drop_last: leave out an epoch's last window when it is smaller than the others.
         seed: decides the order together with the epoch, and the dataset's random numbers.
         collate_fn: makes a micro-batch of a list of samples. Default: the dataset's own `collate_fn` if it has one,
@@ -118,6 +124,8 @@ class WindowLoader:
         global_batch_size: int | None = None,
         micro_batch_size: int | None = None,
         accumulation_steps: int | None = None,
+        lengths: Sequence[int] | NDArray[np.int64] | None = None,
+        max_tokens: int | None = None,
         drop_last: bool = False,
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -140,7 +148,11 @@ class WindowLoader:
         self.seed = seed
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
-        self._cuts: dict[int, planning.Cut] = {}
+        self._cuts: dict[tuple[int, tuple[float, ...] | None], planning.Cut] = {}
+        self.speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
+        """Of the ranks: windows are dealt out in proportion to them. None: evenly."""
+        self.grouping = Grouping(lengths, self.plan, self.num_samples, max_tokens) if lengths is not None else None
+        """How windows are cut by length, if they are."""
         self._options = options or LoaderOptions()
         self._source = _batch_source(dataset, collate_fn, "training", self._options, seed)
 
@@ -161,7 +173,7 @@ class WindowLoader:
                 epoch=epoch,
                 index=index,
                 num_samples=self._bounds[index][1] - self._bounds[index][0],
-                sizes=self._cut(index).sizes[self.rank],
+                sizes=self._sizes(epoch, index),
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
                 sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
@@ -184,23 +196,66 @@ class WindowLoader:
             return batch
         return to_device(batch, self._options.device, float_dtype=self._options.float_dtype)
 
+    @property
+    def windows_ahead(self) -> int:
+        """Most windows that may have begun to load before the one in use is done."""
+        # torch's own default loads two micro-batches ahead for each worker; one more is on its way to the device.
+        options = self._options
+        return options.num_workers * (options.prefetch_factor or 2) + 2
+
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""
         self._source.close()
 
     def explain(self) -> str:
         """One line that says how a window is cut."""
-        return self.plan.explain(self.num_samples, self.drop_last)
+        how = self.grouping.explain() if self.grouping is not None else None
+        return self.plan.explain(self.num_samples, self.drop_last, how)
 
-    def _cut(self, index: int) -> planning.Cut:
+    def number(self, epoch: int, index: int) -> int:
+        """The number of a window, counted over all epochs."""
+        return epoch * len(self) + index
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured of costs and ranks, by which windows are cut."""
+        state: dict[str, Any] = {"speeds": self.speeds.changes}
+        if self.grouping is not None:
+            costs = self.grouping.costs.changes
+            state["costs"] = [[first, value.quadratic, value.overhead] for first, value in costs]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict()`'s answer, as far as it fits: speeds are those of as many ranks."""
+        speeds = [(first, tuple(values) if values is not None else None) for first, values in state["speeds"]]
+        if all(values is None or len(values) == self.plan.world_size for _, values in speeds):
+            self.speeds.changes = speeds
+        if self.grouping is not None and "costs" in state:
+            self.grouping.costs.changes = [
+                (first, CostModel(quadratic=quadratic, overhead=overhead))
+                for first, quadratic, overhead in state["costs"]
+            ]
+
+    def _cut(self, epoch: int, index: int) -> planning.Cut:
         size = self._bounds[index][1] - self._bounds[index][0]
-        if size not in self._cuts:
-            self._cuts[size] = self.plan.cut(size)
-        return self._cuts[size]
+        speeds = self.speeds.at(self.number(epoch, index))
+        if (size, speeds) not in self._cuts:
+            self._cuts[size, speeds] = self.plan.cut(size, speeds)
+        return self._cuts[size, speeds]
+
+    def _sizes(self, epoch: int, index: int) -> tuple[int, ...]:
+        if self.grouping is None:
+            return self._cut(epoch, index).sizes[self.rank]
+        return tuple(map(len, self._sample_indices(epoch, index)))
 
     def _sample_indices(self, epoch: int, index: int) -> list[list[int]]:
+        if self.grouping is not None:
+            window = range(*self._bounds[index])
+            order = planning.shuffled(window, self.num_samples, self.seed, epoch)
+            number = self.number(epoch, index)
+            groups = self.grouping.cut(order, number, self.speeds.at(number))[self.rank]
+            return [order[list(group)].tolist() for group in groups]
         start = self._bounds[index][0]
-        bounds = list(self._cut(index).micro_batches(self.rank))
+        bounds = list(self._cut(epoch, index).micro_batches(self.rank))
         positions = range(start + bounds[0][0], start + bounds[-1][1])
         order = planning.shuffled(positions, self.num_samples, self.seed, epoch).tolist()
         first = bounds[0][0]

@@ -27,6 +27,17 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [small + 1] * larger_parts + [small] * (parts - larger_parts)
 
 
+def split_by_speed(total: int, speeds: Sequence[float]) -> list[int]:
+    """Sizes of parts of `total` in proportion to speeds, each at least 1; the largest remainders are rounded up."""
+    spare = total - len(speeds)
+    exact = [spare * speed / sum(speeds) for speed in speeds]
+    sizes = [1 + int(part) for part in exact]
+    by_remainder = sorted(range(len(speeds)), key=lambda part: (int(exact[part]) - exact[part], part))
+    for part in by_remainder[: total - sum(sizes)]:
+        sizes[part] += 1
+    return sizes
+
+
 def shuffled(
     positions: Sequence[int] | NDArray[np.int64], num_samples: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
@@ -120,9 +131,16 @@ class BatchPlan:
     accumulation_steps: int | None
     equal_micro_steps: bool = False
 
-    def cut(self, window_size: int) -> Cut:
-        """Cuts a window evenly: shares of the ranks, and micro-batches of a rank, differ by at most one sample."""
-        shares = split_evenly(window_size, self.world_size)
+    def cut(self, window_size: int, speeds: Sequence[float] | None = None) -> Cut:
+        """Cuts a window evenly: shares of the ranks, and micro-batches of a rank, differ by at most one sample.
+
+        Args:
+            speeds: of the ranks; shares are then in proportion to them.
+        """
+        if speeds is None or window_size < self.world_size:
+            shares = split_evenly(window_size, self.world_size)
+        else:
+            shares = split_by_speed(window_size, speeds)
         steps = [self._micro_steps(share) for share in shares]
         if self.equal_micro_steps:
             steps = [max(steps)] * self.world_size
@@ -136,15 +154,21 @@ class BatchPlan:
         assert self.micro_batch_size is not None
         return max(1, -(-share // self.micro_batch_size))
 
-    def explain(self, num_samples: int | None = None, drop_last: bool = False) -> str:
-        """One line that says how a window is cut, and what an epoch's last window looks like if it is smaller."""
+    def explain(self, num_samples: int | None = None, drop_last: bool = False, how: str | None = None) -> str:
+        """One line that says how a window is cut, and what an epoch's last window looks like if it is smaller.
+
+        Args:
+            how: what a rank's part looks like, if it is not cut evenly.
+        """
         windows = window_bounds(num_samples, self.global_batch_size, drop_last) if num_samples else []
         full = min(self.global_batch_size, num_samples) if num_samples else self.global_batch_size
         cut = self.cut(full)
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
-        steps = _range_in_words([len(sizes) for sizes in cut.sizes])
-        sizes = _range_in_words([size for sizes in cut.sizes for size in sizes])
-        line = f"window {full} = {ranks} × {steps} micro-step{'' if steps == '1' else 's'} × {sizes}; "
+        if how is None:
+            steps = _range_in_words([len(sizes) for sizes in cut.sizes])
+            sizes = _range_in_words([size for sizes in cut.sizes for size in sizes])
+            how = f"{steps} micro-step{'' if steps == '1' else 's'} × {sizes}"
+        line = f"window {full} = {ranks} × {how}; "
         line += "1 sync per update" if self.world_size > 1 else "no sync needed"
         if full < self.global_batch_size:
             line += f" (all {full} samples there are, fewer than the global batch of {self.global_batch_size})"

@@ -16,9 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator, UpdateResult
-from distaccum.checkpoints import Checkpoint, Checkpointer, export_model, random_state, set_random_state
+from distaccum.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    Stateful,
+    export_model,
+    random_state,
+    set_random_state,
+)
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import LoopConfig
+from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
 from distaccum.errors import UserError
 from distaccum.evaluation import evaluate
@@ -58,6 +66,8 @@ class Trainer:
         checkpointer: saves the run; None for no checkpoints.
         interruption: tells when the run is to stop; None if it never is.
         heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
+        measure_costs: fit what micro-batches cost, if windows are cut by length.
+        balance_speed: give ranks shares of each window in proportion to their measured speed.
     """
 
     def __init__(
@@ -80,6 +90,8 @@ class Trainer:
         checkpointer: Checkpointer | None = None,
         interruption: Interruption | None = None,
         heartbeat: Heartbeat | None = None,
+        measure_costs: bool = True,
+        balance_speed: bool = False,
     ) -> None:
         self.model = model
         self.task = task
@@ -99,6 +111,7 @@ class Trainer:
         self.heartbeat = heartbeat or Heartbeat(0, 1)
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
+        self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
         self.accumulator = Accumulator(
             model,
             optimizer,
@@ -111,6 +124,7 @@ class Trainer:
                 "long": self._grace.is_long,
                 **(checkpointer.flags if checkpointer else {}),
             },
+            reports=self._tuning.reports,
         )
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
@@ -123,7 +137,8 @@ class Trainer:
         self._epoch, self._next_window = 0, 0
         self._owes_evaluation = False
         if checkpointer is not None:
-            stateful = {
+            stateful: dict[str, Stateful | None] = {
+                "loader": loader,
                 "accumulator": self.accumulator,
                 "scaler": scaler,
                 # Of another metric, it would be of no use.
@@ -225,6 +240,7 @@ class Trainer:
         doing("end", update=number)
         self._grace.end(result.flags)
         self._tell_update(window, result, lr)
+        self._tuning.after_update(self._totals.updates, window, result)
         return result
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:

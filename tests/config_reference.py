@@ -18,6 +18,7 @@ END = "<!-- end of what tests/config_reference.py made -->"
 SECTIONS: list[tuple[str, str, type]] = [
     ("the run", "", config.TrainConfig),
     ("`batch`", "batch", config.BatchConfig),
+    ("`batch=by_length`", "batch", config.ByLengthBatchConfig),
     ("`train`", "train", config.LoopConfig),
     ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
     ("`checkpoint`", "checkpoint", config.CheckpointConfig),

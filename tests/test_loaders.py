@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 from collections import Counter
 from contextlib import closing
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
 from distaccum import UserError, WindowLoader
+from distaccum.grouping import CostModel
 from distaccum.loaders import EvaluationLoader, LoaderOptions
 from distaccum.seeding import GlobalStates
 
@@ -356,3 +359,62 @@ def test_batches_arrive_whole_on_a_gpu(non_blocking: bool) -> None:
             assert values.is_cuda
             assert torch.equal(values.amin((1, 2)), labels.float())
             assert torch.equal(values.amax((1, 2)), labels.float())
+
+
+def test_cutting_by_length_keeps_the_windows() -> None:
+    lengths = [1 + (7 * index) % 40 for index in range(50)]
+    batch: dict[str, Any] = {"global_batch_size": 16, "micro_batch_size": 4, "seed": 3}
+    uniform = WindowLoader(Numbers(50), **batch)
+    for world_size in (1, 2, 3):
+        ranks = [
+            WindowLoader(Numbers(50), lengths=lengths, rank=rank, world_size=world_size, **batch)
+            for rank in range(world_size)
+        ]
+        for epoch in (0, 1):
+            wanted = [sorted(chain.from_iterable(window)) for window in _loaded(uniform, epoch)]
+            found = [_loaded(loader, epoch) for loader in ranks]
+            steps = [chain.from_iterable(parts) for parts in zip(*found, strict=True)]
+            assert [sorted(chain.from_iterable(window)) for window in steps] == wanted
+            longest = 4 * max(lengths)
+            for step in (step for rank in found for window in rank for step in window):
+                assert len(step) * max(lengths[index] for index in step) <= longest
+    assert (
+        "1 rank × micro-steps of at most 160 tokens, by length"
+        in WindowLoader(Numbers(50), lengths=lengths, **batch).explain()
+    )
+
+
+def test_cuts_that_change_are_the_same_for_loading_ahead() -> None:
+    """What a window says of itself is what has been loaded for it, although workers have gone ahead."""
+    lengths = [1 + (7 * index) % 40 for index in range(64)]
+    options = LoaderOptions(num_workers=2)
+    loader = WindowLoader(Numbers(64), global_batch_size=8, micro_batch_size=4, lengths=lengths, options=options)
+    assert loader.grouping is not None
+    with closing(loader):
+        for window in loader.epoch(0):
+            if window.index == 1:
+                loader.grouping.costs.change(CostModel(overhead=1e6), 1 + loader.windows_ahead + 1)
+            expected = window.sample_indices
+            assert [batch[1].tolist() for batch in window] == expected
+            assert window.sizes == tuple(map(len, expected))
+    loaded = [len(window) for window in loader.epoch(1)]
+    assert max(loaded) <= 2, "with so large an overhead, a window is hardly cut"
+
+
+@pytest.mark.parametrize("lengths", [None, [1 + (7 * index) % 40 for index in range(64)]])
+def test_measured_speeds_and_costs_go_on_after_a_resume(lengths: list[int] | None) -> None:
+    def loader(world_size: int = 2) -> WindowLoader:
+        return WindowLoader(
+            Numbers(64), global_batch_size=16, micro_batch_size=4, lengths=lengths, rank=0, world_size=world_size
+        )
+
+    one, again, fewer = loader(), loader(), loader(1)
+    one.speeds.change((0.75, 0.25), 2)
+    if one.grouping is not None:
+        one.grouping.costs.change(CostModel(overhead=1e6), 3)
+    state = json.loads(json.dumps(one.state_dict()))
+    again.load_state_dict(state)
+    assert [window.sizes for window in again.epoch(1)] == [window.sizes for window in one.epoch(1)]
+    assert next(one.epoch(0)).sizes != next(one.epoch(1)).sizes
+    fewer.load_state_dict(state)
+    assert fewer.speeds.at(99) is None, "speeds of other ranks say nothing"

@@ -12,6 +12,7 @@ from distaccum.planning import (
     check_data_size,
     resolve_batch,
     shuffled,
+    split_by_speed,
     split_evenly,
     window_bounds,
 )
@@ -189,3 +190,25 @@ def test_the_plan_explains_itself() -> None:
     assert single.explain() == "window 10 = 1 rank × 1 micro-step × 10; no sync needed"
     uneven = resolve_batch(world_size=3, global_batch_size=10, micro_batch_size=3)
     assert uneven.explain().startswith("window 10 = 3 ranks × 1–2 micro-steps × 2–3")
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 500))
+def test_parts_by_speed(speeds: list[float], more: int) -> None:
+    total = len(speeds) + more
+    parts = split_by_speed(total, speeds)
+    assert sum(parts) == total
+    assert min(parts) >= 1
+    for part, speed in zip(parts, speeds, strict=True):
+        assert abs(part - 1 - more * speed / sum(speeds)) < 1
+    assert split_by_speed(12, [3.0, 1.0]) == [9, 3] or split_by_speed(12, [3.0, 1.0]) == [8, 4]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_windows_are_dealt_out_by_speed(equal: bool) -> None:
+    plan = resolve_batch(world_size=3, global_batch_size=64, micro_batch_size=8, equal_micro_steps=equal)
+    cut = plan.cut(64, (0.5, 0.3, 0.2))
+    shares = [sum(sizes) for sizes in cut.sizes]
+    assert shares == [32, 19, 13]
+    assert max(size for sizes in cut.sizes for size in sizes) <= 8
+    assert [len(sizes) for sizes in cut.sizes] == ([4, 4, 4] if equal else [4, 3, 2])
+    assert plan.cut(2, (0.5, 0.3, 0.2)) == plan.cut(2), "too few to tell ranks apart"

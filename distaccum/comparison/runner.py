@@ -31,6 +31,7 @@ from distaccum.comparison.results import (
 )
 from distaccum.comparison.sessions import Job, PlacementFailedError, Session
 from distaccum.comparison.terminal import show
+from distaccum.config import ByLengthBatchConfig
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.observers.formatting import number
@@ -49,6 +50,11 @@ def compare(config: CompareConfig) -> Report:
     Raises:
         UserError: the configuration can't be trained at all, or the folder can't be written.
     """
+    if isinstance(config.batch, ByLengthBatchConfig):
+        raise UserError(
+            "batch=by_length can't be compared: placements are compared with the same number of micro-steps, and by "
+            "length that follows from the samples. Compare with batch=uniform."
+        )
     if config.run_dir is not None and (Path(config.run_dir) / "compare.json").exists():
         raise UserError(
             f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "

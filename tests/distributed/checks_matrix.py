@@ -58,6 +58,13 @@ def check_unequal_lengths(world: World) -> None:
     _compare(world, RaggedTokens(), 7, 2, global_batch_size=11, accumulation_steps=2)
 
 
+def check_cuts_by_length(world: World) -> None:
+    lengths = [len(inputs) for inputs, _ in RaggedTokens().samples]
+    _compare(world, RaggedTokens(), 7, 1, global_batch_size=16, micro_batch_size=3, lengths=lengths)
+    # Windows of fewer samples than ranks have micro-steps, and a budget below the longest sample.
+    _compare(world, RaggedTokens(), 7, 2, global_batch_size=5, micro_batch_size=1, lengths=lengths, max_tokens=4)
+
+
 @settings(deadline=None, max_examples=6, derandomize=True, database=None)
 @given(
     global_batch_size=st.integers(4, 20),

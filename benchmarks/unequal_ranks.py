@@ -1,0 +1,149 @@
+"""What does batch.balance=speed gain when one rank is slower than the others?
+
+Two ranks of DDP over gloo, each on a core of its own; on the second one's core, busy processes compete, so that it gets
+a third of the core. The same training with equal shares and with shares by measured speed, in rounds that take turns;
+medians. The ideal is what the two could do without ever waiting for each other: the sum of their own speeds, each
+measured alone on its core with its competitors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import common
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from distaccum import Accumulator, WindowLoader
+from distaccum.config import DDPConfig
+from distaccum.cut_tuning import CutTuning
+from distaccum.distributed import joined_world
+from distaccum.strategies import SingleStrategy, Strategy, place
+
+GLOBAL_BATCH, MICRO_BATCH, WIDTH = 96, 4, 512
+WARM_UP = 24
+"""Updates before measuring: speeds are measured, smoothed and put in force in these."""
+
+
+@contextmanager
+def competitors(core: int, count: int) -> Iterator[None]:
+    """Busy processes on one core."""
+    command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+class Training:
+    """A model that trains on windows of its own, so that two of them can take turns."""
+
+    def __init__(self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, balance: bool) -> None:
+        inputs = torch.randn(4 * GLOBAL_BATCH, WIDTH)
+        data = TensorDataset(inputs, inputs[:, :10].argmax(1))
+        self.loader = WindowLoader(
+            data,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=MICRO_BATCH,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.strategy = strategy
+        self.tuning = CutTuning(self.loader, strategy, balance_speed=balance)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        self.accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, reports=self.tuning.reports)
+        self.updates = 0
+
+    def epoch(self) -> float:
+        """Trains for an epoch; returns its samples per second."""
+        started = time.perf_counter()
+        for window in self.loader:
+            with self.accumulator.window(window) as micro_batches:
+                for inputs, labels in micro_batches:
+                    loss = F.cross_entropy(self.strategy.model(inputs), labels, reduction="sum")
+                    self.accumulator.backward(loss, len(labels))
+            self.updates += 1
+            self.tuning.after_update(self.updates, window, self.accumulator.step())
+        return len(self.loader) * GLOBAL_BATCH / (time.perf_counter() - started)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
+
+
+def on_a_rank(rounds: int) -> None:
+    torch.set_num_threads(1)
+    with joined_world() as world:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
+        world.init_process_group(torch.device("cpu"))
+        trainings = {}
+        for balance in (False, True):
+            strategy = place(model(), DDPConfig(), torch.device("cpu"))
+            trainings[balance] = Training(strategy, strategy.module, world.rank, world.world_size, balance)
+        for training in trainings.values():
+            while training.updates < WARM_UP:
+                training.epoch()
+        alone_model = model()
+        alone = Training(SingleStrategy(alone_model), alone_model, 0, 1, balance=False)
+        found: dict[str, list[float]] = {"even": [], "speed": [], "ideal": []}
+        for _ in range(rounds):
+            found["even"].append(trainings[False].epoch())
+            found["speed"].append(trainings[True].epoch())
+            found["ideal"].append(sum(world.gather(alone.epoch())))
+            world.gather(None)
+        if world.is_main:
+            shares = [
+                sum(sizes) for sizes in trainings[True].loader.plan.cut(GLOBAL_BATCH, shares_of(trainings[True])).sizes
+            ]
+            print(json.dumps({"found": found, "shares": shares}))
+
+
+def shares_of(training: Training) -> tuple[float, ...] | None:
+    return training.loader.speeds.changes[-1][1]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["rank"]:
+        on_a_rank(int(sys.argv[2]))
+        return
+    options = common.arguments(__doc__ or "").parse_args()
+    rounds = 2 if options.quick else 10
+    cores = sorted(os.sched_getaffinity(0))
+    rows: list[dict[str, Any]] = []
+    for slowdown in (1, 3):
+        with competitors(cores[1 % len(cores)], slowdown - 1):
+            answer = json.loads(common.torchrun(2, __file__, "rank", str(rounds)).splitlines()[-1])
+        medians = {name: statistics.median(values) for name, values in answer["found"].items()}
+        rows += [
+            {
+                "second rank": "as fast" if slowdown == 1 else f"{slowdown} x slower",
+                "batch.balance": name,
+                "samples/s": medians[name],
+                "of the ideal": medians[name] / medians["ideal"],
+                "shares": " + ".join(map(str, answer["shares"])) if name == "speed" else "48 + 48",
+            }
+            for name in ("even", "speed")
+        ]
+    common.show("Two ranks, one of them slowed by competitors for its core", rows)
+    if options.write:
+        common.write("unequal_ranks", (__doc__ or "").splitlines()[0], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Measuring what micro-batches cost and how fast ranks are, and cutting the windows to come accordingly.
+
+All ranks see the same numbers at the same update and so come to the same cuts, which begin with a window that none of
+them has started to load. The update does not depend on any of this.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections import deque
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from distaccum.accumulation import UpdateResult
+from distaccum.errors import UserError
+from distaccum.grouping import CostFit
+from distaccum.loaders import Window, WindowLoader
+from distaccum.strategies import Strategy
+
+logger = logging.getLogger(__name__)
+
+_UPDATES_TO_FIT_COSTS_AT = (4, 16, 64)
+_UPDATES_BETWEEN_BALANCING = 4
+_UPDATES_TO_REMEMBER = 8
+"""A rank's speed is the median over so many updates: one that was disturbed does not count."""
+_WORTH_A_CHANGE = 0.05
+"""Shares stay as they are unless one would change by more than this part of itself."""
+
+
+class CutTuning:
+    """Watches the updates of a run and tunes how its windows are cut.
+
+    Args:
+        loader: of the windows.
+        strategy: how the model is placed.
+        measure_costs: fit what micro-batches cost, if windows are cut by length.
+        balance_speed: give ranks shares in proportion to their measured speed.
+
+    Attributes:
+        reports: what the accumulator is to ask each rank for.
+
+    Raises:
+        UserError: the strategy's ranks wait for each other in every micro-step, so that their speeds can't be told.
+    """
+
+    def __init__(
+        self, loader: WindowLoader, strategy: Strategy, *, measure_costs: bool = True, balance_speed: bool = False
+    ) -> None:
+        if balance_speed and strategy.equal_micro_steps:
+            raise UserError(
+                "batch.balance=speed can't be had here: micro-steps hold collectives (FSDP, a static graph, "
+                "SyncBatchNorm), in which ranks wait for each other, so that all look equally fast. Set "
+                "batch.balance=even, or strategy=ddp without them."
+            )
+        self._loader = loader
+        self._strategy = strategy
+        self._fit = CostFit() if measure_costs and loader.grouping is not None else None
+        self._balances = balance_speed and strategy.world_size > 1
+        self._own_speed = 0.0
+        self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
+        self.reports: dict[str, Callable[[], float]] = {"speed": lambda: self._own_speed} if self._balances else {}
+
+    def after_update(self, update: int, window: Window, result: UpdateResult) -> None:
+        """Takes the measurements of an update (counted from 1); changes the cuts of windows to come."""
+        if update == 1:
+            return  # much is done for the first time
+        if self._fit is not None:
+            self._measure_costs(self._fit, update, window, result)
+        if self._balances:
+            self._measure_speed(window, result)
+            self._balance(update, window, result.reports["speed"])
+
+    def _first_free(self, window: Window) -> int:
+        """The first window that no rank can have begun to load."""
+        return self._loader.number(window.epoch, window.index) + self._loader.windows_ahead + 1
+
+    def _measure_costs(self, fit: CostFit, update: int, window: Window, result: UpdateResult) -> None:
+        grouping = self._loader.grouping
+        assert grouping is not None
+        for samples, seconds in zip(window.sample_indices, result.micro_seconds, strict=True):
+            if samples:
+                fit.add(len(samples), int(grouping.lengths[samples].max()), seconds)
+        if update not in _UPDATES_TO_FIT_COSTS_AT:
+            return
+        found = [fit.fit()]  # rank 0's counts
+        if self._strategy.process_group is not None:
+            dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
+        if found[0] is not None:
+            grouping.costs.change(found[0], self._first_free(window))
+            logger.debug("costs of a micro-batch from update %d on: %s", update, found[0])
+        if update == _UPDATES_TO_FIT_COSTS_AT[-1]:
+            self._fit = None
+
+    def _measure_speed(self, window: Window, result: UpdateResult) -> None:
+        """Work per second of this rank, in units that are the same for all: samples, or costs by length."""
+        grouping = self._loader.grouping
+        number = self._loader.number(window.epoch, window.index)
+        work = float(sum(window.sizes)) if grouping is None else grouping.cost(window.sample_indices, number)
+        if work:
+            self._own_speed = work / sum(result.micro_seconds)
+
+    def _balance(self, update: int, window: Window, reported: tuple[float, ...]) -> None:
+        if not all(reported):
+            return  # not measured on all ranks yet
+        self._reported.append(reported)
+        if update % _UPDATES_BETWEEN_BALANCING:
+            return
+        speeds = [statistics.median(of_a_rank) for of_a_rank in zip(*self._reported, strict=True)]
+        wanted = [speed / sum(speeds) for speed in speeds]
+        in_force = self._loader.speeds.changes[-1][1] or (1 / len(wanted),) * len(wanted)
+        if max(abs(new / old - 1) for new, old in zip(wanted, in_force, strict=True)) > _WORTH_A_CHANGE:
+            self._loader.speeds.change(tuple(wanted), self._first_free(window))
+            shown = ", ".join(f"{share:.1%}" for share in wanted)
+            logger.info("update %d: shares of the ranks by their speed: %s", update, shown)

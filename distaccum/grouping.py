@@ -1,0 +1,274 @@
+"""Cuts by length: which samples of a window share a micro-batch, and which rank computes it.
+
+The update doesn't depend on the cut, so samples of like length are put together, where little is padded, and the groups
+are dealt out so that the ranks finish together. Which samples make up the window stays exactly as random as before.
+Integers in, integers out: nothing here knows a device or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distaccum.errors import UserError
+from distaccum.planning import BatchPlan
+
+_MOST_BLOCKS = 512
+"""Windows of more samples than this are grouped in blocks of several, which bounds the time that it takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CostModel:
+    """What a micro-batch of n samples, padded to length L, costs: n L (1 + quadratic · L) + overhead.
+
+    In units of one token of a short sequence. The quadratic term is attention's, the overhead that of a forward and
+    backward however small.
+    """
+
+    quadratic: float = 0.0
+    overhead: float = 0.0
+
+    def cost(self, count: NDArray[np.float64], length: NDArray[np.float64]) -> NDArray[np.float64]:
+        return count * length * (1.0 + self.quadratic * length) + self.overhead
+
+
+def cut_by_length(
+    lengths: NDArray[np.int64],
+    *,
+    world_size: int,
+    max_tokens: int,
+    equal_micro_steps: bool = False,
+    costs: CostModel | None = None,
+    speeds: Sequence[float] | None = None,
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Groups the samples of a window by length and deals the groups out to ranks.
+
+    The grouping is the cheapest there is among those that keep the samples in the order of their lengths (dynamic
+    programming over where to cut). Groups go to ranks largest first, each to the rank that has least so far (Graham
+    1969); then, as long as that helps the rank that has most, its largest group is split.
+
+    Args:
+        lengths: of the window's samples, by their position in it; at least 1 each.
+        max_tokens: most tokens in a micro-batch, padding included. A longer sample is a micro-batch of its own.
+        equal_micro_steps: give all ranks the same number of micro-steps.
+        costs: what a micro-batch costs.
+        speeds: of the ranks, which then get costs in proportion to them. Default: all alike.
+
+    Returns:
+        Positions in the window, for each rank and micro-step. An empty micro-step is a placeholder.
+    """
+    costs = costs or CostModel()
+    order = np.argsort(-lengths, kind="stable")
+    groups = _cheapest_groups(order, lengths, max_tokens, costs)
+    ranks = _dealt(groups, lengths, speeds or [1.0] * world_size, costs)
+    if equal_micro_steps:
+        most = max(map(len, ranks))
+        for rank in ranks:
+            while len(rank) < most and _split_largest(rank, lengths, costs):
+                pass
+        # A split may have made one rank's list the longest.
+        most = max(map(len, ranks))
+        ranks = [[*rank, *([np.empty(0, np.int64)] * (most - len(rank)))] for rank in ranks]
+    # The costliest micro-step comes last: its backward is what the gradient sync hides behind.
+    return tuple(
+        tuple(tuple(group.tolist()) for group in sorted(rank, key=lambda group: _cost(group, lengths, costs))) or ((),)
+        for rank in ranks
+    )
+
+
+def _cost(group: NDArray[np.int64], lengths: NDArray[np.int64], costs: CostModel) -> float:
+    if not len(group):
+        return 0.0
+    return float(costs.cost(np.float64(len(group)), np.float64(lengths[group].max())))  # type: ignore[arg-type]
+
+
+def _cheapest_groups(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], max_tokens: int, costs: CostModel
+) -> list[NDArray[np.int64]]:
+    """Cuts the samples, longest first, where the sum of costs is least and no group is over the budget."""
+    block = -(-len(order) // _MOST_BLOCKS)
+    starts = np.arange(0, len(order), block)
+    longest = lengths[order[starts]].astype(np.float64)  # of a group that begins with the block
+    ends = np.append(starts[1:], len(order))
+    best = np.full(len(starts) + 1, np.inf)
+    best[0] = 0.0
+    came_from = np.zeros(len(starts) + 1, np.int64)
+    for stop in range(1, len(starts) + 1):
+        counts = (ends[stop - 1] - starts[:stop]).astype(np.float64)
+        total = best[:stop] + costs.cost(counts, longest[:stop])
+        # A single block is always allowed: it is cut further below.
+        total[(counts * longest[:stop] > max_tokens) & (np.arange(stop) < stop - 1)] = np.inf
+        came_from[stop] = int(np.argmin(total))
+        best[stop] = total[came_from[stop]]
+    groups: list[NDArray[np.int64]] = []
+    stop = len(starts)
+    while stop:
+        start = int(came_from[stop])
+        group = order[starts[start] : ends[stop - 1]]
+        fits = max(1, max_tokens // int(lengths[group[0]]))
+        groups += [group[first : first + fits] for first in range(0, len(group), fits)]
+        stop = start
+    return groups
+
+
+def _dealt(
+    groups: list[NDArray[np.int64]], lengths: NDArray[np.int64], speeds: Sequence[float], costs: CostModel
+) -> list[list[NDArray[np.int64]]]:
+    """Groups to ranks, so that the rank that takes longest takes little longer than the others."""
+    speeds = [speed / max(speeds) for speed in speeds]
+    while True:
+        ranks: list[list[NDArray[np.int64]]] = [[] for _ in speeds]
+        times = [0.0] * len(speeds)
+        for group in sorted(groups, key=lambda group: -_cost(group, lengths, costs)):
+            cost = _cost(group, lengths, costs)
+            after = [time + cost / speed for time, speed in zip(times, speeds, strict=True)]
+            rank = after.index(min(after))
+            ranks[rank].append(group)
+            times[rank] = after[rank]
+        most = times.index(max(times))
+        largest = max(ranks[most], key=lambda group: _cost(group, lengths, costs))
+        # Splitting the largest group moves at most half of it; not worth its overhead if that is about the spread.
+        movable = _cost(largest, lengths, costs) / speeds[most]
+        gain = min(max(times) - min(times), movable) / 2 - costs.overhead / speeds[most]
+        if len(speeds) == 1 or len(largest) < 2 or gain <= 0.02 * max(times):
+            return ranks
+        half = len(largest) // 2
+        groups = [*(group for group in groups if group is not largest), largest[:half], largest[half:]]
+
+
+def _split_largest(rank: list[NDArray[np.int64]], lengths: NDArray[np.int64], costs: CostModel) -> bool:
+    """Makes two micro-steps of a rank's largest one that can be split; False if none can."""
+    splittable = [number for number, group in enumerate(rank) if len(group) > 1]
+    if not splittable:
+        return False
+    number = max(splittable, key=lambda number: _cost(rank[number], lengths, costs))
+    group = rank.pop(number)
+    rank += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return True
+
+
+class Grouping:
+    """The cuts by length of a run's windows, as functions of the window and of the costs in force for it.
+
+    Args:
+        lengths: of all samples of the dataset.
+        plan: global batch, ranks, micro-batch.
+        num_samples: samples of the dataset.
+        max_tokens: most tokens in a micro-batch, padding included. None: `micro_batch_size` times the longest sample.
+
+    Raises:
+        UserError: the lengths can't be those of the dataset.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[np.int64], plan: BatchPlan, num_samples: int, max_tokens: int | None
+    ) -> None:
+        self.lengths = _checked_lengths(np.asarray(lengths, dtype=np.int64), num_samples)
+        self._plan = plan
+        assert plan.micro_batch_size is not None or max_tokens is not None
+        self.max_tokens = max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max())
+        # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
+        self.costs = Timeline(CostModel(overhead=self.max_tokens / 64))
+        self._known: dict[int, tuple[tuple[tuple[int, ...], ...], ...]] = {}
+
+    def cut(
+        self, samples: NDArray[np.int64], number: int, speeds: Sequence[float] | None = None
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """How a window is cut: positions in it, for each rank and micro-step.
+
+        Args:
+            samples: the window's samples, by their indices in the dataset.
+            number: of the window, counted over all epochs.
+            speeds: of the ranks, as they are in force for the window.
+        """
+        if number not in self._known:
+            if len(self._known) >= 4:  # the one in use, and those that are being loaded ahead
+                self._known.pop(next(iter(self._known)))
+            self._known[number] = cut_by_length(
+                self.lengths[samples],
+                world_size=self._plan.world_size,
+                max_tokens=self.max_tokens,
+                equal_micro_steps=self._plan.equal_micro_steps,
+                costs=self.costs.at(number),
+                speeds=speeds,
+            )
+        return self._known[number]
+
+    def cost(self, groups: Iterable[Sequence[int]], number: int) -> float:
+        """What micro-batches of these samples (indices in the dataset) cost together in a window."""
+        costs = self.costs.at(number)
+        return sum(_cost(np.asarray(group, dtype=np.int64), self.lengths, costs) for group in groups)
+
+    def explain(self) -> str:
+        """What a rank's part of a window looks like, in words."""
+        return f"micro-steps of at most {self.max_tokens} tokens, by length"
+
+
+T = TypeVar("T")
+
+
+class Timeline(Generic[T]):
+    """A value that changes from one window to the next, for all ranks alike and ahead of what is being loaded."""
+
+    def __init__(self, first_value: T) -> None:
+        self.changes = [(0, first_value)]
+
+    def at(self, number: int) -> T:
+        """The value in force for a window."""
+        return next(value for first, value in reversed(self.changes) if first <= number)
+
+    def change(self, value: T, first: int) -> None:
+        """Puts another value in force, from a window on that no rank has begun to load."""
+        self.changes.append((first, value))
+
+
+class CostFit:
+    """Fits a cost model to measured micro-steps, by least squares with no term below zero."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[float, float, float]] = []
+
+    def add(self, count: int, length: int, seconds: float) -> None:
+        """One micro-step: samples, length that they were padded to, and how long it took."""
+        self._rows.append((float(count), float(length), seconds))
+
+    def fit(self) -> CostModel | None:
+        """The fitted model; None as long as too little has been seen to tell its terms apart."""
+        if len(self._rows) < 8 or len({length for _, length, _ in self._rows}) < 4:
+            return None
+        count, length, seconds = np.array(self._rows).T
+        terms = {"linear": count * length, "quadratic": count * length**2, "overhead": np.ones_like(count)}
+        # Largest set of terms whose coefficients come out positive; relative errors count, as times range widely.
+        for names in (
+            ("linear", "quadratic", "overhead"),
+            ("linear", "overhead"),
+            ("linear", "quadratic"),
+            ("linear",),
+        ):
+            matrix = np.stack([terms[name] for name in names], axis=1) / seconds[:, None]
+            found = dict(zip(names, np.linalg.lstsq(matrix, np.ones_like(seconds), rcond=None)[0], strict=True))
+            if all(value > 0 for value in found.values()):
+                linear = found["linear"]
+                return CostModel(
+                    quadratic=float(found.get("quadratic", 0.0) / linear),
+                    overhead=float(found.get("overhead", 0.0) / linear),
+                )
+        return None
+
+
+def _checked_lengths(lengths: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+    if lengths.shape != (num_samples,):
+        raise UserError(
+            f"batch=by_length: the dataset has {num_samples} samples, and its `lengths` have the shape "
+            f"{tuple(lengths.shape)}. It takes one number for each sample."
+        )
+    if num_samples and lengths.min() < 1:
+        raise UserError(
+            f"batch=by_length: sample {int(lengths.argmin())} has the length {int(lengths.min())}, and lengths "
+            "are at least 1."
+        )
+    return lengths

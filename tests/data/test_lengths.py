@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distaccum import UserError
+from distaccum.data import DocumentationText
+from distaccum.data.lengths import lengths_of
+
+
+class Samples(list[Any]):
+    """A dataset made of a list."""
+
+
+def test_the_datasets_own_lengths_are_taken_without_loading_anything() -> None:
+    samples = Samples()
+    samples.lengths = [3, 1, 2]  # type: ignore[attr-defined]
+    assert lengths_of(samples).tolist() == [3, 1, 2]
+
+
+def test_lengths_are_found_by_loading() -> None:
+    def sample(length: int) -> dict[str, Any]:
+        return {"tokens": torch.zeros(length, 7), "label": torch.tensor(3), "id": 5, "mask": torch.ones(length)}
+
+    assert lengths_of(Samples([sample(length) for length in (4, 1, 9)])).tolist() == [4, 1, 9]
+
+
+def test_the_text_tells_its_lengths() -> None:
+    text = DocumentationText("evaluation", max_length=64)
+    known = text.lengths
+    del text.lengths
+    loaded = Samples([text_sample(known, text, index) for index in range(len(known))])
+    assert np.array_equal(lengths_of(loaded), known)
+
+
+def text_sample(lengths: list[int], text: DocumentationText, index: int) -> Any:
+    text.lengths = lengths
+    return text[index]
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([torch.zeros(2), torch.tensor(1.0)], "sample 1 has no tensor with a first dimension"),
+        ([5], "sample 0 has no tensor with a first dimension"),
+    ],
+)
+def test_samples_without_a_length_are_named(samples: list[Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        lengths_of(Samples(samples))
+
+
+def test_lengths_that_are_no_numbers_are_refused() -> None:
+    samples = Samples([torch.zeros(2)])
+    samples.lengths = ["long"]  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="the dataset's `lengths` are not whole numbers"):
+        lengths_of(samples)
