@@ -22,6 +22,7 @@ FLOORS = {
     "heartbeat": 1,
     "diagnosis": 1,
     "devices": 1,
+    "files": 1,
     "seeding": 1,
     "interruption": 1,
     "logs": 1,

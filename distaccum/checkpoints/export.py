@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from distaccum.checkpoints.state import persistent_buffers
 from distaccum.checkpoints.storage import write_safetensors
 from distaccum.errors import UserError
+from distaccum.files import sync
 from distaccum.strategies import Strategy
 
 MODEL_FILE = "model.safetensors"
@@ -40,6 +41,7 @@ def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool) -> None:
         aside.unlink(missing_ok=True)
         write_safetensors(aside, tensors)
         aside.rename(path)
+        sync(run_dir)
     except (OSError, TypeError) as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)  # it would take up what room there is

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distaccum.files import sync
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -102,14 +104,14 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 def commit(writing: Path, update: int) -> Path:
     """Gives a written checkpoint its name, which makes it one. What bore the name before is removed."""
-    _sync_folder(writing)
+    sync(writing)
     final = writing.with_name(name_of(update))
     replaced = final.with_name(_REPLACED + final.name)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     writing.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -204,11 +206,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

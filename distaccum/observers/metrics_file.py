@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distaccum.errors import UserError
+from distaccum.files import LineFile
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.files import LineFile
 from distaccum.observers.metrics_lines import KeptLines, keep_lines
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distaccum.observers.files import replacing, sync
+from distaccum.files import replacing, sync
 
 
 class _Key(NamedTuple):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from distaccum.choices import WandbMode
 from distaccum.errors import UserError
+from distaccum.files import replacing
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.files import replacing
 from distaccum.redaction import redacted_arguments
 
 if TYPE_CHECKING:
