@@ -64,7 +64,13 @@ class Training:
         self.strategy = strategy
         self.tuning = CutTuning(self.loader, strategy, balance_speed=balance)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        self.accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, reports=self.tuning.reports)
+        self.accumulator = Accumulator(
+            strategy.model,
+            optimizer,
+            strategy=strategy,
+            reports=self.tuning.reports,
+            time_micro_steps=self.tuning.needs_times,
+        )
         self.updates = 0
 
     def epoch(self) -> float:

@@ -58,7 +58,8 @@ class UpdateResult:
     """Part of it spent waiting for micro-batches."""
     micro_seconds: tuple[float, ...]
     """Time of each of this rank's micro-steps, forward and backward; the last one's until the last gradient bucket was
-    launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own)."""
+    launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own). Empty unless the
+    accumulator has been told `time_micro_steps`."""
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
@@ -112,6 +113,7 @@ class Accumulator:
             it is how ranks agree, at the same update, to stop because one of them got a signal. The same names on each
             rank.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
+        time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -128,6 +130,7 @@ class Accumulator:
         strategy: Strategy | None = None,
         flags: Mapping[str, Callable[[], bool]] | None = None,
         reports: Mapping[str, Callable[[], float]] | None = None,
+        time_micro_steps: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -136,6 +139,7 @@ class Accumulator:
         self.strategy = strategy or strategy_of(model)
         self.flags = dict(flags or {})
         self.reports = dict(reports or {})
+        self.time_micro_steps = time_micro_steps
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -213,7 +217,8 @@ class Accumulator:
             with nullcontext() if window.is_last else self.strategy.no_sync():
                 window.micro_steps += 1
                 window.awaiting_backward = True
-                window.micro_step_start = self._stopwatch.mark()
+                if self.time_micro_steps:
+                    window.micro_step_start = self._stopwatch.mark()
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
@@ -257,8 +262,10 @@ class Accumulator:
             loss_sum.backward(gradient=seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=seed)  # type: ignore[no-untyped-call]
-        window.backward_end = self._stopwatch.mark()
-        window.marks.append((window.micro_step_start, window.backward_end))
+        if window.is_last or self.time_micro_steps:
+            window.backward_end = self._stopwatch.mark()
+        if self.time_micro_steps:
+            window.marks.append((window.micro_step_start, window.backward_end))
 
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
@@ -339,6 +346,8 @@ class Accumulator:
         )
 
     def _micro_seconds(self, window: _OpenWindow, synced: bool) -> tuple[float, ...]:
+        if not window.marks:
+            return ()
         *marks, (start, end) = window.marks
         if synced:
             end = self.strategy.traffic.last_launch

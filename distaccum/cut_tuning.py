@@ -40,6 +40,7 @@ class CutTuning:
 
     Attributes:
         reports: what the accumulator is to ask each rank for.
+        needs_times: whether the accumulator is to time micro-steps.
 
     Raises:
         UserError: the strategy's ranks wait for each other in every micro-step, so that their speeds can't be told.
@@ -58,6 +59,7 @@ class CutTuning:
         self._strategy = strategy
         self._fit = CostFit() if measure_costs and loader.grouping is not None else None
         self._balances = balance_speed and strategy.world_size > 1
+        self.needs_times = self._balances or self._fit is not None
         self._own_speed = 0.0
         self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
         self.reports: dict[str, Callable[[], float]] = {"speed": lambda: self._own_speed} if self._balances else {}

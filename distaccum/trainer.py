@@ -125,9 +125,11 @@ class Trainer:
                 **(checkpointer.flags if checkpointer else {}),
             },
             reports=self._tuning.reports,
+            time_micro_steps=self._tuning.needs_times,
         )
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
+        self._seconds_before, self._started = 0.0, time.perf_counter()
         self._evaluation: EvaluationRecord | None = None
         stopping = loop.early_stopping
         self._early_stopping = (
@@ -156,7 +158,7 @@ class Trainer:
             for observer in self.observers:
                 stack.callback(observer.close)
             stack.callback(self._close_loaders)
-            started = time.perf_counter()
+            self._started = time.perf_counter()
             self._tell_start()
             interrupted = self._train()
             self._save_at_the_end(is_finished=interrupted is None)
@@ -166,7 +168,7 @@ class Trainer:
                 interrupted=interrupted,
                 is_saved=self.checkpointer is not None and self.checkpointer.last_saved == self._totals.updates,
                 evaluation=self._evaluation,
-                total_seconds=time.perf_counter() - started,
+                total_seconds=self._total_seconds(),
                 run_dir=self.run_dir,
             )
             for observer in self.observers:
@@ -331,6 +333,7 @@ class Trainer:
         self.checkpointer.restore(checkpoint)
         self.accumulator.clear_gradients()
         self._totals = Totals(**progress["totals"])
+        self._seconds_before = progress["total_seconds"]
         self._owes_evaluation = progress["owes_evaluation"] and self.evaluation_loader is not None
         self._evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
         stopping = self._early_stopping
@@ -361,6 +364,7 @@ class Trainer:
         """Where the run stands, as JSON has it."""
         return {
             "totals": asdict(self._totals),
+            "total_seconds": self._total_seconds(),
             "epoch": self._epoch,
             "next_window": self._next_window,
             "owes_evaluation": self._owes_evaluation,
@@ -368,6 +372,10 @@ class Trainer:
             "windows": self._windows_identity(),
             "config": self.config,
         }
+
+    def _total_seconds(self) -> float:
+        """How long the run has taken so far, before it was interrupted too."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     def _save_at_the_end(self, *, is_finished: bool) -> None:
         if self.checkpointer is None:

@@ -340,3 +340,31 @@ def test_a_weight_may_be_a_tensor_of_any_kind() -> None:
             weight = (3, torch.tensor(1), torch.tensor(2.0, dtype=torch.float32))[number]
             accumulator.backward(model(batch).sum(), weight)
     assert accumulator.step().weight == 6.0
+
+
+def test_flags_reports_and_times_of_micro_steps() -> None:
+    model = nn.Linear(3, 1)
+    asked: list[str] = []
+
+    def answer(name: str, value: Any) -> Any:
+        asked.append(name)
+        return value
+
+    accumulator = Accumulator(
+        model,
+        adamw(model),
+        flags={"yes": lambda: answer("yes", True), "no": lambda: answer("no", False)},
+        reports={"speed": lambda: answer("speed", 2.5), "load": lambda: answer("load", 0.25)},
+        time_micro_steps=True,
+    )
+    with accumulator.window([torch.randn(4, 3) for _ in range(3)]) as micro_batches:
+        for inputs in micro_batches:
+            assert not asked, "asked once, at the end of the window"
+            accumulator.backward(model(inputs).square().sum(), 4, {"own": torch.tensor([1.0, 2.0])})
+    update = accumulator.step()
+    assert asked == ["yes", "no", "speed", "load"]
+    assert update.flags == {"yes"}
+    assert update.reports == {"speed": (2.5,), "load": (0.25,)}
+    assert update.sums["own"].tolist() == [3.0, 6.0]
+    assert len(update.micro_seconds) == 3
+    assert 0 < sum(update.micro_seconds) <= update.seconds

@@ -466,3 +466,27 @@ def check_two_models_in_one_loop(world: World) -> None:
     assert first.sync_bytes == flat(models[0]).nbytes
     assert second.sync_bytes == flat(models[1]).nbytes
     assert second.weight == 3 * dist.get_world_size()
+
+
+def check_flags_and_reports_ride_along(world: World) -> None:
+    """All ranks see what any of them says, at the same update, and no collective is added for it."""
+    collectives = []
+    for extra in (False, True):
+        model = DistributedDataParallel(TokenClassifier())
+        asked = {
+            "flags": {"mine": lambda: world.rank == 1, "nobody's": lambda: False},
+            "reports": {"number": lambda: float(10 + world.rank)},
+        }
+        accumulator = Accumulator(model, adamw(model), **(asked if extra else {}))
+        loader = WindowLoader(RaggedTokens(), global_batch_size=16, micro_batch_size=2)
+        with CollectiveCounter() as counter:
+            for window in loader:
+                with accumulator.window(window) as micro_batches:
+                    for batch in micro_batches:
+                        accumulator.backward(*token_loss(model, batch))
+                update = accumulator.step()
+                if extra:
+                    assert update.flags == {"mine"}
+                    assert update.reports == {"number": tuple(10.0 + rank for rank in range(world.world_size))}
+        collectives.append([name for name, _ in counter.collectives])
+    assert collectives[0] == collectives[1]
