@@ -29,6 +29,7 @@ from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.redaction import redacted, secrets_in
 from distaccum.run_folder import (
     CHECKPOINTS,
+    METRICS,
     RunFolder,
     begin,
     changes,
@@ -38,7 +39,7 @@ from distaccum.run_folder import (
 )
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
-from distaccum.trainer import Trainer, total_updates
+from distaccum.trainer import PROGRESS_KEYS, Trainer, total_updates
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,10 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
         UserError: `resume` names one that is not there or is damaged.
     """
     checkpoint = newest_whole(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
-    if checkpoint is None and config.resume not in ("auto", "none"):
-        checkpoint = _named_checkpoint(Path(config.resume).expanduser(), world)
+    if config.resume not in ("auto", "none"):
+        checkpoint = _of_both(checkpoint, Path(config.resume).expanduser(), folder, world)
+    if checkpoint is not None:
+        _check_can_go_on(checkpoint, config)
     if checkpoint is not None and world.is_main:
         before = checkpoint.state
         logger.info("going on from %s, update %d", checkpoint.path, checkpoint.update)
@@ -104,6 +107,34 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
     if folder.is_restart and checkpoint is None and world.is_main:
         logger.info("%s holds a run that had not saved a checkpoint yet: it starts over", folder.path)
     return checkpoint
+
+
+def _of_both(own: Checkpoint | None, named: Path, folder: RunFolder, world: World) -> Checkpoint:
+    """The run's own checkpoint, if it has one already, else the one that `resume` names."""
+    if own is None:
+        return _named_checkpoint(named, world)
+    inside = folder.path.resolve() in named.resolve().parents
+    if inside and named.resolve() not in (own.path.resolve(), own.path.parent.resolve()):
+        raise UserError(
+            f"resume={named} is not the newest checkpoint in run_dir={folder.path}, whose results would no longer fit "
+            "together. To go back to it, give the run another folder with run_dir=…"
+        )
+    if world.is_main and not inside:
+        logger.info("resume=%s is where this run began; it has checkpoints of its own since", named)
+    return own
+
+
+def _check_can_go_on(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    if not config.checkpoint.enabled:
+        raise UserError(
+            f"checkpoint.enabled=false, but there is a checkpoint to go on from, {checkpoint.path}: leave that out, or "
+            "begin anew in another run_dir."
+        )
+    if missing := PROGRESS_KEYS - checkpoint.state["progress"].keys():
+        raise UserError(
+            f"{checkpoint.path} was not saved by distaccum.train: it doesn't say {', '.join(sorted(missing))}. Go on "
+            "from it in the loop that saved it."
+        )
 
 
 def _named_checkpoint(path: Path, world: World) -> Checkpoint:
@@ -201,13 +232,18 @@ def build_trainer(
     )
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
-    checkpointer = Checkpointer(
-        folder.path / CHECKPOINTS,
-        strategy.model,
-        optimizer,
-        config=config.checkpoint,
-        strategy=strategy,
-        timeout_seconds=config.distributed.timeout_seconds,
+    checkpointer = (
+        Checkpointer(
+            folder.path / CHECKPOINTS,
+            strategy.model,
+            optimizer,
+            config=config.checkpoint,
+            strategy=strategy,
+            timeout_seconds=config.distributed.timeout_seconds,
+            files=[folder.path / METRICS],
+        )
+        if config.checkpoint.enabled
+        else None
     )
     return Trainer(
         model=strategy.model,
@@ -224,7 +260,7 @@ def build_trainer(
         strategy=strategy,
         run_dir=folder.path,
         config=redacted(plain),
-        checkpointer=checkpointer if config.checkpoint.enabled else None,
+        checkpointer=checkpointer,
         interruption=interruption,
         heartbeat=world.heartbeat,
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
@@ -249,13 +285,17 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
     Raises:
         UserError: names the keys that differ and each rank's value.
     """
-    everyone = world.gather(flat(redacted(plain)))
+    everyone = world.gather(flat(plain))
     keys = sorted(set().union(*everyone))
     # As text, because NaN is not equal to itself.
     different = [key for key in keys if len({repr(flat.get(key)) for flat in everyone}) > 1]
     if different:
         shown = "; ".join(
-            f"{key} is " + ", ".join(f"{flat.get(key)!r} on rank {rank}" for rank, flat in enumerate(everyone))
+            f"{key} is "
+            + ", ".join(
+                f"{redacted(flat.get(key), key.rpartition('.')[2])!r} on rank {rank}"
+                for rank, flat in enumerate(everyone)
+            )
             for key in different[:5]
         )
         more = f"; and {len(different) - 5} more keys" if len(different) > 5 else ""

@@ -61,13 +61,17 @@ class CutTuning:
         self._balances = balance_speed and strategy.world_size > 1
         self.needs_times = self._balances or self._fit is not None
         self._own_speed = 0.0
+        self._seen = 0
         self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
         self.reports: dict[str, Callable[[], float]] = {"speed": lambda: self._own_speed} if self._balances else {}
 
     def after_update(self, update: int, window: Window, result: UpdateResult) -> None:
         """Takes the measurements of an update (counted from 1); changes the cuts of windows to come."""
-        if update == 1:
-            return  # much is done for the first time
+        self._seen += 1
+        if self._seen == 1:
+            return  # much is done for the first time in this process
+        if update > _UPDATES_TO_FIT_COSTS_AT[-1]:
+            self._fit = None
         if self._fit is not None:
             self._measure_costs(self._fit, update, window, result)
         if self._balances:
@@ -76,7 +80,10 @@ class CutTuning:
 
     def _first_free(self, window: Window) -> int:
         """The first window that no rank can have begun to load."""
-        return self._loader.number(window.epoch, window.index) + self._loader.windows_ahead + 1
+        return self._number(window) + self._loader.windows_ahead + 1
+
+    def _number(self, window: Window) -> int:
+        return self._loader.number(window.epoch, window.index)
 
     def _measure_costs(self, fit: CostFit, update: int, window: Window, result: UpdateResult) -> None:
         grouping = self._loader.grouping
@@ -90,15 +97,13 @@ class CutTuning:
         if self._strategy.process_group is not None:
             dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
         if found[0] is not None:
-            grouping.costs.change(found[0], self._first_free(window))
+            grouping.costs.change(found[0], self._first_free(window), self._number(window))
             logger.debug("costs of a micro-batch from update %d on: %s", update, found[0])
-        if update == _UPDATES_TO_FIT_COSTS_AT[-1]:
-            self._fit = None
 
     def _measure_speed(self, window: Window, result: UpdateResult) -> None:
         """Work per second of this rank, in units that are the same for all: samples, or costs by length."""
         grouping = self._loader.grouping
-        number = self._loader.number(window.epoch, window.index)
+        number = self._number(window)
         work = float(sum(window.sizes)) if grouping is None else grouping.cost(window.sample_indices, number)
         if work:
             self._own_speed = work / sum(result.micro_seconds)
@@ -113,6 +118,6 @@ class CutTuning:
         wanted = [speed / sum(speeds) for speed in speeds]
         in_force = self._loader.speeds.changes[-1][1] or (1 / len(wanted),) * len(wanted)
         if max(abs(new / old - 1) for new, old in zip(wanted, in_force, strict=True)) > _WORTH_A_CHANGE:
-            self._loader.speeds.change(tuple(wanted), self._first_free(window))
+            self._loader.speeds.change(tuple(wanted), self._first_free(window), self._number(window))
             shown = ", ".join(f"{share:.1%}" for share in wanted)
             logger.info("update %d: shares of the ranks by their speed: %s", update, shown)

@@ -43,6 +43,7 @@ class Grace:
         self._started = 0.0
         self._random: dict[str, Tensor] | None = None
         self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._remembered: dict[str, Tensor] = {}
 
     def is_long(self) -> bool:
         """Whether the window has taken so long that the next one may have to be dropped: a flag of the accumulator."""
@@ -52,10 +53,12 @@ class Grace:
     def begin(self, update: int, micro_steps: int) -> None:
         """Before the window of an update, of which this rank has so many micro-steps."""
         self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
-        self._random, self._buffers = None, []
+        self._random, self._buffers, self._remembered = None, [], {}
         if self._next_is_long:
             self._random = random_state(self._strategy.device)
             self._buffers = [(buffer, buffer.clone()) for buffer in self._strategy.module.buffers()]
+            # Leaving a window drops what a strategy remembers of the windows before.
+            self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
 
     def check(self, micro_step: int) -> None:
         """Before each micro-step (from 1), once a signal has come.
@@ -69,12 +72,10 @@ class Grace:
         needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1)
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
-        if self._random is not None and is_too_slow:
-            fate = self._interruption.settle(window, "drop")
-        elif micro_step == self._micro_steps:
+        fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
+        if fate is None and micro_step == self._micro_steps:
+            # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
-        else:
-            fate = self._interruption.settle(window, None)
         if fate == "drop":
             raise WindowDroppedError
 
@@ -99,6 +100,7 @@ class Grace:
         """Undoes what the forwards of a dropped window have left behind."""
         assert self._random is not None
         set_random_state(self._random, self._strategy.device)
+        self._strategy.load_state_tensors(self._remembered)
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)

@@ -169,7 +169,11 @@ class Grouping:
     ) -> None:
         self.lengths = _checked_lengths(np.asarray(lengths, dtype=np.int64), num_samples)
         self._plan = plan
-        assert plan.micro_batch_size is not None or max_tokens is not None
+        if plan.accumulation_steps is not None:
+            raise UserError(
+                f"accumulation_steps={plan.accumulation_steps} can't be given with lengths: the number of micro-steps "
+                "follows from them. Give micro_batch_size or max_tokens."
+            )
         self.max_tokens = max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max())
         # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
         self.costs = Timeline(CostModel(overhead=self.max_tokens / 64))
@@ -219,11 +223,16 @@ class Timeline(Generic[T]):
 
     def at(self, number: int) -> T:
         """The value in force for a window."""
-        return next(value for first, value in reversed(self.changes) if first <= number)
+        return next((value for first, value in reversed(self.changes) if first <= number), self.changes[0][1])
 
-    def change(self, value: T, first: int) -> None:
-        """Puts another value in force, from a window on that no rank has begun to load."""
-        self.changes.append((first, value))
+    def change(self, value: T, first: int, now: int = 0) -> None:
+        """Puts another value in force, from a window on that no rank has begun to load.
+
+        Args:
+            now: the window in use; what was in force only before it is forgotten.
+        """
+        over = [number for number, (start, _) in enumerate(self.changes) if start <= now]
+        self.changes = [*self.changes[over[-1] if over else 0 :], (first, value)]
 
 
 class CostFit:

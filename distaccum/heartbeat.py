@@ -61,7 +61,7 @@ class Heartbeat:
         self._failed_at: float | None = None
         self._is_said_here: Callable[[], bool] | None = None
         self._on_stuck: Callable[[BaseException], None] | None = None
-        self._neighbours: list[Sign] = []
+        self._neighbours: list[Sign] | None = None  # not looked for yet
         self._log: TextIO | None = None
         self._log_path = ""
         self._armed_for: _Activity | None = None
@@ -160,7 +160,8 @@ class Heartbeat:
             self._thread = None
         if self._log is not None:
             faulthandler.cancel_dump_traceback_later()
-            self._log.close()
+            with suppress(OSError):
+                self._log.close()
             self._log = None
 
     def let_others_hear(self) -> None:
@@ -310,7 +311,7 @@ class Heartbeat:
         waits, seconds = self._seen[1], time.monotonic() - self._since
         if not waits or seconds < 2 * BEAT_SECONDS:
             return
-        if not self._neighbours:
+        if self._neighbours is None:
             self._neighbours = [sign for sign in self._look().values() if sign.host == this_host()]
         error: Exception | None = None
         if any(process_state(sign) is Fate.gone for sign in self._neighbours):
@@ -326,13 +327,15 @@ class Heartbeat:
     def _write_stacks(self, why: str) -> None:
         if self._log is not None:
             self._note(f"{why}; the stacks of all threads follow")
-            faulthandler.dump_traceback(file=self._log, all_threads=True)
+            with suppress(OSError, ValueError):
+                faulthandler.dump_traceback(file=self._log, all_threads=True)
 
     def _note(self, text: str) -> None:
         if self._log is not None:
             now, sign = time.strftime("%Y-%m-%d %H:%M:%S"), self._sign()
-            self._log.write(f"{now} rank {self.rank}, for {sign.seconds:.0f} s in {sign.doing}: {text}\n")
-            self._log.flush()
+            with suppress(OSError, ValueError):  # a full disk must not end the signs of life
+                self._log.write(f"{now} rank {self.rank}, for {sign.seconds:.0f} s in {sign.doing}: {text}\n")
+                self._log.flush()
 
 
 def _key(rank: int) -> str:

@@ -239,6 +239,8 @@ class WindowLoader:
         size = self._bounds[index][1] - self._bounds[index][0]
         speeds = self.speeds.at(self.number(epoch, index))
         if (size, speeds) not in self._cuts:
+            if len(self._cuts) >= 64:
+                self._cuts.clear()  # speeds that change from time to time
             self._cuts[size, speeds] = self.plan.cut(size, speeds)
         return self._cuts[size, speeds]
 

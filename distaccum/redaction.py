@@ -8,7 +8,14 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
-_SECRET_NAME = re.compile(r"(api_?key|access_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+_OF_A_TOKENIZER = "".join(
+    f"(?<!{kind}_)" for kind in ("pad", "eos", "bos", "unk", "mask", "sep", "cls", "start", "end", "image")
+)
+_SECRET_NAME = re.compile(
+    rf"((api|access|secret|private|auth|signing)_?keys?|{_OF_A_TOKENIZER}token|secrets?|passwords?|passwd|passphrase|"
+    r"credentials?)$",
+    re.IGNORECASE,
+)
 
 
 def secrets() -> list[str]:

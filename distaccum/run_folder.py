@@ -65,9 +65,11 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
     with contextlib.ExitStack() as stack:
         try:
             path = _folder(run_dir)
-            stack.enter_context(_locked(path))
-            folder = RunFolder(path, _is_restart(path, run_dir, resume, plain))
+            is_relaunch = stack.enter_context(_locked(path)) == _launch() and _is_relaunched()
             clear_leftovers(path / CHECKPOINTS)
+            # torchrun has started the same command again: its own results are no reason to refuse it.
+            is_restart = _is_restart(path, run_dir, "auto" if is_relaunch else resume, plain)
+            folder = RunFolder(path, is_restart)
         except OSError as error:
             raise _cannot_write(run_dir if run_dir is not None else "runs", error) from error
         if not folder.is_restart:
@@ -107,11 +109,22 @@ def _folder(run_dir: str | None) -> Path:
 
 def _folder_before_restart() -> Path | None:
     """The folder that the same torchrun's ranks had before it restarted them."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not _is_relaunched():
         return None
-    mine = os.environ.get("TORCHELASTIC_RUN_ID")
+    mine = _launch()
     locks = sorted(Path("runs").glob(f"*/{_LOCK}"), key=lambda lock: lock.parent.name, reverse=True)
     return next((lock.parent for lock in locks if _holder(lock).get("launch") == mine), None)
+
+
+def _is_relaunched() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _launch() -> str | None:
+    """What tells one start of torchrun from another; None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    # A static rendezvous calls all of them none; the launcher's own process outlives the ranks that it restarts.
+    return f"none {socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
 
 
 def _made_anew(path: Path) -> Path:
@@ -128,15 +141,18 @@ def _made_anew(path: Path) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies."""
+def _locked(path: Path) -> Iterator[str | None]:
+    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies.
+
+    Gives the launch that held it before.
+    """
+    before = _holder(path / _LOCK).get("launch")  # opening the file again later would let go of the lock
     with (path / _LOCK).open("a+", encoding="utf-8") as file:
         _wait_for_lock(file, path)
         file.truncate(0)
-        launch = os.environ.get("TORCHELASTIC_RUN_ID")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launch": launch}, file)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launch": _launch()}, file)
         file.flush()
-        yield
+        yield before
 
 
 def _wait_for_lock(file: TextIO, path: Path, patience_seconds: float = 5.0) -> None:

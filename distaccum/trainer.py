@@ -36,11 +36,20 @@ from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
+from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import TaskOutput
 from distaccum.totals import Totals
 
 logger = logging.getLogger(__name__)
+
+
+PROGRESS_KEYS = frozenset(
+    ("totals", "total_seconds", "epoch", "next_window", "owes_evaluation", "evaluation", "windows", "config")
+)
+"""What a trainer's checkpoint says of where the run stands."""
+
+_SECONDS_FOR_A_SAVE_UNDER_WAY = 10.0
 
 
 class Trainer:
@@ -138,6 +147,7 @@ class Trainer:
         self._stopped_early: str | None = None
         self._epoch, self._next_window = 0, 0
         self._owes_evaluation = False
+        self._is_ahead_of_save = False
         if checkpointer is not None:
             stateful: dict[str, Stateful | None] = {
                 "loader": loader,
@@ -158,6 +168,9 @@ class Trainer:
             for observer in self.observers:
                 stack.callback(observer.close)
             stack.callback(self._close_loaders)
+            if self.checkpointer is not None:
+                # What ends the run with an error should not cost the checkpoint that is being written.
+                stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
             self._started = time.perf_counter()
             self._tell_start()
             interrupted = self._train()
@@ -200,7 +213,7 @@ class Trainer:
             if self._has_stopped_early():
                 return None
             if self.checkpointer and (self.checkpointer.is_due(self._totals.updates, result.flags) or is_best):
-                self.checkpointer.save(self._totals.updates, self._progress())
+                self._save()
         return None
 
     def _has_stopped_early(self) -> bool:
@@ -247,6 +260,7 @@ class Trainer:
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         self._totals.add(window, result)
+        self._is_ahead_of_save = True
         if result.skipped:
             number = self._totals.updates
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
@@ -297,6 +311,7 @@ class Trainer:
         for observer in self.observers:
             observer.on_evaluation(self._evaluation)
         self._owes_evaluation = False
+        self._is_ahead_of_save = True
         stopping = self._early_stopping
         if stopping is not None and stopping.update(self._evaluation.metrics):
             self._stopped_early = stopping.reason
@@ -329,8 +344,12 @@ class Trainer:
             done = self._next_window * progress["windows"]["batch.global_batch_size"]
             self._next_window = -(-done // self.loader.plan.global_batch_size)
             logger.warning("resume_override: saved with %s", different)
-        self.strategy.warm_up(self._loss_of_next_window)
+        if progress["totals"]["updates"]:
+            self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
+        if checkpoint.state["world_size"] != self.strategy.world_size:
+            # Not the numbers again that the run has drawn at its start.
+            seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
         self._totals = Totals(**progress["totals"])
         self._seconds_before = progress["total_seconds"]
@@ -377,11 +396,24 @@ class Trainer:
         """How long the run has taken so far, before it was interrupted too."""
         return self._seconds_before + time.perf_counter() - self._started
 
+    def _save(self, *, wait: bool = False) -> None:
+        assert self.checkpointer is not None
+        self.checkpointer.save(self._totals.updates, self._progress(), wait=wait)
+        self._is_ahead_of_save = False
+
     def _save_at_the_end(self, *, is_finished: bool) -> None:
         if self.checkpointer is None:
             return
-        self.heartbeat.doing("saving of the last checkpoint", update=self._totals.updates, waits=True)
-        self.checkpointer.save(self._totals.updates, self._progress(), wait=True)
+        self.heartbeat.doing("saving of the last checkpoint", update=self._totals.updates)
+        self.checkpointer.wait()
+        if self._is_ahead_of_save or self.checkpointer.last_saved != self._totals.updates:
+            self._save(wait=True)
+        if self.checkpointer.has_lost_touch and self.checkpointer.rank == 0:
+            logger.warning(
+                "the state after update %d could not be saved: ranks have waited longer for each other's disks than "
+                "distributed.timeout_seconds",
+                self._totals.updates,
+            )
         if is_finished and self.run_dir is not None:
             export_model(self.strategy, self.run_dir, is_main=self.checkpointer.rank == 0)
 

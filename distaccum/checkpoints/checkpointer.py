@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.finding import newest_whole
-from distaccum.checkpoints.folder import Checkpoint, clear_leftovers, prune
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, name_of, prune
 from distaccum.checkpoints.random_state import set_random_state
 from distaccum.checkpoints.state import (
     adopt_group_settings,
@@ -36,7 +36,7 @@ from distaccum.checkpoints.state import (
     set_optimizer_state,
     state_tensors,
 )
-from distaccum.checkpoints.storage import ManifestReader, ManifestWriter
+from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
 from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
 from distaccum.diagnosis import is_broken_collective
@@ -76,6 +76,8 @@ class Checkpointer:
         strategy: how the model is placed. Default: what the model shows.
         states: further objects whose state belongs to the run (scaler, early stopping, …), by name.
         timeout_seconds: how long ranks wait for each other while one writes.
+        files: other files of the run that belong to it (`metrics.jsonl`). A checkpoint counts once they are on the
+            disk.
 
     Attributes:
         flags: what `Accumulator` is to ask at the end of each window, for ranks to agree on when to save.
@@ -92,28 +94,41 @@ class Checkpointer:
         strategy: Strategy | None = None,
         states: Mapping[str, Stateful] | None = None,
         timeout_seconds: float = 600.0,
+        files: Sequence[Path] = (),
     ) -> None:
         self.folder = folder
         self.config = config or CheckpointConfig()
         self.optimizer = optimizer
         self.strategy = strategy or strategy_of(model)
         self.states = dict(states or {})
-        self.flags: dict[str, Callable[[], bool]] = {"save": self._is_time_up, "saving": self.is_busy}
+        self.files = files
+        self.flags: dict[str, Callable[[], bool]] = {
+            "save": self._is_time_up,
+            "saving": self.is_busy,
+            "lost touch": lambda: self.has_lost_touch,
+        }
         self.rank = dist.get_rank() if self.strategy.process_group is not None else 0
-        # Ranks talk about a checkpoint in a thread, beside the training's own collectives: so in a group of their own.
-        self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-            if self.strategy.process_group is not None
-            else None
-        )
+        self._timeout_seconds = timeout_seconds
+        self._group = self._new_group()
         self._settings_at_start = group_settings(optimizer)
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
         self._is_owed = False
         self._best: dict[int, float] = {}
+        self.has_lost_touch = False
+        """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
         self.last_saved: int | None = None
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
+
+        check_formats(self.strategy.module)
+
+    def _new_group(self) -> dist.ProcessGroup | None:
+        """Ranks talk about a checkpoint in a thread, beside the training's collectives: so in a group of their own."""
+        if self.strategy.process_group is None:
+            return None
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_seconds))
+        return group
 
     # When
 
@@ -135,12 +150,26 @@ class Checkpointer:
         Args:
             flags: `UpdateResult.flags` of the update.
         """
+        if "lost touch" in flags:
+            self._meet_again()
         every = self.config.every_updates
         self._is_owed |= "save" in flags or (every is not None and update % every == 0)
         if self._is_owed and "saving" in flags:
             logger.debug("update %d: the checkpoint before is still being written, so the next one waits", update)
             return False
         return self._is_owed
+
+    def _meet_again(self) -> None:
+        """Makes a new group in place of one that a rank has waited in for too long, which can't be used any more."""
+        self.wait()
+        self.has_lost_touch = False
+        self._group = self._new_group()
+        if self.rank == 0:
+            logger.warning(
+                "a checkpoint could not be saved: ranks have waited longer for each other's disks than "
+                "distributed.timeout_seconds=%g. Training goes on, and the next one is tried.",
+                self._timeout_seconds,
+            )
 
     def is_among_best(self, update: int, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation is one of the `keep_best` best so far, so that its state is to be saved.
@@ -223,7 +252,7 @@ class Checkpointer:
         return self._staged
 
     def _write(self, update: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        writer = ManifestWriter(self.folder, update, self.rank, state)
+        writer = ManifestWriter(self.folder, update, self.rank, state, self.files)
         try:
             with torch.no_grad():
                 _without_process_warning()
@@ -248,8 +277,12 @@ class Checkpointer:
 
     def _report_failure(self, update: int, error: BaseException) -> None:
         logger.debug("the checkpoint of update %d failed", update, exc_info=error)
-        if self.rank != 0 or is_broken_collective(error):
-            return  # a rank that has died ends the run, and is spoken of there
+        self._best.pop(update, None)
+        if is_broken_collective(error):
+            self.has_lost_touch = True
+            return  # if a rank has died, that ends the run, and is spoken of there
+        if self.rank != 0:
+            return
         with suppress(OSError):
             clear_leftovers(self.folder)
         kept = "there is none yet" if self.last_saved is None else f"that of update {self.last_saved} is kept"
@@ -300,25 +333,32 @@ class Checkpointer:
         for name, entry in self.states.items():
             if name in checkpoint.state["states"]:
                 entry.load_state_dict(checkpoint.state["states"][name])
-        self._best = {int(number): value for number, value in checkpoint.state["best"].items()}
-        self._settings_at_start = saved["settings_at_start"]
+        # Those of a run in another folder are not here to be kept.
+        here = {path.name for path in checkpoints_in(self.folder)}
+        best = {int(number): value for number, value in checkpoint.state["best"].items()}
+        self._best = {number: value for number, value in best.items() if name_of(number) in here}
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress
 
     def _read(self, checkpoint: Checkpoint, targets: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            _without_process_warning()
-            load(
-                targets,
-                storage_reader=ManifestReader(checkpoint),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+        try:
+            with torch.no_grad():
+                _without_process_warning()
+                load(
+                    targets,
+                    storage_reader=ManifestReader(checkpoint),
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except CheckpointException as error:  # a BaseException
+            raise UserError(f"the checkpoint {checkpoint.path} can't be read: {_reasons(error)}.") from error
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint in the folder that is whole; damaged ones are named in the log and passed over."""
+        if self.rank == 0:
+            clear_leftovers(self.folder)
         return newest_whole(self.folder, rank=self.rank, gather=self._gather)
 
     def _gather(self, value: Any) -> list[Any]:

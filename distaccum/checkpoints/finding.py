@@ -17,6 +17,7 @@ from distaccum.checkpoints.folder import (
     read_checkpoint,
     verify_files,
 )
+from distaccum.checkpoints.storage import ManifestReader
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,10 @@ def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
     """Refuses what no run has written: hashes are no signature, anybody can make them."""
     if missing := sorted(_STATE - checkpoint.state.keys()):
         raise DamagedCheckpointError(f"{MANIFEST} lacks {', '.join(missing)}")
+    try:
+        ManifestReader(checkpoint).read_metadata()
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} tells of tensors what can't be ({error!r})") from error
     chunks = [chunk for tensor in checkpoint.manifest["tensors"].values() for chunk in tensor["chunks"]]
     for name in names:
         try:

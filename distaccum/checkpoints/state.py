@@ -105,17 +105,18 @@ def adopt_group_settings(
 
     What differs from the saved run's settings at its start has been configured anew since, and is left alone.
     """
-    groups = own_optimizer(optimizer).param_groups
     now = group_settings(optimizer)
-    if len(groups) != len(saved):
+    if len(now) != len(saved):
         return
-    for group, current, start, end in zip(groups, now, saved_at_start, saved, strict=True):
-        for key, value in end.items():
-            if key in current and current[key] == start.get(key) and current[key] != value:
-                if isinstance(group[key], Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = tuple(value) if isinstance(group[key], tuple) else value
+    # ZeRO-1 copies the settings of the outer optimizer into that of its shard at each step.
+    for groups in (own_optimizer(optimizer).param_groups, optimizer.param_groups):
+        for group, current, start, end in zip(groups, now, saved_at_start, saved, strict=True):
+            for key, value in end.items():
+                if key in current and current[key] == start.get(key) and current[key] != value:
+                    if isinstance(group[key], Tensor):
+                        group[key].fill_(value)
+                    else:
+                        group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
 
 def check_same_model(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:

@@ -9,16 +9,17 @@ for the disk.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,6 +32,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from distaccum.checkpoints.folder import FORMAT, Checkpoint, commit, start_writing, write_manifest, writing_path
+from distaccum.errors import UserError
+from distaccum.files import sync
 
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -59,7 +62,7 @@ class _Stored:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Writes tensors (on the CPU) into a new file and sees to it that they are on the disk.
+    """Writes tensors into a new file and sees to it that they are on the disk.
 
     Returns:
         The file's size in bytes and its hash (BLAKE2b of 16 bytes, hexadecimal).
@@ -83,7 +86,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     digest, size = hashlib.blake2b(digest_size=16), 0
     with path.open("xb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
+        # One after another: tensors of a GPU are copied to the CPU here.
+        for part in itertools.chain((len(text).to_bytes(8, "little") + text,), map(_bytes_of, tensors.values())):
             view = memoryview(part)
             for start in range(0, len(view), _CHUNK_BYTES):
                 chunk = view[start : start + _CHUNK_BYTES]
@@ -95,8 +99,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     return size, digest.hexdigest()
 
 
+def check_formats(module: nn.Module) -> None:
+    """Refuses a model that can't be saved, before it is trained.
+
+    Raises:
+        UserError: a parameter or a persistent buffer is of a format for which safetensors has no name here.
+    """
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.dtype not in _SAFETENSORS_NAMES:
+            raise UserError(
+                f"{name} of the model is of format {str(tensor.dtype).removeprefix('torch.')}, which checkpoints can't "
+                "hold. Make it a buffer with persistent=False if it need not be saved, or set checkpoint.enabled=false."
+            )
+
+
 def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class ManifestWriter(StorageWriter):
@@ -107,13 +125,17 @@ class ManifestWriter(StorageWriter):
         update: the update that it is made after.
         rank: of this process.
         state: what is saved besides tensors, as JSON has it; rank 0's counts.
+        files: other files of the run that belong to the checkpoint; they are brought to the disk before it counts.
     """
 
-    def __init__(self, folder: Path, update: int, rank: int, state: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, update: int, rank: int, state: Mapping[str, Any], files: Sequence[Path] = ()
+    ) -> None:
         self._folder = folder
         self._update = update
         self._rank = rank
         self._state = state
+        self._files = files
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -175,6 +197,9 @@ class ManifestWriter(StorageWriter):
             "files": files,
             "torch": torch.__version__,
         }
+        for path in self._files:
+            if path.exists():
+                sync(path)
         writing = writing_path(self._folder, self._update)
         write_manifest(writing, manifest)
         commit(writing, self._update)

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distaccum.config import DPConfig
@@ -53,6 +53,18 @@ class DPStrategy(SingleStrategy):
     def __init__(self, model: CheckedDataParallel | ThreadedReplicas) -> None:
         super().__init__(model)
         self.module = model.module
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        # The first GPU's generator is the rank's own; replicas draw from those of the others.
+        return {f"cuda.{number}": torch.cuda.get_rng_state(number) for number in self._other_gpus()}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        for number in self._other_gpus():
+            if f"cuda.{number}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{number}"].cpu(), number)
+
+    def _other_gpus(self) -> list[int]:
+        return list(self.model.device_ids[1:]) if isinstance(self.model, nn.DataParallel) else []
 
 
 def place_dp(module: nn.Module, config: DPConfig, device: torch.device) -> DPStrategy:
