@@ -75,6 +75,7 @@ class _OpenWindow:
     calls_before: int
     bytes_before: int
     micro_steps: int = 0
+    seed: Tensor | None = None
     is_last: bool = False
     awaiting_backward: bool = False
     data_seconds: float = 0.0
@@ -143,6 +144,7 @@ class Accumulator:
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
+        self._parameters = list(model.parameters())  # walking over the modules takes as long as clearing
         self._open: _OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
@@ -257,11 +259,12 @@ class Accumulator:
         if window.is_last:
             self._start_totals(window)
         # A power of two, so that it changes no bit of the result; see _choose_scale.
-        seed = torch.full_like(loss_sum, window.scale)
+        if window.seed is None or window.seed.dtype != loss_sum.dtype:
+            window.seed = torch.full_like(loss_sum, window.scale)
         if self.scaler is None:
-            loss_sum.backward(gradient=seed)  # type: ignore[no-untyped-call]
+            loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         else:
-            self.scaler.scale(loss_sum).backward(gradient=seed)  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -436,7 +439,7 @@ class Accumulator:
         """Sets all gradients to zero. `step()` does so by itself."""
         # In place: DDP's buckets stay the gradients' home, and a parameter without a part in this window is treated
         # alike (a zero gradient) by every strategy.
-        parameters = [*self._model.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]
+        parameters = [*self._parameters, *(p for g in self.optimizer.param_groups for p in g["params"])]
         gradients = list({id(p): p.grad for p in parameters if p.grad is not None}.values())
         if gradients:
             torch._foreach_zero_(local_parts(gradients))
@@ -460,7 +463,7 @@ def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(device, torch.float64, non_blocking=True) for value in values]).sum(0)
+    return torch.stack([value.to(device, non_blocking=True) for value in values]).sum(0, dtype=torch.float64)
 
 
 def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

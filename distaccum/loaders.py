@@ -146,6 +146,7 @@ class WindowLoader:
         planning.check_data_size(self.plan, self.num_samples, drop_last)
         self.drop_last = drop_last
         self.seed = seed
+        self._order = planning.EpochOrder(self.num_samples, seed)
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
         self._cuts: dict[tuple[int, tuple[float, ...] | None], planning.Cut] = {}
@@ -251,24 +252,21 @@ class WindowLoader:
 
     def _sample_indices(self, epoch: int, index: int) -> list[list[int]]:
         if self.grouping is not None:
-            window = range(*self._bounds[index])
-            order = planning.shuffled(window, self.num_samples, self.seed, epoch)
+            order = self._order.samples(epoch, *self._bounds[index])
             number = self.number(epoch, index)
             groups = self.grouping.cut(order, number, self.speeds.at(number))[self.rank]
             return [order[list(group)].tolist() for group in groups]
         start = self._bounds[index][0]
         bounds = list(self._cut(epoch, index).micro_batches(self.rank))
-        positions = range(start + bounds[0][0], start + bounds[-1][1])
-        order = planning.shuffled(positions, self.num_samples, self.seed, epoch).tolist()
         first = bounds[0][0]
+        order = self._order.samples(epoch, start + first, start + bounds[-1][1]).tolist()
         return [order[begin - first : end - first] for begin, end in bounds]
 
     def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
         for index in range(first_window, len(self)):
             for indices in self._sample_indices(epoch, index):
-                placeholder = (self._bounds[index][0],)
-                indices = indices or planning.shuffled(placeholder, self.num_samples, self.seed, epoch).tolist()
-                yield Request(epoch, indices)
+                first = self._bounds[index][0]
+                yield Request(epoch, indices or self._order.samples(epoch, first, first + 1).tolist())
 
 
 class EvaluationLoader:

@@ -80,6 +80,43 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
     return (left << bits) | right
 
 
+class EpochOrder:
+    """`shuffled` over a whole range of positions, evaluated in blocks.
+
+    A call costs about a third of a millisecond however few positions it is for, which is as much as a small micro-step:
+    a block of positions costs little more and serves the windows that follow too.
+
+    Args:
+        num_samples, seed: as for `shuffled`.
+    """
+
+    _BLOCK = 4096
+    _KEPT = 4  # what is being loaded ahead, what is in use, and neighbours
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self._num_samples = num_samples
+        self._seed = seed
+        self._blocks: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The samples at the positions from `start` to `stop - 1` of an epoch."""
+        if stop - start >= self._BLOCK:
+            return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch)
+        parts = [
+            self._block(epoch, first)[max(start - first, 0) : stop - first]
+            for first in range(start - start % self._BLOCK, stop, self._BLOCK)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _block(self, epoch: int, first: int) -> NDArray[np.int64]:
+        if (epoch, first) not in self._blocks:
+            if len(self._blocks) >= self._KEPT:
+                self._blocks.pop(next(iter(self._blocks)))
+            positions = np.arange(first, min(first + self._BLOCK, self._num_samples))
+            self._blocks[epoch, first] = shuffled(positions, self._num_samples, self._seed, epoch)
+        return self._blocks[epoch, first]
+
+
 def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
     """First position and position after the last of each window of an epoch."""
     bounds = [

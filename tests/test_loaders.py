@@ -418,3 +418,26 @@ def test_measured_speeds_and_costs_go_on_after_a_resume(lengths: list[int] | Non
     assert next(one.epoch(0)).sizes != next(one.epoch(1)).sizes
     fewer.load_state_dict(state)
     assert fewer.speeds.at(99) is None, "speeds of other ranks say nothing"
+
+
+def _as_arrays(samples: list[Any]) -> dict[str, np.ndarray]:
+    return {"index": np.array([index for _, index in samples])}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_arrays_become_tensors_with_and_without_workers(num_workers: int) -> None:
+    options = LoaderOptions(num_workers=num_workers)
+    loader = WindowLoader(
+        Numbers(8),
+        global_batch_size=8,
+        micro_batch_size=4,
+        collate_fn=_as_arrays,
+        rank=0,
+        world_size=1,
+        options=options,
+    )
+    with closing(loader):
+        (window,) = loader.epoch(0)
+        batches = list(next(loader.epoch(1)))
+    assert all(isinstance(batch["index"], torch.Tensor) for batch in batches)
+    assert window.num_samples == 8

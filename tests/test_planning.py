@@ -9,6 +9,7 @@ from distaccum.errors import UserError
 from distaccum.planning import (
     DEFAULT_MICRO_BATCH_SIZE,
     BatchPlan,
+    EpochOrder,
     check_data_size,
     resolve_batch,
     shuffled,
@@ -212,3 +213,21 @@ def test_windows_are_dealt_out_by_speed(equal: bool) -> None:
     assert max(size for sizes in cut.sizes for size in sizes) <= 8
     assert [len(sizes) for sizes in cut.sizes] == ([4, 4, 4] if equal else [4, 3, 2])
     assert plan.cut(2, (0.5, 0.3, 0.2)) == plan.cut(2), "too few to tell ranks apart"
+
+
+@given(st.integers(1, 20_000), st.data())
+def test_the_order_in_blocks_is_the_order(num_samples: int, data: st.DataObject) -> None:
+    order = EpochOrder(num_samples, seed=5)
+    for _ in range(3):
+        epoch = data.draw(st.integers(0, 2))
+        start = data.draw(st.integers(0, num_samples - 1))
+        stop = data.draw(st.integers(start + 1, min(num_samples, start + 6000)))
+        wanted = shuffled(range(start, stop), num_samples, 5, epoch)
+        assert order.samples(epoch, start, stop).tolist() == wanted.tolist()
+
+
+def test_the_order_is_kept_for_a_few_blocks_only() -> None:
+    order = EpochOrder(100_000, seed=0)
+    for start in range(0, 100_000, 500):
+        order.samples(0, start, start + 500)
+    assert len(order._blocks) <= 4
