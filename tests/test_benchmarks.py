@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from launching import ROOT
+
+from benchmarks.emulated_hosts import why_impossible
 
 
 def _run(name: str, *arguments: str) -> str:
@@ -17,7 +21,7 @@ def _run(name: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "150"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "250"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -32,6 +36,52 @@ def test_exactness() -> None:
 
 def test_sync() -> None:
     assert "ratio" in _run("sync.py")
+
+
+def _table(output: str) -> list[dict[str, str]]:
+    """The rows of a benchmark's table."""
+    (header,) = (line for line in output.splitlines() if line.startswith("┃"))
+    names = [cell.strip() for cell in header.strip("┃").split("┃")]
+    rows = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
+    return [dict(zip(names, map(str.strip, row), strict=True)) for row in rows]
+
+
+def _need_peers() -> None:
+    missing = [name for name in ("accelerate", "lightning", "transformers") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs the extra `bench`: {', '.join(missing)} not installed")
+
+
+def test_peers() -> None:
+    _need_peers()
+    rows = _table(_run("peers.py"))
+    assert {row["ranks"] for row in rows} == {"1", "2"}
+    wrong = {(row["contender"], kind) for row in rows for kind in ("ragged", "unequal") if float(row[kind]) > 1e-12}
+    means_of_means = ("hand-written loop", "Accelerate", "Fabric", "Lightning Trainer")
+    assert wrong == {(name, kind) for name in means_of_means for kind in ("ragged", "unequal")}
+    assert all(float(row["error: full"]) < 1e-12 for row in rows)
+
+
+def test_padding() -> None:
+    _need_peers()
+    rows = _table(_run("padding.py"))
+    assert all(float(row["error of the update"]) < 1e-12 for row in rows)
+    computed = {(row["ranks"], row["contender"]): float(row["tokens computed / real"]) for row in rows}
+    for ranks in ("1", "2"):
+        assert computed[ranks, "distaccum, by_length"] < 0.6 * computed[ranks, "distaccum, uniform"]
+    assert computed["1", "distaccum, uniform"] == computed["1", "Transformers, dynamic"]
+
+
+def test_slow_link() -> None:
+    if reason := why_impossible():
+        pytest.skip(reason)
+    sent = {(row["link"], row["K"], row["sync"]): float(row["MB on the wire"]) for row in _table(_run("slow_link.py"))}
+    for link in ("100mbit", "1gbit"):
+        one = sent[link, "1", "no_sync"]
+        assert sent[link, "8", "no_sync"] == pytest.approx(one, rel=0.1)
+        assert sent[link, "8", "every micro-step"] == pytest.approx(8 * one, rel=0.1)
+        assert sent[link, "8", "no_sync, bf16"] == pytest.approx(one / 2, rel=0.15)
+        assert sent[link, "8", "no_sync, PowerSGD"] < one / 20
 
 
 def test_checkpoint() -> None:
