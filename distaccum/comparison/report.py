@@ -15,6 +15,7 @@ import torch
 
 import distaccum
 from distaccum.comparison.results import Row
+from distaccum.redaction import redacted_arguments
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +57,7 @@ def environment() -> dict[str, Any]:
     """Date, command line, machine and versions."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "distaccum.compare", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "distaccum.compare", *redacted_arguments(sys.argv[1:])]),
         "machine": _machine(),
         "versions": {
             "distaccum": distaccum.__version__,

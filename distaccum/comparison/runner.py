@@ -35,6 +35,7 @@ from distaccum.config import ByLengthBatchConfig
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.observers.formatting import number
+from distaccum.redaction import redacted, redacted_arguments
 from distaccum.run_folder import held_run_folder
 from distaccum.tool_configs import CompareConfig
 
@@ -98,7 +99,8 @@ class _Comparison:
 
     def run(self) -> Report:
         contenders = [
-            _Contender(case, row_of(case, case.command(self.config, sys.argv[1:]))) for case in cases_of(self.config)
+            _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
+            for case in cases_of(self.config)
         ]
         turns = len(contenders) * self.section.rounds
         with ExitStack() as stack:
@@ -129,7 +131,7 @@ class _Comparison:
         add_speedups(rows)
         report = Report(
             **environment(),
-            config=as_plain(self.config),
+            config=redacted(as_plain(self.config)),
             reference=self.reference,
             rows=rows,
             on_cuda=self.on_cuda,

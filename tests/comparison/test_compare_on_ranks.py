@@ -118,7 +118,7 @@ def test_what_is_left_behind(folder: Path) -> None:
     assert all(row["title"] in said for row in report["rows"])
     assert report["advice"][0] in said
     files = {path.name for path in folder.iterdir()}
-    assert files == {"compare.json", "compare.html", "config.yaml", "logs"}
+    assert files == {"compare.json", "compare.html", "config.yaml", "logs", "run.lock"}
 
 
 def test_results_are_not_overwritten(folder: Path) -> None:

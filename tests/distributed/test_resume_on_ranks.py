@@ -104,6 +104,6 @@ def test_on_as_many_ranks_a_run_goes_on_bit_for_bit(overrides: tuple[str, ...]) 
 def test_the_model_of_a_sharded_run_loads_into_a_plain_module() -> None:
     run(2, "run", "strategy=fsdp", "train.max_updates=2", "precision=fp32")
     stored = load_file("run/model.safetensors")
-    model = GPT(vocab_size=len(stored["token_embedding.weight"]), max_length=48, width=16)
+    model = GPT(vocab_size=len(stored["token_embedding.weight"]), max_length=48, width=16, num_layers=2)
     load_model(model, "run/model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in model.named_parameters())

@@ -33,8 +33,11 @@ def test_a_run_of_two_ranks_leaves_one_folder() -> None:
     done = torchrun(2, "-m", "distaccum.train", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     (run_dir,) = Path("runs").iterdir()
+    shards = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")
     assert files_below(Path()) == {
-        f"{run_dir}/{name}" for name in ("config.yaml", "metrics.jsonl", "logs/rank0.log", "logs/rank1.log")
+        *(f"{run_dir}/{name}" for name in ("config.yaml", "metrics.jsonl", "run.lock", "model.safetensors")),
+        *(f"{run_dir}/logs/rank{rank}.log" for rank in (0, 1)),
+        *(f"{run_dir}/checkpoints/update-00000003/{name}" for name in shards),
     }
     lines = updates(run_dir)
     assert [line["update"] for line in lines] == [1, 2, 3]
