@@ -55,8 +55,6 @@ WHILE_GOING_ON = [
 ]
 WHILE_ENDING = [
     Order(point="half of .model.safetensors", nth=2),
-    # The last checkpoint is saved anew, in place of the one that is there.
-    Order(point="after rename update-#"),
     Order(point="before rename .model.safetensors"),
     Order(point="after rename .model.safetensors"),
 ]
