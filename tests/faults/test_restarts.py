@@ -56,6 +56,8 @@ def test_restarts_by_several_torchruns_that_share_a_store_succeed_or_say_what_to
     Which of two ranks connects to the other, gloo decides by their addresses, so it is chance.
     """
     command = ["--max-restarts=1", "-m", "late", "5", *SETTINGS, SLOW, "data.num_workers=0"]
+    # A rank may also wait in vain for the other one to connect.
+    command.append("distributed.timeout_seconds=15")
 
     def has_failed() -> bool:
         return "error: the ranks can't connect to each other: " in agents[0].output
