@@ -30,7 +30,7 @@ from distaccum.cut_tuning import CutTuning
 from distaccum.distributed import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
 
-GLOBAL_BATCH, MICRO_BATCH, WIDTH = 96, 4, 512
+GLOBAL_BATCH, MICRO_BATCH, WIDTH = 384, 8, 512
 WARM_UP = 24
 """Updates before measuring: speeds are measured, smoothed and put in force in these."""
 
@@ -142,7 +142,7 @@ def main() -> None:
                 "batch.balance": name,
                 "samples/s": medians[name],
                 "of the ideal": medians[name] / medians["ideal"],
-                "shares": " + ".join(map(str, answer["shares"])) if name == "speed" else "48 + 48",
+                "shares": " + ".join(map(str, answer["shares"] if name == "speed" else [GLOBAL_BATCH // 2] * 2)),
             }
             for name in ("even", "speed")
         ]
