@@ -13,7 +13,7 @@ from pathlib import Path
 
 from zygote import HERE, ROOT, free_port
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 
 
 class Agent:
