@@ -121,21 +121,7 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
-        self.accumulator = Accumulator(
-            model,
-            optimizer,
-            clip_norm=loop.clip_norm,
-            scaler=scaler,
-            skip_nonfinite=loop.on_nonfinite is OnNonfinite.skip,
-            strategy=self.strategy,
-            flags={
-                "stop": self.interruption.is_requested,
-                "long": self._grace.is_long,
-                **(checkpointer.flags if checkpointer else {}),
-            },
-            reports=self._tuning.reports,
-            time_micro_steps=self._tuning.needs_times,
-        )
+        self.accumulator = self._new_accumulator(scaler)
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -148,15 +134,37 @@ class Trainer:
         self._epoch, self._next_window = 0, 0
         self._owes_evaluation = False
         self._is_ahead_of_save = False
-        if checkpointer is not None:
-            stateful: dict[str, Stateful | None] = {
-                "loader": loader,
-                "accumulator": self.accumulator,
-                "scaler": scaler,
-                # Of another metric, it would be of no use.
-                f"early_stopping/{stopping.metric}": self._early_stopping,
-            }
-            checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
+        self._register_states(scaler)
+
+    def _new_accumulator(self, scaler: torch.amp.GradScaler | None) -> Accumulator:
+        return Accumulator(
+            self.model,
+            self.optimizer,
+            clip_norm=self.loop.clip_norm,
+            scaler=scaler,
+            skip_nonfinite=self.loop.on_nonfinite is OnNonfinite.skip,
+            strategy=self.strategy,
+            flags={
+                "stop": self.interruption.is_requested,
+                "long": self._grace.is_long,
+                **(self.checkpointer.flags if self.checkpointer else {}),
+            },
+            reports=self._tuning.reports,
+            time_micro_steps=self._tuning.needs_times,
+        )
+
+    def _register_states(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Tells the checkpointer what belongs to the run besides model, optimizer and generators."""
+        if self.checkpointer is None:
+            return
+        stateful: dict[str, Stateful | None] = {
+            "loader": self.loader,
+            "accumulator": self.accumulator,
+            "scaler": scaler,
+            # Of another metric, it would be of no use.
+            f"early_stopping/{self.loop.early_stopping.metric}": self._early_stopping,
+        }
+        self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
 
     def fit(self) -> RunEnd:
         """Trains to the end of the run, or to a signal to stop.
