@@ -56,8 +56,9 @@ SECTIONS: list[tuple[str, str, type]] = [
 def field_docstrings() -> dict[str, dict[str, str]]:
     """Class → field → the docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    for module in ("config", "components", "tool_configs"):
-        tree = ast.parse((ROOT / "distaccum" / f"{module}.py").read_text())
+    package = ROOT / "distaccum"
+    for path in [*sorted((package / "config").glob("*.py")), package / "components.py", package / "tool_configs.py"]:
+        tree = ast.parse(path.read_text())
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):
                 continue

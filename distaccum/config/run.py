@@ -1,0 +1,80 @@
+"""The whole of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distaccum.choices import DeviceChoice, WandbMode
+from distaccum.config.basics import MISSING
+from distaccum.config.batch import BatchConfig, DataConfig
+from distaccum.config.loop import CheckpointConfig, LoopConfig, ScheduleConfig
+from distaccum.config.placement import PrecisionConfig, StrategyConfig
+from distaccum.errors import require_at_least, require_positive
+
+
+@dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """What ranks expect of each other."""
+
+    timeout_seconds: float = 600.0
+    """How long ranks wait for one that does not come, before they stop and say which it was and what it was doing."""
+
+    def __post_init__(self) -> None:
+        require_positive(distributed__timeout_seconds=self.timeout_seconds)
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases. Imported only when used."""
+
+    mode: WandbMode = WandbMode.offline
+    """`disabled`; `offline`: into the run folder, to be uploaded with `wandb sync`; `online`."""
+    project: str = "distaccum"
+    """Project to log to."""
+    name: str | None = None
+    """Name of the run. `null`: the name of the run folder."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """A whole training run."""
+
+    seed: int = 0
+    """Seed of the windows, of the model's initialisation, of dropout and of random augmentation."""
+    run_dir: str | None = None
+    """Folder for all that the run writes. `null`: `runs/` and the time of the start."""
+    resume: str = "auto"
+    """`auto`: go on from the newest valid checkpoint in `run_dir`, if there is one; `none`: begin anew, in a folder
+    without results; or the path of a checkpoint, or of the run folder that it is in, to go on from."""
+    resume_override: bool = False
+    """Go on although the global batch, the seed or the training data are no longer those of the checkpoint."""
+    device: DeviceChoice = DeviceChoice.auto
+    """`cpu` or `cuda`; `auto`: CUDA where there is one."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    optim: Any = MISSING
+    schedule: ScheduleConfig = MISSING
+    strategy: StrategyConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    observers: dict[str, Any] = field(default_factory=dict)
+    """Components by name: more observers of the run, besides progress, `metrics.jsonl` and wandb."""
+
+    def __post_init__(self) -> None:
+        require_at_least(0, seed=self.seed)
+
+
+def conf_dir() -> Path:
+    """The folder of the Hydra groups: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
