@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from distaccum.accumulation import Accumulator, UpdateResult
+    from distaccum.accumulation import Accumulator
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.tasks import Task, TaskOutput
     from distaccum.trainer import Trainer
+    from distaccum.updates import UpdateResult
 
 _HOMES = {
     "Accumulator": "accumulation",
-    "UpdateResult": "accumulation",
+    "UpdateResult": "updates",
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
     "UserError": "errors",

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,70 +23,9 @@ from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.optim import in_parameter_format
 from distaccum.strategies import Strategy, local_parts, strategy_of
+from distaccum.updates import OpenWindow, UpdateResult, added_up, unflatten, with_last
 
 Batch = TypeVar("Batch")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateResult:
-    """What one update was. Sums and means run over all micro-steps and ranks; the same on every rank unless said."""
-
-    loss: float
-    """Mean loss of the window: Σ loss_sum / Σ weight."""
-    weight: float
-    """Σ weight."""
-    sums: dict[str, Tensor]
-    """Σ of what was passed as `sums`: float64, on the CPU."""
-    flags: frozenset[str]
-    """Names of the accumulator's `flags` that any rank raised."""
-    reports: dict[str, tuple[float, ...]]
-    """What each rank answered to the accumulator's `reports`, in the order of the ranks."""
-    grad_norm: float
-    """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
-    skipped: bool
-    """True when the optimizer did not step."""
-    micro_steps: int
-    """This rank's micro-steps."""
-    sync_calls: int
-    """Collectives that carried gradients, on this rank."""
-    sync_bytes: int
-    """Bytes handed to them, on this rank."""
-    seconds: float
-    """Wall time from the start of the window to the end of the step, on this rank."""
-    data_seconds: float
-    """Part of it spent waiting for micro-batches."""
-    micro_seconds: tuple[float, ...]
-    """Time of each of this rank's micro-steps, forward and backward; the last one's until the last gradient bucket was
-    launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own). Empty unless the
-    accumulator has been told `time_micro_steps`."""
-    sync_seconds: float
-    """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
-    (and of waiting for slower ranks) was not hidden behind computing."""
-
-
-@dataclass(slots=True)
-class _OpenWindow:
-    """What is known of a window between its first micro-step and its update."""
-
-    scale: float
-    sizes: tuple[int, ...] | None
-    started: float
-    calls_before: int
-    bytes_before: int
-    micro_steps: int = 0
-    seed: Tensor | None = None
-    is_last: bool = False
-    awaiting_backward: bool = False
-    data_seconds: float = 0.0
-    loss_sums: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor | float] = field(default_factory=list)
-    sums: dict[str, list[Tensor]] = field(default_factory=dict)
-    totals: Tensor | None = None
-    totals_work: dist.Work | None = None
-    backward_end: Any = None
-    marks: list[tuple[Any, Any]] = field(default_factory=list)
-    micro_step_start: Any = None
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Accumulator:
@@ -145,7 +83,7 @@ class Accumulator:
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
         self._parameters = list(model.parameters())  # walking over the modules takes as long as clearing
-        self._open: _OpenWindow | None = None
+        self._open: OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
         self.clear_gradients()
@@ -182,7 +120,7 @@ class Accumulator:
                 "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
                 "equal_micro_steps=True."
             )
-        self._open = _OpenWindow(
+        self._open = OpenWindow(
             scale=self._choose_scale(micro_batches),
             sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
             started=time.perf_counter(),
@@ -206,8 +144,8 @@ class Accumulator:
             self.clear_gradients()
             raise
 
-    def _micro_steps(self, window: _OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        items = _with_last(micro_batches)
+    def _micro_steps(self, window: OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+        items = with_last(micro_batches)
         while True:
             asked = time.perf_counter()
             item = next(items, None)
@@ -289,7 +227,7 @@ class Accumulator:
         finally:
             self.clear_gradients()
 
-    def _finish(self, window: _OpenWindow, totals: Tensor) -> UpdateResult:
+    def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult:
         if window.totals_work is not None:
             window.totals_work.wait()
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -303,7 +241,7 @@ class Accumulator:
         finally:
             self.scaler.update()
 
-    def _update(self, window: _OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
+    def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
@@ -334,7 +272,7 @@ class Accumulator:
         return UpdateResult(
             loss=loss,
             weight=weight,
-            sums=_unflatten(flat_sums, window.sums),
+            sums=unflatten(flat_sums, window.sums),
             flags=frozenset(name for name, number in zip(self.flags, raised, strict=True) if number),
             reports=reports,
             grad_norm=grad_norm,
@@ -348,7 +286,7 @@ class Accumulator:
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
         )
 
-    def _micro_seconds(self, window: _OpenWindow, synced: bool) -> tuple[float, ...]:
+    def _micro_seconds(self, window: OpenWindow, synced: bool) -> tuple[float, ...]:
         if not window.marks:
             return ()
         *marks, (start, end) = window.marks
@@ -356,13 +294,13 @@ class Accumulator:
             end = self.strategy.traffic.last_launch
         return tuple(self._stopwatch.seconds(begin, stop) for begin, stop in [*marks, (start, end)])
 
-    def _undo_forwards(self, window: _OpenWindow) -> None:
+    def _undo_forwards(self, window: OpenWindow) -> None:
         """Takes back what the forwards of a skipped update may have left for good: a NaN in BatchNorm's statistics."""
         for buffer, before in window.buffers:
             buffer.copy_(before)
         self.strategy.drop_gradients()
 
-    def _is_sound(self, window: _OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
+    def _is_sound(self, window: OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
         """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
         if math.isfinite(loss) and math.isfinite(grad_norm) and weight > 0:
             return True
@@ -381,7 +319,7 @@ class Accumulator:
             "rate, or leave such updates out with train.on_nonfinite=skip."
         )
 
-    def _where_nonfinite(self, window: _OpenWindow) -> str:
+    def _where_nonfinite(self, window: OpenWindow) -> str:
         """Names the ranks and micro-steps whose loss went wrong. Every rank gets here, so it may use a collective."""
         flags = ~torch.stack(window.loss_sums).isfinite()
         mine = [step for step, flag in enumerate(flags.tolist(), 1) if flag]
@@ -396,14 +334,14 @@ class Accumulator:
         ]
         return f" ({'; '.join(found)})" if found else ""
 
-    def _start_totals(self, window: _OpenWindow) -> None:
+    def _start_totals(self, window: OpenWindow) -> None:
         """Adds up loss, weight and sums, and sends them on their way beside the backward that follows."""
         device = self.strategy.device
         weights = [value for value in window.weights if isinstance(value, Tensor)]
         numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
         weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
         loss_sum, weight, *sums = (
-            _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
+            added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
         )
         flags = torch.zeros(len(self.flags), dtype=torch.float64, device=device)
         for number, ask in enumerate(self.flags.values()):
@@ -443,31 +381,3 @@ class Accumulator:
         gradients = list({id(p): p.grad for p in parameters if p.grad is not None}.values())
         if gradients:
             torch._foreach_zero_(local_parts(gradients))
-
-
-def _with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each item, and whether it is the last one. Looks ahead by one item only where the length is not known."""
-    if isinstance(items, Sized):
-        count = len(items)
-        for number, item in enumerate(items, 1):
-            yield item, number == count
-        return
-    iterator = iter(items)
-    for item in iterator:
-        current = item
-        for following in iterator:
-            yield current, False
-            current = following
-        yield current, True
-
-
-def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(device, non_blocking=True) for value in values]).sum(0, dtype=torch.float64)
-
-
-def _unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    values = torch.tensor(flat, dtype=torch.float64)
-    shapes = {name: parts[0].shape for name, parts in sums.items()}
-    split = torch.split(values, [shape.numel() for shape in shapes.values()]) if shapes else ()
-    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), split, strict=True)}

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from distaccum.accumulation import UpdateResult
 from distaccum.errors import UserError
 from distaccum.grouping import CostFit
 from distaccum.loaders import Window, WindowLoader
 from distaccum.strategies import Strategy
+from distaccum.updates import UpdateResult
 
 logger = logging.getLogger(__name__)
 

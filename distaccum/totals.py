@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distaccum.accumulation import UpdateResult
 from distaccum.devices import peak_memory
 from distaccum.loaders import Window
 from distaccum.observers import EvaluationRecord, RunEnd, UpdateRecord
 from distaccum.strategies import Strategy
+from distaccum.updates import UpdateResult
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distaccum.accumulation import Accumulator, UpdateResult
+from distaccum.accumulation import Accumulator
 from distaccum.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -40,6 +40,7 @@ from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import TaskOutput
 from distaccum.totals import Totals
+from distaccum.updates import UpdateResult
 
 logger = logging.getLogger(__name__)
 

@@ -35,6 +35,7 @@ FLOORS = {
     "optim": 2,
     "observers": 2,
     "fetching": 2,
+    "updates": 3,
     "strategies": 3,
     "checkpoints": 4,
     "loaders": 3,

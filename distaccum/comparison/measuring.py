@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distaccum.accumulation import Accumulator, UpdateResult
+from distaccum.accumulation import Accumulator
 from distaccum.assembly import build_parts, build_scaler
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import PrecisionConfig, TrainConfig
@@ -24,6 +24,7 @@ from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, place, shards_optimizer
 from distaccum.trainer import total_updates
+from distaccum.updates import UpdateResult
 
 
 class SyncEveryMicroStep:
