@@ -2,93 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from distaccum import planning
-from distaccum.data.collate import PadCollate
-from distaccum.devices import tensors_of, to_device
-from distaccum.errors import UserError
-from distaccum.fetching import BatchSource, MicroBatches, Request
+from distaccum.devices import to_device
+from distaccum.fetching import Request
 from distaccum.grouping import CostModel, Grouping, Timeline
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoaderOptions:
-    """How samples are loaded and brought to the device; the names are those of `torch.utils.data.DataLoader`.
-
-    Attributes:
-        device: where micro-batches are moved; None leaves them where the collate made them.
-        float_dtype: floating-point tensors are cast to it; None leaves them as they are.
-        non_blocking: on CUDA, copy the next micro-batch on a stream of its own while this one computes.
-    """
-
-    num_workers: int = 0
-    pin_memory: bool = False
-    persistent_workers: bool = False
-    prefetch_factor: int | None = None
-    device: torch.device | None = None
-    float_dtype: torch.dtype | None = None
-    non_blocking: bool = True
-
-
-class Window:
-    """One update's samples, as far as they are this rank's: iterate over it once for its micro-batches.
-
-    Attributes:
-        epoch: number of the epoch, from 0.
-        index: number of the window in its epoch, from 0.
-        num_samples: samples of the window over all ranks.
-        equal_micro_steps: every rank has the same number of micro-batches.
-        sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
-            window's first sample, which counts nothing and is there because the other ranks wait for this one in
-            their collectives.
-    """
-
-    def __init__(
-        self,
-        *,
-        epoch: int,
-        index: int,
-        num_samples: int,
-        sizes: tuple[int, ...],
-        batches: Iterator[Any],
-        sample_indices: Callable[[], list[list[int]]],
-        equal_micro_steps: bool = False,
-    ) -> None:
-        self.epoch = epoch
-        self.index = index
-        self.num_samples = num_samples
-        self.sizes = sizes
-        self.equal_micro_steps = equal_micro_steps
-        self._batches = batches
-        self._left = len(sizes)
-        self._sample_indices = sample_indices
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[Any]:
-        while self._left:
-            self._left -= 1
-            yield next(self._batches)
-
-    @property
-    def sample_indices(self) -> list[list[int]]:
-        """Dataset indices of each micro-batch; empty for placeholders."""
-        return self._sample_indices()
-
-    def skip_rest(self) -> None:
-        """Passes over the micro-batches that nobody has asked for, so that the next window starts at its own."""
-        for _ in self:
-            pass
+from distaccum.loaders.moving import LoaderOptions, batch_source, on_device, placement, size_of
+from distaccum.loaders.window import Window
 
 
 class WindowLoader:
@@ -134,8 +60,8 @@ class WindowLoader:
         equal_micro_steps: bool = False,
         options: LoaderOptions | None = None,
     ) -> None:
-        self.num_samples = _size_of(dataset, "training")
-        self.rank, world_size = _placement(rank, world_size)
+        self.num_samples = size_of(dataset, "training")
+        self.rank, world_size = placement(rank, world_size)
         self.plan = planning.resolve_batch(
             world_size=world_size,
             global_batch_size=global_batch_size,
@@ -155,7 +81,7 @@ class WindowLoader:
         self.grouping = Grouping(lengths, self.plan, self.num_samples, max_tokens) if lengths is not None else None
         """How windows are cut by length, if they are."""
         self._options = options or LoaderOptions()
-        self._source = _batch_source(dataset, collate_fn, "training", self._options, seed)
+        self._source = batch_source(dataset, collate_fn, "training", self._options, seed)
 
     def __len__(self) -> int:
         """Windows in an epoch."""
@@ -168,7 +94,7 @@ class WindowLoader:
 
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
         """The windows of one epoch, from `first_window` on."""
-        batches = _on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
+        batches = on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
         for index in range(first_window, len(self)):
             window = Window(
                 epoch=epoch,
@@ -267,129 +193,3 @@ class WindowLoader:
             for indices in self._sample_indices(epoch, index):
                 first = self._bounds[index][0]
                 yield Request(epoch, indices or self._order.samples(epoch, first, first + 1).tolist())
-
-
-class EvaluationLoader:
-    """Batches of a dataset in its own order, each sample on exactly one rank and no sample twice.
-
-    Args:
-        dataset: map-style dataset.
-        batch_size: samples per batch; each rank's last one may be smaller.
-        collate_fn, rank, world_size, options: as for `WindowLoader`.
-        equal_batches: give all ranks the same number of batches, by placeholders of size 0 (see `Window`).
-
-    Attributes:
-        sizes: samples of each of this rank's batches.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        *,
-        batch_size: int,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-        options: LoaderOptions | None = None,
-        equal_batches: bool = False,
-    ) -> None:
-        self.num_samples = _size_of(dataset, "evaluation")
-        rank, world_size = _placement(rank, world_size)
-        shares = planning.split_evenly(self.num_samples, world_size)
-        start = sum(shares[:rank])
-        stop = start + shares[rank]
-        batches = [range(begin, min(begin + batch_size, stop)) for begin in range(start, stop, batch_size)]
-        if equal_batches:
-            batches += [range(0)] * (-(-shares[0] // batch_size) - len(batches))
-        self.sizes = [len(batch) for batch in batches]
-        # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
-        self._requests = lambda: (Request(0, list(batch) or [0]) for batch in batches)
-        self._options = options or LoaderOptions()
-        self._source = _batch_source(dataset, collate_fn, "evaluation", self._options, seed=0)
-
-    def __iter__(self) -> Iterator[Any]:
-        return _on_device(self._source.batches(self._requests), self._options)
-
-    def close(self) -> None:
-        """Ends the worker processes. The loader can be used on, with new ones."""
-        self._source.close()
-
-
-def _batch_source(
-    dataset: Dataset[Any],
-    collate_fn: Callable[[list[Any]], Any] | None,
-    role: str,
-    options: LoaderOptions,
-    seed: int,
-) -> BatchSource:
-    collate = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
-    return BatchSource(
-        MicroBatches(dataset, collate, role, seed),
-        num_workers=options.num_workers,
-        pin_memory=options.pin_memory,
-        persistent_workers=options.persistent_workers,
-        prefetch_factor=options.prefetch_factor,
-    )
-
-
-def _on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:
-    """Micro-batches on the device, in their final floating-point format."""
-    if options.device is None:
-        return batches
-    if options.device.type == "cuda" and options.non_blocking:
-        return _copied_ahead(batches, options.device, options.float_dtype)
-    device, float_dtype = options.device, options.float_dtype
-    return (to_device(batch, device, float_dtype=float_dtype) for batch in batches)
-
-
-def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: torch.dtype | None) -> Iterator[Any]:
-    """Copies each micro-batch on a stream of its own while the one before it computes.
-
-    One micro-batch ahead, across the ends of windows too: the copy of a window's first micro-batch overlaps with the
-    last backward and the optimizer step of the window before.
-    """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ahead: tuple[Any, torch.cuda.Event] | None = None
-
-    def use(batch: Any, copied: torch.cuda.Event) -> Any:
-        computing = torch.cuda.current_stream(device)
-        computing.wait_event(copied)
-        for tensor in tensors_of(batch):
-            # The memory belongs to the copying stream; it must not be reused before the computing one is done with it.
-            tensor.record_stream(computing)
-        return batch
-
-    for batch in batches:
-        # An object that moves itself doesn't show its tensors to record_stream: what was computed with the batch before
-        # the last must be done before its memory is used again. The copy still overlaps with the computing to come.
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            moved = to_device(batch, device, non_blocking=True, float_dtype=float_dtype)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(stream)
-        if ahead is not None:
-            yield use(*ahead)
-        ahead = moved, copied
-    if ahead is not None:
-        yield use(*ahead)
-
-
-def _size_of(dataset: Any, role: str) -> int:
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        raise UserError(
-            f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
-            "map-style dataset: one whose samples have numbers."
-        )
-    if len(dataset) == 0:
-        raise UserError(f"the {role} data ({type(dataset).__name__}) is empty. Give it at least one sample per rank.")
-    return len(dataset)
-
-
-def _placement(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    if (rank is None) != (world_size is None):
-        raise UserError(f"give both rank and world_size or neither; got rank={rank}, world_size={world_size}.")
-    if rank is None or world_size is None:
-        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank={rank} is not a rank of world_size={world_size}.")
-    return rank, world_size

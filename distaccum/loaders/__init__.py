@@ -1,0 +1,10 @@
+"""Windows of tensors on the device, and evaluation data."""
+
+from __future__ import annotations
+
+from distaccum.loaders.evaluation_loader import EvaluationLoader
+from distaccum.loaders.moving import LoaderOptions
+from distaccum.loaders.window import Window
+from distaccum.loaders.window_loader import WindowLoader
+
+__all__ = ["EvaluationLoader", "LoaderOptions", "Window", "WindowLoader"]
