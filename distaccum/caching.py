@@ -153,7 +153,7 @@ class _FirstPass:
             batch = next(batches, _END)
             self.data_seconds += time.perf_counter() - asked
             if batch is _END:
-                return
+                break
             self.batches.append(batch)
             self.states.append(_RandomStates(self.strategy))
             between(Stage.embedding, len(self.batches))
@@ -161,6 +161,8 @@ class _FirstPass:
                 with torch.no_grad():
                     rows = embed(batch)
                 self.keep(rows, is_placeholder=sizes is not None and sizes[len(self.batches) - 1] == 0)
+        if not self.batches:
+            raise RuntimeError("the window has no micro-batch: has it been iterated over before?")
 
     def keep(self, rows: Any, *, is_placeholder: bool = False) -> None:
         """Notes the embeddings of the next micro-step."""
@@ -220,13 +222,25 @@ class _WholeWindow:
         is_teller = number == self._teller
         share = torch.where(finite, self._told if is_teller else torch.zeros_like(self._told), torch.nan)
         return TaskOutput(
-            loss_sum=share + (surrogate - surrogate.detach()),
+            loss_sum=_ValueOf.apply(surrogate, share),  # type: ignore[no-untyped-call]
             weight=self._output.weight if is_teller else 0.0,
             sums=self._output.sums if is_teller else self._zero_sums(),
         )
 
     def _zero_sums(self) -> dict[str, Tensor]:
         return {name: torch.zeros_like(value) for name, value in self._output.sums.items()}
+
+
+class _ValueOf(torch.autograd.Function):
+    """The gradient of one scalar, with the value of another: by adding differences, NaN would spread."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient_of: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def _checked(output: Any) -> TaskOutput:

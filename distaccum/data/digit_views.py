@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from distaccum.data.digits import Digits
 
-_MAX_DEGREES = 20.0
-_MAX_SCALE = 0.2
-_MAX_SHIFT = 0.2
+_MAX_DEGREES = 10.0
+_MAX_SCALE = 0.1
+_MAX_SHIFT = 0.12
 """In halves of the image's side."""
-_NOISE = 0.1
+_NOISE = 0.05
 
 
 class DigitViews(Dataset[tuple[Tensor, Tensor]]):
