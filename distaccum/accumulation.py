@@ -243,7 +243,7 @@ class Accumulator:
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        loss_sum, weight, *rest, norm = torch.cat([totals, raw_norm.to(totals)[None]]).tolist()
         raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
         ranks = self.strategy.world_size
         reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
@@ -332,17 +332,23 @@ class Accumulator:
         """Adds up loss, weight and sums, and sends them on their way with the backward that follows."""
         device = self.strategy.device
         weights = [value for value in window.weights if isinstance(value, Tensor)]
-        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
+        if len(weights) < len(window.weights):
+            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+            weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
         loss_sum, weight, *sums = (
             added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
         )
+        totals = torch.cat([loss_sum, weight, *self._own_flags(device), *self._own_reports(device), *sums])
+        window.totals = self.strategy.summed(totals)
+
+    def _own_flags(self, device: torch.device) -> list[Tensor]:
+        if not self.flags:
+            return []
         flags = torch.zeros(len(self.flags), dtype=torch.float64, device=device)
         for number, ask in enumerate(self.flags.values()):
             if ask():
                 flags[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-        totals = torch.cat([loss_sum, weight, flags, *self._own_reports(device), *sums])
-        window.totals = self.strategy.summed(totals)
+        return [flags]
 
     def _own_reports(self, device: torch.device) -> list[Tensor]:
         """Each report as a vector with a place for every rank, of which this one fills its own."""

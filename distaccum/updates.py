@@ -91,7 +91,9 @@ def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 def added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(device, non_blocking=True) for value in values]).sum(0, dtype=torch.float64)
+    if any(value.device != device for value in values):
+        values = [value.to(device, non_blocking=True) for value in values]
+    return torch.stack(values).sum(0, dtype=torch.float64)
 
 
 def unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
