@@ -27,6 +27,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "data": 2,
