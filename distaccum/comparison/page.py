@@ -15,6 +15,7 @@ from distaccum.comparison.results import Row
 from distaccum.comparison.terminal import error_text
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.pages import (
+    Axis,
     Curve,
     Dot,
     Panel,
@@ -261,11 +262,8 @@ def _scaling(report: Report) -> str:
     chart = line_chart(
         "Samples per second over the number of ranks",
         curves,
-        x_title="ranks (replicas under DP)",
-        y_title="Samples per second",
-        x_ticks=[float(size) for size in sizes],
-        x_place=math.log2,
-        y_tick=lambda value: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}",
+        x=Axis(title="ranks (replicas under DP)", is_log=True, ticks=[float(size) for size in sizes]),
+        y=Axis(title="Samples per second", low=0.0),
     )
     note = (
         '<p class="note">Each placement with the accumulation steps that were fastest.</p>'
@@ -292,9 +290,8 @@ def _curves(report: Report) -> str:
     chart = line_chart(
         "Loss over the updates",
         curves,
-        x_title="update",
-        y_title="Training loss",
-        x_ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])],
+        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])]),
+        y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
     note = (

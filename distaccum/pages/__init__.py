@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from distaccum.pages.lines import Curve, line_chart, spread_labels
+from distaccum.pages.lines import Axis, Band, Curve, Mark, line_chart, spread_labels
 from distaccum.pages.page import definitions, key, section, whole_page
 from distaccum.pages.rows import Dot, Panel, Segment, row_chart
-from distaccum.pages.svg import escaped, nice_ticks
+from distaccum.pages.svg import axis_ticks, escaped, nice_ticks, short
+from distaccum.pages.thinning import moving_mean, thinned
 
 __all__ = [
+    "Axis",
+    "Band",
     "Curve",
     "Dot",
+    "Mark",
     "Panel",
     "Segment",
+    "axis_ticks",
     "definitions",
     "escaped",
     "key",
     "line_chart",
+    "moving_mean",
     "nice_ticks",
     "row_chart",
     "section",
+    "short",
     "spread_labels",
+    "thinned",
     "whole_page",
 ]
