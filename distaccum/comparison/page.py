@@ -26,6 +26,7 @@ from distaccum.pages import (
     line_chart,
     nice_ticks,
     row_chart,
+    subject_of,
     whole_page,
 )
 from distaccum.tool_configs import PlacementName
@@ -39,19 +40,8 @@ def page_of(report: Report) -> str:
     if report.measured:
         sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
     sections += [_table(report), _circumstances(report)]
-    title = f"{_subject(report)}: placements compared"
+    title = f"{subject_of(report.config)}: placements compared"
     return whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
-
-
-def _subject(report: Report) -> str:
-    """What was trained on what."""
-
-    def last_name(section: object) -> str:
-        target = section.get("_target_", "") if isinstance(section, dict) else ""
-        return str(target).rpartition(".")[2]
-
-    data = report.config["data"]
-    return f"{last_name(report.config['model'])} on {last_name(data.get('train'))}"
 
 
 def _header(report: Report) -> str:
@@ -64,7 +54,7 @@ def _header(report: Report) -> str:
         report.date.replace("T", " ")[:16],
     ]
     return (
-        f"<header><h1>{escaped(_subject(report))}</h1>"
+        f"<header><h1>{escaped(subject_of(report.config))}</h1>"
         f'<p class="facts">{escaped(" · ".join(fact for fact in facts if fact))}</p></header>'
     )
 

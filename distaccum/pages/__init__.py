@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from distaccum.pages.lines import Axis, Band, Curve, Mark, line_chart, spread_labels
-from distaccum.pages.page import definitions, key, section, whole_page
+from distaccum.pages.page import MADE_BY, definitions, key, section, subject_of, table, whole_page
 from distaccum.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.pages.svg import axis_ticks, escaped, nice_ticks, short
-from distaccum.pages.thinning import moving_mean, thinned
+from distaccum.pages.thinning import moving_median, thinned
 
 __all__ = [
+    "MADE_BY",
     "Axis",
     "Band",
     "Curve",
@@ -21,12 +22,14 @@ __all__ = [
     "escaped",
     "key",
     "line_chart",
-    "moving_mean",
+    "moving_median",
     "nice_ticks",
     "row_chart",
     "section",
     "short",
     "spread_labels",
+    "subject_of",
+    "table",
     "thinned",
     "whole_page",
 ]

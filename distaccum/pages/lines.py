@@ -50,6 +50,8 @@ class Curve:
     has_marks: bool = False
     is_dashed: bool = False
     has_line: bool = True
+    label: str = ""
+    """What its values are called when the pointer is over them; empty: it keeps silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,15 @@ class _Frame:
         share = min(1.0, max(0.0, (self.y.place(value) - low) / ((high - low) or 1.0)))
         return self.bottom - share * (self.bottom - self.top)
 
+    def attributes(self) -> dict[str, str]:
+        """Where values are, for the page's script."""
+        sides = {
+            "data-x": (self.left, self.right, self.low_x, self.high_x, self.x.is_log),
+            "data-y": (self.bottom, self.top, self.low_y, self.high_y, self.y.is_log),
+        }
+        numbers = {name: ",".join(f"{float(value):.8g}" for value in values) for name, values in sides.items()}
+        return {**numbers, "data-at": self.x.title}
+
     def draw_axes(self) -> None:
         x_ticks = axis_ticks(self.low_x, self.high_x, 5, self.x.is_log) if self.x.ticks is None else self.x.ticks
         y_ticks = axis_ticks(self.low_y, self.high_y, 5, self.y.is_log) if self.y.ticks is None else self.y.ticks
@@ -130,8 +141,8 @@ class _Frame:
             x = self.at_x(mark.value)
             is_right = x > (self.left + self.right) / 2
             self.parts.append(line(x, self.top - 4, x, self.bottom, "limit"))
-            side, anchor = (x - 5, "end") if is_right else (x + 5, "start")
-            self.parts.append(text(side, self.top + 5, mark.label, "tick on-grid", anchor))
+            side, anchor = (x + 2, "end") if is_right else (x - 2, "start")
+            self.parts.append(text(side, self.top - 7, mark.label, "tick", anchor))
         else:
             y = self.at_y(mark.value)
             self.parts.append(line(self.left, y, self.right, y, "limit"))
@@ -153,7 +164,8 @@ class _Frame:
                 body += f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in piece)}"{dashes}/>'
             if curve.has_marks or (curve.has_line and len(piece) == 1):
                 body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in piece)
-        self.parts.append(f'<g class="curve {curve.style}"><title>{escaped(curve.hint)}</title>{body}</g>')
+        label = f' data-name="{escaped(curve.label)}"' if curve.label else ""
+        self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escaped(curve.hint)}</title>{body}</g>')
         return pieces[-1][-1] if pieces else None
 
 
@@ -216,7 +228,7 @@ def line_chart(
                 f'<g class="{curve.style}">{line(end[0] + 4, end[1], at - 2, height_of_name, "leader")}'
                 f"{text(at + 2, height_of_name + 4, curve.name, 'curve-name', hint=curve.hint)}</g>"
             )
-    return svg(width, height, name, frame.parts)
+    return svg(width, height, name, frame.parts, frame.attributes())
 
 
 def spread_labels(heights: Sequence[float], top: float, bottom: float) -> list[float]:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from distaccum.pages.svg import escaped
 
+MADE_BY = '<meta name="generator" content="distaccum">'
+"""By which a page is known for one of these."""
 _STYLE = Path(__file__).with_name("page.css")
+_HOVER = Path(__file__).with_name("hover.js")
 
 
-def whole_page(title: str, sections: Iterable[str], style: str = "") -> str:
+def whole_page(title: str, sections: Iterable[str], style: str = "", *, has_hover: bool = False) -> str:
     """A page in one file.
 
     Args:
         sections: HTML, top to bottom.
         style: CSS besides that of all pages.
+        has_hover: a script shows the values under the pointer.
     """
+    script = f"<script>\n{_HOVER.read_text(encoding='utf-8')}</script>\n" if has_hover else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(title)}</title>\n"
+        f"{MADE_BY}\n<title>{escaped(title)}</title>\n"
         f"<style>\n{_STYLE.read_text(encoding='utf-8')}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in sections if part)
-        + "\n</main>\n</body>\n</html>\n"
+        + f"\n</main>\n{script}</body>\n</html>\n"
     )
 
 
@@ -43,3 +49,24 @@ def key(entries: Sequence[tuple[str, str]]) -> str:
 def definitions(facts: Iterable[tuple[str, str]]) -> str:
     """Facts in two columns, the name of each and what it is."""
     return f"<dl>{''.join(f'<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>' for name, value in facts)}</dl>"
+
+
+def subject_of(config: dict[str, Any]) -> str:
+    """What was trained on what, as far as a run's configuration tells: `CNN on Digits`."""
+
+    def last_name(section: Any) -> str:
+        return str(section.get("_target_", "")).rpartition(".")[2] if isinstance(section, dict) else ""
+
+    data = config.get("data")
+    names = [last_name(config.get("model")), last_name(data.get("train") if isinstance(data, dict) else None)]
+    return " on ".join(name for name in names if name)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls sideways where it is too wide; the first cell of each row names it."""
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def escaped(text: str) -> str:
@@ -24,9 +24,13 @@ def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
 
 
-def svg(width: float, height: float, name: str, parts: Sequence[str]) -> str:
+def svg(
+    width: float, height: float, name: str, parts: Sequence[str], attributes: Mapping[str, str] | None = None
+) -> str:
+    """A picture, with what it shows in words for those who can't see it."""
     body = "\n".join(parts)
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escaped(name)}">\n{body}\n</svg>'
+    more = "".join(f' {key}="{escaped(value)}"' for key, value in (attributes or {}).items())
+    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escaped(name)}"{more}>\n{body}\n</svg>'
 
 
 def nice_ticks(largest: float, count: int = 5, binary: bool = False) -> list[float]:

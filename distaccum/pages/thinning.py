@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 Point = tuple[float, float]
@@ -32,19 +33,20 @@ def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
     return [points[index] for index in sorted(kept)]
 
 
-def moving_mean(points: Sequence[Point], length: int) -> list[Point]:
-    """The mean of so many points in a row, at the middle one; values that are not finite are left out of it.
+def moving_median(points: Sequence[Point], length: int, most: int = 600) -> list[Point]:
+    """The median of so many values in a row, at the middle one; a spike leaves no trace in it.
 
-    At both ends the mean is of fewer points, as many on either side.
+    At both ends it is of fewer values, as many on either side. Values that are not finite are left out. Of more points
+    than `most`, evenly spaced ones are taken.
 
-    >>> moving_mean([(1, 1.0), (2, 2.0), (3, 6.0)], 3)
-    [(1, 1.0), (2, 3.0), (3, 6.0)]
+    >>> moving_median([(1, 1.0), (2, 9.0), (3, 2.0), (4, 3.0)], 3)
+    [(1, 1.0), (2, 2.0), (3, 3.0), (4, 3.0)]
     """
     half = length // 2
-    means = []
-    # Running sums would carry an infinity, and the rounding of a huge loss, to all points after it.
-    for index, (x, _) in enumerate(points):
+    step = max(1, -(-len(points) // most))
+    medians = []
+    for index in sorted({*range(0, len(points), step), len(points) - 1}):
         reach = min(half, index, len(points) - 1 - index)
         values = [y for _, y in points[index - reach : index + reach + 1] if math.isfinite(y)]
-        means.append((x, sum(values) / len(values) if values else math.nan))
-    return means
+        medians.append((points[index][0], statistics.median(values) if values else math.nan))
+    return medians
