@@ -51,11 +51,13 @@ FLOORS = {
     "comparison": 5,
     "checking": 5,
     "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
     "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -83,9 +85,13 @@ NEIGHBOURS = {
     ("comparison", "assembly"),
     ("checking", "assembly"),
     ("comparison", "trainer"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
     ("train", "entry"),
     ("compare", "entry"),
     ("check", "entry"),
+    ("study", "entry"),
 }
 
 
@@ -143,7 +149,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check", "report"):
+    for name in ("train", "compare", "check", "report", "study"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distaccum.pages.lines import Axis, Band, Curve, Mark, line_chart, spread_labels
-from distaccum.pages.page import MADE_BY, definitions, key, section, subject_of, table, whole_page
+from distaccum.pages.page import MADE_BY, definitions, key, section, standalone, subject_of, table, whole_page
 from distaccum.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.pages.svg import axis_ticks, escaped, nice_ticks, short
 from distaccum.pages.thinning import moving_median, thinned
@@ -28,6 +28,7 @@ __all__ = [
     "section",
     "short",
     "spread_labels",
+    "standalone",
     "subject_of",
     "table",
     "thinned",

@@ -50,6 +50,8 @@ class Curve:
     has_marks: bool = False
     is_dashed: bool = False
     has_line: bool = True
+    tag: str = ""
+    """Written beside its last point."""
     label: str = ""
     """What its values are called when the pointer is over them; empty: it keeps silent."""
 
@@ -146,7 +148,7 @@ class _Frame:
         else:
             y = self.at_y(mark.value)
             self.parts.append(line(self.left, y, self.right, y, "limit"))
-            self.parts.append(text(self.right - 2, y - 5, mark.label, "tick on-grid", "end"))
+            self.parts.append(text(self.left + 4, y - 5, mark.label, "tick on-grid"))
 
     def draw_curve(self, curve: Curve) -> tuple[float, float] | None:
         """Draws it; returns where it ends."""
@@ -164,6 +166,10 @@ class _Frame:
                 body += f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in piece)}"{dashes}/>'
             if curve.has_marks or (curve.has_line and len(piece) == 1):
                 body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>' for x, y in piece)
+        if curve.tag and pieces:
+            x, y = pieces[-1][-1]
+            is_right = x > self.right - 50
+            body += text(x - 8 if is_right else x + 8, y - 8, curve.tag, "tag", "end" if is_right else "start")
         label = f' data-name="{escaped(curve.label)}"' if curve.label else ""
         self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escaped(curve.hint)}</title>{body}</g>')
         return pieces[-1][-1] if pieces else None

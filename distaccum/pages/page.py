@@ -34,6 +34,17 @@ def whole_page(title: str, sections: Iterable[str], style: str = "", *, has_hove
     )
 
 
+def standalone(chart: str, style: str = "") -> str:
+    """A chart as a file of its own, in the colours of pages, light or dark."""
+    head, _, body = chart.partition(">")
+    width, height = head.partition('viewBox="0 0 ')[2].partition('"')[0].split()
+    return (
+        f'{head} xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
+        f"<style>svg {{ font-family: system-ui, 'DejaVu Sans', sans-serif; padding: 8px; background: var(--paper); }}\n"
+        f"{_STYLE.read_text(encoding='utf-8')}{style}</style>{body}\n"
+    )
+
+
 def section(heading: str, *content: str, style: str = "") -> str:
     """A part of a page under its heading."""
     css = f' class="{style}"' if style else ""

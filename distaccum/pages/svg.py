@@ -73,7 +73,7 @@ def axis_ticks(low: float, high: float, count: int = 5, is_log: bool = False) ->
         return axis_ticks(low, high, count)
     every = max(1, math.ceil((last - first) / (count + 1)))
     powers = [10.0**exponent for exponent in range(first, last + 1, every)]
-    for factors in ((1, 2, 5), (1, 3), (1,)):
+    for factors in ((1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [factor * power for power in powers for factor in factors if low <= factor * power * (1 + 1e-9)]
         ticks = [tick for tick in ticks if tick <= high * (1 + 1e-9)]
         if len(ticks) <= count + 1 or len(factors) == 1:
