@@ -297,7 +297,9 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        record = self._totals.record(window, result, self._metrics(result.sums, result.weight), lr)
+        record = self._totals.record(
+            window, result, self._metrics(result.sums, result.weight), lr, self.strategy.device
+        )
         for observer in self.observers:
             observer.on_update(record)
 

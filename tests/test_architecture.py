@@ -28,6 +28,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "data": 2,
@@ -52,10 +53,14 @@ FLOORS = {
     "assembly": 5,
     "comparison": 5,
     "checking": 5,
+    "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
+    "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -85,9 +90,13 @@ NEIGHBOURS = {
     ("comparison", "assembly"),
     ("checking", "assembly"),
     ("comparison", "trainer"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
     ("train", "entry"),
     ("compare", "entry"),
     ("check", "entry"),
+    ("study", "entry"),
 }
 
 
@@ -145,7 +154,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check"):
+    for name in ("train", "compare", "check", "report", "study"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 
