@@ -12,7 +12,7 @@ from distaccum.errors import UserError
 IGNORED = 255
 """The class of pixels that count nowhere."""
 FIRST_TRAINING_COLUMN = 128
-"""Between two columns of coins: eight coins are held out, sixteen are trained on."""
+"""Eight coins are held out, one of them cut by this line, and sixteen are trained on."""
 _PATCHES_OVERLAP = 4
 """Patches to train on start in steps of this part of their size."""
 
