@@ -58,7 +58,7 @@ def test_a_class_that_is_nowhere_does_not_count() -> None:
 def test_a_micro_batch_of_ignored_pixels_only() -> None:
     logits, targets = _batch()
     output = Segmentation()(nn.Identity(), (logits, torch.full_like(targets, IGNORED)))
-    assert float(output.loss_sum) == float(output.weight) == 0
+    assert float(output.loss_sum.detach()) == float(output.weight) == 0
     output.loss_sum.backward()
 
 
