@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -102,6 +103,28 @@ class Stopwatch:
 
     def seconds(self, start: Any, end: Any) -> float:
         return float(start.elapsed_time(end)) / 1e3 if self._on_cuda else float(end - start)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",  # torch's allocator on the CPU
+    "ALLOC_FAILED",  # cuBLAS, cuDNN
+    "ALLOCATION_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, on the host or on a device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Gives back what torch's allocator keeps for later, so that it can be had in other sizes."""
+    gc.collect()  # what a traceback or a module in a cycle held
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
