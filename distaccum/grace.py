@@ -60,7 +60,7 @@ class Grace:
             # Leaving a window drops what a strategy remembers of the windows before.
             self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
 
-    def check(self, micro_step: int) -> None:
+    def check(self, micro_step: int, is_last: bool) -> None:
         """Before each micro-step (from 1), once a signal has come.
 
         Raises:
@@ -69,11 +69,12 @@ class Grace:
         if self._strategy.equal_micro_steps:
             return
         spent = time.perf_counter() - self._started
-        needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1)
+        # There may be more of them than planned, if memory has run out.
+        needed = spent / max(1, micro_step - 1) * max(1, self._micro_steps - micro_step + 1)
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
         fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
-        if fate is None and micro_step == self._micro_steps:
+        if fate is None and is_last:
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
         if fate == "drop":
