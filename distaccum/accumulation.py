@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.optim import in_parameter_format
-from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun, step_with_room
+from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
+from distaccum.stepping import ScaledStep
 from distaccum.strategies import Strategy, can_recover, local_parts, strategy_of
 from distaccum.sums import explain_nonfinite, own_totals
 from distaccum.updates import OpenWindow, UpdateResult, unflatten, with_last
@@ -99,6 +98,7 @@ class Accumulator:
         self._open: OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
+        self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
         self.clear_gradients()
 
     def state_dict(self) -> dict[str, float | int | None]:
@@ -243,14 +243,13 @@ class Accumulator:
         for name, value in (sums or {}).items():
             window.sums.setdefault(name, []).append(value.detach())
         if window.is_last:
-            window.totals = own_totals(window, self.strategy, self.flags, self.reports)
+            totals = own_totals(window, self.strategy, self.flags, self.reports)
             if window.recovers and self.recoverable is not None:
                 if window.last_gradient is not None:
                     loss_sum = loss_sum + window.last_gradient.to(loss_sum)
                 self.recoverable.begin_sync(loss_sum)
                 window.is_syncing = True
-            if self.strategy.process_group is not None:
-                window.totals_work = dist.all_reduce(window.totals, group=self.strategy.process_group, async_op=True)
+            window.totals = self.strategy.summed(totals)
         # A power of two, so that it changes no bit of the result; see _choose_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -284,7 +283,7 @@ class Accumulator:
         self._open = None
         self.updates += 1
         try:
-            result = self._finish(window, window.totals)
+            result = self._finish(window, window.totals())
         finally:
             self.clear_gradients()
         if result is None:
@@ -298,8 +297,6 @@ class Accumulator:
         window.forget_micro_steps()
 
     def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
-        if window.totals_work is not None:
-            window.totals_work.wait()
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
@@ -328,16 +325,15 @@ class Accumulator:
         flat_sums = rest[len(self.reports) * ranks :]
         self._last_weight = weight
         loss = loss_sum / weight if weight else math.nan
-        # The sync has taken the mean over ranks of sums, each multiplied by the scale.
-        factor = self.strategy.world_size / (weight * window.scale) if weight else math.nan
+        # The sync has added up the ranks' sums, each multiplied by the scale.
+        factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
         skipped = not self._is_sound(window, loss, weight, grad_norm)
         if not skipped:
             if self.clip_norm is not None:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
-            torch._foreach_mul_(local_parts(gradients), factor)
-            self._step_optimizer(window)
+            self._scaled_step(gradients, factor, self.scaler)
         else:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
             self._put_back([entry for entry in window.buffers if entry[0].is_floating_point()])
@@ -368,16 +364,6 @@ class Accumulator:
         if synced:
             end = self.strategy.traffic.last_launch
         return tuple(self._stopwatch.seconds(begin, stop) for begin, stop in [*marks, (start, end)])
-
-    def _step_optimizer(self, window: OpenWindow) -> None:
-        step: Callable[[], Any] = self.optimizer.step
-        if self.scaler is not None:
-            step = partial(self.scaler.step, self.optimizer)
-        if window.recovers:
-            step_with_room(self.optimizer, step, self.strategy.device)
-        else:
-            with in_parameter_format(self.optimizer):
-                step()
 
     def _is_lost_on_any_rank(self, window: OpenWindow) -> bool:
         """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""

@@ -19,13 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.optim import in_parameter_format
 from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 if TYPE_CHECKING:
@@ -258,35 +256,3 @@ class WindowRun:
             f"SyncBatchNorm), so they can't go on. The smaller size {size} is remembered: start the same command again "
             "(torchrun --max-restarts does so by itself), and the run goes on from its last checkpoint with it."
         )
-
-
-def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], device: torch.device) -> None:
-    """Takes an optimizer's step; once more if memory runs out while it makes its state, before any parameter moves.
-
-    Raises:
-        UserError: memory has run out all the same, or when it was too late to try again.
-    """
-    before = set(optimizer.state)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    makes_state = any(parameter not in before for parameter in parameters)
-    known = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    versions = [tensor._version for tensor in [*parameters, *known]] if makes_state else []
-    said = ""
-    for is_second in (False, True):
-        try:
-            with in_parameter_format(optimizer):
-                step()
-            return
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if is_second or versions != [tensor._version for tensor in [*parameters, *known]]:
-            break
-        for parameter in set(optimizer.state) - before:
-            del optimizer.state[parameter]
-        free_cached_memory(device)
-    raise UserError(
-        f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer with "
-        "less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
-    )

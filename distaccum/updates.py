@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Batch = TypeVar("Batch")
@@ -67,8 +66,7 @@ class OpenWindow:
     loss_sums: list[Tensor] = field(default_factory=list)
     weights: list[Tensor | float] = field(default_factory=list)
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
-    totals: Tensor | None = None
-    totals_work: dist.Work | None = None
+    totals: Callable[[], Tensor] | None = None
     backward_end: Any = None
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None

@@ -39,6 +39,7 @@ FLOORS = {
     "updates": 3,
     "strategies": 3,
     "checkpoints": 4,
+    "stepping": 4,
     "loaders": 3,
     "accumulation": 4,
     "recovery": 4,
@@ -77,6 +78,7 @@ NEIGHBOURS = {
     ("accumulation", "recovery"),
     ("accumulation", "sums"),
     ("recovery", "accumulation"),  # for its type only
+    ("accumulation", "stepping"),
     ("trainer", "evaluation"),
     ("trainer", "grace"),
     ("trainer", "totals"),
