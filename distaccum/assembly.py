@@ -38,6 +38,7 @@ from distaccum.run_folder import (
     leave_marker,
 )
 from distaccum.seeding import derived_seed, seed_everything
+from distaccum.sizing import settle_sizes
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.trainer import PROGRESS_KEYS, Trainer, total_updates
 
@@ -179,7 +180,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     loader = WindowLoader(
         train_data,
         global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=_largest_size(config.batch, world_size),
         accumulation_steps=config.batch.accumulation_steps,
         **_grouping_arguments(config.batch, train_data),
         drop_last=config.batch.drop_last,
@@ -208,6 +209,12 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     )
 
 
+def _largest_size(config: BatchConfig, world_size: int) -> int | None:
+    if config.is_auto and config.global_batch_size is not None:
+        return -(-config.global_batch_size // world_size)  # until it is known what fits
+    return config.given_size
+
+
 def build_trainer(
     config: TrainConfig,
     world: World,
@@ -230,6 +237,16 @@ def build_trainer(
     optimizer = build_optimizer(
         config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
     )
+    recovery = None
+    if config.batch.is_auto:
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            with parts.precision.autocast():
+                return parts.task(module, batch)
+
+        recovery = settle_sizes(
+            config, redacted(plain), world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint
+        )
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     checkpointer = (
@@ -265,6 +282,7 @@ def build_trainer(
         heartbeat=world.heartbeat,
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
         balance_speed=config.batch.balance is Balance.speed,
+        recovery=recovery,
     )
 
 

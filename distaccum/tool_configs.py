@@ -115,3 +115,11 @@ class CheckConfig(TrainConfig):
     """A training whose updates are to be proved independent of the cut."""
 
     check: CheckSection = field(default_factory=CheckSection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            not self.batch.is_auto,
+            "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
+            "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
+        )

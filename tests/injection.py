@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -120,3 +121,33 @@ def task(model: nn.Module, batch: tuple[Tensor, Tensor]) -> TaskOutput:
     loss_sum = nn.functional.cross_entropy(scores, targets, reduction="sum")
     correct = (scores.argmax(1) == targets).sum()
     return TaskOutput(loss_sum, len(targets), {"correct": correct})
+
+
+class FragileRun(Fragile):
+    """`Fragile`, for whole runs: memory runs out by a rule that a command line can give.
+
+    Args:
+        fits: samples that a micro-batch may have; with `from_forward`, from the nth training forward of the process on.
+        rank: the only rank where it does; None for all.
+        direction, point: where in the micro-step.
+    """
+
+    def __init__(
+        self,
+        fits: int,
+        from_forward: int = 0,
+        rank: int | None = None,
+        direction: str = "forward",
+        point: str = "end",
+        num_classes: int = 3,
+    ) -> None:
+        super().__init__(classes=num_classes)
+        self.training_forwards = 0
+        if rank in (None, int(os.environ.get("RANK", "0"))):
+            self.faults.strikes = lambda *passed: (
+                passed[:2] == (direction, point) and passed[2] > fits and self.training_forwards >= from_forward
+            )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.training_forwards += torch.is_grad_enabled()
+        return super().forward(inputs)

@@ -222,7 +222,10 @@ class WindowLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer, as far as it fits: speeds and sizes are those of as many ranks."""
         if self.found_sizes is not None and len(state.get("found_sizes") or ()) == self.plan.world_size:
-            self.set_sizes(state["found_sizes"])
+            sizes = state["found_sizes"]
+            if self.plan.equal_micro_steps:  # smaller ones may be why the run has been started again
+                sizes = [min(pair) for pair in zip(sizes, self.found_sizes, strict=True)]
+            self.set_sizes(sizes)
             self.limits = tuple(state["limits"])
             self._limit = Timeline(self.limits[self.rank])
         speeds = [(first, tuple(values) if values is not None else None) for first, values in state["speeds"]]
