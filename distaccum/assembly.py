@@ -27,6 +27,7 @@ from distaccum.logs import logging_to
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.redaction import redacted, secrets_in
+from distaccum.remembered import Remembered, fingerprint
 from distaccum.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -182,7 +183,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=_largest_size(config.batch, world_size),
         accumulation_steps=config.batch.accumulation_steps,
-        **_grouping_arguments(config.batch, train_data),
+        **_grouping_arguments(config, train_data, rank),
         drop_last=config.batch.drop_last,
         seed=config.seed,
         collate_fn=_collate_fn(config.data),
@@ -320,10 +321,12 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
         raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
 
 
-def _grouping_arguments(config: BatchConfig, data: Any) -> dict[str, Any]:
-    if not isinstance(config, ByLengthBatchConfig):
+def _grouping_arguments(config: TrainConfig, data: Any, rank: int) -> dict[str, Any]:
+    if not isinstance(config.batch, ByLengthBatchConfig):
         return {}
-    return {"lengths": lengths_of(data), "max_tokens": config.max_tokens}
+    # A file for each rank, as ranks of one host write at the same time.
+    name = f"lengths-{fingerprint([redacted(as_plain(config.data.train)), type(data).__qualname__])}-rank{rank}"
+    return {"lengths": lengths_of(data, Remembered(name)), "max_tokens": config.batch.max_tokens}
 
 
 def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:

@@ -103,7 +103,7 @@ class Fitting:
         with self._everything_put_back():
             if self._strategy.equal_micro_steps:
                 return self._reckoned(sample, share)
-            most = share if self._on_cuda else self._reckoned(sample, share)
+            most = share if self._on_cuda else self._reckoned_on_host(sample, share)
             ballast = self._ballast() if self._on_cuda else None
             size = largest_that_fits(lambda size: self._fits(sample, size), most)
             del ballast
@@ -145,6 +145,16 @@ class Fitting:
     def _wait(self) -> None:
         if self._on_cuda:
             torch.cuda.synchronize(self._device)
+
+    def _reckoned_on_host(self, sample: int, share: int) -> int:
+        """The host rarely says that memory has run out; but if it does, trying is all there is."""
+        try:
+            return self._reckoned(sample, share)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached_memory(self._device)
+        return share
 
     def _reckoned(self, sample: int, share: int) -> int:
         """What fits according to the memory that two small micro-batches take, which grows with their size."""

@@ -141,6 +141,7 @@ class WindowRun:
         self._device = accumulator.strategy.device
         self._share: Share | None = None
         self._has_retried = False
+        self._unit = self._window.recutting.unit if self._window is not None and self._window.recutting else ""
         if accumulator.recoverable is not None:
             if self._window is None:
                 raise UserError("recovery from out-of-memory needs the windows of a WindowLoader.")
@@ -223,7 +224,7 @@ class WindowRun:
                 during,
                 len(samples),
                 size,
-                "samples",
+                self._unit,
             )
             assert self._accumulator.recovery is not None
             self._accumulator.recovery.on_smaller(size)

@@ -69,6 +69,9 @@ def settle_sizes(
             memory.write(own)
         sizes, how = world.gather(own), "found by trying" if not strategy.equal_micro_steps else "reckoned"
     loader.set_sizes(sizes)
+    if before is not None and checkpoint is not None:
+        # Now, as forwards come before the rest is restored.
+        loader.load_state_dict(checkpoint.state["states"]["loader"])
     if world.is_main:
         unit = "samples" if loader.lengths is None else "tokens"
         in_use = sizes if loader.lengths is None and not strategy.equal_micro_steps else [min(sizes)]

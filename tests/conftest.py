@@ -31,7 +31,9 @@ def _nothing_leaks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _cache_of_its_own(
+    _nothing_leaks: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """What is remembered from one start to the next is kept apart from the user's, and from other tests'."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 

@@ -16,12 +16,14 @@ class Recutting:
         split: a micro-batch as one or more of such sizes.
         forbid: has micro-batches of this size cut smaller from now on, here and in all windows to come; gives the size
             that is allowed.
+        unit: of sizes: "samples", or "tokens" where windows are cut by length.
         load: micro-batches of given samples, on the device, exactly as they were in the window.
     """
 
     cut: Callable[[], list[list[int]]]
     split: Callable[[Sequence[int]], list[list[int]]]
     forbid: Callable[[Sequence[int]], int]
+    unit: str
     load: Callable[[Sequence[Sequence[int]]], Iterator[Any]]
 
 

@@ -186,6 +186,7 @@ class WindowLoader:
             cut=lambda: self._sample_indices(epoch, index, self.limit),
             split=split,
             forbid=forbid,
+            unit="samples" if self.lengths is None else "tokens",
             load=lambda pieces: self.load(epoch, index, pieces),
         )
 
