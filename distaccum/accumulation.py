@@ -127,7 +127,9 @@ class Accumulator:
         return WindowRun(self, micro_batches, forward, tell).result()
 
     @contextmanager
-    def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    def window(
+        self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
+    ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -136,13 +138,22 @@ class Accumulator:
 
         Args:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
+            started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
+                data, if that was before this call.
         """
-        with self.opened(micro_batches, with_last(micro_batches)) as (_, micro_steps):
+        items = with_last(micro_batches)
+        with self.opened(micro_batches, items, started=started, data_seconds=data_seconds) as (_, micro_steps):
             yield micro_steps
 
     @contextmanager
     def opened(
-        self, micro_batches: Iterable[Any], items: Iterator[tuple[Batch, bool]], sizes: Sequence[int] | None = None
+        self,
+        micro_batches: Iterable[Any],
+        items: Iterator[tuple[Batch, bool]],
+        sizes: Sequence[int] | None = None,
+        *,
+        started: float | None = None,
+        data_seconds: float = 0.0,
     ) -> Iterator[tuple[OpenWindow, Iterator[Batch]]]:
         """`window`, for those who take part in its work.
 
@@ -152,17 +163,13 @@ class Accumulator:
         """
         if self._open is not None:
             raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
+        self.require_equal_micro_steps(micro_batches)
         whole = micro_batches if isinstance(micro_batches, Window) else None
-        if whole is not None and self.strategy.equal_micro_steps and not whole.equal_micro_steps:
-            raise UserError(
-                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
-                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
-                "equal_micro_steps=True."
-            )
         window = self._open = OpenWindow(
             scale=self._choose_scale(micro_batches),
             sizes=whole.sizes if sizes is None and whole is not None else sizes,
-            started=time.perf_counter(),
+            started=time.perf_counter() if started is None else started,
+            data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
             recovers=sizes is not None,
@@ -182,6 +189,23 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
+        """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
+
+        Raises:
+            UserError: it is one, and the strategy's micro-steps hold collectives.
+        """
+        if (
+            isinstance(micro_batches, Window)
+            and self.strategy.equal_micro_steps
+            and not micro_batches.equal_micro_steps
+        ):
+            raise UserError(
+                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
+                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
+                "equal_micro_steps=True."
+            )
 
     def _remember(self, window: OpenWindow) -> None:
         """Keeps what the window changes besides gradients, if it may have to be undone."""
@@ -314,7 +338,7 @@ class Accumulator:
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        loss_sum, weight, *rest, norm = torch.cat([totals, raw_norm.to(totals)[None]]).tolist()
         if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
             self._put_back(window.buffers)
             self.strategy.load_state_tensors(window.remembered)

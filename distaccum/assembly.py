@@ -16,7 +16,15 @@ from torch import nn
 from distaccum import targets
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
 from distaccum.choices import Balance, WandbMode
-from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.config import (
+    BatchConfig,
+    ByLengthBatchConfig,
+    DataConfig,
+    Fp16Config,
+    PrecisionConfig,
+    TrainConfig,
+    flat,
+)
 from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
@@ -34,13 +42,13 @@ from distaccum.run_folder import (
     RunFolder,
     begin,
     changes,
-    flat,
     held_run_folder,
     leave_marker,
 )
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.sizing import settle_sizes
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
+from distaccum.tasks import CoupledTask
 from distaccum.trainer import PROGRESS_KEYS, Trainer, total_updates
 
 logger = logging.getLogger(__name__)
@@ -240,6 +248,11 @@ def build_trainer(
     )
     recovery = None
     if config.batch.is_auto:
+        if isinstance(parts.task, CoupledTask):
+            raise UserError(
+                f"batch.micro_batch_size=auto can't be had with {type(parts.task).__name__}, whose loss couples the "
+                "samples of a window: its micro-batches can't be taken again one by one. Give a number."
+            )
 
         def forward(module: nn.Module, batch: Any) -> Any:
             with parts.precision.autocast():

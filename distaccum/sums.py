@@ -22,21 +22,30 @@ def own_totals(
     """This rank's loss, weight, flags, reports and sums, in one vector of float64 on the device."""
     device = strategy.device
     weights = [value for value in window.weights if isinstance(value, Tensor)]
-    numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-    weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
+    if len(weights) < len(window.weights):
+        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
     loss_sum, weight, *sums = (
         _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
     )
-    raised = torch.zeros(len(flags), dtype=torch.float64, device=device)
-    for number, ask in enumerate(flags.values()):
-        if ask():
-            raised[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-    return torch.cat([loss_sum, weight, raised, *_own_reports(strategy, reports), *sums])
+    return torch.cat([loss_sum, weight, *_own_flags(device, flags), *_own_reports(strategy, reports), *sums])
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(device, non_blocking=True) for value in values]).sum(0, dtype=torch.float64)
+    if any(value.device != device for value in values):
+        values = [value.to(device, non_blocking=True) for value in values]
+    return torch.stack(values).sum(0, dtype=torch.float64)
+
+
+def _own_flags(device: torch.device, flags: Mapping[str, Callable[[], bool]]) -> list[Tensor]:
+    if not flags:
+        return []
+    raised = torch.zeros(len(flags), dtype=torch.float64, device=device)
+    for number, ask in enumerate(flags.values()):
+        if ask():
+            raised[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
+    return [raised]
 
 
 def _own_reports(strategy: Strategy, reports: Mapping[str, Callable[[], float]]) -> list[Tensor]:

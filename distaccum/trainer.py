@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -40,7 +41,7 @@ from distaccum.optim import Schedule
 from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.totals import Totals
 from distaccum.updates import UpdateResult
 
@@ -65,7 +66,7 @@ class Trainer:
 
     Args:
         model: placed already: a plain module in one process, `DistributedDataParallel` in several.
-        task: any callable `(model, batch) -> TaskOutput`.
+        task: any callable `(model, batch) -> TaskOutput`; a `CoupledTask` for a loss that couples a window's samples.
         optimizer: over the model's parameters.
         loader: the windows to train on.
         loop: how long, when to evaluate, clipping.
@@ -250,7 +251,10 @@ class Trainer:
         lr = self.schedule.apply(number) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
         self._grace.begin(number, len(window))
         try:
-            result = self.accumulator.run(window, self._forward, partial(self._begin_phase, number))
+            if isinstance(self.task, CoupledTask):
+                result = self._coupled_update(self.task, window, number)
+            else:
+                result = self.accumulator.run(window, self._forward, partial(self._begin_phase, number))
         except WindowDroppedError:
             self._grace.put_back()
             logger.info("update %d: no time is left to finish its window, which is dropped", number)
@@ -275,11 +279,28 @@ class Trainer:
             doing("loading of a micro-batch", update=number, micro_step=micro_step)
         elif what == "forward":
             if self.interruption.is_requested():
-                self._grace.check(micro_step, is_last)
+                self._grace.check(micro_step, is_last=is_last)
             doing("forward", update=number, micro_step=micro_step)
         else:
             how = "backward with the gradient sync" if is_last else "backward"
             doing(how, update=number, micro_step=micro_step, waits=is_last)
+
+    def _coupled_update(self, task: CoupledTask, window: Window, number: int) -> UpdateResult:
+        def embed(batch: Any) -> Any:
+            with self.precision.autocast():
+                return task.embed(self.model, batch)
+
+        def between(stage: Stage, step: int) -> None:
+            # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
+            # takes about three times as long.
+            if stage is Stage.embedding and self.interruption.is_requested():
+                self._grace.check(step, to_come=3 * len(window))
+            self.heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
+
+        self._begin_phase(number, "loading", 1, is_last=False)
+        accumulate_coupled(self.accumulator, window, embed=embed, loss=task.window_loss, between=between)
+        self._begin_phase(number, "step", len(window), is_last=True)
+        return self.accumulator.step()
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         self._totals.add(window, result)
@@ -289,7 +310,9 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        record = self._totals.record(window, result, self._metrics(result.sums, result.weight), lr)
+        record = self._totals.record(
+            window, result, self._metrics(result.sums, result.weight), lr, self.strategy.device
+        )
         for observer in self.observers:
             observer.on_update(record)
 

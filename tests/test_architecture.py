@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "redaction": 0,
     "distributed": 1,
+    "gathering": 1,
     "heartbeat": 1,
     "diagnosis": 1,
     "devices": 1,
@@ -28,6 +29,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "recutting": 2,
@@ -45,6 +47,7 @@ FLOORS = {
     "accumulation": 4,
     "recovery": 4,
     "sums": 4,
+    "caching": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
@@ -56,10 +59,14 @@ FLOORS = {
     "assembly": 5,
     "comparison": 5,
     "checking": 5,
+    "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
+    "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -84,6 +91,7 @@ NEIGHBOURS = {
     ("accumulation", "recovery"),
     ("accumulation", "sums"),
     ("recovery", "accumulation"),  # for its type only
+    ("caching", "accumulation"),
     ("accumulation", "stepping"),
     ("trainer", "evaluation"),
     ("trainer", "grace"),
@@ -95,9 +103,13 @@ NEIGHBOURS = {
     ("comparison", "assembly"),
     ("checking", "assembly"),
     ("comparison", "trainer"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
     ("train", "entry"),
     ("compare", "entry"),
     ("check", "entry"),
+    ("study", "entry"),
 }
 
 
@@ -155,7 +167,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check"):
+    for name in ("train", "compare", "check", "report", "study"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

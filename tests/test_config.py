@@ -138,8 +138,8 @@ def test_tasks_take_every_key_of_their_section(option: str) -> None:
         ),
         (
             lambda: ByLengthBatchConfig(micro_batch_size="auto", max_tokens=512),
-            "batch.micro_batch_size=auto finds how many tokens fit, and batch.max_tokens=512 is given too: leave one of "
-            "them out.",
+            "batch.micro_batch_size=auto finds how many tokens fit, and batch.max_tokens=512 is given too: leave one "
+            "of them out.",
         ),
         (
             lambda: BatchConfig(auto_memory=1.5),
