@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
+    from distaccum.recovery import Recovery
     from distaccum.tasks import CoupledTask, Task, TaskOutput
     from distaccum.trainer import Trainer
     from distaccum.updates import UpdateResult
@@ -37,6 +38,7 @@ _HOMES = {
     "Window": "loaders",
     "WindowLoader": "loaders",
     "Observer": "observers",
+    "Recovery": "recovery",
     "BatchPlan": "planning",
     "Cut": "planning",
     "resolve_batch": "planning",
@@ -59,6 +61,7 @@ __all__ = [
     "EvaluationLoader",
     "LoaderOptions",
     "Observer",
+    "Recovery",
     "Task",
     "TaskOutput",
     "Trainer",

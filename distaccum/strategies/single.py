@@ -56,3 +56,15 @@ class SingleStrategy:
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         pass
+
+    def begin_window(self) -> None:
+        pass
+
+    def last_gradient(self) -> Tensor | None:
+        return None
+
+    def begin_sync(self, loss_sum: Tensor) -> None:
+        pass
+
+    def complete_sync(self) -> None:
+        pass
