@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distaccum.errors import UserError
     from distaccum.evaluation import evaluate
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
+    from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.tasks import Task, TaskOutput
@@ -34,6 +35,7 @@ _HOMES = {
     "LoaderOptions": "loaders",
     "Window": "loaders",
     "WindowLoader": "loaders",
+    "NoiseScale": "noise_scale",
     "Observer": "observers",
     "BatchPlan": "planning",
     "Cut": "planning",
@@ -54,6 +56,7 @@ __all__ = [
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",
+    "NoiseScale",
     "Observer",
     "Task",
     "TaskOutput",

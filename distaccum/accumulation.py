@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.micro_gradients import MicroGradients, measurement
+from distaccum.noise_scale import NoiseScale
 from distaccum.optim import in_parameter_format
 from distaccum.strategies import Strategy, local_parts, strategy_of
 from distaccum.updates import OpenWindow, UpdateResult, added_up, unflatten, with_last
@@ -53,6 +55,7 @@ class Accumulator:
             rank.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
         time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
+        noise_scale: measure how noisy gradients are, in each update for which it is due.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -70,6 +73,7 @@ class Accumulator:
         flags: Mapping[str, Callable[[], bool]] | None = None,
         reports: Mapping[str, Callable[[], float]] | None = None,
         time_micro_steps: bool = False,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -79,6 +83,7 @@ class Accumulator:
         self.flags = dict(flags or {})
         self.reports = dict(reports or {})
         self.time_micro_steps = time_micro_steps
+        self.noise_scale = noise_scale
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -88,14 +93,17 @@ class Accumulator:
         self._stopwatch = Stopwatch(self.strategy.device)
         self.clear_gradients()
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        return {"updates": self.updates, "last_weight": self._last_weight}
+        state = {"updates": self.updates, "last_weight": self._last_weight}
+        return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer."""
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])
 
     @contextmanager
     def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
@@ -126,12 +134,14 @@ class Accumulator:
             started=time.perf_counter(),
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
+            micro_gradients=self._watcher(micro_batches),
         )
         if self.skip_nonfinite:
             self._open.buffers = [(b, b.clone()) for b in self._model.buffers() if b.is_floating_point()]
         micro_steps = self._micro_steps(self._open, micro_batches)
         try:
-            yield micro_steps
+            with self._open.micro_gradients or nullcontext():
+                yield micro_steps
             if self._open.totals is None:
                 raise RuntimeError(
                     f"the window was left after {self._open.micro_steps} micro-step(s), before the backward of the "
@@ -143,6 +153,22 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
+        """What sees the micro-steps' own gradients, if this window is one to be measured."""
+        if self.noise_scale is None:
+            return None
+        number = self.updates
+        if isinstance(micro_batches, Window):
+            number = micro_batches.number
+            if micro_batches.is_by_length:
+                raise UserError(
+                    "the noise scale can't be told from micro-batches that were put together by length: they are not "
+                    "random samples. Set batch=uniform, or leave insight.noise_scale out."
+                )
+        if not self.noise_scale.is_due(number):
+            return None
+        return MicroGradients(self.strategy, [p for group in self.optimizer.param_groups for p in group["params"]])
 
     def _micro_steps(self, window: OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         items = with_last(micro_batches)
@@ -165,7 +191,13 @@ class Accumulator:
                         f"micro-step {window.micro_steps} ended without accumulator.backward(loss_sum, weight)"
                     )
 
-    def backward(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor] | None = None) -> None:
+    def backward(
+        self,
+        loss_sum: Tensor,
+        weight: Tensor | float,
+        sums: Mapping[str, Tensor] | None = None,
+        num_samples: int | None = None,
+    ) -> None:
         """Back-propagates one micro-batch. On the window's last one, gradients are synchronised on the way.
 
         Never makes the host wait for the device.
@@ -175,6 +207,7 @@ class Accumulator:
             weight: number of elements summed: a number, or a scalar tensor.
             sums: further sums to be added up over micro-steps and ranks, of any shape; the same names and shapes in
                 each micro-step and on each rank.
+            num_samples: samples of the micro-batch: the noise scale needs it where windows aren't a `WindowLoader`'s.
         """
         window = self._open
         if window is None or not window.awaiting_backward:
@@ -196,6 +229,15 @@ class Accumulator:
             window.sums.setdefault(name, []).append(value.detach())
         if window.is_last:
             self._start_totals(window)
+        if self.noise_scale is not None:
+            num_samples = num_samples if window.sizes is None else window.sizes[window.micro_steps - 1]
+            if num_samples is None:
+                raise UserError(
+                    "the noise scale counts samples, and these windows don't say how many a micro-batch has: call "
+                    "accumulator.backward(loss_sum, weight, num_samples=…)"
+                )
+            if window.micro_gradients is not None:
+                window.micro_gradients.begin(num_samples)
         # A power of two, so that it changes no bit of the result; see _choose_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -203,6 +245,8 @@ class Accumulator:
             loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
+        if window.micro_gradients is not None:
+            window.micro_gradients.end()
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -243,8 +287,10 @@ class Accumulator:
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
+        seen = self._seen(window, totals)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], *seen, totals[2:]]).tolist()
+        pieces, rest = (rest[:4], rest[4:]) if seen else ([], rest)
         raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
         ranks = self.strategy.world_size
         reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
@@ -267,6 +313,7 @@ class Accumulator:
                     self.scaler.step(self.optimizer)
         else:
             self._undo_forwards(window)
+        noise = self._noise(pieces, norm * self.strategy.world_size / window.scale) if pieces and not skipped else {}
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
@@ -284,7 +331,28 @@ class Accumulator:
             data_seconds=window.data_seconds,
             micro_seconds=self._micro_seconds(window, synced),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
+            **noise,
         )
+
+    def _seen(self, window: OpenWindow, totals: Tensor) -> tuple[Tensor, ...]:
+        """What is known of the micro-steps' own gradients, in the units of the losses; empty if nobody looked."""
+        if window.micro_gradients is None:
+            return ()
+        scale = torch.full((), window.scale, dtype=torch.float64, device=totals.device)
+        if self.scaler is not None:
+            scale = self.scaler.scale(scale)
+        return (window.micro_gradients.seen(1 / scale),)
+
+    def _noise(self, seen: list[float], norm: float) -> dict[str, float]:
+        assert self.noise_scale is not None
+        found = measurement(seen, norm)
+        if not self.noise_scale.add(found):
+            return {}
+        return {
+            "noise_scale": self.noise_scale.scale,
+            "noise_scale_error": self.noise_scale.error,
+            "coherence": found.coherence,
+        }
 
     def _micro_seconds(self, window: OpenWindow, synced: bool) -> tuple[float, ...]:
         if not window.marks:

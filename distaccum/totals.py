@@ -63,6 +63,9 @@ class Totals:
             sync_calls=result.sync_calls,
             sync_bytes=result.sync_bytes,
             skipped=result.skipped,
+            noise_scale=result.noise_scale,
+            noise_scale_error=result.noise_scale_error,
+            coherence=result.coherence,
         )
 
     def end(

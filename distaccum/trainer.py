@@ -34,6 +34,7 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
 from distaccum.seeding import derived_seed, seed_everything
@@ -78,6 +79,7 @@ class Trainer:
         heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
         measure_costs: fit what micro-batches cost, if windows are cut by length.
         balance_speed: give ranks shares of each window in proportion to their measured speed.
+        noise_scale: measures how noisy gradients are; None: nobody does.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Trainer:
         heartbeat: Heartbeat | None = None,
         measure_costs: bool = True,
         balance_speed: bool = False,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -122,7 +125,7 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
-        self.accumulator = self._new_accumulator(scaler)
+        self.accumulator = self._new_accumulator(scaler, noise_scale)
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -137,7 +140,7 @@ class Trainer:
         self._is_ahead_of_save = False
         self._register_states(scaler)
 
-    def _new_accumulator(self, scaler: torch.amp.GradScaler | None) -> Accumulator:
+    def _new_accumulator(self, scaler: torch.amp.GradScaler | None, noise_scale: NoiseScale | None) -> Accumulator:
         return Accumulator(
             self.model,
             self.optimizer,
@@ -152,6 +155,7 @@ class Trainer:
             },
             reports=self._tuning.reports,
             time_micro_steps=self._tuning.needs_times,
+            noise_scale=noise_scale,
         )
 
     def _register_states(self, scaler: torch.amp.GradScaler | None) -> None:

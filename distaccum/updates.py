@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distaccum.micro_gradients import MicroGradients
+
 Batch = TypeVar("Batch")
 
 
@@ -48,6 +50,12 @@ class UpdateResult:
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
+    noise_scale: float | None = None
+    """In samples, smoothed; infinite while the gradient can't be told from noise. None where it wasn't measured."""
+    noise_scale_error: float | None = None
+    """Its standard error; infinite as long as there is one measurement."""
+    coherence: float | None = None
+    """Of this window's micro-gradients: mean pairwise inner product over mean square. None where it wasn't measured."""
 
 
 @dataclass(slots=True)
@@ -73,6 +81,7 @@ class OpenWindow:
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    micro_gradients: MicroGradients | None = None
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -107,6 +107,7 @@ class MetricsFile(Observer):
             "metrics": record.metrics,
             "data_seconds": record.data_seconds,
             "sync_seconds": record.sync_seconds,
+            **record.noise,
         }
         if record.skipped:
             line["skipped"] = True

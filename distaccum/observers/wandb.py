@@ -122,6 +122,7 @@ class Wandb(Observer):
             "sync_calls": record.sync_calls,
             "sync_bytes": record.sync_bytes,
             "skipped": int(record.skipped),
+            **record.noise,
         }
         self._log("train", record.update, values)
 
