@@ -245,8 +245,8 @@ class Accumulator:
             loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
-        if window.micro_gradients is not None:
-            window.micro_gradients.end()
+        if window.micro_gradients is not None and window.is_last:
+            window.micro_gradients.start(1 / self._loss_scale(window))
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -287,7 +287,7 @@ class Accumulator:
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
-        seen = self._seen(window, totals)
+        seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], *seen, totals[2:]]).tolist()
         pieces, rest = (rest[:4], rest[4:]) if seen else ([], rest)
@@ -334,14 +334,10 @@ class Accumulator:
             **noise,
         )
 
-    def _seen(self, window: OpenWindow, totals: Tensor) -> tuple[Tensor, ...]:
-        """What is known of the micro-steps' own gradients, in the units of the losses; empty if nobody looked."""
-        if window.micro_gradients is None:
-            return ()
-        scale = torch.full((), window.scale, dtype=torch.float64, device=totals.device)
-        if self.scaler is not None:
-            scale = self.scaler.scale(scale)
-        return (window.micro_gradients.seen(1 / scale),)
+    def _loss_scale(self, window: OpenWindow) -> Tensor:
+        """What the losses of the window have been multiplied by, in float64 on the device."""
+        scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
+        return scale if self.scaler is None else self.scaler.scale(scale)
 
     def _noise(self, seen: list[float], norm: float) -> dict[str, float]:
         assert self.noise_scale is not None

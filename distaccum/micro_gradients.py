@@ -15,7 +15,7 @@ from distaccum.noise_scale import Measurement
 from distaccum.strategies import Strategy
 
 _HELD_BYTES = 4 << 20
-"""Gradients are held back until so many of them make one batch of norms: little memory, and few small operations."""
+"""Gradients are held, over micro-steps too, until they make a batch of norms: little memory, few small operations."""
 
 
 class MicroGradients:
@@ -39,6 +39,8 @@ class MicroGradients:
         self._squares: list[Tensor] = []
         self._sizes: list[int] = []
         self._came_twice = False
+        self._vector: Tensor | None = None
+        self._work: dist.Work | None = None
 
     def __enter__(self) -> MicroGradients:
         leaves = self._strategy.gradient_leaves(self._parameters)
@@ -57,16 +59,13 @@ class MicroGradients:
         self._sizes.append(num_samples)
         self._arrived.clear()
 
-    def end(self) -> None:
-        """After it."""
-        self._take_norms()
-
     def _see(self, number: int, gradient: Tensor) -> None:
         # Twice in one backward: reentrant activation checkpointing of a shared parameter. The norm of the sum of the
         # two can't be had from theirs.
         self._came_twice |= number in self._arrived
         self._arrived.add(number)
-        self._held.append(gradient.detach())
+        # Itself, and no view of it: being held, it can't be taken for .grad, to which later ones would be added.
+        self._held.append(gradient)
         self._held_bytes += gradient.nbytes
         if self._held_bytes >= _HELD_BYTES:
             self._take_norms()
@@ -81,22 +80,30 @@ class MicroGradients:
             self._squares.append(torch.stack(norms).double().square().sum().to(self._strategy.device))
         self._held, self._held_bytes = [], 0
 
-    def seen(self, unscale: Tensor | float) -> Tensor:
-        """Σ‖s_i‖² · unscale², number of parts, Σ n_i, Σ n_i²; over all ranks, float64, on the device.
+    def start(self, unscale: Tensor | float) -> None:
+        """After the window's last backward: adds up over all ranks, beside what follows. All ranks call it.
 
-        A collective of all ranks: called by each after the window's last backward.
+        Args:
+            unscale: what brings gradients to the units of the losses.
         """
+        self._take_norms()
         sizes = [float(size) for size in self._sizes if size]
         square = torch.stack(self._squares).sum() if self._squares else torch.zeros((), dtype=torch.float64)
         square = square.to(self._strategy.device) * unscale * unscale
         if self._came_twice:
             square = square * torch.nan
         counts = (float(len(sizes)), sum(sizes), sum(size * size for size in sizes))
-        # fill_, as copying numbers to a GPU would make the host wait.
-        vector = torch.cat([square[None], *(torch.full_like(square[None], count) for count in counts)])
+        # full_like, as copying numbers to a GPU would make the host wait.
+        self._vector = torch.stack([square, *(torch.full_like(square, count) for count in counts)])
         if self._strategy.process_group is not None:
-            dist.all_reduce(vector, group=self._strategy.process_group)
-        return vector
+            self._work = dist.all_reduce(self._vector, group=self._strategy.process_group, async_op=True)
+
+    def seen(self) -> Tensor:
+        """Σ‖s_i‖², number of parts, Σ n_i, Σ n_i²; over all ranks, float64, on the device."""
+        assert self._vector is not None, "start comes first"
+        if self._work is not None:
+            self._work.wait()
+        return self._vector
 
 
 def measurement(seen: Sequence[float], norm: float) -> Measurement:

@@ -163,12 +163,13 @@ def test_norms_are_those_of_each_micro_steps_own_gradient(dtype: torch.dtype, mo
         for batch in batches:
             watcher.begin(len(batch))
             model(batch).sum().backward()
-            watcher.end()
-    pieces, parts, samples, squared_sizes = watcher.seen(0.5).tolist()
+        watcher.start(0.5)
+    pieces, parts, samples, squared_sizes = watcher.seen().tolist()
     assert pieces == pytest.approx(0.25 * float(sum(squares)), rel=1e-5)
     assert (parts, samples, squared_sizes) == (3, 8, 26)
     model(batches[0]).sum().backward()
-    assert watcher.seen(1.0)[0] == 4 * pieces, "hooks are gone when the window is over"
+    watcher.start(1.0)
+    assert watcher.seen()[0] == 4 * pieces, "hooks are gone when the window is over"
 
 
 def test_a_gradient_that_comes_in_two_parts_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
