@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distaccum.accumulation import Accumulator
+    from distaccum.caching import accumulate_coupled
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
-    from distaccum.tasks import Task, TaskOutput
+    from distaccum.tasks import CoupledTask, Task, TaskOutput
     from distaccum.trainer import Trainer
     from distaccum.updates import UpdateResult
 
 _HOMES = {
     "Accumulator": "accumulation",
+    "accumulate_coupled": "caching",
     "UpdateResult": "updates",
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
@@ -43,6 +45,7 @@ _HOMES = {
     "shuffled": "planning",
     "split_evenly": "planning",
     "window_bounds": "planning",
+    "CoupledTask": "tasks",
     "Task": "tasks",
     "TaskOutput": "tasks",
     "Trainer": "trainer",
@@ -53,6 +56,7 @@ __all__ = [
     "BatchPlan",
     "CheckpointConfig",
     "Checkpointer",
+    "CoupledTask",
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",
@@ -65,6 +69,7 @@ __all__ = [
     "UserError",
     "Window",
     "WindowLoader",
+    "accumulate_coupled",
     "evaluate",
     "resolve_batch",
     "shuffled",

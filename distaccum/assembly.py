@@ -24,6 +24,7 @@ from distaccum.config import (
     InsightConfig,
     PrecisionConfig,
     TrainConfig,
+    flat,
 )
 from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_device, resolve_precision
@@ -42,7 +43,6 @@ from distaccum.run_folder import (
     RunFolder,
     begin,
     changes,
-    flat,
     held_run_folder,
     leave_marker,
 )

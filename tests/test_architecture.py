@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "redaction": 0,
     "distributed": 1,
+    "gathering": 1,
     "heartbeat": 1,
     "diagnosis": 1,
     "devices": 1,
@@ -27,6 +28,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "data": 2,
@@ -40,8 +42,10 @@ FLOORS = {
     "updates": 3,
     "strategies": 3,
     "checkpoints": 4,
+    "stepping": 4,
     "loaders": 3,
     "accumulation": 4,
+    "caching": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
@@ -51,10 +55,14 @@ FLOORS = {
     "assembly": 5,
     "comparison": 5,
     "checking": 5,
+    "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
+    "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -74,6 +82,8 @@ NEIGHBOURS = {
     ("grouping", "planning"),
     ("micro_gradients", "strategies"),
     ("updates", "micro_gradients"),
+    ("caching", "accumulation"),
+    ("accumulation", "stepping"),
     ("trainer", "evaluation"),
     ("trainer", "grace"),
     ("trainer", "totals"),
@@ -84,9 +94,13 @@ NEIGHBOURS = {
     ("comparison", "assembly"),
     ("checking", "assembly"),
     ("comparison", "trainer"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
     ("train", "entry"),
     ("compare", "entry"),
     ("check", "entry"),
+    ("study", "entry"),
 }
 
 
@@ -144,7 +158,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check"):
+    for name in ("train", "compare", "check", "report", "study"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -36,6 +36,8 @@ class UpdateRecord:
     """Number of the epoch that its window belongs to, from 0."""
     samples: int
     """Samples trained on since the start of the run, this window included."""
+    window_samples: int
+    """Samples of this window, over all ranks."""
     loss: float
     """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
     metrics: dict[str, float]
@@ -79,6 +81,15 @@ class UpdateRecord:
             "noise_scale_error": self.noise_scale_error,
             "coherence": self.coherence,
         }
+
+    peak_memory_bytes: int | None = None
+    """This rank's highest point so far: device memory on CUDA, resident set on CPU. Looked up at updates 1, 2, 4, 8, …
+    and each hundredth; None at the others."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """What is left of `update_seconds`."""
+        return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

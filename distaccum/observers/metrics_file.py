@@ -95,6 +95,7 @@ class MetricsFile(Observer):
             "update": record.update,
             "epoch": record.epoch,
             "samples": record.samples,
+            "window_samples": record.window_samples,
             "loss": record.loss,
             "grad_norm": record.grad_norm,
             "lr": record.lr,
@@ -111,6 +112,8 @@ class MetricsFile(Observer):
         }
         if record.skipped:
             line["skipped"] = True
+        if record.peak_memory_bytes is not None:
+            line["peak_memory_bytes"] = record.peak_memory_bytes
         self._write(line)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
