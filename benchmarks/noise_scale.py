@@ -70,7 +70,7 @@ def measure(strategy: Strategy, batches: list[Tensor], updates: int) -> tuple[fl
 def rows(ranks: int, updates: int) -> list[dict[str, Any]]:
     found = []
     for name, (build, make_batches) in MODELS.items():
-        for steps in (1, 4, 8) if ranks > 1 else (2, 4, 8):
+        for steps in (1, 4) if ranks > 1 else (2, 4):
             torch.manual_seed(0)
             module = build()
             strategy = place(module, DDPConfig(), torch.device("cpu")) if ranks > 1 else SingleStrategy(module)
@@ -103,7 +103,7 @@ def main() -> None:
         on_a_rank(int(sys.argv[2]))
         return
     options = common.arguments(__doc__ or "").parse_args()
-    updates = 3 if options.quick else 60
+    updates = 3 if options.quick else 40
     torch.set_num_threads(1)
     found = rows(1, updates) + json.loads(common.torchrun(2, __file__, "rank", str(updates)).splitlines()[-1])
     common.show("What measuring the noise scale costs", found)
