@@ -327,6 +327,7 @@ def _held_again(window: Iterable[Any], batches: list[Any]) -> Iterable[Any]:
     return Window(
         epoch=window.epoch,
         index=window.index,
+        number=window.number,
         num_samples=window.num_samples,
         sizes=window.sizes,
         batches=iter(batches),
