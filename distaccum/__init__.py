@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distaccum.errors import UserError
     from distaccum.evaluation import evaluate
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
+    from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.recovery import Recovery
@@ -37,6 +38,7 @@ _HOMES = {
     "LoaderOptions": "loaders",
     "Window": "loaders",
     "WindowLoader": "loaders",
+    "NoiseScale": "noise_scale",
     "Observer": "observers",
     "Recovery": "recovery",
     "BatchPlan": "planning",
@@ -60,6 +62,7 @@ __all__ = [
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",
+    "NoiseScale",
     "Observer",
     "Recovery",
     "Task",

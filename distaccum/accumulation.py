@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.micro_gradients import MicroGradients, measurement
+from distaccum.noise_scale import NoiseScale
 from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
 from distaccum.stepping import ScaledStep
 from distaccum.strategies import Strategy, can_recover, local_parts, strategy_of
@@ -61,6 +63,7 @@ class Accumulator:
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
         time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
         recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
+        noise_scale: measure how noisy gradients are, in each update for which it is due.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -79,6 +82,7 @@ class Accumulator:
         reports: Mapping[str, Callable[[], float]] | None = None,
         time_micro_steps: bool = False,
         recovery: Recovery | None = None,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -89,6 +93,7 @@ class Accumulator:
         self.reports = dict(reports or {})
         self.time_micro_steps = time_micro_steps
         self.recovery = recovery
+        self.noise_scale = noise_scale
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -101,14 +106,17 @@ class Accumulator:
         self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
         self.clear_gradients()
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        return {"updates": self.updates, "last_weight": self._last_weight}
+        state = {"updates": self.updates, "last_weight": self._last_weight}
+        return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer."""
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])
 
     def run(
         self, micro_batches: Iterable[Any], forward: Callable[[Any], MicroStepOutput], tell: Tell | None = None
@@ -173,11 +181,13 @@ class Accumulator:
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
             recovers=sizes is not None,
+            micro_gradients=self._watcher(micro_batches),
         )
         self._remember(window)
         micro_steps = self._micro_steps(window, items)
         try:
-            yield window, micro_steps
+            with window.micro_gradients or nullcontext():
+                yield window, micro_steps
             if window.totals is None:
                 raise RuntimeError(
                     f"the window was left after {window.micro_steps} micro-step(s), before the backward of the "
@@ -189,6 +199,22 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
+        """What sees the micro-steps' own gradients, if this window is one to be measured."""
+        if self.noise_scale is None:
+            return None
+        number = self.updates
+        if isinstance(micro_batches, Window):
+            number = micro_batches.number
+            if micro_batches.is_by_length:
+                raise UserError(
+                    "the noise scale can't be told from micro-batches that were put together by length: they are not "
+                    "random samples. Set batch=uniform, or leave insight.noise_scale out."
+                )
+        if not self.noise_scale.is_due(number):
+            return None
+        return MicroGradients(self.strategy, [p for group in self.optimizer.param_groups for p in group["params"]])
 
     def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
         """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
@@ -237,7 +263,13 @@ class Accumulator:
                         f"micro-step {window.micro_steps} ended without accumulator.backward(loss_sum, weight)"
                     )
 
-    def backward(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor] | None = None) -> None:
+    def backward(
+        self,
+        loss_sum: Tensor,
+        weight: Tensor | float,
+        sums: Mapping[str, Tensor] | None = None,
+        num_samples: int | None = None,
+    ) -> None:
         """Back-propagates one micro-batch. On the window's last one, gradients are synchronised on the way.
 
         Never makes the host wait for the device.
@@ -247,6 +279,7 @@ class Accumulator:
             weight: number of elements summed: a number, or a scalar tensor.
             sums: further sums to be added up over micro-steps and ranks, of any shape; the same names and shapes in
                 each micro-step and on each rank.
+            num_samples: samples of the micro-batch: the noise scale needs it where windows aren't a `WindowLoader`'s.
         """
         window = self._open
         if window is None or not window.awaiting_backward:
@@ -274,6 +307,15 @@ class Accumulator:
                 self.recoverable.begin_sync(loss_sum)
                 window.is_syncing = True
             window.totals = self.strategy.summed(totals)
+        if self.noise_scale is not None:
+            num_samples = num_samples if window.sizes is None else window.sizes[window.micro_steps - 1]
+            if num_samples is None:
+                raise UserError(
+                    "the noise scale counts samples, and these windows don't say how many a micro-batch has: call "
+                    "accumulator.backward(loss_sum, weight, num_samples=…)"
+                )
+            if window.micro_gradients is not None:
+                window.micro_gradients.begin(num_samples)
         # A power of two, so that it changes no bit of the result; see _choose_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -281,6 +323,8 @@ class Accumulator:
             loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
+        if window.micro_gradients is not None and window.is_last:
+            window.micro_gradients.start(1 / self._loss_scale(window))
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -337,8 +381,10 @@ class Accumulator:
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
         raw_norm = self.strategy.total_norm(gradients)
+        seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, *rest, norm = torch.cat([totals, raw_norm.to(totals)[None]]).tolist()
+        numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
+        seen_numbers, (loss_sum, weight, *rest, norm) = (numbers[:4], numbers[4:]) if seen else ([], numbers)
         if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
             self._put_back(window.buffers)
             self.strategy.load_state_tensors(window.remembered)
@@ -362,6 +408,8 @@ class Accumulator:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
             self._put_back([entry for entry in window.buffers if entry[0].is_floating_point()])
             self.strategy.drop_gradients()
+        sum_norm = norm * self.strategy.sync_divisor / window.scale
+        noise = self._noise(seen_numbers, sum_norm) if seen and not skipped else {}
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
@@ -379,7 +427,24 @@ class Accumulator:
             data_seconds=window.data_seconds,
             micro_seconds=self._micro_seconds(window, synced),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
+            **noise,
         )
+
+    def _loss_scale(self, window: OpenWindow) -> Tensor:
+        """What the losses of the window have been multiplied by, in float64 on the device."""
+        scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
+        return scale if self.scaler is None else self.scaler.scale(scale)
+
+    def _noise(self, seen: list[float], norm: float) -> dict[str, float]:
+        assert self.noise_scale is not None
+        found = measurement(seen, norm)
+        if not self.noise_scale.add(found):
+            return {}
+        return {
+            "noise_scale": self.noise_scale.scale,
+            "noise_scale_error": self.noise_scale.error,
+            "coherence": found.coherence,
+        }
 
     def _micro_seconds(self, window: OpenWindow, synced: bool) -> tuple[float, ...]:
         if not window.marks:

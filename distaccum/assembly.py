@@ -21,6 +21,7 @@ from distaccum.config import (
     ByLengthBatchConfig,
     DataConfig,
     Fp16Config,
+    InsightConfig,
     PrecisionConfig,
     TrainConfig,
     flat,
@@ -32,6 +33,7 @@ from distaccum.errors import UserError
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
+from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.redaction import redacted, secrets_in
@@ -198,8 +200,15 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         rank=rank,
         world_size=world_size,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
+        split_every=config.insight.every_updates if config.insight.noise_scale else None,
         options=options,
     )
+    if config.insight.noise_scale and loader.plan.is_one_shot:
+        logger.info(
+            "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
+            "updates it is cut into two; the update is the same but for rounding",
+            config.insight.every_updates,
+        )
     evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size)
     task = targets.build(config.task, "task")
     if not callable(task):
@@ -297,7 +306,12 @@ def build_trainer(
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
         balance_speed=config.batch.balance is Balance.speed,
         recovery=recovery,
+        noise_scale=_noise_scale(config.insight),
     )
+
+
+def _noise_scale(config: InsightConfig) -> NoiseScale | None:
+    return NoiseScale(every_updates=config.every_updates, smoothing=config.smoothing) if config.noise_scale else None
 
 
 def as_plain(config: Any) -> Any:

@@ -206,6 +206,8 @@ class WindowRun:
         if window.is_syncing and strategy is not None and strategy.process_group is not None:
             window.is_lost = True
             strategy.complete_sync()
+            if window.micro_gradients is not None:
+                window.micro_gradients.start(1.0)  # the other ranks have; nobody uses what it gives
         elif during == "forward" and not window.buffers:
             window.micro_steps -= 1
             share.take_current_again()

@@ -36,6 +36,7 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
 from distaccum.recovery import Recovery
@@ -85,6 +86,7 @@ class Trainer:
         measure_costs: fit what micro-batches cost, if windows are cut by length.
         balance_speed: give ranks shares of each window in proportion to their measured speed.
         recovery: go on with smaller micro-batches when memory runs out. None: that ends the run.
+        noise_scale: measures how noisy gradients are; None: nobody does.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Trainer:
         measure_costs: bool = True,
         balance_speed: bool = False,
         recovery: Recovery | None = None,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -130,7 +133,7 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
-        self.accumulator = self._new_accumulator(scaler, recovery)
+        self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -145,7 +148,9 @@ class Trainer:
         self._is_ahead_of_save = False
         self._register_states(scaler)
 
-    def _new_accumulator(self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None) -> Accumulator:
+    def _new_accumulator(
+        self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None, noise_scale: NoiseScale | None
+    ) -> Accumulator:
         limit = {LIMIT_REPORT: lambda: float(self.loader.limit or 0)} if recovery is not None else {}
         return Accumulator(
             self.model,
@@ -162,6 +167,7 @@ class Trainer:
             reports=self._tuning.reports | limit,
             time_micro_steps=self._tuning.needs_times,
             recovery=recovery,
+            noise_scale=noise_scale,
         )
 
     def _register_states(self, scaler: torch.amp.GradScaler | None) -> None:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from distaccum.micro_gradients import MicroGradients
+
 Batch = TypeVar("Batch")
 
 
@@ -47,6 +49,12 @@ class UpdateResult:
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
+    noise_scale: float | None = None
+    """In samples, smoothed; infinite while the gradient can't be told from noise. None where it wasn't measured."""
+    noise_scale_error: float | None = None
+    """Its standard error; infinite as long as there is one measurement."""
+    coherence: float | None = None
+    """Of this window's micro-gradients: mean pairwise inner product over mean square. None where it wasn't measured."""
 
 
 @dataclass(slots=True)
@@ -81,6 +89,8 @@ class OpenWindow:
     remembered: dict[str, Tensor] = field(default_factory=dict)
     """What the strategy remembered of the windows before."""
 
+    micro_gradients: MicroGradients | None = None
+
     def forget_micro_steps(self) -> None:
         """Nothing has been accumulated."""
         self.micro_steps = 0
@@ -91,6 +101,8 @@ class OpenWindow:
         self.marks.clear()
         self.totals = None
         self.is_syncing = False
+        if self.micro_gradients is not None:
+            self.micro_gradients.forget()
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -39,6 +39,8 @@ FLOORS = {
     "optim": 2,
     "observers": 2,
     "fetching": 2,
+    "noise_scale": 2,
+    "micro_gradients": 3,
     "updates": 3,
     "strategies": 3,
     "checkpoints": 4,
@@ -91,6 +93,8 @@ NEIGHBOURS = {
     ("accumulation", "recovery"),
     ("accumulation", "sums"),
     ("recovery", "accumulation"),  # for its type only
+    ("micro_gradients", "strategies"),
+    ("updates", "micro_gradients"),
     ("caching", "accumulation"),
     ("accumulation", "stepping"),
     ("trainer", "evaluation"),

@@ -33,8 +33,10 @@ class Window:
     Attributes:
         epoch: number of the epoch, from 0.
         index: number of the window in its epoch, from 0.
+        number: number of the window over all epochs, from 0.
         num_samples: samples of the window over all ranks.
         equal_micro_steps: every rank has the same number of micro-batches.
+        is_by_length: samples of like length share a micro-batch, so that micro-batches are no random samples.
         sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
             window's first sample, which counts nothing and is there because the other ranks wait for this one in
             their collectives.
@@ -46,19 +48,23 @@ class Window:
         *,
         epoch: int,
         index: int,
+        number: int,
         num_samples: int,
         sizes: tuple[int, ...],
         batches: Iterator[Any],
         sample_indices: Callable[[], list[list[int]]],
         equal_micro_steps: bool = False,
         recutting: Recutting | None = None,
+        is_by_length: bool = False,
     ) -> None:
         self.epoch = epoch
         self.index = index
+        self.number = number
         self.num_samples = num_samples
         self.sizes = sizes
         self.equal_micro_steps = equal_micro_steps
         self.recutting = recutting
+        self.is_by_length = is_by_length
         self._batches = batches
         self._left = len(sizes)
         self._sample_indices = sample_indices

@@ -38,6 +38,8 @@ class WindowLoader:
             else stacking with dynamic padding (`PadCollate`).
         rank, world_size: default to those of the process group, or to 0 and 1 without one.
         equal_micro_steps: give all ranks the same number of micro-steps.
+        split_every: cut each so-many-th window into two micro-steps where it would be one on one rank: those in which
+            the noise scale is measured, which takes parts.
         options: workers, pinning, device.
 
     Raises:
@@ -59,6 +61,7 @@ class WindowLoader:
         rank: int | None = None,
         world_size: int | None = None,
         equal_micro_steps: bool = False,
+        split_every: int | None = None,
         options: LoaderOptions | None = None,
     ) -> None:
         self.num_samples = size_of(dataset, "training")
@@ -76,7 +79,8 @@ class WindowLoader:
         self._order = planning.EpochOrder(self.num_samples, seed)
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
-        self._cuts: dict[tuple[int, tuple[float, ...] | None], planning.Cut] = {}
+        self._split_every = split_every
+        self._cuts: dict[tuple[int, tuple[float, ...] | None, int], planning.Cut] = {}
         self.speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
         """Of the ranks: windows are dealt out in proportion to them. None: evenly."""
         self.grouping = Grouping(lengths, self.plan, self.num_samples, max_tokens) if lengths is not None else None
@@ -105,10 +109,12 @@ class WindowLoader:
             window = Window(
                 epoch=epoch,
                 index=index,
+                number=self.number(epoch, index),
                 num_samples=self._bounds[index][1] - self._bounds[index][0],
                 sizes=self._sizes(epoch, index),
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
+                is_by_length=self.grouping is not None,
                 sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
                 recutting=self._recutting(epoch, index),
             )
@@ -240,12 +246,14 @@ class WindowLoader:
 
     def _cut(self, epoch: int, index: int) -> planning.Cut:
         size = self._bounds[index][1] - self._bounds[index][0]
-        speeds = self.speeds.at(self.number(epoch, index))
-        if (size, speeds) not in self._cuts:
+        number = self.number(epoch, index)
+        speeds = self.speeds.at(number)
+        parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
+        if (size, speeds, parts) not in self._cuts:
             if len(self._cuts) >= 64:
                 self._cuts.clear()  # speeds that change from time to time
-            self._cuts[size, speeds] = self.plan.cut(size, speeds)
-        return self._cuts[size, speeds]
+            self._cuts[size, speeds, parts] = self.plan.cut(size, speeds, parts)
+        return self._cuts[size, speeds, parts]
 
     def _sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         if self.grouping is None and self._limit.at(self.number(epoch, index)) is None:

@@ -90,6 +90,19 @@ class Strategy(Protocol):
         """Norm of all gradients together, the same on every rank; a scalar on the device."""
         ...
 
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors to which this rank's own gradients of a micro-step come, before they cross the network.
+
+        Called by all ranks alike, between windows.
+
+        Args:
+            parameters: of the optimizer, to which the gradients belong.
+
+        Raises:
+            UserError: those gradients and the reduced ones can't be compared.
+        """
+        ...
+
     def drop_gradients(self) -> None:
         """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
         ...

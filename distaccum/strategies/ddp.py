@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -86,6 +86,14 @@ class DDPStrategy:
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
+
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._powersgd is not None:
+            raise UserError(
+                "insight.noise_scale can't be had with strategy.compression=powersgd: what it leaves of the gradients' "
+                "sum can't be compared with its parts. Leave one of them out."
+            )
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def drop_gradients(self) -> None:
         if self._passengers is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -38,6 +38,9 @@ class SingleStrategy:
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
+
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def drop_gradients(self) -> None:
         pass
