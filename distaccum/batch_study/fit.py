@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_STEPS = 400
+_STEPS = 200
 """Values of the critical batch size that are tried, equal factors apart."""
 _BEYOND = 100.0
 """The critical batch size is looked for up to so many times beyond the batch sizes that were tried."""
@@ -79,7 +79,8 @@ def fit(points: Sequence[Measured]) -> Fit | None:
         best = min(range(len(sums)), key=sums.__getitem__)
         error = max(_LEAST_ERROR, _spread(candidates[best], usable))
     likely = [index for index, value in enumerate(sums) if value - sums[best] <= _UNLIKELY]
-    critical = candidates[best]
+    around = [candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)]]
+    critical = min(_between(*around, steps=41), key=lambda value: _loss_at(value, usable, error))
     log_updates = _log_min_updates(critical, usable, error)
     return Fit(
         min_updates=math.exp(log_updates),
@@ -92,8 +93,8 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     )
 
 
-def _between(low: float, high: float) -> list[float]:
-    return [low * (high / low) ** (index / (_STEPS - 1)) for index in range(_STEPS)]
+def _between(low: float, high: float, steps: int = _STEPS) -> list[float]:
+    return [low * (high / low) ** (index / (steps - 1)) for index in range(steps)]
 
 
 def _residuals(critical: float, log_updates: float, points: Sequence[Measured]) -> list[float]:
@@ -106,7 +107,9 @@ def _log_min_updates(critical: float, points: Sequence[Measured], error: float) 
     center = sorted(logs)[len(logs) // 2] if len(logs) > 2 else sum(logs) / len(logs)
     for _ in range(20):
         weights = [min(1.0, _HUBER * error / max(abs(value - center), 1e-12)) for value in logs]
-        center = sum(w * value for w, value in zip(weights, logs, strict=True)) / sum(weights)
+        before, center = center, sum(w * value for w, value in zip(weights, logs, strict=True)) / sum(weights)
+        if abs(center - before) < 1e-4 * error:
+            break
     return center
 
 

@@ -20,7 +20,7 @@ def planted(
     return points
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.floats(3, 1e5), st.floats(10, 3000))
 def test_what_was_planted_is_found(min_updates: float, critical: float) -> None:
     found = fit(planted([8, 32, 128, 512, 2048], min_updates, critical))
@@ -40,13 +40,13 @@ def test_the_range_holds_what_was_planted_in_noise() -> None:
     """With errors of a tenth, the range is right in most of many studies, and narrower than the batch sizes tried."""
     draw = random.Random(1)
     inside = 0
-    for _ in range(60):
+    for _ in range(40):
         factors = [math.exp(draw.gauss(0, 0.1)) for _ in range(5)]
         found = fit(planted([16, 64, 256, 1024, 4096], 50, 300, factors))
         assert found is not None
         inside += found.low <= 300 <= found.high
         assert 60 < found.critical_batch_size < 1500
-    assert inside >= 45
+    assert inside >= 30
 
 
 def test_one_run_that_went_astray_does_not_decide() -> None:

@@ -97,9 +97,9 @@ def test_what_counts_updates_takes_the_same_samples_at_each_batch_size() -> None
 
 
 def test_a_study_from_start_to_page_and_again(study: Study) -> None:
-    ended = study(*TINY, "study.target=0.9")
+    ended = study(*TINY, "study.target=2.0")
     assert (ended.status, ended.err) == (0, "")
-    assert "2 runs (batch sizes 8, 32), each of at most 1,024 samples; target of eval/loss: 0.9" in ended.out
+    assert "2 runs (batch sizes 8, 32), each of at most 1,024 samples; target of eval/loss: 2" in ended.out
     assert "the page with the charts: mine/study.html" in ended.out
     found = json.loads(Path("mine/study.json").read_text())
     assert [result["outcome"] for result in found["results"]] == ["reached", "reached"]
@@ -114,21 +114,21 @@ def test_a_study_from_start_to_page_and_again(study: Study) -> None:
     assert Path("mine/study.svg").read_text().startswith("<svg")
 
     lines = {path: path.read_bytes() for path in Path("mine/points").glob("*/metrics.jsonl")}
-    again = study(*TINY, "study.target=0.9")
+    again = study(*TINY, "study.target=2.0")
     assert (again.status, again.err) == (0, "")
     assert "2 of them are finished already" in again.out
     assert {path: path.read_bytes() for path in Path("mine/points").glob("*/metrics.jsonl")} == lines
 
     # Another setting makes another study; another target does not.
-    assert "optim.lr: 0.1 → 0.2" in study(*TINY, "study.target=0.9", "optim.lr=0.2").message
-    easier = study(*TINY, "study.target=1.5")
+    assert "optim.lr: 0.1 → 0.2" in study(*TINY, "study.target=2.0", "optim.lr=0.2").message
+    easier = study(*TINY, "study.target=2.1")
     assert easier.status == 0
-    assert json.loads(Path("mine/study.json").read_text())["target"] == 1.5
+    assert json.loads(Path("mine/study.json").read_text())["target"] == 2.1
 
 
 def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
     """Ctrl-C in the first run: it saves, and the same command goes on from there."""
-    overrides = [*TINY, "study.max_samples=200000", "study.batch_sizes=[8,16]", "train.eval_batch_size=64"]
+    overrides = [*TINY, "study.max_samples=200000", "study.batch_sizes=[8,16]", "study.evaluations=2500"]
     command = [sys.executable, "-m", "distaccum.study", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     metrics = tmp_path / "mine" / "points" / "b00008-linear" / "metrics.jsonl"
@@ -153,7 +153,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
     # The first target that the run under way has passed: it is not run any further.
     finished = subprocess.run(
-        [*command, "study.target=2.5"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [*command, "study.target=2.0"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "1 of them are finished already" in finished.stdout
@@ -163,24 +163,22 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
 
 def test_points_by_separate_jobs_and_the_last_one_concludes(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    first = study(*TINY, "study.target=0.9", "study.point=0")
+    first = study(*TINY, "study.target=2.0", "study.point=0")
     assert (first.status, first.err) == (0, "")
     assert not Path("mine/study.html").exists()
-    second = study(*TINY, "study.target=0.9", "study.point=1")
+    second = study(*TINY, "study.target=2.0", "study.point=1")
     assert (second.status, second.err) == (0, "")
     assert Path("mine/study.html").exists()
     assert len(json.loads(Path("mine/study.json").read_text())["results"]) == 2
 
 
 def test_what_diverges_and_what_fails_is_a_row(study: Study) -> None:
-    ended = study(
-        *TINY, "study.batch_sizes=[16,32]", "optim.lr=1e30", "train.clip_norm=null", "study.metric=train/loss"
-    )
+    ended = study(*TINY, "study.batch_sizes=[32]", "optim.lr=1e30", "train.clip_norm=null", "study.metric=train/loss")
     assert ended.status == 0
     found = json.loads(Path("mine/study.json").read_text())
-    assert [result["outcome"] for result in found["results"]] == ["diverged", "diverged"]
+    assert [result["outcome"] for result in found["results"]] == ["diverged"]
     assert "the loss is" in found["results"][0]["reason"]
-    assert "diverged" in ended.out
+    assert "No run reached any value of it" in ended.out
 
 
 @pytest.mark.parametrize(
@@ -189,7 +187,7 @@ def test_what_diverges_and_what_fails_is_a_row(study: Study) -> None:
         (["study.batch_sizes=[8,512]"], "512 is more than the 256 samples"),
         (["study.batch_sizes=[]"], "study.batch_sizes is empty"),
         (["study.metric=loss"], "study.metric=loss is unknown: it must be train/loss"),
-        (["study.metric=eval/f1"], "the evaluations have no such metric. They have eval/loss, eval/accuracy"),
+        (["study.metric=eval/f1"], "the evaluations have no such metric. They have eval/accuracy, eval/loss"),
         (["data.evaluation=null", "study.metric=eval/loss"], "needs evaluations, and data.evaluation is null"),
         (["batch.global_batch_size=null"], "study scales the learning rate from that of batch.global_batch_size"),
         (["batch.accumulation_steps=2"], "the micro-batch would grow with them"),
