@@ -19,8 +19,10 @@ _HUBER = 1.345
 """Errors beyond so many times their usual size count less than by their square (Huber 1964)."""
 _LEAST_ERROR = 0.05
 """Two runs that differ in their seed alone differ by more than that in what a target takes: no error is smaller."""
-_UNLIKELY = 4.0
-"""How much a sum of squares, in units of the error's, may rise: about two standard errors."""
+_LIKELY = (39.9, 8.53, 5.54, 4.54, 4.06, 3.78, 3.59, 3.46)
+"""How much a sum of squares, in units of the error's, may rise in nine of ten cases, where the error follows from 1, 2,
+… points more than there are unknowns: the square of Student's t."""
+_LIKELY_OF_MANY = 3.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +80,9 @@ def fit(points: Sequence[Measured]) -> Fit | None:
         sums = [_loss_at(critical, usable, error) for critical in candidates]
         best = min(range(len(sums)), key=sums.__getitem__)
         error = max(_LEAST_ERROR, _spread(candidates[best], usable))
-    likely = [index for index, value in enumerate(sums) if value - sums[best] <= _UNLIKELY]
+    spare = len(usable) - 2
+    rise = _LIKELY[spare - 1] if 0 < spare <= len(_LIKELY) and error > _LEAST_ERROR else _LIKELY_OF_MANY
+    likely = [index for index, value in enumerate(sums) if value - sums[best] <= rise]
     around = [candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)]]
     critical = min(_between(*around, steps=41), key=lambda value: _loss_at(value, usable, error))
     log_updates = _log_min_updates(critical, usable, error)
@@ -128,7 +132,6 @@ def _spread(critical: float, points: Sequence[Measured]) -> float:
     )
     if len(residuals) <= 2:
         return 0.0
-    middle = len(residuals) // 2
-    median = residuals[middle] if len(residuals) % 2 else (residuals[middle - 1] + residuals[middle]) / 2
-    # 1.4826 makes a standard deviation of a median; two unknowns take up two of the points.
-    return 1.4826 * median * math.sqrt(len(residuals) / (len(residuals) - 2))
+    limit = 3 * residuals[len(residuals) // 2]
+    # Two unknowns take up two of the points.
+    return math.sqrt(sum(min(value, limit) ** 2 for value in residuals) / (len(residuals) - 2))

@@ -106,7 +106,7 @@ def chosen_target(results: Sequence[Result], goal: Goal) -> float | None:
     best: dict[int, float] = {}
     for result in results:
         value = best_value(result.curve, goal)
-        if value is None or result.outcome in (FAILED, DIVERGED):
+        if value is None or result.outcome != LIMIT:
             continue
         size = result.batch_size
         better = min if goal is Goal.min else max
@@ -121,8 +121,8 @@ def conclude(study: Study) -> None:
     goal = Goal[study.goal]
     for result in study.results:
         result.best = best_value(result.curve, goal)
-        # What diverged later is no batch size and learning rate to recommend.
-        is_sound = result.outcome not in (FAILED, DIVERGED)
+        # What diverged later is nothing to recommend, and what is not over has no best yet.
+        is_sound = result.outcome in (LIMIT, REACHED)
         target = study.target if is_sound else None
         result.reached = None if target is None else crossing(result.curve, target, goal)
         if result.reached is not None:
