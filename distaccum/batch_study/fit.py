@@ -21,7 +21,7 @@ _LEAST_ERROR = 0.05
 """Two runs that differ in their seed alone differ by more than that in what a target takes: no error is smaller."""
 _LIKELY = (39.9, 10.1, 10.1, 7.7, 6.6, 6.0, 5.6, 5.3)
 """How much a sum of squares, in units of the error's, may rise if the error follows from 1, 2, … points more than
-there are unknowns: the square of Student's t at 0.95, less for the fewest points. With errors of a tenth, the range then holds
+unknowns: the square of Student's t at 0.95, less for the fewest points. With errors of a tenth, the range then holds
 what is true in about nine of ten studies."""
 _LIKELY_OF_MANY = 4.0
 
