@@ -84,8 +84,8 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     spare = len(usable) - 2
     rise = _LIKELY[spare - 1] if 0 < spare <= len(_LIKELY) and error > _LEAST_ERROR else _LIKELY_OF_MANY
     likely = [index for index, value in enumerate(sums) if value - sums[best] <= rise]
-    around = [candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)]]
-    critical = min(_between(*around, steps=41), key=lambda value: _loss_at(value, usable, error))
+    finer = _between(candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)], 41)
+    critical = min(finer, key=lambda value: _loss_at(value, usable, error))
     log_updates = _log_min_updates(critical, usable, error)
     return Fit(
         min_updates=math.exp(log_updates),
