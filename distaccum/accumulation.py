@@ -24,8 +24,8 @@ from distaccum.loaders import Window
 from distaccum.micro_gradients import MicroGradients, measurement
 from distaccum.noise_scale import NoiseScale
 from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
-from distaccum.stepping import ScaledStep
-from distaccum.strategies import Strategy, can_recover, local_parts, strategy_of
+from distaccum.stepping import Gradients, ScaledStep
+from distaccum.strategies import Strategy, can_recover, strategy_of
 from distaccum.sums import explain_nonfinite, own_totals
 from distaccum.updates import OpenWindow, UpdateResult, unflatten, with_last
 
@@ -97,7 +97,7 @@ class Accumulator:
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
-        self._parameters = list(model.parameters())  # walking over the modules takes as long as clearing
+        self._gradients = Gradients(optimizer, model.parameters(), stay=self.strategy.gradients_stay)
         self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         """The strategy, if micro-steps may be taken again with it."""
         self._open: OpenWindow | None = None
@@ -365,7 +365,7 @@ class Accumulator:
         window.forget_micro_steps()
 
     def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self._gradients.of_window()
         if not gradients:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
         if self.scaler is None:
@@ -490,10 +490,5 @@ class Accumulator:
         return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
 
     def clear_gradients(self) -> None:
-        """Sets all gradients to zero. `step()` does so by itself."""
-        # In place: DDP's buckets stay the gradients' home, and a parameter without a part in this window is treated
-        # alike (a zero gradient) by every strategy.
-        parameters = [*self._parameters, *(p for g in self.optimizer.param_groups for p in g["params"])]
-        gradients = list({id(p): p.grad for p in parameters if p.grad is not None}.values())
-        if gradients:
-            torch._foreach_zero_(local_parts(gradients))
+        """Forgets all gradients. `step()` does so by itself."""
+        self._gradients.clear()

@@ -1,8 +1,8 @@
-"""The optimizer's step, with the gradients' last factor in it."""
+"""Gradients between windows, and the optimizer's step with their last factor in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,56 @@ from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError
 from distaccum.optim import in_parameter_format
 from distaccum.strategies import local_parts
+
+
+class Gradients:
+    """The gradients of an optimizer's parameters, at the end of a window and between windows.
+
+    Args:
+        parameters: of the model, some of which may not be the optimizer's.
+        stay: they are cleared in place, for a strategy whose buckets are their home. Else they are dropped: the first
+            micro-step's gradients then take their place as they are, which saves two passes over them, and no memory is
+            held until then.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], *, stay: bool) -> None:
+        self._optimizer = optimizer
+        self._stay = stay
+        self._model_parameters = list(parameters)  # walking over the modules takes as long as clearing
+        self._seen: set[int] = set()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        yield from self._model_parameters
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+
+    def of_window(self) -> list[Tensor]:
+        """Of the optimizer's parameters that have one, or had one in a window before.
+
+        The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy.
+        """
+        gradients = []
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    if id(parameter) not in self._seen and not self._optimizer.state.get(parameter):
+                        continue
+                    # Not always the parameter's own format: see `in_parameter_format`.
+                    dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                    parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+                self._seen.add(id(parameter))
+                gradients.append(parameter.grad)
+        return gradients
+
+    def clear(self) -> None:
+        """Before the first window, and after each."""
+        if not self._stay:
+            for parameter in self._parameters():
+                parameter.grad = None
+            return
+        gradients = list({id(p): p.grad for p in self._parameters() if p.grad is not None}.values())
+        if gradients:
+            torch._foreach_zero_(local_parts(gradients))
 
 
 class ScaledStep:

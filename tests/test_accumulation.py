@@ -283,8 +283,13 @@ def _bf16_gradient(accumulate_in_float32: bool) -> float:
     accumulator.step()
     assert handed[0].dtype == torch.bfloat16, "optimizers take gradients of the parameters' format"
     assert distance(handed[0], exact / 512) < 0.01 or not accumulate_in_float32
+    with accumulator.window(batches[:1]) as micro_batches:
+        for batch in micro_batches:
+            accumulator.backward(model(batch).float().square().sum(), len(batch))
     assert model.weight.grad is not None
-    assert model.weight.grad.dtype == (torch.float32 if accumulate_in_float32 else torch.bfloat16)
+    assert model.weight.grad.dtype == (torch.float32 if accumulate_in_float32 else torch.bfloat16), (
+        "in later windows too"
+    )
     return error
 
 
@@ -368,3 +373,20 @@ def test_flags_reports_and_times_of_micro_steps() -> None:
     assert update.sums["own"].tolist() == [3.0, 6.0]
     assert len(update.micro_seconds) == 3
     assert 0 < sum(update.micro_seconds) <= update.seconds
+
+
+def test_a_parameter_without_a_part_in_a_window_goes_on_as_with_a_gradient_of_zero() -> None:
+    """As under DDP, whose buckets keep gradients: momentum moves it on. One that never had a part stays."""
+    parts = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in ("always", "once", "never")})
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.1, momentum=0.5)
+    accumulator = Accumulator(parts, optimizer)
+    before = {name: part.weight.detach().clone() for name, part in parts.items()}
+    for used in (("always", "once"), ("always",)):
+        with accumulator.window([torch.ones(3, 2)]) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(sum(parts[name](batch).sum() for name in used), len(batch))
+        accumulator.step()
+        assert all(parameter.grad is None for parameter in parts.parameters()), "no memory is held between windows"
+    moved = {name: part.weight.detach() - before[name] for name, part in parts.items()}
+    torch.testing.assert_close(moved["once"], torch.full((1, 2), -0.1 * (1 + 0.5)))
+    assert not moved["never"].any()

@@ -105,7 +105,7 @@ def test_every_point_of_a_window(undisturbed: Trained, direction: str, point: st
 def test_the_comparison_can_fail(undisturbed: Trained) -> None:
     def drop_a_gradient(module: Fragile, number: int) -> None:
         if number == 2:
-            module.out.bias.grad[0] = 1e-9  # what a failed backward would leave behind
+            module.out.bias.grad = torch.full_like(module.out.bias, 1e-9)  # what a failed backward would leave behind
 
     assert Trained(drop_a_gradient).curve != pytest.approx(undisturbed.curve, rel=1e-12)
 

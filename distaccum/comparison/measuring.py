@@ -23,7 +23,7 @@ from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.seeding import derived_seed, seed_everything
-from distaccum.strategies import Strategy, place, shards_optimizer
+from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.tasks import CoupledTask
 from distaccum.trainer import total_updates
 from distaccum.updates import UpdateResult
@@ -36,7 +36,8 @@ class SyncEveryMicroStep:
     accumulator knows nothing, are kept here.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: DDPStrategy) -> None:
+        strategy.take_mean()
         self._strategy = strategy
         self._stopwatch = Stopwatch(strategy.device)
         self._waits: list[tuple[Any, Any]] = []
@@ -74,7 +75,10 @@ class Training:
         self.total_updates = total_updates(config.train, len(parts.loader))
         factor = schedule_factor(config.schedule, self.total_updates)
         placed = place(parts.module, config.strategy, device, config.precision.name)
-        self.syncing = SyncEveryMicroStep(placed) if sync_every_step else None
+        self.syncing: SyncEveryMicroStep | None = None
+        if sync_every_step:
+            assert isinstance(placed, DDPStrategy)
+            self.syncing = SyncEveryMicroStep(placed)
         self.strategy = placed if self.syncing is None else cast(Strategy, self.syncing)
         optimizer = build_optimizer(
             config.optim, self.strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)

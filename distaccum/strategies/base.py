@@ -48,6 +48,7 @@ class Strategy(Protocol):
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
         equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
+        gradients_stay: True if gradients have a home between windows (DDP's buckets), so that they are not dropped.
         shares_buffers: True if rank 0's buffers replace the other ranks' at the start of each window.
     """
 
@@ -67,6 +68,8 @@ class Strategy(Protocol):
     def traffic(self) -> Traffic: ...
     @property
     def equal_micro_steps(self) -> bool: ...
+    @property
+    def gradients_stay(self) -> bool: ...
     @property
     def shares_buffers(self) -> bool: ...
 

@@ -24,7 +24,7 @@ from distaccum.strategies.riding import Passengers
 Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HookState:
     """What a hook needs to know of its model."""
 

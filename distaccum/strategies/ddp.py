@@ -48,6 +48,7 @@ class DDPStrategy:
         self.traffic = Traffic()
         self._has_sync_batchnorm = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         self.equal_micro_steps = self.world_size > 1 and (model.static_graph or self._has_sync_batchnorm)
+        self.gradients_stay: bool = model.gradient_as_bucket_view
         self.shares_buffers = self.world_size == 1 or model.broadcast_buffers
         self._graph_is_known = not model.static_graph
         self._powersgd: PowerSGDState | None = None
@@ -61,12 +62,21 @@ class DDPStrategy:
         self._passengers = Passengers(model.process_group) if is_own_hook and is_on_cpu else None
         mark = Stopwatch(self.device).mark
         state = HookState(model.process_group, self.sync_divisor, self.traffic, self._passengers, mark)
+        self._hook_state = state
         if compression is Compression.powersgd:
             assert config is not None
             self._powersgd, hook = powersgd_hook(state, config)
             model.register_comm_hook(self._powersgd, hook)
         elif not model._comm_hooks:
             model.register_comm_hook(state, communication_hook(compression))
+
+    def take_mean(self) -> None:
+        """Has the sync take the mean over the ranks, for a loop that syncs more than once in a window.
+
+        Gradients that are the mean already, the same on every rank, stay what they are in a later mean; a sum would
+        count them again.
+        """
+        self.sync_divisor = self._hook_state.divisor = self.world_size
 
     def no_sync(self) -> AbstractContextManager[None]:
         if not self._graph_is_known:

@@ -48,6 +48,7 @@ class FSDPStrategy:
         self.world_size = self.sync_divisor = dist.get_world_size()
         self.traffic = Traffic()
         self.equal_micro_steps = self.world_size > 1
+        self.gradients_stay = False
         self.shares_buffers = self.world_size == 1
         self._reshard_in_window = reshard_in_window
         self._root: FSDPModule = model

@@ -25,6 +25,7 @@ class SingleStrategy:
         self.process_group = None
         self.traffic = Traffic()
         self.equal_micro_steps = False
+        self.gradients_stay = False
         self.shares_buffers = True
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -135,6 +135,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
         "update": 1,
         "train/epoch": 0,
         "train/samples": 64,
+        "train/window_samples": 64,
         "train/loss": 0.43121,
         "train/accuracy": 0.8712,
         "train/grad_norm": 1 / 3,
