@@ -53,6 +53,7 @@ def test_cutting_by_length_changes_the_micro_steps_and_nothing_else() -> None:
             )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cut", ["uniform", "by_length"])
 def test_a_slow_rank_gets_less_and_the_update_is_the_same(cut: str) -> None:
     slow = ["task=custom", "task._target_=slow_rank.SlowOnRank1", "data.num_workers=1", "train.max_updates=24"]

@@ -212,6 +212,7 @@ def test_a_second_job_in_the_folder_is_refused(runs: Starter) -> None:
     assert outcome() == undisturbed(runs, ranks=2)
 
 
+@pytest.mark.alone
 def test_a_folder_is_free_when_its_job_was_killed(runs: Starter) -> None:
     """At once, though the data loader's workers live on for some seconds."""
     ended = runs.run(*RUN, "data.num_workers=2", troubles=[trouble("forward", "SIGKILL", nth=20)])
