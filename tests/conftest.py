@@ -3,7 +3,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -54,7 +53,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open() as file:
         fcntl.flock(file, how)
         try:
             yield
@@ -65,13 +64,12 @@ def _locked(path: Path, how: int) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Tests that are to be alone wait for the other worker's one, and it waits for them. No timeout runs meanwhile."""
-    workerinput = getattr(item.config, "workerinput", None)
-    if workerinput is None:
+    if not hasattr(item.config, "workerinput"):
         return (yield)
-    base = Path(tempfile.gettempdir(), f"distaccum-{workerinput['testrunuid']}")
     with ExitStack() as stack:
-        with _locked(base.with_suffix(".gate"), fcntl.LOCK_EX):  # so that who waits to be alone is not passed by others
-            stack.enter_context(_locked(base.with_suffix(".lock"), fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH))
+        # Any two files will do. With the first, nobody passes by one who waits to be alone.
+        with _locked(TESTS.parent / "pyproject.toml", fcntl.LOCK_EX):
+            stack.enter_context(_locked(Path(__file__), fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH))
         return (yield)
 
 
