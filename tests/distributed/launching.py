@@ -73,7 +73,11 @@ def forked(
         launched: tell the ranks which ones they are; False for a process that nobody launches.
     """
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent)]), **environment}
-    ended = _starter().start_command(*command, ranks=world_size, launched=launched, **environment).ended()
+    with tempfile.TemporaryDirectory() as outputs:
+        started = _starter().start_command(
+            *command, ranks=world_size, outputs=outputs, launched=launched, **environment
+        )
+        ended = started.ended()
     status = next((status for status in ended.statuses if status), 0)
     return subprocess.CompletedProcess(command, status, ended.out, ended.err)
 

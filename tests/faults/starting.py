@@ -128,17 +128,21 @@ class Starter:
             variables: of their environment.
         """
         variables["TROUBLES"] = json.dumps(troubles or [])
-        return self.start_command("-m", "distaccum.train", *arguments, ranks=ranks, launched=ranks > 1, **variables)
+        outputs = tempfile.mkdtemp(prefix="output-", dir=os.getcwd())
+        command = ("-m", "distaccum.train", *arguments)
+        return self.start_command(*command, ranks=ranks, outputs=outputs, launched=ranks > 1, **variables)
 
-    def start_command(self, *command: str, ranks: int, launched: bool = True, **variables: str) -> Running:
+    def start_command(
+        self, *command: str, ranks: int, outputs: str, launched: bool = True, **variables: str
+    ) -> Running:
         """Starts ranks of any Python command in the current folder; returns at once.
 
         Args:
             command: what comes after `python`: `-m` and a module, or a file.
+            outputs: an empty folder, for what the ranks write.
             launched: tell each rank which one it is, as launchers do.
             variables: of their environment.
         """
-        outputs = tempfile.mkdtemp(prefix="output-", dir=os.getcwd())
         for kind, rank in itertools.product(("out", "err"), range(ranks)):
             Path(outputs, f"{kind}{rank}").touch()
         pids = self._ask(
