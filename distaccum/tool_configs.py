@@ -117,6 +117,14 @@ class CheckConfig(TrainConfig):
 
     check: CheckSection = field(default_factory=CheckSection)
 
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            not self.batch.is_auto,
+            "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
+            "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
+        )
+
 
 @dataclass(kw_only=True, slots=True)
 class StudySection:
