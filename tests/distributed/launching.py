@@ -53,14 +53,13 @@ def torchrun(
         text=True,
         timeout=timeout,
         check=False,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
-            **environment,
-        },
+        env=_environment(environment),
     )
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": path, **more}
 
 
 def forked(
@@ -72,10 +71,9 @@ def forked(
     Args:
         launched: tell the ranks which ones they are; False for a process that nobody launches.
     """
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent)]), **environment}
     with tempfile.TemporaryDirectory() as outputs:
         started = _starter().start_command(
-            *command, ranks=world_size, outputs=outputs, launched=launched, **environment
+            *command, ranks=world_size, outputs=outputs, launched=launched, **_environment(environment)
         )
         ended = started.ended()
     status = next((status for status in ended.statuses if status), 0)
