@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,61 @@ from command_line import Ended
 
 # One thread a process, as under torchrun: many processes share few cores here.
 torch.set_num_threads(1)
+
+
+TESTS = Path(__file__).parent
+
+LONG = ("launch", "faults", "distributed", "comparison", "test_benchmarks.py", "checking")
+"""Where tests wait for processes, longest first: what is short comes last, and fills the gaps between two workers."""
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("alone", "gpu"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        top = item.path.relative_to(TESTS).parts[0]
+        return _is_alone(item), LONG.index(top) if top in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker gets a whole file, for the sake of launches and fixtures that its tests share; or a whole lab."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file.endswith(("faults/test_kills.py", "faults/test_restarts.py")):  # long, and share nothing
+                return nodeid
+            return "launch" if "/launch/" in file else file
+
+    return ByFile(config, log)
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    with path.open() as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child may still hold the file open
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests that are to be alone wait for the other worker's one, and it waits for them. No timeout runs meanwhile."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    with ExitStack() as stack:
+        # Any two files will do. With the first, nobody passes by one who waits to be alone.
+        with _locked(TESTS.parent / "pyproject.toml", fcntl.LOCK_EX):
+            stack.enter_context(_locked(Path(__file__), fcntl.LOCK_EX if _is_alone(item) else fcntl.LOCK_SH))
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -225,6 +225,7 @@ def test_a_killed_worker_is_one_message(persistent: bool) -> None:
     assert "Start again" in message
 
 
+@pytest.mark.alone
 def test_a_worker_that_dies_while_it_is_waited_for() -> None:
     class Deadly(Numbers):
         def __getitem__(self, index: int) -> Any:

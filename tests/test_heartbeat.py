@@ -17,6 +17,8 @@ from distaccum import heartbeat
 from distaccum.diagnosis import Sign, State, this_host
 from distaccum.heartbeat import Heartbeat, answer
 
+pytestmark = pytest.mark.alone
+
 BEAT = 0.05
 
 

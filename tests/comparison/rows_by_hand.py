@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from distaccum.assembly import as_plain
 from distaccum.comparison.placements import PLACEMENTS, Case
 from distaccum.comparison.report import Reference, Report, environment
 from distaccum.comparison.results import Round, Row, add_rounds, add_speedups, row_of
+from distaccum.config import TrainConfig
 from distaccum.entry import compose
 from distaccum.tool_configs import PlacementName
 
 MIB = 2**20
+
+
+@cache
+def _config() -> TrainConfig:
+    return compose([], "compare")
 
 
 def case(name: str, world_size: int = 1, accumulation_steps: int = 4) -> Case:
@@ -32,7 +39,7 @@ def row(
     reason: str | None = None,
 ) -> Row:
     of = case(name, world_size, accumulation_steps)
-    made = row_of(of, of.command(compose([], "compare")))
+    made = row_of(of, of.command(_config()))
     made.reason = reason
     if reason is not None:
         return made
@@ -56,7 +63,7 @@ def report(*rows: Row, **changes: Any) -> Report:
     add_speedups(rows)
     return Report(
         **environment(),
-        config=as_plain(compose([], "compare")),
+        config=as_plain(_config()),
         reference=changes.pop("reference", Reference(parameters=1234)),
         rows=list(rows),
         **changes,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import updates
-from launching import ROOT, torchrun
+from launching import ROOT, forked
 
 SMALL = ["data=synthetic", "data.input_shape=[4]", "data.num_samples=90", "model=mlp", "model.hidden_sizes=[8]"]
 SMALL += ["batch.global_batch_size=24", "wandb.mode=disabled", "train.epochs=3"]
@@ -97,7 +97,7 @@ def test_a_placement_that_is_refused_is_a_row_that_says_why(folder: Path) -> Non
 
 def test_the_loss_curve_is_that_of_a_training(folder: Path, tmp_path: Path) -> None:
     settings = [*SMALL, "strategy=ddp", "batch.accumulation_steps=3", f"run_dir={tmp_path / 'run'}"]
-    done = torchrun(2, "-m", "distaccum.train", *settings)
+    done = forked(2, "-m", "distaccum.train", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     trained = [line["loss"] for line in updates(tmp_path / "run")][:9]
     assert rows_of(folder)["ddp_2x3"]["loss_curve"] == trained
@@ -138,13 +138,13 @@ def test_ranks_that_hang_die_or_fail_are_rows_too(tmp_path: Path) -> None:
         *QUICK,
         "compare.placements=[single,ddp]",
         "compare.accumulation_steps=[2,4,8]",
-        "compare.timeout_seconds=60",
+        "compare.timeout_seconds=30",
         "run_dir=run",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "run")
     assert [rows[f"single_1x{steps}"]["reason"] for steps in (2, 4, 8)] == [None, None, None]
-    assert rows["ddp_2x2"]["reason"] == "no answer from 2 of 2 ranks within 60 s (prepare): stopped"
+    assert rows["ddp_2x2"]["reason"] == "no answer from 2 of 2 ranks within 30 s (prepare): stopped"
     assert rows["ddp_2x4"]["reason"] == "killed by signal 9: out of memory, most likely"
     assert rows["ddp_2x8"]["reason"] == "ZeroDivisionError: one sample is too few"
     with pytest.raises(ProcessLookupError):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import message_of_ranks, updates
-from launching import torchrun
+from launching import forked
 
 RUN = [
     "data=custom",
@@ -30,7 +30,7 @@ def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def _run(ranks: int, run_dir: str, *overrides: str, **environment: str) -> None:
-    done = torchrun(ranks, "-m", "distaccum.train", *RUN, f"run_dir={run_dir}", *overrides, **environment)
+    done = forked(ranks, "-m", "distaccum.train", *RUN, f"run_dir={run_dir}", *overrides, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -80,10 +80,10 @@ def test_under_fsdp_a_restart_goes_on_with_the_smaller_size() -> None:
     _run(1, "alone", "strategy=single", "+model.fits=99", "batch.micro_batch_size=4")
     auto = ["strategy=fsdp", "batch.micro_batch_size=auto", "checkpoint.enabled=true", "checkpoint.every_updates=2"]
     less = [*auto, "+model.fits=4", "+model.from_forward=7", "+model.rank=1", "run_dir=sharded"]
-    done = torchrun(2, "-m", "distaccum.train", *RUN, *less)
+    done = forked(2, "-m", "distaccum.train", *RUN, *less)
     assert "micro-batches of at most 8 samples, reckoned" in _log("sharded")
     assert "The smaller size 4 is remembered: start the same command again" in message_of_ranks(done)
-    done = torchrun(2, "-m", "distaccum.train", *RUN, *less)
+    done = forked(2, "-m", "distaccum.train", *RUN, *less)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "micro-batches of at most 4 samples, as before in this run" in _log("sharded")
     _assert_same_curve("sharded", "alone")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import message_of_ranks, updates
-from launching import torchrun
+from launching import forked
 
 TEXT = [
     "data=text",
@@ -31,7 +31,7 @@ def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def _run(ranks: int, run_dir: str, *overrides: str) -> None:
-    done = torchrun(ranks, "-m", "distaccum.train", *TEXT, f"run_dir={run_dir}", *overrides)
+    done = forked(ranks, "-m", "distaccum.train", *TEXT, f"run_dir={run_dir}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -53,6 +53,7 @@ def test_cutting_by_length_changes_the_micro_steps_and_nothing_else() -> None:
             )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cut", ["uniform", "by_length"])
 def test_a_slow_rank_gets_less_and_the_update_is_the_same(cut: str) -> None:
     slow = ["task=custom", "task._target_=slow_rank.SlowOnRank1", "data.num_workers=1", "train.max_updates=24"]
@@ -69,7 +70,7 @@ def test_a_slow_rank_gets_less_and_the_update_is_the_same(cut: str) -> None:
 
 
 def test_speeds_that_cannot_be_told_apart_are_refused() -> None:
-    done = torchrun(2, "-m", "distaccum.train", *TEXT, "run_dir=run", "batch.balance=speed", "strategy=fsdp")
+    done = forked(2, "-m", "distaccum.train", *TEXT, "run_dir=run", "batch.balance=speed", "strategy=fsdp")
     assert message_of_ranks(done).startswith(
         "batch.balance=speed can't be had here: micro-steps hold collectives (FSDP,"
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from launching import HERE, torchrun
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT_SECONDS = 4.0
 LOOKING_SECONDS = 5.0
 """Two beats, and what a busy machine adds."""

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from command_line import evaluations
-from launching import torchrun
+from launching import forked
 
 
 def _trained(tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
     run_dir = tmp_path / "run"
-    done = torchrun(2, "-m", "distaccum.train", "wandb.mode=disabled", "device=cpu", f"run_dir={run_dir}", *overrides)
+    done = forked(2, "-m", "distaccum.train", "wandb.mode=disabled", "device=cpu", f"run_dir={run_dir}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line["eval"] for line in evaluations(run_dir)]
 
@@ -32,7 +32,7 @@ def test_contrastive_learning_learns_digits(tmp_path: Path) -> None:
 
 def test_the_check_of_the_coupled_one_passes() -> None:
     small = ["check.samples=6", "check.windows=1", "model.channels=[8]"]
-    done = torchrun(2, "-m", "distaccum.check", "experiment=contrastive", "device=cpu", "--json", *small)
+    done = forked(2, "-m", "distaccum.check", "experiment=contrastive", "device=cpu", "--json", *small)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     rows = [row for row in found["rows"] if row["ranks"] == 2 and row["precision"] == "float64"]

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from examples import distance
-from launching import HERE, ROOT, torchrun
+from launching import HERE, forked
 
 SETTINGS = [
     "experiment=text",
@@ -44,21 +41,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder = tmp_path_factory.mktemp("run")
         command = [str(HERE / "record_run.py"), str(folder / "out.pt"), *SETTINGS, f"run_dir={folder / 'run'}"]
         command += overrides
-        if world_size == 1:
-            paths = ":".join(map(str, (ROOT, HERE)))
-            done = subprocess.run(
-                [sys.executable, *command], capture_output=True, text=True, check=False, env=_environment(paths)
-            )
-        else:
-            done = torchrun(world_size, *command)
+        done = forked(world_size, *command, launched=world_size > 1)
         assert done.returncode == 0, done.stdout + done.stderr
         return _read(folder)
 
     return recorded
-
-
-def _environment(paths: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def _read(folder: Path) -> Run:

@@ -1,4 +1,4 @@
-"""Runs that go on from their checkpoints, on as many ranks and on others, under torchrun."""
+"""Runs that go on from their checkpoints, on as many ranks and on others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import evaluations, metrics, updates, without_measurements
-from launching import torchrun
+from launching import forked
 from safetensors.torch import load_file, load_model
 
 from distaccum.checkpoints.folder import checkpoints_in
@@ -39,7 +39,7 @@ def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def run(ranks: int, run_dir: str, *overrides: str) -> str:
-    done = torchrun(ranks, "-m", "distaccum.train", *UNEQUAL, f"run_dir={run_dir}", *overrides)
+    done = forked(ranks, "-m", "distaccum.train", *UNEQUAL, f"run_dir={run_dir}", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""Whole runs under torchrun, as a user starts them. What goes wrong is said once, whichever rank it happens on."""
+"""Whole runs, some under torchrun as a user starts them. What goes wrong is said once, whichever rank it is on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import TINY, evaluations, files_below, message_of_ranks, updates
-from launching import HERE, torchrun
+from launching import HERE, forked, torchrun
 
 BY_RANK = str(HERE / "train_by_rank.py")
 POINTS = [
@@ -51,7 +51,7 @@ def test_a_run_of_two_ranks_leaves_one_folder() -> None:
 
 
 def test_a_config_error_is_said_once() -> None:
-    done = torchrun(2, "-m", "distaccum.train", *TINY, "train.epoch=3")
+    done = forked(2, "-m", "distaccum.train", *TINY, "train.epoch=3")
     assert message_of_ranks(done).startswith("there is no key train.epoch. Did you mean train.epochs? ")
     assert files_below(Path()) == set()
 
@@ -63,7 +63,7 @@ def test_a_syntax_error_on_one_rank_alone_is_said() -> None:
 
 
 def test_ranks_with_different_configurations_are_refused() -> None:
-    done = torchrun(2, BY_RANK, *TINY, "0:optim.lr=0.1", "1:optim.lr=0.2")
+    done = forked(2, BY_RANK, *TINY, "0:optim.lr=0.1", "1:optim.lr=0.2")
     assert message_of_ranks(done) == (
         "the ranks were started with different configurations: optim.lr is 0.1 on rank 0, 0.2 on rank 1. Give all the "
         "same."
@@ -72,7 +72,7 @@ def test_ranks_with_different_configurations_are_refused() -> None:
 
 
 def test_one_strategy_for_many_processes_is_refused() -> None:
-    done = torchrun(2, "-m", "distaccum.train", *TINY, "run_dir=run", "strategy=single")
+    done = forked(2, "-m", "distaccum.train", *TINY, "run_dir=run", "strategy=single")
     assert message_of_ranks(done) == (
         "strategy=single is one process, and the launcher started 2: each would train a model of its own. Set "
         "strategy=ddp, or start one process."
@@ -82,7 +82,7 @@ def test_one_strategy_for_many_processes_is_refused() -> None:
 
 def test_fewer_samples_than_ranks_are_refused() -> None:
     few = ["data.num_samples=1", "batch.global_batch_size=2"]
-    done = torchrun(2, "-m", "distaccum.train", *TINY, "run_dir=run", *few)
+    done = forked(2, "-m", "distaccum.train", *TINY, "run_dir=run", *few)
     assert message_of_ranks(done) == (
         "the training data has 1 sample, fewer than the 2 ranks. Start fewer ranks or give more data."
     )
@@ -102,7 +102,7 @@ def test_a_sample_that_one_rank_cannot_load_is_named() -> None:
 
 def test_a_nan_loss_on_one_rank_stops_all() -> None:
     nan = ["task._target_=user_project.NanAt", "+task.update=2", "+task.rank=1"]
-    done = torchrun(2, "-m", "distaccum.train", *POINTS, *nan)
+    done = forked(2, "-m", "distaccum.train", *POINTS, *nan)
     assert message_of_ranks(done) == (
         "update 2: the loss is nan (rank 1, micro-step 1). The parameters have not moved. Look at that data, lower the "
         "learning rate, or leave such updates out with train.on_nonfinite=skip."

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -120,18 +121,33 @@ class Starter:
     def start(
         self, *arguments: str, ranks: int = 1, troubles: list[dict[str, Any]] | None = None, **variables: str
     ) -> Running:
-        """Starts ranks in the current folder; returns at once.
+        """Starts ranks of `distaccum.train` in the current folder; returns at once.
 
         Args:
             troubles: what befalls them.
             variables: of their environment.
         """
+        variables["TROUBLES"] = json.dumps(troubles or [])
         outputs = tempfile.mkdtemp(prefix="output-", dir=os.getcwd())
+        command = ("-m", "distaccum.train", *arguments)
+        return self.start_command(*command, ranks=ranks, outputs=outputs, launched=ranks > 1, **variables)
+
+    def start_command(
+        self, *command: str, ranks: int, outputs: str, launched: bool = True, **variables: str
+    ) -> Running:
+        """Starts ranks of any Python command in the current folder; returns at once.
+
+        Args:
+            command: what comes after `python`: `-m` and a module, or a file.
+            outputs: an empty folder, for what the ranks write.
+            launched: tell each rank which one it is, as launchers do.
+            variables: of their environment.
+        """
         for kind, rank in itertools.product(("out", "err"), range(ranks)):
             Path(outputs, f"{kind}{rank}").touch()
-        variables["TROUBLES"] = json.dumps(troubles or [])
-        request = {"arguments": arguments, "ranks": ranks, "folder": os.getcwd(), "variables": variables}
-        pids = self._ask(outputs=outputs, **request)
+        pids = self._ask(
+            command=command, ranks=ranks, launched=launched, folder=os.getcwd(), outputs=outputs, variables=variables
+        )
 
         def ended() -> Ended:
             statuses = self._ask(wait=pids)
@@ -193,7 +209,9 @@ def _waited(pids: list[int]) -> list[int]:
     return [statuses[pid] for pid in pids]
 
 
-def _forked(arguments: list[str], ranks: int, folder: str, outputs: str, variables: dict[str, str]) -> list[int]:
+def _forked(
+    command: list[str], ranks: int, launched: bool, folder: str, outputs: str, variables: dict[str, str]
+) -> list[int]:
     """Forks ranks; returns their process numbers."""
     with socket.socket() as finder:
         finder.bind(("127.0.0.1", 0))
@@ -210,24 +228,29 @@ def _forked(arguments: list[str], ranks: int, folder: str, outputs: str, variabl
                 os.dup2(os.open(f"{outputs}/{kind}{rank}", os.O_WRONLY), number)
             os.chdir(folder)
             os.environ |= variables
-            if ranks > 1:
+            if launched:
                 here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
                 os.environ |= {key: str(value) for key, value in here.items()}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            sys.argv = ["distaccum.train", *arguments]
-            _train()
+            _run(command)
         finally:
             os._exit(70)
     return pids
 
 
-def _train() -> None:
-    """Ends the process with the status of a training, as the interpreter would."""
-    from distaccum.train import main
-
+def _run(command: list[str]) -> None:
+    """Runs what comes after `python`, and ends the process with its status, as the interpreter would."""
+    sys.path[:0] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in sys.path]
     status = 0
     try:
-        main()
+        if command[0] == "-m":
+            sys.path.insert(0, os.getcwd())
+            sys.argv = command[1:]
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(command[0]).parent))
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException:

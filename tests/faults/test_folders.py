@@ -157,9 +157,11 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(runs: Starter) -> N
 
 
 def test_a_finished_run_goes_on_when_it_is_given_more_to_do(runs: Starter) -> None:
-    assert runs.run(*RUN, "schedule=constant", "train.max_updates=5").statuses == [0]
+    # Saved beside the training, update 4 would be left out while update 2 is still being written.
+    settings = ("schedule=constant", "checkpoint.async_save=false")
+    assert runs.run(*RUN, *settings, "train.max_updates=5").statuses == [0]
     assert saved_updates() == [5, 4]
-    ended = runs.run(*RUN, "schedule=constant")
+    ended = runs.run(*RUN, *settings)
     assert "changed since: train.max_updates: 5 → 8" in ended.out
     numbers, weights = undisturbed(runs, "schedule=constant")
     found, same_weights = outcome()
@@ -200,18 +202,20 @@ def test_where_a_run_can_not_go_on_from(runs: Starter) -> None:
 
 
 def test_a_second_job_in_the_folder_is_refused(runs: Starter) -> None:
-    slow = [trouble("forward", "touch", nth=10, path="there"), trouble("forward", "sleep", nth=10, seconds=7)]
-    first = runs.start(*RUN, "data.num_workers=1", ranks=2, troubles=slow)
+    held = [trouble("forward", "wait", nth=10, path="there")]
+    first = runs.start(*RUN, "data.num_workers=1", ranks=2, troubles=held)
     deadline = time.monotonic() + 30
     while not Path("there").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert f"run_dir=run is in use: process {first.pids[0]} on " in runs.run(*RUN, ranks=2).message
+    Path("there").unlink()
     ended = first.ended()
     assert ended.statuses == [0, 0], ended
     assert outcome() == undisturbed(runs, ranks=2)
 
 
+@pytest.mark.alone
 def test_a_folder_is_free_when_its_job_was_killed(runs: Starter) -> None:
     """At once, though the data loader's workers live on for some seconds."""
     ended = runs.run(*RUN, "data.num_workers=2", troubles=[trouble("forward", "SIGKILL", nth=20)])

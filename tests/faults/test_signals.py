@@ -137,6 +137,7 @@ def test_a_signal_during_an_evaluation(runs: Starter, ranks: int) -> None:
     goes_on(runs, ranks=ranks)
 
 
+@pytest.mark.alone
 def test_a_signal_during_an_evaluation_that_takes_too_long(runs: Starter) -> None:
     grace = "checkpoint.grace_seconds=1"
     slow = [trouble("forward of an evaluation", "sleep", nth=nth, seconds=0.5) for nth in range(1, 21)]
@@ -193,6 +194,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.alone
 def test_a_second_ctrl_c_leaves_at_once(runs: Starter) -> None:
     slow = trouble("forward", "sleep", nth=in_update(3, 3), seconds=30)
     noted = trouble("forward", "touch", nth=in_update(3, 2), path="noted")

@@ -47,6 +47,7 @@ def test_a_refused_run_fails_with_its_message_said_once(tmp_path: Path) -> None:
     assert message.startswith("there is no key train.epoch.")
 
 
+@pytest.mark.alone
 def test_ranks_are_started_again_when_one_is_killed(tmp_path: Path) -> None:
     settings = ["train.max_updates=60", "checkpoint.every_updates=10"]
     run = _start(tmp_path, *TINY, "data.num_samples=4096", *settings, "run_dir=out", NUM_RANKS="2", MAX_RESTARTS="1")

@@ -85,6 +85,7 @@ def test_a_sweep_with_an_array_of_another_size_is_refused(lab: SlurmLab, tmp_pat
     assert not files_below(tmp_path) & {"results", "runs"}
 
 
+@pytest.mark.alone
 def test_a_run_that_is_interrupted_twice_goes_on_as_if_it_never_was(lab: SlurmLab, tmp_path: Path) -> None:
     """Once as before a time limit, once by a job that takes its nodes."""
     job = submit(lab, "requeue.sbatch", *DIGITS, cwd=tmp_path, options=("--nodes=2", "--ntasks-per-node=1"))
