@@ -115,3 +115,9 @@ class CheckConfig(TrainConfig):
     """A training whose updates are to be proved independent of the cut."""
 
     check: CheckSection = field(default_factory=CheckSection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            not self.compile, "compile=true has no part in a check, which looks at the model as it is: leave it out."
+        )

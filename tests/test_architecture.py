@@ -21,6 +21,7 @@ FLOORS = {
     "distributed": 1,
     "heartbeat": 1,
     "diagnosis": 1,
+    "compilation": 1,
     "devices": 1,
     "files": 1,
     "seeding": 1,

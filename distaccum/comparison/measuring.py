@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator
-from distaccum.assembly import build_parts, build_scaler
+from distaccum.assembly import build_parts, build_scaler, compilation_of
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import PrecisionConfig, TrainConfig
 from distaccum.devices import Stopwatch, peak_memory
@@ -71,7 +71,8 @@ class Training:
         self.precision = parts.precision
         self.total_updates = total_updates(config.train, len(parts.loader))
         factor = schedule_factor(config.schedule, self.total_updates)
-        placed = place(parts.module, config.strategy, device, config.precision.name)
+        compilation = compilation_of(config, device)
+        placed = place(parts.module, config.strategy, device, config.precision.name, compilation)
         self.syncing = SyncEveryMicroStep(placed) if sync_every_step else None
         self.strategy = placed if self.syncing is None else cast(Strategy, self.syncing)
         optimizer = build_optimizer(
@@ -165,6 +166,7 @@ class Measuring:
         return {"error": float((change - wanted).norm() / wanted.norm())}
 
     def make_reference(self, updates: int) -> dict[str, Any]:
+        self.config = dataclasses.replace(self.config, compile=False)
         change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
         torch.save(change, self.reference)
         return {"parameters": change.numel(), "norm": float(change.norm())}

@@ -110,6 +110,8 @@ class MetricsFile(Observer):
         }
         if record.skipped:
             line["skipped"] = True
+        if record.compile_seconds:
+            line["compile_seconds"] = record.compile_seconds
         self._write(line)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

@@ -122,6 +122,7 @@ class Wandb(Observer):
             "sync_calls": record.sync_calls,
             "sync_bytes": record.sync_bytes,
             "skipped": int(record.skipped),
+            "compile_seconds": record.compile_seconds,
         }
         self._log("train", record.update, values)
 
@@ -143,6 +144,9 @@ class Wandb(Observer):
             "train_seconds": end.train_seconds,
             "total_seconds": end.total_seconds,
             "samples_per_second": end.samples_per_second,
+            "warm_up_updates": end.warm_up_updates,
+            "warm_up_seconds": end.warm_up_seconds,
+            "compile_seconds": end.compile_seconds,
             "data_share": end.data_share,
             "compute_share": end.compute_share,
             "sync_share": end.sync_share,
