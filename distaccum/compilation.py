@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,11 @@ class Compilation:
     dynamic: bool | None
 
     def apply(self, module: nn.Module) -> None:
-        """Has a module compiled in place, at its first call: its parameters keep their names."""
-        module.compile(backend=self.backend, dynamic=self.dynamic)
+        """Has a module compiled in place, at its first call: its parameters keep their names.
 
-    def apply_inside_hooks(self, module: nn.Module) -> None:
-        """The same for a module whose hooks (FSDP's) must stay outside of what is compiled."""
+        Not by `module.compile()`, which would put its hooks (FSDP's gather parameters) into what is compiled, and does
+        nothing at all, without a word, to modules of torch's own classes.
+        """
         compiled: Any = torch.compile(module.forward, backend=self.backend, dynamic=self.dynamic)
         module.forward = compiled
 
@@ -78,8 +78,9 @@ class CompileClock:
         try:
             yield
         finally:
-            callback_handler.remove_start_callback(self._on_start)
-            callback_handler.remove_end_callback(self._on_end)
+            with suppress(ValueError):  # torch._dynamo.reset() has forgotten them
+                callback_handler.remove_start_callback(self._on_start)
+                callback_handler.remove_end_callback(self._on_end)
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -122,7 +122,6 @@ class Wandb(Observer):
             "sync_calls": record.sync_calls,
             "sync_bytes": record.sync_bytes,
             "skipped": int(record.skipped),
-            "compile_seconds": record.compile_seconds,
         }
         self._log("train", record.update, values)
 

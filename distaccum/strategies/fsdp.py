@@ -176,7 +176,7 @@ def place_fsdp(
     blocks = blocks_to_wrap(module, config.wrap)
     if compilation is not None:
         for block in blocks or [module]:
-            compilation.apply_inside_hooks(block)
+            compilation.apply(block)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
