@@ -98,7 +98,7 @@ class Training:
     def update(self) -> tuple[Window, UpdateResult]:
         """Makes the next update. What was waited for in the sync includes all micro-steps."""
         window = next(self._windows)
-        # A comparison may go on for longer than the training would: at the learning rate of its last update.
+        # A tool may go on for longer than the training would: at the learning rate of its last update.
         self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
         with self.accumulator.window(window) as micro_batches:
             for batch in micro_batches:
