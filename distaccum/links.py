@@ -15,6 +15,8 @@ import numpy as np
 
 _SHARE_OF_BACKWARD = 2 / 3
 """Of a micro-step: each layer's backward multiplies two matrices where its forward multiplies one."""
+_SMALLEST_SLOPE = 1e-4
+"""Least part of a large all-reduce's time that its bytes must make up for a speed to be seen in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ def fit_link(seconds: Mapping[int, float], world_size: int) -> Link:
     per_byte, _ = np.polyfit(sent, [seconds[size] for size in sizes], 1)
     # Where a link is so fast that noise is all there is, the slope may come out at nothing or below.
     fastest = max(one / seconds[size] for one, size in zip(sent, sizes, strict=True))
-    return Link(seconds[smallest] / steps, 1 / float(per_byte) if per_byte > 0 else fastest)
+    is_slope = per_byte * sent[-1] > _SMALLEST_SLOPE * seconds[sizes[-1]]
+    return Link(seconds[smallest] / steps, 1 / float(per_byte) if is_slope else fastest)
 
 
 @dataclass(frozen=True, slots=True)
