@@ -137,7 +137,7 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
     for way in [*all_ways.values(), *alone.values()]:
         for _ in range(WARM_UP):
             way.update(1)
-    measured = time_all_reduces(SIZES, 3 if is_quick else 7, torch.device("cpu"))
+    measured = time_all_reduces(SIZES, 3 if is_quick else 15, torch.device("cpu"))
     link = fit_link(measured, dist.get_world_size())
     counts = (1, 8) if is_quick else STEPS
     found = {

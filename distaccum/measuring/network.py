@@ -13,14 +13,25 @@ SIZES = (4, 2**20, 2 * 2**20, 4 * 2**20, 8 * 2**20)
 """Bytes of the all-reduces that a link is fitted to."""
 
 
+_SECONDS_OF_COMPUTING = 1e-3
+
+
 def time_all_reduces(sizes: Sequence[int], rounds: int, device: torch.device) -> dict[int, float]:
-    """Median seconds of an all-reduce over all ranks, by its bytes. Every rank calls it."""
+    """Median seconds of an all-reduce over all ranks, by its bytes. Every rank calls it.
+
+    Each comes after some computing, as in an update: the backend's threads have gone to sleep by then, and the ranks
+    don't come at the same moment. In a tight loop an all-reduce of a few bytes takes a fraction of that.
+    """
     seconds = {}
+    matrix = torch.ones(128, 128, device=device)
     for size in sizes:
         tensor = torch.zeros(size // 4, device=device)
         taken = []
         for _ in range(rounds + 1):
             dist.barrier()
+            until = time.perf_counter() + _SECONDS_OF_COMPUTING
+            while time.perf_counter() < until:
+                matrix @ matrix
             started = time.perf_counter()
             dist.all_reduce(tensor)
             if device.type == "cuda":
