@@ -99,7 +99,9 @@ class Accumulator:
         self._last_weight = state["last_weight"]
 
     @contextmanager
-    def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    def window(
+        self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
+    ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -108,23 +110,17 @@ class Accumulator:
 
         Args:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
+            started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
+                data, if that was before this call.
         """
         if self._open is not None:
             raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
-        if (
-            isinstance(micro_batches, Window)
-            and self.strategy.equal_micro_steps
-            and not micro_batches.equal_micro_steps
-        ):
-            raise UserError(
-                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
-                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
-                "equal_micro_steps=True."
-            )
+        self.require_equal_micro_steps(micro_batches)
         self._open = OpenWindow(
             scale=self._choose_scale(micro_batches),
             sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
-            started=time.perf_counter(),
+            started=time.perf_counter() if started is None else started,
+            data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
         )
@@ -144,6 +140,23 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
+        """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
+
+        Raises:
+            UserError: it is one, and the strategy's micro-steps hold collectives.
+        """
+        if (
+            isinstance(micro_batches, Window)
+            and self.strategy.equal_micro_steps
+            and not micro_batches.equal_micro_steps
+        ):
+            raise UserError(
+                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
+                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
+                "equal_micro_steps=True."
+            )
 
     def _micro_steps(self, window: OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         items = with_last(micro_batches)

@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "redaction": 0,
     "distributed": 1,
+    "gathering": 1,
     "heartbeat": 1,
     "diagnosis": 1,
     "compilation": 1,
@@ -28,6 +29,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "links": 2,
@@ -43,6 +45,7 @@ FLOORS = {
     "stepping": 4,
     "loaders": 3,
     "accumulation": 4,
+    "caching": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
@@ -54,11 +57,15 @@ FLOORS = {
     "comparison": 5,
     "tuning": 5,
     "checking": 5,
+    "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "tune": 6,
     "check": 6,
+    "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -76,6 +83,7 @@ NEIGHBOURS = {
     ("heartbeat", "diagnosis"),
     ("interruption", "distributed"),
     ("grouping", "planning"),
+    ("caching", "accumulation"),
     ("accumulation", "stepping"),
     ("trainer", "evaluation"),
     ("trainer", "grace"),
@@ -93,10 +101,15 @@ NEIGHBOURS = {
     ("tuning", "measuring"),
     ("tuning", "run_folder"),
     ("checking", "assembly"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
+    ("batch_study", "measuring"),
     ("train", "entry"),
     ("compare", "entry"),
     ("tune", "entry"),
     ("check", "entry"),
+    ("study", "entry"),
 }
 
 
@@ -154,7 +167,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check", "tune"):
+    for name in ("train", "compare", "check", "report", "study", "tune"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -66,7 +66,11 @@ def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[Report, Se
     base = base_of(config, world_size)
     threads = section.threads_per_rank or (len(os.sched_getaffinity(0)) if world_size == 1 else 1)
     report = Report(
-        **environment("tune"), config=redacted(as_plain(config)), world_size=world_size, rows=[], suggestion=[]
+        **environment("distaccum.tune"),
+        config=redacted(as_plain(config)),
+        world_size=world_size,
+        rows=[],
+        suggestion=[],
     )
     started = time.monotonic()
     with ExitStack() as stack:
