@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from distaccum.errors import UserError
     from distaccum.evaluation import evaluate
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
+    from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
+    from distaccum.recovery import Recovery
     from distaccum.tasks import CoupledTask, Task, TaskOutput
     from distaccum.trainer import Trainer
     from distaccum.updates import UpdateResult
@@ -36,7 +38,9 @@ _HOMES = {
     "LoaderOptions": "loaders",
     "Window": "loaders",
     "WindowLoader": "loaders",
+    "NoiseScale": "noise_scale",
     "Observer": "observers",
+    "Recovery": "recovery",
     "BatchPlan": "planning",
     "Cut": "planning",
     "resolve_batch": "planning",
@@ -58,7 +62,9 @@ __all__ = [
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",
+    "NoiseScale",
     "Observer",
+    "Recovery",
     "Task",
     "TaskOutput",
     "Trainer",

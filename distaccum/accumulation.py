@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.micro_gradients import MicroGradients, measurement
+from distaccum.noise_scale import NoiseScale
+from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
 from distaccum.stepping import ScaledStep
-from distaccum.strategies import Strategy, local_parts, strategy_of
-from distaccum.updates import OpenWindow, UpdateResult, added_up, unflatten, with_last
+from distaccum.strategies import Strategy, can_recover, local_parts, strategy_of
+from distaccum.sums import explain_nonfinite, own_totals
+from distaccum.updates import OpenWindow, UpdateResult, unflatten, with_last
 
 Batch = TypeVar("Batch")
 
@@ -40,6 +44,11 @@ class Accumulator:
                     accumulator.backward(loss_sum, weight=len(targets))
             update = accumulator.step()
 
+    Or, in one call, which can also go on when memory runs out (see `recovery`):
+
+        for window in loader:
+            update = accumulator.run(window, lambda batch: task(model, batch))
+
     Args:
         model: what is called in the micro-steps: a plain module in one process, `DistributedDataParallel` in several.
         optimizer: steps over the parameters; its `step` and `zero_grad` are called here and nowhere else.
@@ -53,6 +62,8 @@ class Accumulator:
             rank.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
         time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
+        recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
+        noise_scale: measure how noisy gradients are, in each update for which it is due.
 
     Raises:
         UserError: the model is a bare module although there are several ranks.
@@ -70,6 +81,8 @@ class Accumulator:
         flags: Mapping[str, Callable[[], bool]] | None = None,
         reports: Mapping[str, Callable[[], float]] | None = None,
         time_micro_steps: bool = False,
+        recovery: Recovery | None = None,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -79,24 +92,47 @@ class Accumulator:
         self.flags = dict(flags or {})
         self.reports = dict(reports or {})
         self.time_micro_steps = time_micro_steps
+        self.recovery = recovery
+        self.noise_scale = noise_scale
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
         self._parameters = list(model.parameters())  # walking over the modules takes as long as clearing
+        self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
+        """The strategy, if micro-steps may be taken again with it."""
         self._open: OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
-        self._scaled_step = ScaledStep(optimizer)
+        self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
         self.clear_gradients()
 
-    def state_dict(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        return {"updates": self.updates, "last_weight": self._last_weight}
+        state = {"updates": self.updates, "last_weight": self._last_weight}
+        return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
-    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer."""
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])
+
+    def run(
+        self, micro_batches: Iterable[Any], forward: Callable[[Any], MicroStepOutput], tell: Tell | None = None
+    ) -> UpdateResult:
+        """Makes the update of one window: `window`, `backward` and `step` in one call.
+
+        Args:
+            micro_batches: as for `window`; for `recovery`, a window of a `WindowLoader`.
+            forward: called with each micro-batch; gives `loss_sum`, `weight` and `sums`, as for `backward`. It may be
+                called again with a part of the same samples.
+            tell: told what begins, as `distaccum.recovery.Tell` says.
+
+        Raises:
+            UserError: as `step`; or memory has run out, and there is no going on.
+        """
+        return WindowRun(self, micro_batches, forward, tell).result()
 
     @contextmanager
     def window(
@@ -113,25 +149,48 @@ class Accumulator:
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
         """
+        items = with_last(micro_batches)
+        with self.opened(micro_batches, items, started=started, data_seconds=data_seconds) as (_, micro_steps):
+            yield micro_steps
+
+    @contextmanager
+    def opened(
+        self,
+        micro_batches: Iterable[Any],
+        items: Iterator[tuple[Batch, bool]],
+        sizes: Sequence[int] | None = None,
+        *,
+        started: float | None = None,
+        data_seconds: float = 0.0,
+    ) -> Iterator[tuple[OpenWindow, Iterator[Batch]]]:
+        """`window`, for those who take part in its work.
+
+        Args:
+            items: the micro-batches, and whether each is the last.
+            sizes: of the micro-batches handed out so far, if they may be taken again (see `distaccum.recovery`).
+        """
         if self._open is not None:
             raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
         self.require_equal_micro_steps(micro_batches)
-        self._open = OpenWindow(
+        whole = micro_batches if isinstance(micro_batches, Window) else None
+        window = self._open = OpenWindow(
             scale=self._choose_scale(micro_batches),
-            sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
+            sizes=whole.sizes if sizes is None and whole is not None else sizes,
             started=time.perf_counter() if started is None else started,
             data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
+            recovers=sizes is not None,
+            micro_gradients=self._watcher(micro_batches),
         )
-        if self.skip_nonfinite:
-            self._open.buffers = [(b, b.clone()) for b in self._model.buffers() if b.is_floating_point()]
-        micro_steps = self._micro_steps(self._open, micro_batches)
+        self._remember(window)
+        micro_steps = self._micro_steps(window, items)
         try:
-            yield micro_steps
-            if self._open.totals is None:
+            with window.micro_gradients or nullcontext():
+                yield window, micro_steps
+            if window.totals is None:
                 raise RuntimeError(
-                    f"the window was left after {self._open.micro_steps} micro-step(s), before the backward of the "
+                    f"the window was left after {window.micro_steps} micro-step(s), before the backward of the "
                     "last one, so its gradients were never synchronised: iterate over all of its micro-batches"
                 )
         except BaseException:
@@ -140,6 +199,22 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
+        """What sees the micro-steps' own gradients, if this window is one to be measured."""
+        if self.noise_scale is None:
+            return None
+        number = self.updates
+        if isinstance(micro_batches, Window):
+            number = micro_batches.number
+            if micro_batches.is_by_length:
+                raise UserError(
+                    "the noise scale can't be told from micro-batches that were put together by length: they are not "
+                    "random samples. Set batch=uniform, or leave insight.noise_scale out."
+                )
+        if not self.noise_scale.is_due(number):
+            return None
+        return MicroGradients(self.strategy, [p for group in self.optimizer.param_groups for p in group["params"]])
 
     def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
         """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
@@ -158,8 +233,15 @@ class Accumulator:
                 "equal_micro_steps=True."
             )
 
-    def _micro_steps(self, window: OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        items = with_last(micro_batches)
+    def _remember(self, window: OpenWindow) -> None:
+        """Keeps what the window changes besides gradients, if it may have to be undone."""
+        if window.recovers and self.recoverable is not None:
+            self.recoverable.begin_window()
+            window.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
+        if window.recovers or self.skip_nonfinite:
+            window.buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+
+    def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Batch, bool]]) -> Generator[Batch, None, None]:
         while True:
             asked = time.perf_counter()
             item = next(items, None)
@@ -168,18 +250,26 @@ class Accumulator:
                 return
             micro_batch, window.is_last = item
             # The one place that asks "is this the sync step?".
-            with nullcontext() if window.is_last else self.strategy.no_sync():
+            with nullcontext() if window.is_last and not window.recovers else self.strategy.no_sync():
                 window.micro_steps += 1
                 window.awaiting_backward = True
                 if self.time_micro_steps:
                     window.micro_step_start = self._stopwatch.mark()
+                if window.is_last and window.recovers and self.recoverable is not None:
+                    window.last_gradient = self.recoverable.last_gradient()
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
                         f"micro-step {window.micro_steps} ended without accumulator.backward(loss_sum, weight)"
                     )
 
-    def backward(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor] | None = None) -> None:
+    def backward(
+        self,
+        loss_sum: Tensor,
+        weight: Tensor | float,
+        sums: Mapping[str, Tensor] | None = None,
+        num_samples: int | None = None,
+    ) -> None:
         """Back-propagates one micro-batch. On the window's last one, gradients are synchronised on the way.
 
         Never makes the host wait for the device.
@@ -189,6 +279,7 @@ class Accumulator:
             weight: number of elements summed: a number, or a scalar tensor.
             sums: further sums to be added up over micro-steps and ranks, of any shape; the same names and shapes in
                 each micro-step and on each rank.
+            num_samples: samples of the micro-batch: the noise scale needs it where windows aren't a `WindowLoader`'s.
         """
         window = self._open
         if window is None or not window.awaiting_backward:
@@ -209,7 +300,22 @@ class Accumulator:
         for name, value in (sums or {}).items():
             window.sums.setdefault(name, []).append(value.detach())
         if window.is_last:
-            self._start_totals(window)
+            totals = own_totals(window, self.strategy, self.flags, self.reports)
+            if window.recovers and self.recoverable is not None:
+                if window.last_gradient is not None:
+                    loss_sum = loss_sum + window.last_gradient.to(loss_sum)
+                self.recoverable.begin_sync(loss_sum)
+                window.is_syncing = True
+            window.totals = self.strategy.summed(totals)
+        if self.noise_scale is not None:
+            num_samples = num_samples if window.sizes is None else window.sizes[window.micro_steps - 1]
+            if num_samples is None:
+                raise UserError(
+                    "the noise scale counts samples, and these windows don't say how many a micro-batch has: call "
+                    "accumulator.backward(loss_sum, weight, num_samples=…)"
+                )
+            if window.micro_gradients is not None:
+                window.micro_gradients.begin(num_samples)
         # A power of two, so that it changes no bit of the result; see _choose_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -217,6 +323,8 @@ class Accumulator:
             loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         else:
             self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
+        if window.micro_gradients is not None and window.is_last:
+            window.micro_gradients.start(1 / self._loss_scale(window))
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -231,32 +339,56 @@ class Accumulator:
             UserError: the loss or the gradient is NaN or infinite, or the total weight is zero, and `skip_nonfinite`
                 is off. The parameters have not moved.
         """
+        result = self.finished()
+        assert result is not None
+        return result
+
+    def finished(self) -> UpdateResult | None:
+        """`step`; or None if a rank has run out of memory in its last backward: all is as it was before the window."""
         window = self._open
         if window is None or window.totals is None:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
         self._open = None
         self.updates += 1
         try:
-            return self._finish(window, window.totals())
+            result = self._finish(window, window.totals())
         finally:
             self.clear_gradients()
+        if result is None:
+            self.updates -= 1
+        return result
 
-    def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult:
+    def begin_again(self, window: OpenWindow) -> None:
+        """Drops what this rank has accumulated in the open window; the others don't know of it."""
+        self.clear_gradients()
+        self._put_back(window.buffers)
+        window.forget_micro_steps()
+
+    def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
         if self.scaler is None:
             return self._update(window, totals, gradients)
         self.scaler.unscale_(self.optimizer)
+        result, scale = None, None
         try:
-            return self._update(window, totals, gradients)
+            result = self._update(window, totals, gradients)
+            scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
         finally:
-            self.scaler.update()
+            self.scaler.update(scale)
+        return result
 
-    def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
+    def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
         raw_norm = self.strategy.total_norm(gradients)
+        seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, *rest, norm = torch.cat([totals, raw_norm.to(totals)[None]]).tolist()
+        numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
+        seen_numbers, (loss_sum, weight, *rest, norm) = (numbers[:4], numbers[4:]) if seen else ([], numbers)
+        if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
+            self._put_back(window.buffers)
+            self.strategy.load_state_tensors(window.remembered)
+            return None
         raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
         ranks = self.strategy.world_size
         reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
@@ -273,7 +405,11 @@ class Accumulator:
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             self._scaled_step(gradients, factor, self.scaler)
         else:
-            self._undo_forwards(window)
+            # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
+            self._put_back([entry for entry in window.buffers if entry[0].is_floating_point()])
+            self.strategy.drop_gradients()
+        sum_norm = norm * self.strategy.sync_divisor / window.scale
+        noise = self._noise(seen_numbers, sum_norm) if seen and not skipped else {}
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
@@ -291,7 +427,24 @@ class Accumulator:
             data_seconds=window.data_seconds,
             micro_seconds=self._micro_seconds(window, synced),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
+            **noise,
         )
+
+    def _loss_scale(self, window: OpenWindow) -> Tensor:
+        """What the losses of the window have been multiplied by, in float64 on the device."""
+        scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
+        return scale if self.scaler is None else self.scaler.scale(scale)
+
+    def _noise(self, seen: list[float], norm: float) -> dict[str, float]:
+        assert self.noise_scale is not None
+        found = measurement(seen, norm)
+        if not self.noise_scale.add(found):
+            return {}
+        return {
+            "noise_scale": self.noise_scale.scale,
+            "noise_scale_error": self.noise_scale.error,
+            "coherence": found.coherence,
+        }
 
     def _micro_seconds(self, window: OpenWindow, synced: bool) -> tuple[float, ...]:
         if not window.marks:
@@ -301,11 +454,18 @@ class Accumulator:
             end = self.strategy.traffic.last_launch
         return tuple(self._stopwatch.seconds(begin, stop) for begin, stop in [*marks, (start, end)])
 
-    def _undo_forwards(self, window: OpenWindow) -> None:
-        """Takes back what the forwards of a skipped update may have left for good: a NaN in BatchNorm's statistics."""
-        for buffer, before in window.buffers:
-            buffer.copy_(before)
-        self.strategy.drop_gradients()
+    def _is_lost_on_any_rank(self, window: OpenWindow) -> bool:
+        """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
+        is_lost = torch.tensor(float(window.is_lost), device=self.strategy.device)
+        if self.strategy.process_group is not None:
+            dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
+        return bool(is_lost)
+
+    @staticmethod
+    def _put_back(buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def _is_sound(self, window: OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
         """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
@@ -315,63 +475,7 @@ class Accumulator:
             return False
         if self.scaler is not None and math.isfinite(loss) and weight > 0 and self.scaler.get_scale() >= 1:
             return False  # an overflow of the scaled gradients: the scaler lowers its scale
-        if weight <= 0:
-            what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
-        elif not math.isfinite(loss):
-            what = f"the loss is {loss}{self._where_nonfinite(window)}"
-        else:
-            what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
-        raise UserError(
-            f"update {self.updates}: {what}. The parameters have not moved. Look at that data, lower the learning "
-            "rate, or leave such updates out with train.on_nonfinite=skip."
-        )
-
-    def _where_nonfinite(self, window: OpenWindow) -> str:
-        """Names the ranks and micro-steps whose loss went wrong. Every rank gets here, so it may use a collective."""
-        flags = ~torch.stack(window.loss_sums).isfinite()
-        mine = [step for step, flag in enumerate(flags.tolist(), 1) if flag]
-        everyone = [mine]
-        if self.strategy.process_group is not None:
-            everyone = [[] for _ in range(self.strategy.world_size)]
-            dist.all_gather_object(everyone, mine, group=self.strategy.process_group)
-        found = [
-            f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
-            for rank, steps in enumerate(everyone)
-            if steps
-        ]
-        return f" ({'; '.join(found)})" if found else ""
-
-    def _start_totals(self, window: OpenWindow) -> None:
-        """Adds up loss, weight and sums, and sends them on their way with the backward that follows."""
-        device = self.strategy.device
-        weights = [value for value in window.weights if isinstance(value, Tensor)]
-        if len(weights) < len(window.weights):
-            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-            weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
-        loss_sum, weight, *sums = (
-            added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
-        )
-        totals = torch.cat([loss_sum, weight, *self._own_flags(device), *self._own_reports(device), *sums])
-        window.totals = self.strategy.summed(totals)
-
-    def _own_flags(self, device: torch.device) -> list[Tensor]:
-        if not self.flags:
-            return []
-        flags = torch.zeros(len(self.flags), dtype=torch.float64, device=device)
-        for number, ask in enumerate(self.flags.values()):
-            if ask():
-                flags[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-        return [flags]
-
-    def _own_reports(self, device: torch.device) -> list[Tensor]:
-        """Each report as a vector with a place for every rank, of which this one fills its own."""
-        group, ranks = self.strategy.process_group, self.strategy.world_size
-        rank = dist.get_rank(group) if group is not None else 0
-        vectors = []
-        for ask in self.reports.values():
-            vectors.append(torch.zeros(ranks, dtype=torch.float64, device=device))
-            vectors[-1][rank].fill_(ask())
-        return vectors
+        raise UserError(explain_nonfinite(self.updates, window, self.strategy, loss, weight, grad_norm))
 
     def _choose_scale(self, micro_batches: Iterable[Any]) -> float:
         """A power of two near 1 / (total weight), by which every loss of the window is multiplied.

@@ -22,6 +22,7 @@ from distaccum.config import (
     ByLengthBatchConfig,
     DataConfig,
     Fp16Config,
+    InsightConfig,
     PrecisionConfig,
     TrainConfig,
     flat,
@@ -33,9 +34,11 @@ from distaccum.errors import UserError
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
+from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.redaction import redacted, secrets_in
+from distaccum.remembered import Remembered, fingerprint
 from distaccum.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -46,7 +49,9 @@ from distaccum.run_folder import (
     leave_marker,
 )
 from distaccum.seeding import derived_seed, seed_everything
+from distaccum.sizing import settle_sizes
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
+from distaccum.tasks import CoupledTask
 from distaccum.trainer import PROGRESS_KEYS, Trainer, total_updates
 
 logger = logging.getLogger(__name__)
@@ -187,17 +192,24 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     loader = WindowLoader(
         train_data,
         global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=_largest_size(config.batch, world_size),
         accumulation_steps=config.batch.accumulation_steps,
-        **_grouping_arguments(config.batch, train_data),
+        **_grouping_arguments(config, train_data, rank),
         drop_last=config.batch.drop_last,
         seed=config.seed,
         collate_fn=_collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
+        split_every=config.insight.every_updates if config.insight.noise_scale else None,
         options=options,
     )
+    if config.insight.noise_scale and loader.plan.is_one_shot:
+        logger.info(
+            "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
+            "updates it is cut into two; the update is the same but for rounding",
+            config.insight.every_updates,
+        )
     evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size)
     task = targets.build(config.task, "task")
     if not callable(task):
@@ -214,6 +226,12 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         task=task,
         module=module.to(precision.parameter_dtype),
     )
+
+
+def _largest_size(config: BatchConfig, world_size: int) -> int | None:
+    if config.is_auto and config.global_batch_size is not None:
+        return -(-config.global_batch_size // world_size)  # until it is known what fits
+    return config.given_size
 
 
 def build_trainer(
@@ -239,6 +257,21 @@ def build_trainer(
     optimizer = build_optimizer(
         config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
     )
+    recovery = None
+    if config.batch.is_auto:
+        if isinstance(parts.task, CoupledTask):
+            raise UserError(
+                f"batch.micro_batch_size=auto can't be had with {type(parts.task).__name__}, whose loss couples the "
+                "samples of a window: its micro-batches can't be taken again one by one. Give a number."
+            )
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            with parts.precision.autocast():
+                return parts.task(module, batch)
+
+        recovery = settle_sizes(
+            config, redacted(plain), world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint
+        )
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     checkpointer = (
@@ -274,8 +307,14 @@ def build_trainer(
         heartbeat=world.heartbeat,
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
         balance_speed=config.batch.balance is Balance.speed,
+        recovery=recovery,
+        noise_scale=_noise_scale(config.insight),
         compile_clock=CompileClock() if compilation is not None else None,
     )
+
+
+def _noise_scale(config: InsightConfig) -> NoiseScale | None:
+    return NoiseScale(every_updates=config.every_updates, smoothing=config.smoothing) if config.noise_scale else None
 
 
 def compilation_of(config: TrainConfig, device: torch.device) -> Compilation | None:
@@ -326,10 +365,12 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
         raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
 
 
-def _grouping_arguments(config: BatchConfig, data: Any) -> dict[str, Any]:
-    if not isinstance(config, ByLengthBatchConfig):
+def _grouping_arguments(config: TrainConfig, data: Any, rank: int) -> dict[str, Any]:
+    if not isinstance(config.batch, ByLengthBatchConfig):
         return {}
-    return {"lengths": lengths_of(data), "max_tokens": config.max_tokens}
+    # A file for each rank, as ranks of one host write at the same time.
+    name = f"lengths-{fingerprint([redacted(as_plain(config.data.train)), type(data).__qualname__])}-rank{rank}"
+    return {"lengths": lengths_of(data, Remembered(name)), "max_tokens": config.batch.max_tokens}
 
 
 def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:

@@ -90,6 +90,11 @@ def accumulate_coupled(
     """
     started = time.perf_counter()
     strategy = accumulator.strategy
+    if accumulator.noise_scale is not None:
+        raise UserError(
+            "the noise scale can't be told of a loss that couples the window's samples: their gradients are not drawn "
+            "one by one. Leave insight.noise_scale out."
+        )
     accumulator.require_equal_micro_steps(window)
     # A window of one micro-batch in all needs no caching.
     is_alone = strategy.world_size == 1 and isinstance(window, Sized) and len(window) == 1
@@ -322,6 +327,7 @@ def _held_again(window: Iterable[Any], batches: list[Any]) -> Iterable[Any]:
     return Window(
         epoch=window.epoch,
         index=window.index,
+        number=window.number,
         num_samples=window.num_samples,
         sizes=window.sizes,
         batches=iter(batches),

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -200,10 +200,15 @@ class BatchSource:
                 self._end_workers()
 
     def one(self, request: Request) -> Any:
-        """Loads a single micro-batch, and leaves the workers and an iteration that is under way alone.
+        """Loads a single micro-batch, as `aside` does."""
+        (batch,) = self.aside([request])
+        return batch
 
-        With workers, a process that ends with the micro-batch loads it: the training process must not open files that
-        the dataset opens at the first sample and that workers can't share.
+    def aside(self, requests: Sequence[Request]) -> Iterator[Any]:
+        """Loads micro-batches, and leaves the workers and an iteration that is under way alone.
+
+        With workers, a process that ends with the last micro-batch loads them: the training process must not open files
+        that the dataset opens at the first sample and that workers can't share.
 
         Raises:
             UserError: as `batches`.
@@ -215,8 +220,7 @@ class BatchSource:
             persistent_workers=False,
             prefetch_factor=None,
         )
-        (batch,) = source.batches(lambda: iter([request]))
-        return batch
+        return source.batches(lambda: iter(requests))
 
     def close(self) -> None:
         """Ends the workers. A later iteration starts new ones."""

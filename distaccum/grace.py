@@ -60,10 +60,11 @@ class Grace:
             # Leaving a window drops what a strategy remembers of the windows before.
             self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
 
-    def check(self, micro_step: int, *, to_come: int = 0) -> None:
+    def check(self, micro_step: int, *, is_last: bool | None = None, to_come: int = 0) -> None:
         """Before each micro-step (from 1), once a signal has come.
 
         Args:
+            is_last: whether it is the window's last one. None: if it is the last that was planned.
             to_come: what the window takes after the last of these, in as many of them.
 
         Raises:
@@ -72,11 +73,13 @@ class Grace:
         if self._strategy.equal_micro_steps:
             return
         spent = time.perf_counter() - self._started
-        needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1 + to_come)
+        # There may be more of them than planned, if memory has run out.
+        left = max(1, self._micro_steps - micro_step + 1) + to_come
+        needed = spent / max(1, micro_step - 1) * left
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
         fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
-        if fate is None and micro_step == self._micro_steps:
+        if fate is None and (micro_step == self._micro_steps if is_last is None else is_last):
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
         if fate == "drop":

@@ -174,10 +174,15 @@ class Grouping:
                 f"accumulation_steps={plan.accumulation_steps} can't be given with lengths: the number of micro-steps "
                 "follows from them. Give micro_batch_size or max_tokens."
             )
-        self.max_tokens = max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max())
-        # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
-        self.costs = Timeline(CostModel(overhead=self.max_tokens / 64))
         self._known: dict[int, tuple[tuple[tuple[int, ...], ...], ...]] = {}
+        self.set_max_tokens(max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max()))
+
+    def set_max_tokens(self, max_tokens: int) -> None:
+        """Sets the budget of a micro-batch, before any window has been cut."""
+        self.max_tokens = max_tokens
+        # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
+        self.costs = Timeline(CostModel(overhead=max_tokens / 64))
+        self._known.clear()
 
     def cut(
         self, samples: NDArray[np.int64], number: int, speeds: Sequence[float] | None = None

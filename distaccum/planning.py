@@ -168,22 +168,30 @@ class BatchPlan:
     accumulation_steps: int | None
     equal_micro_steps: bool = False
 
-    def cut(self, window_size: int, speeds: Sequence[float] | None = None) -> Cut:
+    def cut(self, window_size: int, speeds: Sequence[float] | None = None, least_parts: int = 1) -> Cut:
         """Cuts a window evenly: shares of the ranks, and micro-batches of a rank, differ by at most one sample.
 
         Args:
             speeds: of the ranks; shares are then in proportion to them.
+            least_parts: on one rank, take so many micro-steps at least, if there are as many samples.
         """
         if speeds is None or window_size < self.world_size:
             shares = split_evenly(window_size, self.world_size)
         else:
             shares = split_by_speed(window_size, speeds)
         steps = [self._micro_steps(share) for share in shares]
+        if self.world_size == 1:
+            steps = [max(steps[0], min(least_parts, window_size))]
         if self.equal_micro_steps:
             steps = [max(steps)] * self.world_size
         return Cut(
             tuple(tuple(split_evenly(share, count)) for share, count in zip(shares, steps, strict=True)),
         )
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether a whole window is one micro-batch on one rank."""
+        return self.world_size == 1 and self._micro_steps(self.global_batch_size) == 1
 
     def _micro_steps(self, share: int) -> int:
         if self.accumulation_steps is not None:

@@ -122,6 +122,11 @@ class CheckConfig(TrainConfig):
         require(
             not self.compile, "compile=true has no part in a check, which looks at the model as it is: leave it out."
         )
+        require(
+            not self.batch.is_auto,
+            "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
+            "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -206,7 +211,8 @@ class TuneSection:
     world_size: int | None = None
     """Ranks to tune for, on this machine. `null`: as many as it has GPUs; 1 without any."""
     minutes: float = 5.0
-    """How long to try. What is not reached is said; the suggestion is confirmed against the default in any case."""
+    """How long to try candidates. Those that are not reached are named; the suggestion is confirmed against the
+    configuration as it is in any case."""
     rounds: int = 3
     """Turns that a candidate and the best so far take to be timed."""
     confirm_rounds: int = 5
@@ -275,4 +281,9 @@ class TuneConfig(TrainConfig):
             self.batch.global_batch_size is not None,
             "tune keeps the window as it is and cuts it in other ways, so it needs its size, and "
             "batch.global_batch_size is null: give a number.",
+        )
+        require(
+            not self.batch.is_auto,
+            "tune tries micro-batches itself, beginning with the one that is configured, and batch.micro_batch_size="
+            "auto is found only where a training starts: give a number to begin with, as in batch.micro_batch_size=4.",
         )

@@ -85,6 +85,7 @@ class Totals:
             update=self.updates,
             epoch=window.epoch,
             samples=self.samples,
+            window_samples=window.num_samples,
             loss=result.loss,
             metrics=metrics,
             grad_norm=result.grad_norm,
@@ -99,6 +100,9 @@ class Totals:
             sync_bytes=result.sync_bytes,
             skipped=result.skipped,
             compile_seconds=compile_seconds,
+            noise_scale=result.noise_scale,
+            noise_scale_error=result.noise_scale_error,
+            coherence=result.coherence,
             peak_memory_bytes=peak_memory(device)[0] if has_memory else None,
         )
 

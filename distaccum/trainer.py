@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
+from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import CoupledTask, TaskOutput
@@ -51,6 +54,9 @@ PROGRESS_KEYS = frozenset(
     ("totals", "total_seconds", "epoch", "next_window", "owes_evaluation", "evaluation", "windows", "config")
 )
 """What a trainer's checkpoint says of where the run stands."""
+
+LIMIT_REPORT = "largest micro-batch"
+"""Report of the accumulator: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
 
 _SECONDS_FOR_A_SAVE_UNDER_WAY = 10.0
 
@@ -81,6 +87,8 @@ class Trainer:
         measure_costs: fit what micro-batches cost, if windows are cut by length.
         balance_speed: give ranks shares of each window in proportion to their measured speed.
         compile_clock: counts what the updates spend compiling; None if nothing is compiled.
+        recovery: go on with smaller micro-batches when memory runs out. None: that ends the run.
+        noise_scale: measures how noisy gradients are; None: nobody does.
     """
 
     def __init__(
@@ -106,6 +114,8 @@ class Trainer:
         measure_costs: bool = True,
         balance_speed: bool = False,
         compile_clock: CompileClock | None = None,
+        recovery: Recovery | None = None,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -127,7 +137,7 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
-        self.accumulator = self._new_accumulator(scaler)
+        self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
         self.total_updates = total_updates(loop, len(loader))
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -142,7 +152,10 @@ class Trainer:
         self._is_ahead_of_save = False
         self._register_states(scaler)
 
-    def _new_accumulator(self, scaler: torch.amp.GradScaler | None) -> Accumulator:
+    def _new_accumulator(
+        self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None, noise_scale: NoiseScale | None
+    ) -> Accumulator:
+        limit = {LIMIT_REPORT: lambda: float(self.loader.limit or 0)} if recovery is not None else {}
         return Accumulator(
             self.model,
             self.optimizer,
@@ -156,8 +169,10 @@ class Trainer:
                 **(self.checkpointer.flags if self.checkpointer else {}),
                 **({COMPILED: self._compile_clock.has_news} if self._compile_clock else {}),
             },
-            reports=self._tuning.reports,
+            reports=self._tuning.reports | limit,
             time_micro_steps=self._tuning.needs_times,
+            recovery=recovery,
+            noise_scale=noise_scale,
         )
 
     def _register_states(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -254,41 +269,42 @@ class Trainer:
         number = self._totals.updates + 1
         lr = self.schedule.apply(number) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
         self._grace.begin(number, len(window))
-        doing = self.heartbeat.doing
-        doing("loading of a micro-batch", update=number, micro_step=1)
         try:
             if isinstance(self.task, CoupledTask):
-                self._accumulate_coupled(self.task, window, number)
+                result = self._coupled_update(self.task, window, number)
             else:
-                self._accumulate(window, number)
+                result = self.accumulator.run(window, self._forward, partial(self._begin_phase, number))
         except WindowDroppedError:
             self._grace.put_back()
             logger.info("update %d: no time is left to finish its window, which is dropped", number)
             raise
-        doing("step", update=number, waits=True)
-        result = self.accumulator.step()
-        doing("end", update=number)
+        self.heartbeat.doing("end", update=number)
         self._grace.end(result.flags)
+        if LIMIT_REPORT in result.reports:
+            self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
         self._tell_update(window, result, lr)
         self._tuning.after_update(self._totals.updates, window, result)
         return result
 
-    def _accumulate(self, window: Window, number: int) -> None:
-        doing = self.heartbeat.doing
-        with self.accumulator.window(window) as micro_batches:
-            for step, batch in enumerate(micro_batches, 1):
-                if self.interruption.is_requested():
-                    self._grace.check(step)
-                doing("forward", update=number, micro_step=step)
-                with self.precision.autocast():
-                    output = self.task(self.model, batch)
-                is_last = step == len(window)
-                what = "backward with the gradient sync" if is_last else "backward"
-                doing(what, update=number, micro_step=step, waits=is_last)
-                self.accumulator.backward(output.loss_sum, output.weight, output.sums)
-                doing("loading of a micro-batch", update=number, micro_step=step + 1)
+    def _forward(self, batch: Any) -> TaskOutput:
+        with self.precision.autocast():
+            return self.task(self.model, batch)
 
-    def _accumulate_coupled(self, task: CoupledTask, window: Window, number: int) -> None:
+    def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
+        doing = self.heartbeat.doing
+        if what == "step":
+            doing("step", update=number, waits=True)
+        elif what == "loading":
+            doing("loading of a micro-batch", update=number, micro_step=micro_step)
+        elif what == "forward":
+            if self.interruption.is_requested():
+                self._grace.check(micro_step, is_last=is_last)
+            doing("forward", update=number, micro_step=micro_step)
+        else:
+            how = "backward with the gradient sync" if is_last else "backward"
+            doing(how, update=number, micro_step=micro_step, waits=is_last)
+
+    def _coupled_update(self, task: CoupledTask, window: Window, number: int) -> UpdateResult:
         def embed(batch: Any) -> Any:
             with self.precision.autocast():
                 return task.embed(self.model, batch)
@@ -300,7 +316,10 @@ class Trainer:
                 self._grace.check(step, to_come=3 * len(window))
             self.heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
 
+        self._begin_phase(number, "loading", 1, is_last=False)
         accumulate_coupled(self.accumulator, window, embed=embed, loss=task.window_loss, between=between)
+        self._begin_phase(number, "step", len(window), is_last=True)
+        return self.accumulator.step()
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from distaccum.micro_gradients import MicroGradients
 
 Batch = TypeVar("Batch")
 
@@ -47,6 +49,12 @@ class UpdateResult:
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
+    noise_scale: float | None = None
+    """In samples, smoothed; infinite while the gradient can't be told from noise. None where it wasn't measured."""
+    noise_scale_error: float | None = None
+    """Its standard error; infinite as long as there is one measurement."""
+    coherence: float | None = None
+    """Of this window's micro-gradients: mean pairwise inner product over mean square. None where it wasn't measured."""
 
 
 @dataclass(slots=True)
@@ -54,7 +62,7 @@ class OpenWindow:
     """What is known of a window between its first micro-step and its update."""
 
     scale: float
-    sizes: tuple[int, ...] | None
+    sizes: Sequence[int] | None
     started: float
     calls_before: int
     bytes_before: int
@@ -71,6 +79,30 @@ class OpenWindow:
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    recovers: bool = False
+    """Micro-steps may be taken again: see `distaccum.recovery`."""
+    last_gradient: Tensor | None = None
+    is_syncing: bool = False
+    """The backward that synchronises the gradients has begun, so the other ranks wait for this one in it."""
+    is_lost: bool = False
+    """That backward has failed on this rank."""
+    remembered: dict[str, Tensor] = field(default_factory=dict)
+    """What the strategy remembered of the windows before."""
+
+    micro_gradients: MicroGradients | None = None
+
+    def forget_micro_steps(self) -> None:
+        """Nothing has been accumulated."""
+        self.micro_steps = 0
+        self.awaiting_backward = False
+        self.loss_sums.clear()
+        self.weights.clear()
+        self.sums.clear()
+        self.marks.clear()
+        self.totals = None
+        self.is_syncing = False
+        if self.micro_gradients is not None:
+            self.micro_gradients.forget()
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
@@ -87,13 +119,6 @@ def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
             yield current, False
             current = following
         yield current, True
-
-
-def added_up(values: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of tensors of one shape, in float64 on the device."""
-    if any(value.device != device for value in values):
-        values = [value.to(device, non_blocking=True) for value in values]
-    return torch.stack(values).sum(0, dtype=torch.float64)
 
 
 def unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

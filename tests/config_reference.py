@@ -21,6 +21,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`batch=by_length`", "batch", config.ByLengthBatchConfig),
     ("`train`", "train", config.LoopConfig),
     ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
+    ("`insight`", "insight", config.InsightConfig),
     ("`checkpoint`", "checkpoint", config.CheckpointConfig),
     ("`distributed`", "distributed", config.DistributedConfig),
     ("`data`", "data", config.DataConfig),

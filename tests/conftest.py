@@ -30,6 +30,14 @@ def _nothing_leaks() -> Iterator[None]:
     assert not dist.is_initialized(), "left a process group"
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(
+    _nothing_leaks: None, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What is remembered from one start to the next is kept apart from the user's, and from other tests'."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -38,6 +38,10 @@ def test_sync() -> None:
     assert "ratio" in _run("sync.py")
 
 
+def test_noise_scale() -> None:
+    assert "measured / plain" in _run("noise_scale.py")
+
+
 def _table(output: str) -> list[dict[str, str]]:
     """The rows of a benchmark's table."""
     (header,) = (line for line in output.splitlines() if line.startswith("┃"))

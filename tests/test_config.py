@@ -13,6 +13,7 @@ from distaccum.choices import PrecisionName
 from distaccum.components import SCHEMAS, AdamConfig
 from distaccum.config import (
     BatchConfig,
+    ByLengthBatchConfig,
     DataConfig,
     DDPConfig,
     DecayScheduleConfig,
@@ -121,6 +122,28 @@ def test_tasks_take_every_key_of_their_section(option: str) -> None:
         (
             lambda: BatchConfig(micro_batch_size=-4),
             "batch.micro_batch_size=-4 is impossible: it must be at least 1.",
+        ),
+        (
+            lambda: BatchConfig(micro_batch_size="largest"),
+            "batch.micro_batch_size=largest is impossible: it takes a whole number, auto or null.",
+        ),
+        (
+            lambda: BatchConfig(micro_batch_size="auto", accumulation_steps=4),
+            "batch.micro_batch_size=auto decides how many micro-steps there are, and batch.accumulation_steps=4 is "
+            "given too: leave one of them out (null).",
+        ),
+        (
+            lambda: BatchConfig(micro_batch_size="auto", global_batch_size=None),
+            "batch.micro_batch_size=auto cuts windows of a size that is given: set batch.global_batch_size.",
+        ),
+        (
+            lambda: ByLengthBatchConfig(micro_batch_size="auto", max_tokens=512),
+            "batch.micro_batch_size=auto finds how many tokens fit, and batch.max_tokens=512 is given too: leave one "
+            "of them out.",
+        ),
+        (
+            lambda: BatchConfig(auto_memory=1.5),
+            "batch.auto_memory=1.5 is impossible: it is a part, up to 1.",
         ),
         (
             lambda: BatchConfig(accumulation_steps=0),

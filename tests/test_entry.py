@@ -188,6 +188,16 @@ TRAIN_HAS = _has("train", LoopConfig)
             id="a fraction for a count",
         ),
         pytest.param(
+            ["batch.micro_batch_size=4.5"],
+            "batch.micro_batch_size=4.5: it takes a whole number, auto or null.",
+            id="a fraction for a size",
+        ),
+        pytest.param(
+            ["batch.micro_batch_size=two"],
+            "batch.micro_batch_size=two is impossible: it takes a whole number, auto or null.",
+            id="a word for a size",
+        ),
+        pytest.param(
             ["batch.drop_last=maybe"],
             "batch.drop_last=maybe: Value 'maybe' is not a valid bool (type str).",
             id="neither true nor false",

@@ -113,6 +113,33 @@ def test_the_run_is_as_long_and_evaluated_as_often_as_asked(
     assert [line["update"] for line in evaluations(Path("run"))] == evaluated
 
 
+NOISE = [*TINY, "insight.noise_scale=true", "insight.every_updates=2", "batch.micro_batch_size=4"]
+
+
+def test_the_noise_scale_is_measured_and_goes_on_after_a_restart(train: Train) -> None:
+    for run_dir, limit in (("whole", 8), ("cut", 3), ("cut", 8)):
+        assert train(*NOISE, "schedule=constant", f"run_dir={run_dir}", f"train.max_updates={limit}").status == 0
+    names = ("noise_scale", "noise_scale_error", "coherence")
+    whole, cut = ([[line.get(name) for name in names] for line in updates(Path(run))] for run in ("whole", "cut"))
+    assert cut == whole
+    assert [number for number, line in enumerate(whole, 1) if line[2] is not None] == [2, 4, 6, 8]
+    assert any(line[0] for line in whole)
+
+
+def test_a_run_of_one_micro_batch_a_window_is_measured_and_says_how(train: Train) -> None:
+    ended = train(*NOISE, "batch.micro_batch_size=16", "run_dir=run", "train.max_updates=4")
+    assert ended.status == 0
+    lines = updates(Path("run"))
+    assert [line["micro_steps"] for line in lines] == [1, 2, 1, 2]
+    assert ["coherence" in line for line in lines] == [False, True, False, True]
+
+
+def test_what_the_noise_scale_cannot_be_had_with_is_refused(train: Train) -> None:
+    assert "batch=by_length" in train(*NOISE, "batch=by_length", "run_dir=run").message
+    ddp = ("strategy=ddp", "strategy.compression=powersgd")
+    assert "powersgd" in train(*NOISE, *ddp, "run_dir=run").message
+
+
 def test_early_stopping_stops(train: Train) -> None:
     stopping = ["train.early_stopping.metric=loss", "train.early_stopping.patience=2", "train.eval_every=1"]
     ended = train(*TINY, "run_dir=run", "train.max_updates=50", "optim.lr=0", *stopping)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_STEPS = 400
+_STEPS = 200
 """Values of the critical batch size that are tried, equal factors apart."""
 _BEYOND = 100.0
 """The critical batch size is looked for up to so many times beyond the batch sizes that were tried."""
@@ -19,8 +19,11 @@ _HUBER = 1.345
 """Errors beyond so many times their usual size count less than by their square (Huber 1964)."""
 _LEAST_ERROR = 0.05
 """Two runs that differ in their seed alone differ by more than that in what a target takes: no error is smaller."""
-_UNLIKELY = 4.0
-"""How much a sum of squares, in units of the error's, may rise: about two standard errors."""
+_LIKELY = (39.9, 10.1, 10.1, 7.7, 6.6, 6.0, 5.6, 5.3)
+"""How much a sum of squares, in units of the error's, may rise if the error follows from 1, 2, … points more than
+unknowns: the square of Student's t at 0.95, less for the fewest points. With errors of a tenth, the range then holds
+what is true in about nine of ten studies."""
+_LIKELY_OF_MANY = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +81,11 @@ def fit(points: Sequence[Measured]) -> Fit | None:
         sums = [_loss_at(critical, usable, error) for critical in candidates]
         best = min(range(len(sums)), key=sums.__getitem__)
         error = max(_LEAST_ERROR, _spread(candidates[best], usable))
-    likely = [index for index, value in enumerate(sums) if value - sums[best] <= _UNLIKELY]
-    critical = candidates[best]
+    spare = len(usable) - 2
+    rise = _LIKELY[spare - 1] if 0 < spare <= len(_LIKELY) and error > _LEAST_ERROR else _LIKELY_OF_MANY
+    likely = [index for index, value in enumerate(sums) if value - sums[best] <= rise]
+    finer = _between(candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)], 41)
+    critical = min(finer, key=lambda value: _loss_at(value, usable, error))
     log_updates = _log_min_updates(critical, usable, error)
     return Fit(
         min_updates=math.exp(log_updates),
@@ -92,8 +98,8 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     )
 
 
-def _between(low: float, high: float) -> list[float]:
-    return [low * (high / low) ** (index / (_STEPS - 1)) for index in range(_STEPS)]
+def _between(low: float, high: float, steps: int = _STEPS) -> list[float]:
+    return [low * (high / low) ** (index / (steps - 1)) for index in range(steps)]
 
 
 def _residuals(critical: float, log_updates: float, points: Sequence[Measured]) -> list[float]:
@@ -106,7 +112,9 @@ def _log_min_updates(critical: float, points: Sequence[Measured], error: float) 
     center = sorted(logs)[len(logs) // 2] if len(logs) > 2 else sum(logs) / len(logs)
     for _ in range(20):
         weights = [min(1.0, _HUBER * error / max(abs(value - center), 1e-12)) for value in logs]
-        center = sum(w * value for w, value in zip(weights, logs, strict=True)) / sum(weights)
+        before, center = center, sum(w * value for w, value in zip(weights, logs, strict=True)) / sum(weights)
+        if abs(center - before) < 1e-4 * error:
+            break
     return center
 
 
@@ -125,7 +133,6 @@ def _spread(critical: float, points: Sequence[Measured]) -> float:
     )
     if len(residuals) <= 2:
         return 0.0
-    middle = len(residuals) // 2
-    median = residuals[middle] if len(residuals) % 2 else (residuals[middle - 1] + residuals[middle]) / 2
-    # 1.4826 makes a standard deviation of a median; two unknowns take up two of the points.
-    return 1.4826 * median * math.sqrt(len(residuals) / (len(residuals) - 2))
+    limit = 3 * residuals[len(residuals) // 2]
+    # Two unknowns take up two of the points.
+    return math.sqrt(sum(min(value, limit) ** 2 for value in residuals) / (len(residuals) - 2))

@@ -106,7 +106,7 @@ def chosen_target(results: Sequence[Result], goal: Goal) -> float | None:
     best: dict[int, float] = {}
     for result in results:
         value = best_value(result.curve, goal)
-        if value is None or result.outcome == FAILED:
+        if value is None or result.outcome != LIMIT:
             continue
         size = result.batch_size
         better = min if goal is Goal.min else max
@@ -121,7 +121,10 @@ def conclude(study: Study) -> None:
     goal = Goal[study.goal]
     for result in study.results:
         result.best = best_value(result.curve, goal)
-        result.reached = None if study.target is None else crossing(result.curve, study.target, goal)
+        # What diverged later is nothing to recommend, and what is not over has no best yet.
+        is_sound = result.outcome in (LIMIT, REACHED)
+        target = study.target if is_sound else None
+        result.reached = None if target is None else crossing(result.curve, target, goal)
         if result.reached is not None:
             result.outcome = REACHED
     by_size: dict[int, Result] = {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from distaccum.config.basics import MISSING, flat, require_name
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
+from distaccum.config.insight import InsightConfig
 from distaccum.config.loop import (
     CheckpointConfig,
     DecayScheduleConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "EarlyStoppingConfig",
     "FSDPConfig",
     "Fp16Config",
+    "InsightConfig",
     "LoopConfig",
     "OptimConfig",
     "PrecisionConfig",

@@ -9,6 +9,8 @@ from distaccum.choices import Balance
 from distaccum.config.basics import MISSING
 from distaccum.errors import require, require_at_least
 
+AUTO = "auto"
+
 
 @dataclass(kw_only=True, slots=True)
 class BatchConfig:
@@ -16,9 +18,13 @@ class BatchConfig:
 
     global_batch_size: int | None = 256
     """Samples per update, over all ranks. `null` if micro-batch size and accumulation steps are given instead."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | str | None = None
     """Largest number of samples in one forward and backward on one rank. `null`: follows from the accumulation steps;
-    16 if those aren't given either."""
+    16 if those aren't given either. `auto`: the largest that fits into memory, found at the start on the costliest
+    samples and remembered; when memory runs out later, smaller ones take its place and the run goes on."""
+    auto_memory: float = 0.8
+    """Part of the free memory that `micro_batch_size=auto` may plan with where sizes can't simply be tried: on a CPU,
+    and where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
     accumulation_steps: int | None = None
     """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
     drop_last: bool = False
@@ -28,12 +34,41 @@ class BatchConfig:
     unequal GPUs finish together."""
 
     def __post_init__(self) -> None:
+        size = self.micro_batch_size
         require_at_least(
             1,
             batch__global_batch_size=self.global_batch_size,
-            batch__micro_batch_size=self.micro_batch_size,
+            batch__micro_batch_size=size if type(size) is int else None,
             batch__accumulation_steps=self.accumulation_steps,
         )
+        require(
+            size is None or type(size) is int or size == AUTO,
+            f"batch.micro_batch_size={size} is impossible: it takes a whole number, auto or null.",
+        )
+        require(
+            0 < self.auto_memory <= 1, f"batch.auto_memory={self.auto_memory} is impossible: it is a part, up to 1."
+        )
+        if not self.is_auto:
+            return
+        require(
+            self.global_batch_size is not None,
+            "batch.micro_batch_size=auto cuts windows of a size that is given: set batch.global_batch_size.",
+        )
+        require(
+            self.accumulation_steps is None,
+            f"batch.micro_batch_size=auto decides how many micro-steps there are, and batch.accumulation_steps="
+            f"{self.accumulation_steps} is given too: leave one of them out (null).",
+        )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the size of micro-batches is to be found on the machine."""
+        return self.micro_batch_size == AUTO
+
+    @property
+    def given_size(self) -> int | None:
+        """The size of micro-batches, if it is given as a number."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +89,11 @@ class ByLengthBatchConfig(BatchConfig):
     def __post_init__(self) -> None:
         BatchConfig.__post_init__(self)
         require_at_least(1, batch__max_tokens=self.max_tokens)
+        require(
+            not (self.is_auto and self.max_tokens is not None),
+            f"batch.micro_batch_size=auto finds how many tokens fit, and batch.max_tokens={self.max_tokens} is given "
+            "too: leave one of them out.",
+        )
         require(
             self.accumulation_steps is None,
             f"batch.accumulation_steps={self.accumulation_steps} can't be given with batch=by_length: the number of "

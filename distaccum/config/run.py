@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.choices import DeviceChoice, WandbMode
+from distaccum.choices import Compression, DeviceChoice, WandbMode
 from distaccum.config.basics import MISSING
-from distaccum.config.batch import BatchConfig, DataConfig
+from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
+from distaccum.config.insight import InsightConfig
 from distaccum.config.loop import CheckpointConfig, LoopConfig, ScheduleConfig
-from distaccum.config.placement import PrecisionConfig, StrategyConfig
-from distaccum.errors import require_at_least, require_positive
+from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig
+from distaccum.errors import require, require_at_least, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +73,7 @@ class TrainConfig:
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
     train: LoopConfig = field(default_factory=LoopConfig)
+    insight: InsightConfig = field(default_factory=InsightConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -80,6 +82,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)
+        if self.insight.noise_scale:
+            require(
+                not isinstance(self.batch, ByLengthBatchConfig),
+                "insight.noise_scale=true can't be had with batch=by_length: micro-batches of like lengths are not "
+                "random samples of the data, which the noise scale is told from. Set batch=uniform, or leave it out.",
+            )
+            require(
+                not (isinstance(self.strategy, DDPConfig) and self.strategy.compression is Compression.powersgd),
+                "insight.noise_scale=true can't be had with strategy.compression=powersgd: what it leaves of the "
+                "gradients' sum can't be compared with its parts. Leave one of them out.",
+            )
 
 
 def conf_dir() -> Path:

@@ -11,8 +11,8 @@ from distaccum.errors import UserError
 
 IGNORED = 255
 """The class of pixels that count nowhere."""
-_FIRST_TRAINING_COLUMN = 128
-"""Between two columns of coins: eight coins are held out, sixteen are trained on."""
+FIRST_TRAINING_COLUMN = 128
+"""Eight coins are held out, one of them cut by this line, and sixteen are trained on."""
 _PATCHES_OVERLAP = 4
 """Patches to train on start in steps of this part of their size."""
 
@@ -45,14 +45,14 @@ class Coins(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, split: str, patch_size: int = 64) -> None:
         check_split(split, type(self).__name__)
         pixels, mask = coins_and_mask()
-        if not 1 <= patch_size <= min(len(pixels), pixels.shape[1] - _FIRST_TRAINING_COLUMN):
+        if not 1 <= patch_size <= min(len(pixels), pixels.shape[1] - FIRST_TRAINING_COLUMN):
             raise UserError(
                 f"Coins: patch_size={patch_size} is impossible: the part to train on has "
-                f"{len(pixels)}×{pixels.shape[1] - _FIRST_TRAINING_COLUMN} pixels."
+                f"{len(pixels)}×{pixels.shape[1] - FIRST_TRAINING_COLUMN} pixels."
             )
         self.input_shape = (1, patch_size, patch_size)
         self._augments = split != EVALUATION
-        columns = slice(0, _FIRST_TRAINING_COLUMN) if split == EVALUATION else slice(_FIRST_TRAINING_COLUMN, None)
+        columns = slice(0, FIRST_TRAINING_COLUMN) if split == EVALUATION else slice(FIRST_TRAINING_COLUMN, None)
         pixels, mask = pixels[:, columns], mask[:, columns]
         if split == EVALUATION:
             pixels, mask = _extended(pixels, patch_size, 0.0), _extended(mask, patch_size, IGNORED)

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recutting:
+    """What a loader offers for cutting one window anew, when a micro-batch has not fitted into memory.
+
+    Attributes:
+        cut: this rank's micro-batches, as dataset indices, in sizes that are allowed by now.
+        split: a micro-batch as one or more of such sizes.
+        forbid: has micro-batches of this size cut smaller from now on, here and in all windows to come; gives the size
+            that is allowed.
+        unit: of sizes: "samples", or "tokens" where windows are cut by length.
+        load: micro-batches of given samples, on the device, exactly as they were in the window.
+    """
+
+    cut: Callable[[], list[list[int]]]
+    split: Callable[[Sequence[int]], list[list[int]]]
+    forbid: Callable[[Sequence[int]], int]
+    unit: str
+    load: Callable[[Sequence[Sequence[int]]], Iterator[Any]]
 
 
 class Window:
@@ -12,11 +33,14 @@ class Window:
     Attributes:
         epoch: number of the epoch, from 0.
         index: number of the window in its epoch, from 0.
+        number: number of the window over all epochs, from 0.
         num_samples: samples of the window over all ranks.
         equal_micro_steps: every rank has the same number of micro-batches.
+        is_by_length: samples of like length share a micro-batch, so that micro-batches are no random samples.
         sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
             window's first sample, which counts nothing and is there because the other ranks wait for this one in
             their collectives.
+        recutting: for cutting it anew, if its loader can do that.
     """
 
     def __init__(
@@ -24,17 +48,23 @@ class Window:
         *,
         epoch: int,
         index: int,
+        number: int,
         num_samples: int,
         sizes: tuple[int, ...],
         batches: Iterator[Any],
         sample_indices: Callable[[], list[list[int]]],
         equal_micro_steps: bool = False,
+        recutting: Recutting | None = None,
+        is_by_length: bool = False,
     ) -> None:
         self.epoch = epoch
         self.index = index
+        self.number = number
         self.num_samples = num_samples
         self.sizes = sizes
         self.equal_micro_steps = equal_micro_steps
+        self.recutting = recutting
+        self.is_by_length = is_by_length
         self._batches = batches
         self._left = len(sizes)
         self._sample_indices = sample_indices
@@ -51,6 +81,11 @@ class Window:
     def sample_indices(self) -> list[list[int]]:
         """Dataset indices of each micro-batch; empty for placeholders."""
         return self._sample_indices()
+
+    def was_cut(self, pieces: Sequence[Sequence[int]]) -> None:
+        """Says how the window has been cut in the end."""
+        self.sizes = tuple(map(len, pieces))
+        self._sample_indices = lambda: [list(piece) for piece in pieces]
 
     def skip_rest(self) -> None:
         """Passes over the micro-batches that nobody has asked for, so that the next window starts at its own."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from distaccum import planning
+from distaccum import planning, recutting
 from distaccum.devices import to_device
 from distaccum.fetching import Request
 from distaccum.grouping import CostModel, Grouping, Timeline
 from distaccum.loaders.moving import LoaderOptions, batch_source, on_device, placement, size_of
-from distaccum.loaders.window import Window
+from distaccum.loaders.window import Recutting, Window
 
 
 class WindowLoader:
@@ -37,6 +38,8 @@ class WindowLoader:
             else stacking with dynamic padding (`PadCollate`).
         rank, world_size: default to those of the process group, or to 0 and 1 without one.
         equal_micro_steps: give all ranks the same number of micro-steps.
+        split_every: cut each so-many-th window into two micro-steps where it would be one on one rank: those in which
+            the noise scale is measured, which takes parts.
         options: workers, pinning, device.
 
     Raises:
@@ -58,6 +61,7 @@ class WindowLoader:
         rank: int | None = None,
         world_size: int | None = None,
         equal_micro_steps: bool = False,
+        split_every: int | None = None,
         options: LoaderOptions | None = None,
     ) -> None:
         self.num_samples = size_of(dataset, "training")
@@ -75,11 +79,17 @@ class WindowLoader:
         self._order = planning.EpochOrder(self.num_samples, seed)
         self.next_epoch = 0
         self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
-        self._cuts: dict[tuple[int, tuple[float, ...] | None], planning.Cut] = {}
+        self._split_every = split_every
+        self._cuts: dict[tuple[int, tuple[float, ...] | None, int], planning.Cut] = {}
         self.speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
         """Of the ranks: windows are dealt out in proportion to them. None: evenly."""
         self.grouping = Grouping(lengths, self.plan, self.num_samples, max_tokens) if lengths is not None else None
         """How windows are cut by length, if they are."""
+        self.found_sizes: tuple[int, ...] | None = None
+        """Largest micro-batch that was found to fit on each rank (see `set_sizes`); None where the plan gives it."""
+        self.limits: tuple[int | None, ...] = (None,) * world_size
+        """Sizes that micro-batches of each rank have come down to since, because memory ran out, as far as known."""
+        self._limit: Timeline[int | None] = Timeline(None)
         self._options = options or LoaderOptions()
         self._source = batch_source(dataset, collate_fn, "training", self._options, seed)
 
@@ -99,11 +109,14 @@ class WindowLoader:
             window = Window(
                 epoch=epoch,
                 index=index,
+                number=self.number(epoch, index),
                 num_samples=self._bounds[index][1] - self._bounds[index][0],
                 sizes=self._sizes(epoch, index),
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
+                is_by_length=self.grouping is not None,
                 sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
+                recutting=self._recutting(epoch, index),
             )
             yield window
             window.skip_rest()
@@ -118,10 +131,70 @@ class WindowLoader:
         Raises:
             UserError: a sample can't be loaded.
         """
-        batch = self._source.one(next(self._requests(epoch, window)))
-        if self._options.device is None:
-            return batch
-        return to_device(batch, self._options.device, float_dtype=self._options.float_dtype)
+        return self._moved(self._source.one(next(self._requests(epoch, window))))
+
+    def _moved(self, batch: Any) -> Any:
+        options = self._options
+        return batch if options.device is None else to_device(batch, options.device, float_dtype=options.float_dtype)
+
+    @property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """Of all samples, where windows are cut by length: sizes of micro-batches are then in tokens, not samples."""
+        return self.grouping.lengths if self.grouping is not None else None
+
+    @property
+    def limit(self) -> int | None:
+        """Size that this rank's micro-batches have come down to because memory ran out; None if it never did."""
+        return self._limit.changes[-1][1]
+
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        """Sets the largest micro-batch of each rank, in place of `micro_batch_size` or `max_tokens`, before any window.
+
+        Where all ranks must agree on the cut (equal micro-steps, cuts by length) the smallest of them counts.
+
+        Args:
+            sizes: in samples, or in tokens where windows are cut by length.
+        """
+        self.found_sizes = tuple(sizes)
+        self._cuts.clear()
+        if self.grouping is not None:
+            self.grouping.set_max_tokens(min(sizes))
+        else:
+            size = min(sizes) if self.plan.equal_micro_steps else sizes[self.rank]
+            self.plan = replace(self.plan, micro_batch_size=size, accumulation_steps=None)
+
+    def load(self, epoch: int, index: int, pieces: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Micro-batches of given samples as they are in a window, on the device; disturbs no iteration under way.
+
+        Args:
+            epoch, index: of the window.
+            pieces: dataset indices of each micro-batch; an empty one gives the window's placeholder.
+        """
+        placeholder = self._order.samples(epoch, self._bounds[index][0], self._bounds[index][0] + 1).tolist()
+        for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
+            yield self._moved(batch)
+
+    def _recutting(self, epoch: int, index: int) -> Recutting:
+        def split(samples: Sequence[int]) -> list[list[int]]:
+            limit = self.limit
+            return [list(samples)] if limit is None else recutting.recut([samples], limit, self.lengths)
+
+        def forbid(samples: Sequence[int]) -> int:
+            half = recutting.size_of_half(samples, self.lengths)
+            limit = half if self.limit is None else min(half, self.limit)
+            now = self.number(epoch, index)
+            # What has been asked of workers by now comes as it was cut before, and is cut anew by those who use it.
+            self._limit.change(limit, now + self.windows_ahead + 1, now)
+            self.limits = (*self.limits[: self.rank], limit, *self.limits[self.rank + 1 :])
+            return limit
+
+        return Recutting(
+            cut=lambda: self._sample_indices(epoch, index, self.limit),
+            split=split,
+            forbid=forbid,
+            unit="samples" if self.lengths is None else "tokens",
+            load=lambda pieces: self.load(epoch, index, pieces),
+        )
 
     @property
     def windows_ahead(self) -> int:
@@ -149,10 +222,19 @@ class WindowLoader:
         if self.grouping is not None:
             costs = self.grouping.costs.changes
             state["costs"] = [[first, value.quadratic, value.overhead] for first, value in costs]
+        if self.found_sizes is not None:
+            state |= {"found_sizes": self.found_sizes, "limits": self.limits}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`'s answer, as far as it fits: speeds are those of as many ranks."""
+        """Goes on from `state_dict()`'s answer, as far as it fits: speeds and sizes are those of as many ranks."""
+        if self.found_sizes is not None and len(state.get("found_sizes") or ()) == self.plan.world_size:
+            sizes = state["found_sizes"]
+            if self.plan.equal_micro_steps:  # smaller ones may be why the run has been started again
+                sizes = [min(pair) for pair in zip(sizes, self.found_sizes, strict=True)]
+            self.set_sizes(sizes)
+            self.limits = tuple(state["limits"])
+            self._limit = Timeline(self.limits[self.rank])
         speeds = [(first, tuple(values) if values is not None else None) for first, values in state["speeds"]]
         if all(values is None or len(values) == self.plan.world_size for _, values in speeds):
             self.speeds.changes = speeds
@@ -164,19 +246,31 @@ class WindowLoader:
 
     def _cut(self, epoch: int, index: int) -> planning.Cut:
         size = self._bounds[index][1] - self._bounds[index][0]
-        speeds = self.speeds.at(self.number(epoch, index))
-        if (size, speeds) not in self._cuts:
+        number = self.number(epoch, index)
+        speeds = self.speeds.at(number)
+        parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
+        if (size, speeds, parts) not in self._cuts:
             if len(self._cuts) >= 64:
                 self._cuts.clear()  # speeds that change from time to time
-            self._cuts[size, speeds] = self.plan.cut(size, speeds)
-        return self._cuts[size, speeds]
+            self._cuts[size, speeds, parts] = self.plan.cut(size, speeds, parts)
+        return self._cuts[size, speeds, parts]
 
     def _sizes(self, epoch: int, index: int) -> tuple[int, ...]:
-        if self.grouping is None:
+        if self.grouping is None and self._limit.at(self.number(epoch, index)) is None:
             return self._cut(epoch, index).sizes[self.rank]
         return tuple(map(len, self._sample_indices(epoch, index)))
 
-    def _sample_indices(self, epoch: int, index: int) -> list[list[int]]:
+    def _sample_indices(self, epoch: int, index: int, limit: int | None = None) -> list[list[int]]:
+        """Dataset indices of this rank's micro-batches.
+
+        Args:
+            limit: largest size allowed; None for what was in force when the window began to load.
+        """
+        pieces = self._planned_indices(epoch, index)
+        limit = limit or self._limit.at(self.number(epoch, index))
+        return pieces if limit is None else recutting.recut(pieces, limit, self.lengths)
+
+    def _planned_indices(self, epoch: int, index: int) -> list[list[int]]:
         if self.grouping is not None:
             order = self._order.samples(epoch, *self._bounds[index])
             number = self.number(epoch, index)

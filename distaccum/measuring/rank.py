@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator
 from distaccum.assembly import build_parts, build_scaler, compilation_of
+from distaccum.caching import accumulate_coupled
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
 from distaccum.devices import Stopwatch, peak_memory
@@ -28,6 +29,7 @@ from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
+from distaccum.tasks import CoupledTask
 from distaccum.trainer import total_updates
 from distaccum.updates import UpdateResult
 
@@ -131,16 +133,23 @@ class Training:
         """Makes an update of a window, or of any micro-batches."""
         # A tool may go on for longer than the training would: at the learning rate of its last update.
         self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
-        with self.accumulator.window(window) as micro_batches:
-            for batch in micro_batches:
-                with self.precision.autocast():
-                    output = self.task(self.strategy.model, batch)
-                self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+        if isinstance(self.task, CoupledTask):
+            accumulate_coupled(self.accumulator, window, embed=self._embed, loss=self.task.window_loss)
+        else:
+            with self.accumulator.window(window) as micro_batches:
+                for batch in micro_batches:
+                    with self.precision.autocast():
+                        output = self.task(self.strategy.model, batch)
+                    self.accumulator.backward(output.loss_sum, output.weight, output.sums)
         result = self.accumulator.step()
         if self.syncing is not None:
             waited = self.syncing.take_waited_seconds()
             result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
         return result
+
+    def _embed(self, batch: Any) -> Any:
+        with self.precision.autocast():
+            return self.task.embed(self.strategy.model, batch)
 
     def parameters(self) -> Tensor:
         """All parameters in one row, float64 on the CPU. Sharded ones are gathered: every rank must ask."""

@@ -36,6 +36,8 @@ class UpdateRecord:
     """Number of the epoch that its window belongs to, from 0."""
     samples: int
     """Samples trained on since the start of the run, this window included."""
+    window_samples: int
+    """Samples of this window, over all ranks."""
     loss: float
     """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
     metrics: dict[str, float]
@@ -63,6 +65,25 @@ class UpdateRecord:
     """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
     compile_seconds: float = 0.0
     """Part of `update_seconds` that rank 0 spent compiling."""
+    noise_scale: float | None = None
+    """Gradient noise scale in samples, smoothed; infinite while the gradient can't be told from noise. None in updates
+    in which it is not measured."""
+    noise_scale_error: float | None = None
+    """Standard error of it; infinite while there is one measurement."""
+    coherence: float | None = None
+    """Of this window's micro-gradients: mean pairwise inner product over mean square."""
+
+    @property
+    def noise(self) -> dict[str, float]:
+        """What is known of the noise, by name: the three numbers above, or nothing."""
+        if self.noise_scale is None or self.noise_scale_error is None or self.coherence is None:
+            return {}
+        return {
+            "noise_scale": self.noise_scale,
+            "noise_scale_error": self.noise_scale_error,
+            "coherence": self.coherence,
+        }
+
     peak_memory_bytes: int | None = None
     """This rank's highest point so far: device memory on CUDA, resident set on CPU. Looked up at updates 1, 2, 4, 8, …
     and each hundredth; None at the others."""

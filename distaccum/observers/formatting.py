@@ -21,6 +21,18 @@ def number(value: float, decimals: int = 4) -> str:
     return f"{value:.{max(0, decimals - before_the_point)}f}"
 
 
+def noise_text(scale: float, error: float) -> str:
+    """A noise scale and its error, in samples.
+
+    >>> noise_text(812.4, 35.2), noise_text(812.4, math.inf), noise_text(math.inf, math.inf)
+    ('812 ± 35', '812', 'unknown')
+    """
+    if not math.isfinite(scale):
+        return "unknown"
+    digits = 1 if scale < 10 else 0
+    return f"{scale:,.{digits}f}" + (f" ± {error:,.{digits}f}" if math.isfinite(error) else "")
+
+
 def rate(value: float) -> str:
     """A speed in three digits or more.
 

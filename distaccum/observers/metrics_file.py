@@ -95,6 +95,7 @@ class MetricsFile(Observer):
             "update": record.update,
             "epoch": record.epoch,
             "samples": record.samples,
+            "window_samples": record.window_samples,
             "loss": record.loss,
             "grad_norm": record.grad_norm,
             "lr": record.lr,
@@ -107,6 +108,7 @@ class MetricsFile(Observer):
             "metrics": record.metrics,
             "data_seconds": record.data_seconds,
             "sync_seconds": record.sync_seconds,
+            **record.noise,
         }
         if record.skipped:
             line["skipped"] = True

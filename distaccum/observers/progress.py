@@ -16,7 +16,7 @@ from rich.text import Text
 
 from distaccum import logs
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.formatting import byte_size, clock, duration, evaluation_text, number, rate, words
+from distaccum.observers.formatting import byte_size, clock, duration, evaluation_text, noise_text, number, rate, words
 
 _LABEL_WIDTH = 15
 _BAR_WIDTHS = 8, 40
@@ -45,6 +45,7 @@ class Progress(Observer):
         self._on_terminal = self._console.is_terminal and self._console.is_interactive
         self._total_updates = 0
         self._skipped_updates = 0
+        self._noise = ""
         self._bar: _Bar | None = None
         self._live: Live | None = None
         self._unprinted: UpdateRecord | None = None
@@ -82,11 +83,13 @@ class Progress(Observer):
     def on_update(self, record: UpdateRecord) -> None:
         now = time.monotonic()
         self._skipped_updates += record.skipped
+        if record.noise:
+            self._noise = noise_text(record.noise["noise_scale"], record.noise["noise_scale_error"])
         remaining_seconds = self._remaining_seconds(record, now)
         due_after = self._seconds if self._live is None else _REFRESH_SECONDS
         due = self._shown_at is None or now - self._shown_at >= due_after or record.update >= self._total_updates
         if self._bar is not None and self._live is not None:
-            self._bar.show(record, remaining_seconds, self._skipped_updates)
+            self._bar.show(self._fields(record, remaining_seconds), record.update)
             if due:
                 self._live.refresh()
         elif due:
@@ -104,7 +107,7 @@ class Progress(Observer):
     def on_end(self, end: RunEnd) -> None:
         self.close()
         self._print(Text())
-        self._print_rows(_summary(end, self._total_updates))
+        self._print_rows(_summary(end, self._total_updates, self._noise))
 
     def close(self) -> None:
         live, self._live = self._live, None
@@ -124,9 +127,12 @@ class Progress(Observer):
         pace = (now - first_time) / updates if updates else record.update_seconds
         return pace * max(0, self._total_updates - record.update)
 
+    def _fields(self, record: UpdateRecord, remaining_seconds: float) -> dict[str, tuple[str, str]]:
+        return _fields(record, self._total_updates, remaining_seconds, self._skipped_updates, self._noise)
+
     def _print_update(self, record: UpdateRecord, remaining_seconds: float) -> None:
         self._unprinted = None
-        fields = _fields(record, self._total_updates, remaining_seconds, self._skipped_updates)
+        fields = self._fields(record, remaining_seconds)
         self._print(Text("update " + (" " * _GAP).join(text for text, _ in fields.values())))
 
     def _print_rows(self, rows: list[tuple[str, str]]) -> None:
@@ -154,11 +160,11 @@ class Progress(Observer):
         self._console.print(text, soft_wrap=True)
 
 
-_COUNT, _EPOCH, _LOSS, _SKIPPED, _RATE, _ETA = "count", "epoch", "loss", "skipped", "rate", "eta"
+_COUNT, _EPOCH, _LOSS, _SKIPPED, _NOISE, _RATE, _ETA = "count", "epoch", "loss", "skipped", "noise", "rate", "eta"
 
 
 def _fields(
-    record: UpdateRecord, total_updates: int, remaining_seconds: float, skipped_updates: int
+    record: UpdateRecord, total_updates: int, remaining_seconds: float, skipped_updates: int, noise: str
 ) -> dict[str, tuple[str, str]]:
     """What is shown of an update, in order: a long text and a short one by name. Metrics are named `metric…`."""
     count = _count(record.update, total_updates)
@@ -172,6 +178,8 @@ def _fields(
         texts[f"metric{index}"] = (f"{words(name)} {number(value, decimals=3)}",) * 2
     if skipped_updates:
         texts[_SKIPPED] = (f"{skipped_updates:,} skipped",) * 2
+    if noise:
+        texts[_NOISE] = f"noise scale {noise}", f"noise {noise}"
     texts[_RATE] = f"{speed} samples/s", f"{speed}/s"
     texts[_ETA] = (f"ETA {clock(remaining_seconds)}",) * 2
     return texts
@@ -195,10 +203,10 @@ class _Bar:
         self._width = 0
         self._cuts = 0
 
-    def show(self, record: UpdateRecord, remaining_seconds: float, skipped_updates: int) -> None:
+    def show(self, texts: dict[str, tuple[str, str]], done: int) -> None:
         """Takes the state to draw next."""
-        self._done = record.update
-        self._texts = _fields(record, self._total_updates, remaining_seconds, skipped_updates)
+        self._done = done
+        self._texts = texts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(1, options.max_width - _ECHO_WIDTH)
@@ -227,7 +235,7 @@ class _Bar:
         texts = {name: short for name, (_, short) in self._texts.items()}
         yield list(texts.values())
         metrics = [name for name in texts if name.startswith("metric")]
-        for name in (*reversed(metrics[1:]), _EPOCH, _RATE, *metrics[:1], _SKIPPED, _ETA, _LOSS):
+        for name in (*reversed(metrics[1:]), _EPOCH, _NOISE, _RATE, *metrics[:1], _SKIPPED, _ETA, _LOSS):
             if texts.pop(name, None) is not None:
                 yield list(texts.values())
 
@@ -236,7 +244,7 @@ def _width(texts: list[str]) -> int:
     return sum(map(len, texts)) + _GAP * (len(texts) - 1)
 
 
-def _summary(end: RunEnd, total_updates: int) -> list[tuple[str, str]]:
+def _summary(end: RunEnd, total_updates: int, noise: str) -> list[tuple[str, str]]:
     rows = [_how_it_ended(end, total_updates)]
     if end.stopped_early is not None:
         rows.append(("stopped early", end.stopped_early))
@@ -244,6 +252,8 @@ def _summary(end: RunEnd, total_updates: int) -> list[tuple[str, str]]:
         rows.append(("skipped", f"{end.skipped_updates:,} of the updates, whose loss or gradient was not finite"))
     if end.evaluation is not None:
         rows.append(("evaluation", evaluation_text(end.evaluation.metrics, end.evaluation.references)))
+    if noise:
+        rows.append(("noise scale", f"{noise} samples"))
     shares = {"data": end.data_share, "compute": end.compute_share, "sync": end.sync_share}
     return [
         *rows,

@@ -109,6 +109,7 @@ class Wandb(Observer):
         values: dict[str, float] = {
             "epoch": record.epoch,
             "samples": record.samples,
+            "window_samples": record.window_samples,
             "loss": record.loss,
             **record.metrics,
             "grad_norm": record.grad_norm,
@@ -123,6 +124,7 @@ class Wandb(Observer):
             "sync_calls": record.sync_calls,
             "sync_bytes": record.sync_bytes,
             "skipped": int(record.skipped),
+            **record.noise,
         }
         if record.peak_memory_bytes is not None:
             values["peak_memory_bytes"] = record.peak_memory_bytes

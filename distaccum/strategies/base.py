@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,19 @@ class Strategy(Protocol):
         """Norm of all gradients together, the same on every rank; a scalar on the device."""
         ...
 
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors to which this rank's own gradients of a micro-step come, before they cross the network.
+
+        Called by all ranks alike, between windows.
+
+        Args:
+            parameters: of the optimizer, to which the gradients belong.
+
+        Raises:
+            UserError: those gradients and the reduced ones can't be compared.
+        """
+        ...
+
     def drop_gradients(self) -> None:
         """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
         ...
@@ -117,3 +130,37 @@ class Strategy(Protocol):
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state_tensors` gave on the same rank of as many."""
         ...
+
+
+class Recoverable(Strategy, Protocol):
+    """A strategy that can take micro-steps again after one has run out of memory, without the other ranks' help.
+
+    For that all forwards of a window are inside `no_sync`, the last one too, and what ranks exchange is started apart
+    from them: a forward that fails has then changed nothing that the other ranks wait for.
+    """
+
+    def begin_window(self) -> None:
+        """Exchanges what ranks share at a window's start (buffers), so that no forward does. All ranks call it."""
+        ...
+
+    def last_gradient(self) -> Tensor | None:
+        """A zero to be added to the window's last loss; asked for before that loss's forward.
+
+        Its backward runs after all others and completes one more gradient. So the sync is still open whatever fails in
+        the backward, and `complete_sync` can tell the other ranks.
+        """
+        ...
+
+    def begin_sync(self, loss_sum: Tensor) -> None:
+        """Has the backward of this loss, which follows, synchronise the gradients."""
+        ...
+
+    def complete_sync(self) -> None:
+        """Ends a sync whose backward has failed. What was missing is NaN, which all ranks then see."""
+        ...
+
+
+def can_recover(strategy: Strategy) -> TypeGuard[Recoverable]:
+    """Whether a strategy is `Recoverable`: not if its micro-steps hold collectives, or gradients are sparse."""
+    is_sparse = any(getattr(part, "sparse", False) is True for part in strategy.module.modules())
+    return hasattr(strategy, "complete_sync") and not strategy.equal_micro_steps and not is_sparse

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,7 +27,7 @@ from distaccum.strategies.compression import (
     powersgd_hook,
     powersgd_tensors,
 )
-from distaccum.strategies.placeholders import with_zero_gradients
+from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients
 from distaccum.strategies.riding import Passengers, summed_beside
 
 
@@ -86,6 +87,14 @@ class DDPStrategy:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
 
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._powersgd is not None:
+            raise UserError(
+                "insight.noise_scale can't be had with strategy.compression=powersgd: what it leaves of the gradients' "
+                "sum can't be compared with its parts. Leave one of them out."
+            )
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
     def drop_gradients(self) -> None:
         if self._passengers is not None:
             self._passengers.leave()
@@ -111,6 +120,35 @@ class DDPStrategy:
         for _ in range(2 if self.model.static_graph else 1):
             (forward() * 0).backward()  # type: ignore[no-untyped-call]
         self._graph_is_known = True
+
+    def begin_window(self) -> None:
+        # What DDP does at the start of a window's first forward.
+        self.model.reducer._rebuild_buckets()  # once in a run: after the first sync
+        if self.model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            self.model._sync_buffers()  # type: ignore[no-untyped-call]
+        self.model.require_forward_param_sync = False
+
+    def last_gradient(self) -> Tensor | None:
+        # The first parameter's gradient is in the bucket that is sent last anyway. Autograd takes what was made first
+        # last of all, which is why this is made before the forward.
+        return with_uniform_gradient(next(p for p in self.module.parameters() if p.requires_grad), 0.0)
+
+    def begin_sync(self, loss_sum: Tensor) -> None:
+        # What DDP does at the end of a forward that is to be synchronised.
+        self.model.require_forward_param_sync = True
+        self.model.reducer.prepare_for_backward([loss_sum] if self.model.find_unused_parameters else [])
+
+    def complete_sync(self) -> None:
+        # DDP sends a bucket when the last of its gradients is complete. Those that are complete say so, and change
+        # nothing, but for their values: all of them will be dropped.
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                try:
+                    with_uniform_gradient(parameter, math.nan).backward()  # type: ignore[no-untyped-call]
+                except RuntimeError as error:
+                    if "ready only once" not in str(error):
+                        raise
+        self.model.reducer._check_reducer_finalized()
 
     def state_tensors(self) -> dict[str, Tensor]:
         return powersgd_tensors(self._powersgd) if self._powersgd is not None else {}

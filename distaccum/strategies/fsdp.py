@@ -90,6 +90,19 @@ class FSDPStrategy:
         dist.all_reduce(square, group=self.process_group)
         return square.sqrt()
 
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        leaves: list[Tensor] = []
+        for module in self.model.modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            mine = [entry for group in _groups_of(module) for entry in group.fsdp_params]
+            if any(not hasattr(entry, "_unsharded_param") for entry in mine):
+                module.unshard()  # made with the first gathering, and kept
+                module.reshard()
+            leaves += [entry._unsharded_param for entry in mine if id(entry.sharded_param) in wanted]
+        return leaves
+
     def drop_gradients(self) -> None:
         # Gradients that have not been reduced yet are on the gathered parameters, out of sight of the optimizer.
         if hasattr(self._root, "reset_iter_state"):  # since torch 2.13

@@ -1,4 +1,4 @@
-"""The loss of a micro-step that counts nothing, taken because other ranks wait for this one in their collectives."""
+"""Losses that are none: their gradients are there because other ranks wait for this one in their collectives."""
 
 from __future__ import annotations
 
@@ -38,4 +38,25 @@ def with_zero_gradients(loss_sum: Tensor) -> Tensor:
             leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
     zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
+    return zero
+
+
+class _UniformGradient(torch.autograd.Function):
+    """A zero whose gradient for a parameter has one value everywhere, and takes no memory of the parameter's size."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: float) -> Tensor:
+        ctx.value = value
+        ctx.save_for_backward(parameter)
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        (parameter,) = ctx.saved_tensors
+        return parameter.new_full((), ctx.value).expand_as(parameter), None
+
+
+def with_uniform_gradient(parameter: Tensor, value: float) -> Tensor:
+    """A loss of zero whose gradient for the parameter is the value everywhere."""
+    zero: Tensor = _UniformGradient.apply(parameter, value)  # type: ignore[no-untyped-call]
     return zero

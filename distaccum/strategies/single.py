@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -39,6 +39,9 @@ class SingleStrategy:
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
 
+    def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
     def drop_gradients(self) -> None:
         pass
 
@@ -55,4 +58,16 @@ class SingleStrategy:
         return {}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        pass
+
+    def begin_window(self) -> None:
+        pass
+
+    def last_gradient(self) -> Tensor | None:
+        return None
+
+    def begin_sync(self, loss_sum: Tensor) -> None:
+        pass
+
+    def complete_sync(self) -> None:
         pass

@@ -54,7 +54,7 @@ class Search:
         self.not_tried: list[str] = []
         self._start = start
         self._tell = tell
-        self._deadline = time.monotonic() + 60 * self.section.minutes
+        self._deadline = 0.0
         self._ran_out_of_memory = False
         self._lengths_differ = False
         self.gradient_bytes = 0
@@ -68,6 +68,7 @@ class Search:
             UserError: the configuration as it is can't be trained.
         """
         self._begin()
+        self._deadline = time.monotonic() + 60 * self.section.minutes
         self._micro_batch()
         if self._cut():
             self._micro_batch()

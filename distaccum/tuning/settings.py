@@ -73,7 +73,7 @@ def plan_of(config: TrainConfig, world_size: int) -> BatchPlan:
     return resolve_batch(
         world_size=world_size,
         global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=config.batch.given_size,
         accumulation_steps=config.batch.accumulation_steps,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
     )

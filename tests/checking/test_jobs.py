@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from examining import examined, finding, kinds
 
 CONTRASTIVE = ["experiment=contrastive", "model.channels=[8]", "model.width=8", "model.embedding_size=4"]
@@ -44,5 +45,14 @@ def test_a_layer_that_mixes_samples_is_found_in_it_too() -> None:
 def test_segmentation_passes() -> None:
     small = ["data.patch_size=16", "model.channels=[8,16]", "check.samples=6", "check.windows=1"]
     report = examined("experiment=segmentation", *small, model=None, data=False)
+    assert report.verdict.startswith("EQUAL")
+    assert kinds(report) == {"random_data"}
+
+
+@pytest.mark.parametrize(("model", "task"), [("Judge", "JudgeLoss"), ("Generator", "GeneratorLoss")])
+def test_both_halves_of_a_gan_pass(model: str, task: str) -> None:
+    """The README's GAN is a loop of its own, so each half is examined with the other one frozen."""
+    own = ["data=custom", "data.train._target_=gan.Pairs", "model=custom", f"model._target_=gan.{model}"]
+    report = examined(*own, "task=custom", f"task._target_=gan.{task}", model=None, data=False)
     assert report.verdict.startswith("EQUAL")
     assert kinds(report) == {"random_data"}

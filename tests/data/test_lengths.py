@@ -9,6 +9,7 @@ import torch
 from distaccum import UserError
 from distaccum.data import DocumentationText
 from distaccum.data.lengths import lengths_of
+from distaccum.remembered import Remembered
 
 
 class Samples(list[Any]):
@@ -58,3 +59,43 @@ def test_lengths_that_are_no_numbers_are_refused() -> None:
     samples.lengths = ["long"]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="the dataset's `lengths` are not whole numbers"):
         lengths_of(samples)
+
+
+class Loaded(list[Any]):
+    """Counts how often its samples are loaded, each of which draws a number."""
+
+    loads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.loads += 1
+        torch.rand(())
+        return super().__getitem__(index)
+
+
+def test_a_scan_is_remembered_until_the_data_changes() -> None:
+    samples = Loaded(torch.zeros(1 + index % 7) for index in range(50))
+    wanted = [1 + index % 7 for index in range(50)]
+    assert lengths_of(samples, Remembered("lengths")).tolist() == wanted
+    assert samples.loads == 50
+    assert lengths_of(samples, Remembered("lengths")).tolist() == wanted
+    assert samples.loads == 50 + 16
+    samples[0] = torch.zeros(9)
+    assert lengths_of(samples, Remembered("lengths")).tolist() == [9, *wanted[1:]]
+    samples.append(torch.zeros(2))
+    assert lengths_of(samples, Remembered("lengths")).tolist() == [9, *wanted[1:], 2]
+
+
+def test_a_damaged_scan_is_made_again() -> None:
+    remembered = Remembered("lengths")
+    remembered.write([1, 2])
+    remembered.path.write_text("[1, 2")
+    assert lengths_of(Samples([torch.zeros(3)]), remembered).tolist() == [3]
+    assert remembered.read() == [3]
+
+
+def test_a_scan_leaves_the_generators_alone() -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(())
+    torch.manual_seed(3)
+    lengths_of(Loaded([torch.zeros(3)]))
+    assert torch.rand(()) == wanted

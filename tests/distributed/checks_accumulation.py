@@ -189,6 +189,7 @@ def _placeholder(world: World, find_unused: bool) -> None:
     accumulator, alone = Accumulator(model, adamw(model)), Accumulator(twin, adamw(twin), strategy=SingleStrategy(twin))
     mine = [data[world.rank]] if world.rank < size else [data[0]]
     window = Window(
+        number=0,
         epoch=0,
         index=0,
         num_samples=size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,28 @@ def test_a_cancelled_job_does_not_come_back(lab: SlurmLab, tmp_path: Path) -> No
     assert ended.state == "CANCELLED", ended.log
     assert (run_dir / "unfinished.json").exists()
     assert "goes back into the queue" not in ended.log
+
+
+def test_a_study_as_an_array_concludes_with_its_last_job(lab: SlurmLab, tmp_path: Path) -> None:
+    settings = [
+        "data=synthetic",
+        "data.input_shape=[6]",
+        "data.num_samples=256",
+        "model=mlp",
+        "optim=sgd",
+        "optim.lr=0.1",
+    ]
+    settings += ["batch.global_batch_size=32", "study.batch_sizes=[8,32]", "study.lr_rules=[linear]"]
+    settings += ["study.max_samples=512", "study.evaluations=8", "run_dir=mine"]
+    array = submit(lab, "study.sbatch", *settings, cwd=tmp_path, options=("--array=0-1%1",))
+    for index in range(2):
+        ended = lab.wait(f"{array}_{index}")
+        assert ended.state == "COMPLETED", ended.log
+    found = json.loads((tmp_path / "mine" / "study.json").read_text())
+    assert [result["outcome"] for result in found["results"]] == ["reached", "reached"]
+    assert "what batch size?" in (tmp_path / "mine" / "study.html").read_text()
+
+    wrong = submit(lab, "study.sbatch", *settings, cwd=tmp_path, options=("--array=0-2",))
+    ended = lab.wait(f"{wrong}_0")
+    assert ended.state == "FAILED"
+    assert "a study of 2 points needs sbatch --array=0-1, and the array has 3 jobs" in ended.log

@@ -27,6 +27,7 @@ def update(number: int, **changes: Any) -> UpdateRecord:
         update=number,
         epoch=(number - 1) // 6,
         samples=number * 64,
+        window_samples=64,
         loss=0.43121,
         metrics={"accuracy": 0.8712},
         grad_norm=1.0 / 3.0,

@@ -62,6 +62,7 @@ def test_an_update_is_one_line_of_these_keys(tmp_path: Path) -> None:
         "update": 7,
         "epoch": 1,
         "samples": 448,
+        "window_samples": 64,
         "loss": 0.43121,
         "grad_norm": 1 / 3,
         "lr": 0.1,
@@ -81,6 +82,14 @@ def test_an_update_that_looked_up_the_memory_says_it(tmp_path: Path) -> None:
     with _started(tmp_path) as observer:
         observer.on_update(records.update(8, peak_memory_bytes=123_456))
     assert _read(tmp_path)[0]["peak_memory_bytes"] == 123_456
+
+
+def test_an_update_whose_noise_was_measured_says_it(tmp_path: Path) -> None:
+    with _started(tmp_path) as observer:
+        observer.on_update(records.update(1, noise_scale=math.inf, noise_scale_error=math.inf, coherence=-0.1))
+        observer.on_update(records.update(2, noise_scale=812.5, noise_scale_error=35.0, coherence=0.25))
+    names = ("noise_scale", "noise_scale_error", "coherence")
+    assert [[line[name] for name in names] for line in _read(tmp_path)] == [[None, None, -0.1], [812.5, 35.0, 0.25]]
 
 
 def test_a_skipped_update_says_so(tmp_path: Path) -> None:

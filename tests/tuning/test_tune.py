@@ -32,13 +32,13 @@ def tune(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
 def test_a_tuning_of_two_ranks(tmp_path: Path) -> None:
     # Micro-steps of 2 samples: there is something to gain, whatever else the machine does.
     written = "tune.write=mine/experiment/tuned.yaml"
-    extent = ["tune.world_size=2", "tune.minutes=0.15", "tune.compressions=[bf16]", "tune.link_mbits=[100]"]
+    extent = ["tune.world_size=2", "tune.minutes=0.1", "tune.compressions=[bf16]", "tune.link_mbits=[100]"]
     done = tune(tmp_path, *SMALL, *QUICK, *extent, written, "run_dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run" / "tune.json").read_text())
     assert report["rows"][0]["title"] == "as configured"
     tried = [row for row in report["rows"] if row["ratio"] is not None]
-    assert len(tried) >= 2
+    assert tried
     assert any(row["is_taken"] for row in tried)
     assert all(row["memory"] > 2**26 for row in tried)
     assert report["confirmation"]["is_faster"]

@@ -1,0 +1,115 @@
+"""What does measuring the noise scale cost?
+
+The same model and windows on this host with `NoiseScale` and without, update by update in turn: seconds of a measured
+update and of one that is not measured, and what that makes of an update if each twentieth is measured. One rank, two
+micro-steps at least; two ranks over gloo. Medians.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+
+from distaccum import Accumulator, NoiseScale
+from distaccum.config import DDPConfig
+from distaccum.distributed import joined_world
+from distaccum.models import CNN, GPT, MLP
+from distaccum.strategies import SingleStrategy, Strategy, place
+
+EVERY = NoiseScale().every_updates
+
+
+def _image_batches(steps: int) -> list[Tensor]:
+    return [torch.randn(16, 1, 8, 8) for _ in range(steps)]
+
+
+def _text_batches(steps: int) -> list[Tensor]:
+    return [torch.randint(0, 256, (8, 128)) for _ in range(steps)]
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], list[Tensor]]]] = {
+    "MLP, digits": (lambda: MLP(input_shape=[1, 8, 8], num_classes=10), _image_batches),
+    "CNN, digits": (lambda: CNN(input_shape=[1, 8, 8], num_classes=10), _image_batches),
+    "GPT, 128 tokens": (lambda: GPT(vocab_size=256, max_length=128), _text_batches),
+}
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    output = model(batch)
+    return output.float().square().sum()
+
+
+def measure(strategy: Strategy, batches: list[Tensor], updates: int) -> tuple[float, float]:
+    """Median seconds of an update that is not measured, and of one that is; in turn."""
+    # Updates count from 1, and each second one is measured.
+    accumulator = Accumulator(
+        strategy.model,
+        torch.optim.AdamW(strategy.model.parameters(), lr=1e-5, fused=True),
+        strategy=strategy,
+        noise_scale=NoiseScale(every_updates=2),
+        clip_norm=1.0,
+    )
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(2 * updates + 4):
+        with accumulator.window(batches) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(_loss(strategy.model, batch), len(batch), num_samples=len(batch))
+        result = accumulator.step()
+        if accumulator.updates > 4:
+            seconds[result.noise_scale is not None].append(result.seconds)
+    return statistics.median(seconds[False]), statistics.median(seconds[True])
+
+
+def rows(ranks: int, updates: int) -> list[dict[str, Any]]:
+    found = []
+    for name, (build, make_batches) in MODELS.items():
+        for steps in (1, 4) if ranks > 1 else (2, 4):
+            torch.manual_seed(0)
+            module = build()
+            strategy = place(module, DDPConfig(), torch.device("cpu")) if ranks > 1 else SingleStrategy(module)
+            plain, measured = measure(strategy, make_batches(steps), updates)
+            found.append(
+                {
+                    "ranks": ranks,
+                    "model": name,
+                    "K": steps,
+                    "plain: ms/update": plain * 1e3,
+                    "measured: ms/update": measured * 1e3,
+                    "measured / plain": measured / plain,
+                    f"cost, each {EVERY}th measured": f"{(measured / plain - 1) / EVERY:+.2%}",
+                }
+            )
+    return found
+
+
+def on_a_rank(updates: int) -> None:
+    torch.set_num_threads(1)
+    with joined_world() as world:
+        world.init_process_group(torch.device("cpu"))
+        found = rows(world.world_size, updates)
+        if world.is_main:
+            print(json.dumps(found))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["rank"]:
+        on_a_rank(int(sys.argv[2]))
+        return
+    options = common.arguments(__doc__ or "").parse_args()
+    updates = 3 if options.quick else 40
+    torch.set_num_threads(1)
+    found = rows(1, updates) + json.loads(common.torchrun(2, __file__, "rank", str(updates)).splitlines()[-1])
+    common.show("What measuring the noise scale costs", found)
+    if options.write:
+        common.write("noise_scale", (__doc__ or "").splitlines()[0], found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What a window adds up besides gradients: one vector a rank, and what to say when it is not a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distaccum.strategies import Strategy
+from distaccum.updates import OpenWindow
+
+
+def own_totals(
+    window: OpenWindow,
+    strategy: Strategy,
+    flags: Mapping[str, Callable[[], bool]],
+    reports: Mapping[str, Callable[[], float]],
+) -> Tensor:
+    """This rank's loss, weight, flags, reports and sums, in one vector of float64 on the device."""
+    device = strategy.device
+    weights = [value for value in window.weights if isinstance(value, Tensor)]
+    if len(weights) < len(window.weights):
+        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
+    loss_sum, weight, *sums = (
+        _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
+    )
+    return torch.cat([loss_sum, weight, *_own_flags(device, flags), *_own_reports(strategy, reports), *sums])
+
+
+def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of tensors of one shape, in float64 on the device."""
+    if any(value.device != device for value in values):
+        values = [value.to(device, non_blocking=True) for value in values]
+    return torch.stack(values).sum(0, dtype=torch.float64)
+
+
+def _own_flags(device: torch.device, flags: Mapping[str, Callable[[], bool]]) -> list[Tensor]:
+    if not flags:
+        return []
+    raised = torch.zeros(len(flags), dtype=torch.float64, device=device)
+    for number, ask in enumerate(flags.values()):
+        if ask():
+            raised[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
+    return [raised]
+
+
+def _own_reports(strategy: Strategy, reports: Mapping[str, Callable[[], float]]) -> list[Tensor]:
+    """Each report as a vector with a place for every rank, of which this one fills its own."""
+    group, ranks = strategy.process_group, strategy.world_size
+    rank = dist.get_rank(group) if group is not None else 0
+    vectors = []
+    for ask in reports.values():
+        vectors.append(torch.zeros(ranks, dtype=torch.float64, device=strategy.device))
+        vectors[-1][rank].fill_(ask())
+    return vectors
+
+
+def explain_nonfinite(
+    update: int, window: OpenWindow, strategy: Strategy, loss: float, weight: float, grad_norm: float
+) -> str:
+    """What to say of an update that can't be made. Every rank gets here, so it may use a collective."""
+    if weight <= 0:
+        what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
+    elif not math.isfinite(loss):
+        what = f"the loss is {loss}{_where_nonfinite(window, strategy)}"
+    else:
+        what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
+    return (
+        f"update {update}: {what}. The parameters have not moved. Look at that data, lower the learning rate, or leave "
+        "such updates out with train.on_nonfinite=skip."
+    )
+
+
+def _where_nonfinite(window: OpenWindow, strategy: Strategy) -> str:
+    """Names the ranks and micro-steps whose loss went wrong."""
+    flags = ~torch.stack(window.loss_sums).isfinite()
+    mine = [step for step, flag in enumerate(flags.tolist(), 1) if flag]
+    everyone = [mine]
+    if strategy.process_group is not None:
+        everyone = [[] for _ in range(strategy.world_size)]
+        dist.all_gather_object(everyone, mine, group=strategy.process_group)
+    found = [
+        f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+        for rank, steps in enumerate(everyone)
+        if steps
+    ]
+    return f" ({'; '.join(found)})" if found else ""
