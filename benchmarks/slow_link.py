@@ -4,14 +4,15 @@ Two hosts, emulated as network namespaces, with a link of 100 Mbit/s and of 1 Gb
 model of 2.1 MB. K micro-steps an update with a sync in every one, with `no_sync` on all but the last, and with that one
 sync as bfloat16 and as PowerSGD of rank 1. Rounds of all ways are interleaved; medians.
 
-The bytes are those that the interface of one host has sent, headers included. The prediction is that of an alpha-beta
-model of the ring all-reduce, which hides nothing of the communication behind the computing:
+The bytes are those that the interface of one host has sent, headers included. The prediction is that of
+`distaccum.links`, an alpha-beta model of the ring all-reduce, as `distaccum.tune` uses it:
 
-    seconds = compute(K) + collectives · α + 2 (N − 1) / N · bytes handed to them / β
+    seconds = compute(K) + what the all-reduces take beyond the end of the backward that they are sent in
 
-compute(K) is measured with no link: both hosts at once make the same K micro-steps and optimizer step, each for itself.
-α is the time of a bare all-reduce of 4 bytes over the link, β the slope of the time of larger ones (1 to 8 MB) in their
-bytes. N is 2. What compressing costs is not in it.
+compute(K) is measured without the link, and the line through it over K taken: both hosts at once make the same updates,
+each for itself, through the same DDP with a group of one rank, so that what compressing costs is in it. α is half the
+time of a bare all-reduce of 4 bytes over the link, β the slope of the time of larger ones (1 to 8 MB) in their bytes.
+PowerSGD's collectives wait for each other, and for its own computing between them: they hide behind nothing.
 
 Needs Linux, root, and `ip` and `tc` (apt-get install iproute2).
 """
@@ -27,7 +28,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import common
-import numpy as np
 import torch
 import torch.distributed as dist
 from emulated_hosts import bytes_sent, start_ranks, two_hosts, why_impossible
@@ -36,7 +36,10 @@ from torch import nn
 from distaccum import Accumulator, UpdateResult
 from distaccum.choices import Compression
 from distaccum.config import DDPConfig
-from distaccum.strategies import DDPStrategy, SingleStrategy, Strategy, place
+from distaccum.links import Link, buckets_of, fit_compute, fit_link, update_seconds
+from distaccum.measuring.network import SIZES, time_all_reduces
+from distaccum.strategies import DDPStrategy, Strategy
+from distaccum.strategies.ddp import place_ddp
 
 RATES = ("100mbit", "1gbit")
 STEPS = (1, 2, 4, 8, 16)
@@ -71,20 +74,22 @@ class Way:
         return self.accumulator.step()
 
 
-def ways() -> dict[str, Way]:
+def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
+    """All ways, between the ranks of a group; None for all ranks."""
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
     cpu = torch.device("cpu")
 
     def ddp(compression: Compression) -> Callable[[nn.Module], Strategy]:
         config = DDPConfig(compression=compression, powersgd_start_update=POWERSGD_START)
-        return lambda module: place(module, config, cpu)
+        own = group if group is None else dist.new_subgroups(group_size=1)[0]
+        return lambda module: place_ddp(module, config, cpu, group=own)
 
     def syncing_every(module: nn.Module) -> Strategy:
-        return SyncingEvery(nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True))
+        ddp = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, process_group=group)
+        return SyncingEvery(ddp)
 
     return {
-        "alone": Way(model, SingleStrategy),
         EVERY: Way(model, syncing_every),
         NO_SYNC: Way(model, ddp(Compression.none)),
         BF16: Way(model, ddp(Compression.bf16)),
@@ -92,29 +97,18 @@ def ways() -> dict[str, Way]:
     }
 
 
-def fitted_link(repetitions: int) -> tuple[float, float]:
-    """α in seconds per collective and β in bytes per second, from bare all-reduces."""
-
-    def seconds(size: int) -> float:
-        tensor = torch.zeros(size // 4)
-        taken = []
-        for _ in range(repetitions):
-            dist.barrier()
-            started = time.perf_counter()
-            dist.all_reduce(tensor)
-            taken.append(time.perf_counter() - started)
-        return statistics.median(taken)
-
-    # Not the intercept of the line: what the link's bucket lets through at once would be in it.
-    alpha = seconds(4)
-    sizes = [megabytes * 2**20 for megabytes in (1, 2, 4, 8)]
-    per_byte, _ = np.polyfit([ring_share() * size for size in sizes], [seconds(size) for size in sizes], 1)
-    return alpha, 1 / float(per_byte)
-
-
-def ring_share() -> float:
-    """Bytes that a rank sends in a ring all-reduce for each byte of its tensor."""
-    return 2 * (dist.get_world_size() - 1) / dist.get_world_size()
+def predicted(way: str, steps: int, own: dict[str, float], computing: dict[int, float], link: Link) -> float:
+    """Seconds per update, of what was measured without the link."""
+    world_size = dist.get_world_size()
+    compute = fit_compute(computing)
+    if way == EVERY:
+        # Each micro-step is an update's last one, but for the optimizer's step.
+        buckets = buckets_of(own["handed"] / steps, round(own["calls"] / steps))
+        alone = update_seconds(0.0, compute.micro_step_seconds, buckets, link, world_size)
+        return compute.seconds(steps) + steps * alone
+    seconds = compute.seconds(steps)
+    buckets = buckets_of(own["handed"], round(own["calls"]))
+    return update_seconds(seconds, 0.0 if way == POWERSGD else compute.micro_step_seconds, buckets, link, world_size)
 
 
 def measure(all_ways: dict[str, Way], steps: int, rounds: int, updates: int) -> dict[str, dict[str, float]]:
@@ -139,34 +133,43 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     all_ways = ways()
-    for way in all_ways.values():
+    alone = {f"{name}, alone": way for name, way in ways(dist.new_subgroups(group_size=1)[0]).items()}
+    for way in [*all_ways.values(), *alone.values()]:
         for _ in range(WARM_UP):
             way.update(1)
-    alpha, beta = fitted_link(3 if is_quick else 7)
+    measured = time_all_reduces(SIZES, 3 if is_quick else 15, torch.device("cpu"))
+    link = fit_link(measured, dist.get_world_size())
+    counts = (1, 8) if is_quick else STEPS
+    found = {
+        steps: measure(all_ways | alone, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else 3)
+        for steps in counts
+    }
     rows = []
-    for steps in (1, 8) if is_quick else STEPS:
-        found = measure(all_ways, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else 3)
-        compute = found.pop("alone")["seconds"]
-        rows += [
-            {
-                "link": rate,
-                "K": steps,
-                "sync": name,
-                "s/update": own["seconds"],
-                "faster than every": found[EVERY]["seconds"] / own["seconds"],
-                "faster than no_sync": found[NO_SYNC]["seconds"] / own["seconds"],
-                "MB on the wire": own["wire"] / 1e6,
-                "compute (s)": compute,
-                "predicted (s)": (predicted := compute + own["calls"] * alpha + ring_share() * own["handed"] / beta),
-                "predicted / measured": predicted / own["seconds"],
-            }
-            for name, own in found.items()
-        ]
+    for steps in counts:
+        for name in all_ways:
+            own = found[steps][name]
+            computing = {count: found[count][f"{name}, alone"]["seconds"] for count in counts}
+            expected = predicted(name, steps, own, computing, link)
+            rows.append(
+                {
+                    "link": rate,
+                    "K": steps,
+                    "sync": name,
+                    "s/update": own["seconds"],
+                    "faster than every": found[steps][EVERY]["seconds"] / own["seconds"],
+                    "faster than no_sync": found[steps][NO_SYNC]["seconds"] / own["seconds"],
+                    "MB on the wire": own["wire"] / 1e6,
+                    "compute (s)": computing[steps],
+                    "predicted (s)": expected,
+                    "predicted / measured": expected / own["seconds"],
+                }
+            )
     is_main = dist.get_rank() == 0
     dist.barrier()
     dist.destroy_process_group()
     if is_main:
-        print(json.dumps({"alpha_seconds": alpha, "beta_bytes_per_second": beta, "rows": rows}))
+        fit = {"alpha_seconds": link.latency_seconds, "beta_bytes_per_second": link.bytes_per_second}
+        print(json.dumps({**fit, "rows": rows}))
 
 
 def main() -> None:

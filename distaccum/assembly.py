@@ -16,6 +16,7 @@ from torch import nn
 from distaccum import targets
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
 from distaccum.choices import Balance, WandbMode
+from distaccum.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.config import (
     BatchConfig,
     ByLengthBatchConfig,
@@ -250,8 +251,9 @@ def build_trainer(
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
         factor = schedule_factor(config.schedule, total_updates(config.train, len(parts.loader)))
+        compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
-    strategy = place(parts.module, config.strategy, device, config.precision.name)
+    strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     optimizer = build_optimizer(
         config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
     )
@@ -307,11 +309,26 @@ def build_trainer(
         balance_speed=config.batch.balance is Balance.speed,
         recovery=recovery,
         noise_scale=_noise_scale(config.insight),
+        compile_clock=CompileClock() if compilation is not None else None,
     )
 
 
 def _noise_scale(config: InsightConfig) -> NoiseScale | None:
     return NoiseScale(every_updates=config.every_updates, smoothing=config.smoothing) if config.noise_scale else None
+
+
+def compilation_of(config: TrainConfig, device: torch.device) -> Compilation | None:
+    """How the model is to be compiled; None for not at all.
+
+    Raises:
+        UserError: this machine can't.
+    """
+    if not config.compile:
+        return None
+    dynamic = config.compile_dynamic
+    if dynamic is None and isinstance(config.batch, ByLengthBatchConfig):
+        dynamic = True
+    return resolve_compilation(config.compile_backend, dynamic, device)
 
 
 def as_plain(config: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The typed configuration of the tools beside training: `distaccum.compare`, `distaccum.check`, `distaccum.study`."""
+"""The typed configuration of the tools beside training: `compare`, `check`, `study` and `tune`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-from distaccum.choices import Goal, LrRule
+from distaccum.choices import Compression, Goal, LrRule
 from distaccum.config import TrainConfig
 from distaccum.errors import require, require_at_least, require_positive
 
@@ -120,6 +120,9 @@ class CheckConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         require(
+            not self.compile, "compile=true has no part in a check, which looks at the model as it is: leave it out."
+        )
+        require(
             not self.batch.is_auto,
             "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
             "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
@@ -198,4 +201,89 @@ class StudyConfig(TrainConfig):
             self.data.evaluation is not None or not self.study.metric.startswith("eval/"),
             f"study.metric={self.study.metric} needs evaluations, and data.evaluation is null: set study.metric="
             "train/loss, or data.evaluation.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TuneSection:
+    """What `python -m distaccum.tune` tries, how long it takes, and what it predicts."""
+
+    world_size: int | None = None
+    """Ranks to tune for, on this machine. `null`: as many as it has GPUs; 1 without any."""
+    minutes: float = 5.0
+    """How long to try candidates. Those that are not reached are named; the suggestion is confirmed against the
+    configuration as it is in any case."""
+    rounds: int = 3
+    """Turns that a candidate and the best so far take to be timed."""
+    confirm_rounds: int = 5
+    """Turns that the suggestion and the default take at the end."""
+    round_seconds: float = 1.0
+    """Length of a turn, about."""
+    min_gain: float = 0.03
+    """A candidate takes the place of the best if it is faster by more than this part, and in the middle half of the
+    turns faster at all."""
+    memory_gb: float | None = None
+    """Most memory of a process, in GiB: on a GPU what is allocated, on a CPU the resident set, Python and torch
+    included. `null`: what the device has."""
+    compressions: list[Compression] = field(default_factory=list)
+    """Gradient compressions to measure (`bf16`, `fp16`, `powersgd`) with `strategy=ddp`. Their updates are not exact,
+    so they are reported and not suggested."""
+    accept_inexact: bool = False
+    """Suggest a compression if it is the fastest."""
+    write: str | None = None
+    """File to write the suggestion to, for `experiment=`: `conf/experiment/tuned.yaml` in a checkout, or
+    `DIR/experiment/NAME.yaml` for `--config-dir DIR`."""
+    predict_world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Ranks to predict the seconds per update for."""
+    predict_accumulation_steps: list[int] = field(default_factory=lambda: [1, 4, 16])
+    """Micro-steps to predict them for, besides those of the configuration's own window."""
+    link_mbits: list[float] = field(default_factory=lambda: [1000.0, 10000.0])
+    """Mbit/s of each rank's link to predict them for, besides what this machine's own ranks are joined by."""
+    link_latency_ms: float = 0.1
+    """Latency of those links, of one step of a ring all-reduce."""
+    threads_per_rank: int | None = None
+    """CPU threads of each rank. `null`: 1 with several ranks, as under torchrun; all cores in a single process."""
+    timeout_seconds: float = 300.0
+    """How long a candidate may stay silent before it is stopped."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, tune__world_size=self.world_size, tune__rounds=self.rounds)
+        require_at_least(1, tune__confirm_rounds=self.confirm_rounds, tune__threads_per_rank=self.threads_per_rank)
+        require_at_least(0, tune__min_gain=self.min_gain, tune__link_latency_ms=self.link_latency_ms)
+        require_positive(
+            tune__minutes=self.minutes,
+            tune__round_seconds=self.round_seconds,
+            tune__memory_gb=self.memory_gb,
+            tune__timeout_seconds=self.timeout_seconds,
+        )
+        for key in ("predict_world_sizes", "predict_accumulation_steps", "link_mbits"):
+            for value in getattr(self, key):
+                require(value > 0, f"tune.{key}={getattr(self, key)} is impossible: each must be above 0.")
+        require(
+            Compression.none not in self.compressions,
+            "tune.compressions holds none, which is what all others are compared with: leave it out.",
+        )
+        require(
+            self.write is None or self.write.endswith((".yaml", ".yml")),
+            f"tune.write={self.write} must be the path of a .yaml file, as in tune.write=conf/experiment/tuned.yaml.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TuneConfig(TrainConfig):
+    """A training whose settings for speed are to be found."""
+
+    tune: TuneSection = field(default_factory=TuneSection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            self.batch.global_batch_size is not None,
+            "tune keeps the window as it is and cuts it in other ways, so it needs its size, and "
+            "batch.global_batch_size is null: give a number.",
+        )
+        require(
+            not self.batch.is_auto,
+            "tune tries micro-batches itself, beginning with the one that is configured, and batch.micro_batch_size="
+            "auto is found only where a training starts: give a number to begin with, as in batch.micro_batch_size=4.",
         )

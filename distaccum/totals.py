@@ -15,6 +15,8 @@ from distaccum.observers import EvaluationRecord, RunEnd, UpdateRecord
 from distaccum.strategies import Strategy
 from distaccum.updates import UpdateResult
 
+COMPILED = "compiled"
+"""The accumulator's flag of a rank that compiles, for which the others wait."""
 _UPDATES_BETWEEN_MEMORY = 100
 
 
@@ -28,26 +30,53 @@ class Totals:
     train_seconds: float = 0.0
     data_seconds: float = 0.0
     sync_seconds: float = 0.0
+    warm_up_updates: int = 0
+    """Those in which a rank compiled. They are not in the shares, nor in the samples per second."""
+    warm_up_samples: int = 0
+    warm_up_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """Part of the warm-up that was spent compiling, on this rank."""
 
-    def add(self, window: Window, result: UpdateResult) -> None:
-        """Counts one more update."""
+    def add(self, window: Window, result: UpdateResult, compile_seconds: float = 0.0) -> None:
+        """Counts one more update.
+
+        Args:
+            compile_seconds: of it, spent compiling on this rank.
+        """
         self.updates += 1
         self.samples += window.num_samples
         self.skipped_updates += result.skipped
         self.train_seconds += result.seconds
+        if compile_seconds or COMPILED in result.flags:
+            self.warm_up_updates += 1
+            self.warm_up_samples += window.num_samples
+            self.warm_up_seconds += result.seconds
+            self.compile_seconds += compile_seconds
+            return
         self.data_seconds += result.data_seconds
         self.sync_seconds += result.sync_seconds
 
+    def samples_per_second(self) -> float:
+        """Without the warm-up, unless there was nothing else."""
+        samples, seconds = self.samples - self.warm_up_samples, self.train_seconds - self.warm_up_seconds
+        return samples / seconds if samples else self.samples / (self.train_seconds or 1.0)
+
     def shares(self) -> tuple[float, float, float]:
         """Shares of the time in updates that went into data, computing and sync; they add up to 1."""
-        seconds = self.train_seconds or 1.0
+        seconds = self.train_seconds - self.warm_up_seconds or 1.0
         # Clocks differ a little, so a share may come out a hair below 0 or above 1.
         data = min(1.0, self.data_seconds / seconds)
         sync = min(1.0 - data, self.sync_seconds / seconds)
         return data, 1.0 - data - sync, sync
 
     def record(
-        self, window: Window, result: UpdateResult, metrics: dict[str, float], lr: float, device: torch.device
+        self,
+        window: Window,
+        result: UpdateResult,
+        metrics: dict[str, float],
+        lr: float,
+        device: torch.device,
+        compile_seconds: float = 0.0,
     ) -> UpdateRecord:
         """The record of the update that was counted last."""
         # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
@@ -70,6 +99,7 @@ class Totals:
             sync_calls=result.sync_calls,
             sync_bytes=result.sync_bytes,
             skipped=result.skipped,
+            compile_seconds=compile_seconds,
             noise_scale=result.noise_scale,
             noise_scale_error=result.noise_scale_error,
             coherence=result.coherence,
@@ -99,7 +129,10 @@ class Totals:
             evaluation=evaluation,
             train_seconds=self.train_seconds,
             total_seconds=total_seconds,
-            samples_per_second=self.samples / (self.train_seconds or 1.0),
+            samples_per_second=self.samples_per_second(),
+            warm_up_updates=self.warm_up_updates,
+            warm_up_seconds=self.warm_up_seconds,
+            compile_seconds=self.compile_seconds,
             data_share=data,
             compute_share=compute,
             sync_share=sync,

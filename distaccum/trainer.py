@@ -27,6 +27,7 @@ from distaccum.checkpoints import (
     set_random_state,
 )
 from distaccum.choices import OnNonfinite, PrecisionName
+from distaccum.compilation import CompileClock
 from distaccum.config import LoopConfig
 from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
@@ -43,7 +44,7 @@ from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import CoupledTask, TaskOutput
-from distaccum.totals import Totals
+from distaccum.totals import COMPILED, Totals
 from distaccum.updates import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Trainer:
         heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
         measure_costs: fit what micro-batches cost, if windows are cut by length.
         balance_speed: give ranks shares of each window in proportion to their measured speed.
+        compile_clock: counts what the updates spend compiling; None if nothing is compiled.
         recovery: go on with smaller micro-batches when memory runs out. None: that ends the run.
         noise_scale: measures how noisy gradients are; None: nobody does.
     """
@@ -111,6 +113,7 @@ class Trainer:
         heartbeat: Heartbeat | None = None,
         measure_costs: bool = True,
         balance_speed: bool = False,
+        compile_clock: CompileClock | None = None,
         recovery: Recovery | None = None,
         noise_scale: NoiseScale | None = None,
     ) -> None:
@@ -130,6 +133,7 @@ class Trainer:
         self.checkpointer = checkpointer
         self.interruption = interruption or Interruption()
         self.heartbeat = heartbeat or Heartbeat(0, 1)
+        self._compile_clock = compile_clock
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
@@ -163,6 +167,7 @@ class Trainer:
                 "stop": self.interruption.is_requested,
                 "long": self._grace.is_long,
                 **(self.checkpointer.flags if self.checkpointer else {}),
+                **({COMPILED: self._compile_clock.has_news} if self._compile_clock else {}),
             },
             reports=self._tuning.reports | limit,
             time_micro_steps=self._tuning.needs_times,
@@ -193,6 +198,8 @@ class Trainer:
             for observer in self.observers:
                 stack.callback(observer.close)
             stack.callback(self._close_loaders)
+            if self._compile_clock is not None:
+                stack.enter_context(self._compile_clock.listening())
             if self.checkpointer is not None:
                 # What ends the run with an error should not cost the checkpoint that is being written.
                 stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
@@ -253,6 +260,12 @@ class Trainer:
             self._epoch, self._next_window = self._epoch + 1, 0
 
     def _update(self, window: Window) -> UpdateResult:
+        if self._compile_clock is None:
+            return self._make_update(window)
+        with self._compile_clock.counting():
+            return self._make_update(window)
+
+    def _make_update(self, window: Window) -> UpdateResult:
         number = self._totals.updates + 1
         lr = self.schedule.apply(number) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
         self._grace.begin(number, len(window))
@@ -309,16 +322,16 @@ class Trainer:
         return self.accumulator.step()
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
-        self._totals.add(window, result)
+        compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0
+        self._totals.add(window, result, compile_seconds)
         self._is_ahead_of_save = True
         if result.skipped:
             number = self._totals.updates
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        record = self._totals.record(
-            window, result, self._metrics(result.sums, result.weight), lr, self.strategy.device
-        )
+        metrics = self._metrics(result.sums, result.weight)
+        record = self._totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
         for observer in self.observers:
             observer.on_update(record)
 

@@ -56,6 +56,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`wandb`", "wandb", config.WandbConfig),
     ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
     ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
+    ("`tune`, in `distaccum.tune`", "tune", tool_configs.TuneSection),
     ("`study`, in `distaccum.study`", "study", tool_configs.StudySection),
 ]
 

@@ -22,6 +22,7 @@ FLOORS = {
     "gathering": 1,
     "heartbeat": 1,
     "diagnosis": 1,
+    "compilation": 1,
     "devices": 1,
     "files": 1,
     "remembered": 1,
@@ -32,6 +33,7 @@ FLOORS = {
     "pages": 1,
     "planning": 2,
     "grouping": 2,
+    "links": 2,
     "recutting": 2,
     "data": 2,
     "models": 2,
@@ -59,13 +61,16 @@ FLOORS = {
     "trainer": 5,
     "evaluation": 5,
     "assembly": 5,
+    "measuring": 5,
     "comparison": 5,
+    "tuning": 5,
     "checking": 5,
     "reporting": 5,
     "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
+    "tune": 6,
     "check": 6,
     "report": 6,
     "study": 6,
@@ -104,14 +109,22 @@ NEIGHBOURS = {
     ("assembly", "run_folder"),
     ("comparison", "run_folder"),
     ("assembly", "trainer"),
+    ("measuring", "assembly"),
+    ("measuring", "trainer"),
+    ("comparison", "measuring"),
     ("comparison", "assembly"),
+    ("tuning", "assembly"),
+    ("tuning", "comparison"),
+    ("tuning", "measuring"),
+    ("tuning", "run_folder"),
     ("checking", "assembly"),
-    ("comparison", "trainer"),
     ("batch_study", "run_folder"),
     ("batch_study", "assembly"),
     ("batch_study", "comparison"),
+    ("batch_study", "measuring"),
     ("train", "entry"),
     ("compare", "entry"),
+    ("tune", "entry"),
     ("check", "entry"),
     ("study", "entry"),
 }
@@ -171,7 +184,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check", "report", "study"):
+    for name in ("train", "compare", "check", "report", "study", "tune"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distaccum.batch_study.curves import Learning
-from distaccum.comparison.portable import to_portable
 from distaccum.config import TrainConfig
+from distaccum.measuring.portable import to_portable
 
 _LOOK_SECONDS = 0.25
 _SHARE_OF_LOOKING = 0.05

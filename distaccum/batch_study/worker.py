@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from distaccum.assembly import train
-from distaccum.comparison.portable import from_portable
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
 from distaccum.logs import flush_output, print_error
+from distaccum.measuring.portable import from_portable
 
 _SECONDS_TO_BE_STOPPED = 5.0
 

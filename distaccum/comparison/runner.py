@@ -18,7 +18,6 @@ from distaccum.assembly import as_plain
 from distaccum.comparison.advice import advise
 from distaccum.comparison.page import page_of
 from distaccum.comparison.placements import Case, cases_of, reference_case
-from distaccum.comparison.portable import to_portable
 from distaccum.comparison.report import Reference, Report, environment
 from distaccum.comparison.results import (
     Round,
@@ -29,11 +28,12 @@ from distaccum.comparison.results import (
     round_of,
     row_of,
 )
-from distaccum.comparison.sessions import Job, PlacementFailedError, Session
 from distaccum.comparison.terminal import show
 from distaccum.config import ByLengthBatchConfig
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
+from distaccum.measuring.portable import to_portable
+from distaccum.measuring.sessions import Job, PlacementFailedError, Session
 from distaccum.observers.formatting import number
 from distaccum.redaction import redacted, redacted_arguments
 from distaccum.run_folder import held_run_folder

@@ -55,6 +55,15 @@ class TrainConfig:
     """Go on although the global batch, the seed or the training data are no longer those of the checkpoint."""
     device: DeviceChoice = DeviceChoice.auto
     """`cpu` or `cuda`; `auto`: CUDA where there is one."""
+    compile: bool = False
+    """Compile the model with `torch.compile`: under `fsdp` each block by itself. Updates stay equal within rounding.
+    Those in which something is compiled are reported apart, and are not in the samples/s of the end."""
+    compile_backend: str = "inductor"
+    """What compiles: a backend of torch's. `aot_eager` traces the model and generates no code: quick, to see whether it
+    can be compiled at all."""
+    compile_dynamic: bool | None = None
+    """Compile for any shape at once. `false`: for each shape anew. `null`: yes with `batch=by_length`; else for the
+    first shape alone, and for any when another one comes."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = MISSING
     model: Any = MISSING

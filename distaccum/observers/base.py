@@ -63,6 +63,8 @@ class UpdateRecord:
     """Bytes that this rank handed to them."""
     skipped: bool
     """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
+    compile_seconds: float = 0.0
+    """Part of `update_seconds` that rank 0 spent compiling."""
     noise_scale: float | None = None
     """Gradient noise scale in samples, smoothed; infinite while the gradient can't be told from noise. None in updates
     in which it is not measured."""
@@ -126,9 +128,15 @@ class RunEnd:
     total_seconds: float
     """Wall time of the whole run."""
     samples_per_second: float
-    """Over `train_seconds`."""
+    """Over `train_seconds` without `warm_up_seconds`."""
+    warm_up_updates: int = 0
+    """Updates in which a rank compiled."""
+    warm_up_seconds: float = 0.0
+    """Part of `train_seconds`: those updates."""
+    compile_seconds: float = 0.0
+    """Part of `warm_up_seconds` that rank 0 spent compiling."""
     data_share: float
-    """Share of `train_seconds` spent waiting for micro-batches, from 0 to 1."""
+    """Share of that same time spent waiting for micro-batches, from 0 to 1."""
     compute_share: float
     sync_share: float
     peak_memory_bytes: int

@@ -112,6 +112,8 @@ class MetricsFile(Observer):
         }
         if record.skipped:
             line["skipped"] = True
+        if record.compile_seconds:
+            line["compile_seconds"] = record.compile_seconds
         if record.peak_memory_bytes is not None:
             line["peak_memory_bytes"] = record.peak_memory_bytes
         self._write(line)

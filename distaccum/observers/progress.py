@@ -258,11 +258,21 @@ def _summary(end: RunEnd, total_updates: int, noise: str) -> list[tuple[str, str
     return [
         *rows,
         ("time", f"{duration(end.total_seconds)}, of which training {duration(end.train_seconds)}"),
+        *_warm_up(end),
         ("speed", f"{rate(end.samples_per_second)} samples/s"),
         ("training time", ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares.items())),
         ("peak memory", f"{byte_size(end.peak_memory_bytes)} ({end.peak_memory_kind})"),
         *_files(end.run_dir),
     ]
+
+
+def _warm_up(end: RunEnd) -> list[tuple[str, str]]:
+    if not end.warm_up_updates:
+        return []
+    updates = f"{end.warm_up_updates:,} update{'s' if end.warm_up_updates > 1 else ''}"
+    took = f"took {duration(end.warm_up_seconds)}, {duration(end.compile_seconds)} of them to compile"
+    apart = "" if end.warm_up_updates == end.updates else "; not in the speed"
+    return [("warm-up", f"{updates} {took}{apart}")]
 
 
 def _how_it_ended(end: RunEnd, total_updates: int) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.choices import PrecisionName
+from distaccum.compilation import Compilation
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
 from distaccum.errors import UserError
 from distaccum.strategies.base import Recoverable, Strategy, Traffic, can_recover, local_parts
@@ -37,23 +38,33 @@ def place(
     config: StrategyConfig,
     device: torch.device,
     precision: PrecisionName = PrecisionName.fp32,
+    compilation: Compilation | None = None,
 ) -> Strategy:
     """Moves a module to this rank's device and makes it what the strategy says.
 
     Args:
         precision: what the model computes in, for strategies that move parameters in that format.
+        compilation: how to compile the model; None for not at all.
 
     Raises:
         UserError: the strategy can't be had here.
     """
     module = module.to(device)
+    if compilation is not None and isinstance(config, DPConfig):
+        raise UserError(
+            "compile=true can't be had with strategy=dp, whose replicas are made anew in each forward. Set "
+            "strategy=ddp or single, or compile=false."
+        )
+    if compilation is not None and not isinstance(config, FSDPConfig):
+        # Inside DDP: torch then cuts the backward where DDP's buckets end, so that they are sent beside it.
+        compilation.apply(module)
     if isinstance(config, DDPConfig):
         return place_ddp(module, config, device, precision)
     if isinstance(config, FSDPConfig):
         # Here and not above: importing FSDP takes as long as starting a small run.
         from distaccum.strategies.fsdp import place_fsdp
 
-        return place_fsdp(module, config, device, precision)
+        return place_fsdp(module, config, device, precision, compilation)
     if precision is PrecisionName.bf16_params:
         for parameter in module.parameters():
             # Else gradients are added up in bfloat16, whose 8 bits swallow what is small beside the sum so far.

@@ -173,8 +173,12 @@ def place_ddp(
     config: DDPConfig,
     device: torch.device,
     precision: PrecisionName = PrecisionName.fp32,
+    group: dist.ProcessGroup | None = None,
 ) -> DDPStrategy:
     """Wraps a module that lies on this rank's device.
+
+    Args:
+        group: the ranks whose gradients meet, which nothing else uses. Default: all.
 
     Raises:
         UserError: there are no other processes to be parallel with, SyncBatchNorm is asked for on a CPU, or gradients
@@ -197,7 +201,8 @@ def place_ddp(
             )
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     # PowerSGD's collectives are told from others by their group, so it gets one of its own.
-    group = _own_group(device) if config.compression is Compression.powersgd else None
+    if group is None and config.compression is Compression.powersgd:
+        group = _own_group(device)
     model = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from distaccum.choices import PrecisionName
+from distaccum.compilation import Compilation
 from distaccum.config import FSDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
@@ -164,7 +165,13 @@ class _CountedReduceScatter(ReduceScatter):
         return work
 
 
-def place_fsdp(module: nn.Module, config: FSDPConfig, device: torch.device, precision: PrecisionName) -> FSDPStrategy:
+def place_fsdp(
+    module: nn.Module,
+    config: FSDPConfig,
+    device: torch.device,
+    precision: PrecisionName,
+    compilation: Compilation | None = None,
+) -> FSDPStrategy:
     """Shards a module that lies on this rank's device, block by block.
 
     Raises:
@@ -185,6 +192,9 @@ def place_fsdp(module: nn.Module, config: FSDPConfig, device: torch.device, prec
         # Gradients are reduced, and accumulated over the window, in float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     blocks = blocks_to_wrap(module, config.wrap)
+    if compilation is not None:
+        for block in blocks or [module]:
+            compilation.apply(block)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -6,10 +6,10 @@ import pytest
 
 from distaccum.choices import Compression
 from distaccum.comparison.placements import cases_of
-from distaccum.comparison.portable import from_portable, to_portable
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
 from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.measuring.portable import from_portable, to_portable
 from distaccum.tool_configs import PlacementName
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
+from distaccum.compilation import Compilation
 from distaccum.components import AdamConfig
 from distaccum.config import StrategyConfig
 from distaccum.optim import build_optimizer
@@ -77,8 +78,10 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-2)
 
 
-def placed(module: nn.Module, config: StrategyConfig | None) -> Strategy:
-    return SingleStrategy(module) if config is None else place(module, config, torch.device("cpu"))
+def placed(module: nn.Module, config: StrategyConfig | None, compilation: Compilation | None = None) -> Strategy:
+    if config is None:
+        return SingleStrategy(module)
+    return place(module, config, torch.device("cpu"), compilation=compilation)
 
 
 def train_tokens(
@@ -93,10 +96,11 @@ def train_tokens(
     equal_micro_steps: bool | None = None,
     data: RaggedTokens | None = None,
     seed: int = 1,
+    compilation: Compilation | None = None,
     **batch: Any,
 ) -> tuple[list[UpdateResult], Tensor]:
     """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
-    strategy = placed(TokenClassifier(dtype), config)
+    strategy = placed(TokenClassifier(dtype), config, compilation)
     optimizer = build_optimizer(
         AdamConfig(_target_="torch.optim.AdamW", lr=3e-2, weight_decay=0.01),
         strategy.model.parameters(),

@@ -1,4 +1,4 @@
-"""The processes of one placement, seen from the comparison: started, told what to do, heard, and stopped."""
+"""The processes of one placement, seen from the tool: started, told what to do, heard, and stopped."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Session:
         self._job.log.parent.mkdir(parents=True, exist_ok=True)
         with self._job.log.open("ab") as log:
             return subprocess.Popen(
-                [*_launcher(self._job.num_processes), "-m", "distaccum.comparison.worker", str(file)],
+                [*_launcher(self._job.num_processes), "-m", "distaccum.measuring.worker", str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

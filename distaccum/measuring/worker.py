@@ -1,7 +1,7 @@
-"""One rank of one placement, in a process of its own: does what the comparison says, and answers.
+"""One rank of one placement, in a process of its own: does what the tool says, and answers.
 
-Started by `distaccum.comparison.sessions` as `python -m distaccum.comparison.worker JOB`, under torchrun if there are
-several ranks. Every rank has a line of its own to the comparison, so waiting for the next command costs nothing, on the
+Started by `distaccum.measuring.sessions` as `python -m distaccum.measuring.worker JOB`, under torchrun if there are
+several ranks. Every rank has a line of its own to the tool, so waiting for the next command costs nothing, on the
 GPU neither.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from distaccum.comparison.measuring import Measuring
-from distaccum.comparison.portable import from_portable
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
+from distaccum.measuring.portable import from_portable
+from distaccum.measuring.rank import Measuring
 
 
 def explain_failure(error: BaseException) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def _measuring(world: World, job: dict[str, Any]) -> Measuring:
 
 
 def main(job_file: str) -> None:
-    """Works through one job, whose file says where the comparison is to be found."""
+    """Works through one job, whose file says where the tool is to be found."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     with socket.socket(socket.AF_UNIX) as line:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +18,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator
-from distaccum.assembly import build_parts, build_scaler
+from distaccum.assembly import build_parts, build_scaler, compilation_of
 from distaccum.caching import accumulate_coupled
 from distaccum.choices import OnNonfinite, PrecisionName
-from distaccum.config import PrecisionConfig, TrainConfig
+from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
 from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
+from distaccum.measuring.network import time_all_reduces
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
+from distaccum.strategies.ddp import place_ddp
 from distaccum.tasks import CoupledTask
 from distaccum.trainer import total_updates
 from distaccum.updates import UpdateResult
@@ -60,21 +65,44 @@ class SyncEveryMicroStep:
 
 
 class Training:
-    """The training of a configuration, one update at a time: what `distaccum.train` does, without its observers."""
+    """The training of a configuration, one update at a time: what `distaccum.train` does, without its observers.
+
+    Args:
+        sync_every_step: do as a loop does that knows nothing of `no_sync`.
+        alone: this rank's part of it, with everything but the network: gradients meet those of no other rank.
+    """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, *, rank: int, world_size: int, sync_every_step: bool
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        rank: int,
+        world_size: int,
+        sync_every_step: bool = False,
+        alone: bool = False,
     ) -> None:
         parts = build_parts(config, device, rank=rank, world_size=world_size)
         if sync_every_step:
             # Ranks sync in each micro-step, so they must take equally many.
             parts.loader.plan = dataclasses.replace(parts.loader.plan, equal_micro_steps=True)
         self.loader = parts.loader
+        self.lengths = getattr(parts.train_data, "lengths", None)
         self.task = parts.task
         self.precision = parts.precision
         self.total_updates = total_updates(config.train, len(parts.loader))
         factor = schedule_factor(config.schedule, self.total_updates)
-        placed = place(parts.module, config.strategy, device, config.precision.name)
+        compilation = compilation_of(config, device)
+        if alone and isinstance(config.strategy, DDPConfig) and world_size > 1:
+            own, _ = dist.new_subgroups(group_size=1)  # type: ignore[no-untyped-call]
+            config = dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, shard_optimizer=False))
+            assert isinstance(config.strategy, DDPConfig)
+            module = parts.module.to(device)
+            if compilation is not None:
+                compilation.apply(module)
+            placed: Strategy = place_ddp(module, config.strategy, device, config.precision.name, own)
+        else:
+            placed = place(parts.module, config.strategy, device, config.precision.name, compilation)
         self.syncing: SyncEveryMicroStep | None = None
         if sync_every_step:
             assert isinstance(placed, DDPStrategy)
@@ -103,7 +131,11 @@ class Training:
     def update(self) -> tuple[Window, UpdateResult]:
         """Makes the next update. What was waited for in the sync includes all micro-steps."""
         window = next(self._windows)
-        # A comparison may go on for longer than the training would: at the learning rate of its last update.
+        return window, self.update_of(window)
+
+    def update_of(self, window: Iterable[Any]) -> UpdateResult:
+        """Makes an update of a window, or of any micro-batches."""
+        # A tool may go on for longer than the training would: at the learning rate of its last update.
         self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
         if isinstance(self.task, CoupledTask):
             accumulate_coupled(self.accumulator, window, embed=self._embed, loss=self.task.window_loss)
@@ -117,7 +149,7 @@ class Training:
         if self.syncing is not None:
             waited = self.syncing.take_waited_seconds()
             result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
-        return window, result
+        return result
 
     def _embed(self, batch: Any) -> Any:
         with self.precision.autocast():
@@ -131,6 +163,22 @@ class Training:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             rows.append(whole.to("cpu", torch.float64).reshape(-1))
         return torch.cat(rows)
+
+
+def _some_batches(training: Training, count: int) -> tuple[list[Any], int]:
+    """Micro-batches of whole windows, at least so many, in mixed order; and their samples.
+
+    By length the costliest come last in a window: in mixed order a few of them are like all of them.
+    """
+    batches: list[Any] = []
+    samples = 0
+    for window in training.loader.epoch(0):
+        batches += list(window)
+        samples += sum(window.sizes)
+        if len(batches) >= count:
+            break
+    random.Random(0).shuffle(batches)
+    return batches, samples
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -178,6 +226,7 @@ class Measuring:
         return {"error": float((change - wanted).norm() / wanted.norm())}
 
     def make_reference(self, updates: int) -> dict[str, Any]:
+        self.config = dataclasses.replace(self.config, compile=False)
         change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
         torch.save(change, self.reference)
         return {"parameters": change.numel(), "norm": float(change.norm())}
@@ -212,6 +261,44 @@ class Measuring:
             "sync_bytes": result.sync_bytes,
             "micro_steps": result.micro_steps,
         }
+
+    def facts(self) -> dict[str, Any]:
+        """What can be tuned: whether lengths differ, and how large the gradients are."""
+        training = self._training = self._training or self._start(self.config)
+        lengths = training.lengths
+        trained = [p for p in training.strategy.module.parameters() if p.requires_grad]
+        return {
+            "lengths_differ": lengths is not None and len(set(lengths)) > 1,
+            "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+            "device": self.device.type,
+        }
+
+    def compute(self, steps: list[int], updates: int, rounds: int) -> dict[str, Any]:
+        """Times updates of so many micro-steps, each rank for itself: all that an update takes but the network."""
+        self._training = None  # its memory is needed
+        alone = Training(self.config, self.device, rank=self.rank, world_size=self.world_size, alone=True)
+        batches, samples = _some_batches(alone, max(steps))
+        taken: dict[int, list[float]] = {count: [] for count in steps}
+        following = itertools.cycle(batches)
+        alone.update_of(batches)
+        for _ in range(rounds):
+            for count in steps:
+                if dist.is_initialized():
+                    dist.barrier()
+                windows = [list(itertools.islice(following, count)) for _ in range(updates)]
+                started = time.perf_counter()
+                for window in windows:
+                    alone.update_of(window)
+                taken[count].append((time.perf_counter() - started) / updates)
+        return {
+            "seconds": {str(count): statistics.median(values) for count, values in taken.items()},
+            "samples": samples / len(batches),
+        }
+
+    def link(self, sizes: list[int], rounds: int) -> dict[str, Any]:
+        """Times bare all-reduces of so many bytes, smallest first."""
+        found = time_all_reduces(sizes, rounds, self.device)
+        return {"seconds": {str(size): seconds for size, seconds in found.items()}}
 
     def _start(self, config: TrainConfig) -> Training:
         return Training(

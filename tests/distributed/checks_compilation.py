@@ -1,0 +1,41 @@
+"""Compiled models on several ranks: the update of the model as it is, and few compilations."""
+
+from __future__ import annotations
+
+import torch
+from examples import RaggedTokens, curves, distance, train_tokens
+
+from distaccum.compilation import Compilation
+from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
+from distaccum.distributed import World
+
+
+def _compare(world: World, config: StrategyConfig) -> None:
+    """Windows by length, with micro-steps that count nothing: nearly every micro-batch has a shape of its own."""
+    here = {"rank": world.rank, "world_size": world.world_size}
+    data = RaggedTokens(33)
+    lengths = [len(inputs) for inputs, _ in data.samples]
+    wanted, wanted_parameters = train_tokens(None, data=data, global_batch_size=16, micro_batch_size=16)
+    torch._dynamo.utils.counters.clear()
+    found, parameters = train_tokens(
+        config,
+        data=data,
+        global_batch_size=16,
+        micro_batch_size=3,
+        lengths=lengths,
+        compilation=Compilation("aot_eager", dynamic=True),
+        **here,
+    )
+    for mine, reference in zip(curves(found), curves(wanted), strict=True):
+        assert distance(mine, reference) < 1e-12
+    assert distance(parameters, wanted_parameters) < 1e-12
+    # Sizes of 1 have code of their own, in either dimension. All others share one.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+def check_ddp(world: World) -> None:
+    _compare(world, DDPConfig())
+
+
+def check_fsdp(world: World) -> None:
+    _compare(world, FSDPConfig())
