@@ -24,6 +24,7 @@ from distaccum.errors import UserError
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
+from distaccum.model_options import build_model
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.redaction import redacted, secrets_in
@@ -194,9 +195,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = targets.build(config.model, "model", defaults_from=train_data)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
     return Parts(
         precision=precision,
         train_data=train_data,

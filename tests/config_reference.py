@@ -27,6 +27,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=text`", "data", components.TextDataConfig),
     ("`data=image_folder`", "data", components.ImageFolderDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
+    ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),
     ("`model=gpt`", "model", components.GPTConfig),

@@ -40,6 +40,7 @@ FLOORS = {
     "checkpoints": 4,
     "loaders": 3,
     "accumulation": 4,
+    "model_options": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
