@@ -185,7 +185,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         **_grouping_arguments(config.batch, train_data),
         drop_last=config.batch.drop_last,
         seed=config.seed,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
@@ -335,7 +335,7 @@ def _evaluation(
     loader = EvaluationLoader(
         data,
         batch_size=config.train.eval_batch_size,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         options=options,
@@ -344,7 +344,8 @@ def _evaluation(
     return data, loader
 
 
-def _collate_fn(config: DataConfig) -> Any:
+def collate_fn(config: DataConfig) -> Any:
+    """The configured function that makes micro-batches; None if none is."""
     if config.collate_fn is None:
         return None
     found = targets.build(config.collate_fn, "data.collate_fn")

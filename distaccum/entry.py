@@ -33,9 +33,14 @@ from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, conf_dir
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
 from distaccum.logs import flush_output, print_error
-from distaccum.tool_configs import CheckConfig, CompareConfig
+from distaccum.tool_configs import CheckConfig, CompareConfig, MemoryConfig
 
-ROOTS: dict[str, type[TrainConfig]] = {"train": TrainConfig, "compare": CompareConfig, "check": CheckConfig}
+ROOTS: dict[str, type[TrainConfig]] = {
+    "train": TrainConfig,
+    "compare": CompareConfig,
+    "check": CheckConfig,
+    "memory": MemoryConfig,
+}
 """Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
 
 _SECONDS_TO_BE_STOPPED = 5.0

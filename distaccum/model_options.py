@@ -134,6 +134,18 @@ def checkpoint_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.M
     return blocks
 
 
+def take_back_checkpointing(module: nn.Module) -> bool:
+    """Undoes `checkpoint_blocks`; returns whether there was anything to undo."""
+    blocks = [
+        block
+        for block in module.modules()
+        if getattr(vars(block).get("forward"), "__func__", None) is _checkpointed_forward
+    ]
+    for block in blocks:
+        del block.forward
+    return bool(blocks)
+
+
 def _checkpointed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(block).forward
     if not torch.is_grad_enabled():

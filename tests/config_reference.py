@@ -51,6 +51,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`wandb`", "wandb", config.WandbConfig),
     ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
     ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
+    ("`memory`, in `distaccum.memory`", "memory", tool_configs.MemorySection),
 ]
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "live_memory": 1,
     "planning": 2,
     "grouping": 2,
     "data": 2,
@@ -41,6 +42,7 @@ FLOORS = {
     "loaders": 3,
     "accumulation": 4,
     "model_options": 4,
+    "memory_line": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
@@ -50,10 +52,12 @@ FLOORS = {
     "assembly": 5,
     "comparison": 5,
     "checking": 5,
+    "footprint": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
+    "memory": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -81,9 +85,11 @@ NEIGHBOURS = {
     ("comparison", "assembly"),
     ("checking", "assembly"),
     ("comparison", "trainer"),
+    ("footprint", "assembly"),
     ("train", "entry"),
     ("compare", "entry"),
     ("check", "entry"),
+    ("memory", "entry"),
 }
 
 
@@ -141,7 +147,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check"):
+    for name in ("train", "compare", "check", "memory"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -40,7 +40,8 @@ def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None)
     state.traffic.last_launch = state.mark()
     work = dist.all_reduce(sent, group=state.process_group, async_op=True)
     assert work is not None
-    reduced: Future[torch.Tensor] = work.get_future().then(lambda future: future.value()[0])
+    # Ranks that aren't there (torch's fake process group) give no value.
+    reduced: Future[torch.Tensor] = work.get_future().then(lambda future: (future.value() or (sent,))[0])
     return reduced if dtype is None else reduced.then(lambda future: buffer.copy_(future.value()))
 
 
