@@ -1,9 +1,9 @@
 """What does batch.balance=speed gain when one rank is slower than the others?
 
-Two ranks of DDP over gloo, each on a core of its own; on the second one's core, busy processes compete, so that it gets
-a third of the core. The same training with equal shares and with shares by measured speed, in rounds that take turns;
-medians. The ideal is what the two could do without ever waiting for each other: the sum of their own speeds, each
-measured alone on its core with its competitors.
+Ranks of DDP over gloo, each bound to a core (four ranks share two cores); with some of them busy processes compete,
+so that they get a third of what they would have. The same training with equal shares and with shares by measured speed,
+in rounds that take turns; medians. The ideal is what the ranks could do without ever waiting for each other: the sum of
+their own speeds, each measured without DDP, with its competitors, while the others do the same.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from distaccum.cut_tuning import CutTuning
 from distaccum.distributed import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
 
-GLOBAL_BATCH, MICRO_BATCH, WIDTH = 384, 8, 512
-WARM_UP = 24
+GLOBAL_BATCH, MICRO_BATCH, TOKENS, WIDTH = 768, 8, 32, 256
+SLOWDOWN = 3
+WARM_UP = 12
 """Updates before measuring: speeds are measured, smoothed and put in force in these."""
 
 
 @contextmanager
 def competitors(core: int, count: int) -> Iterator[None]:
-    """Busy processes on one core."""
+    """Busy processes on one core. Started by the rank that they slow, as Linux shares a core out by sessions."""
     command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
     busy = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -52,8 +53,8 @@ class Training:
     """A model that trains on windows of its own, so that two of them can take turns."""
 
     def __init__(self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, balance: bool) -> None:
-        inputs = torch.randn(4 * GLOBAL_BATCH, WIDTH)
-        data = TensorDataset(inputs, inputs[:, :10].argmax(1))
+        inputs = torch.randn(2 * GLOBAL_BATCH, TOKENS, WIDTH)
+        data = TensorDataset(inputs, inputs[..., :10].argmax(-1))
         self.loader = WindowLoader(
             data,
             global_batch_size=GLOBAL_BATCH,
@@ -79,8 +80,9 @@ class Training:
         for window in self.loader:
             with self.accumulator.window(window) as micro_batches:
                 for inputs, labels in micro_batches:
-                    loss = F.cross_entropy(self.strategy.model(inputs), labels, reduction="sum")
-                    self.accumulator.backward(loss, len(labels))
+                    logits = self.strategy.model(inputs).flatten(0, 1)
+                    loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+                    self.accumulator.backward(loss, labels.numel())
             self.updates += 1
             self.tuning.after_update(self.updates, window, self.accumulator.step())
         return len(self.loader) * GLOBAL_BATCH / (time.perf_counter() - started)
@@ -92,11 +94,14 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
 
 
-def on_a_rank(rounds: int) -> None:
+def on_a_rank(rounds: int, slowed: int) -> None:
     torch.set_num_threads(1)
-    with joined_world() as world:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[world.rank % len(cores)]})
+    cores = sorted(os.sched_getaffinity(0))
+    rank = int(os.environ["RANK"])
+    core = cores[rank % len(cores)]
+    os.sched_setaffinity(0, {core})
+    is_slowed = rank >= int(os.environ["WORLD_SIZE"]) - slowed
+    with competitors(core, SLOWDOWN - 1 if is_slowed else 0), joined_world() as world:
         world.init_process_group(torch.device("cpu"))
         trainings = {}
         for balance in (False, True):
@@ -126,27 +131,27 @@ def shares_of(training: Training) -> tuple[float, ...] | None:
 
 def main() -> None:
     if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]))
+        on_a_rank(int(sys.argv[2]), int(sys.argv[3]))
         return
     options = common.arguments(__doc__ or "").parse_args()
-    rounds = 2 if options.quick else 10
-    cores = sorted(os.sched_getaffinity(0))
+    rounds = 2 if options.quick else 5
     rows: list[dict[str, Any]] = []
-    for slowdown in (1, 3):
-        with competitors(cores[1 % len(cores)], slowdown - 1):
-            answer = json.loads(common.torchrun(2, __file__, "rank", str(rounds)).splitlines()[-1])
+    for ranks, slowed in ((2, 0), (2, 1)) if options.quick else ((2, 0), (2, 1), (4, 1), (4, 2)):
+        answer = json.loads(common.torchrun(ranks, __file__, "rank", str(rounds), str(slowed)).splitlines()[-1])
         medians = {name: statistics.median(values) for name, values in answer["found"].items()}
+        shares = {"even": [GLOBAL_BATCH // ranks] * ranks, "speed": answer["shares"]}
         rows += [
             {
-                "second rank": "as fast" if slowdown == 1 else f"{slowdown} x slower",
+                "ranks": ranks,
+                f"{SLOWDOWN} x slower": slowed,
                 "batch.balance": name,
                 "samples/s": medians[name],
                 "of the ideal": medians[name] / medians["ideal"],
-                "shares": " + ".join(map(str, answer["shares"] if name == "speed" else [GLOBAL_BATCH // 2] * 2)),
+                "shares": " + ".join(map(str, shares[name])),
             }
             for name in ("even", "speed")
         ]
-    common.show("Two ranks, one of them slowed by competitors for its core", rows)
+    common.show("Some ranks slowed by competitors for their core", rows)
     if options.write:
         common.write("unequal_ranks", (__doc__ or "").splitlines()[0], rows)
 

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distaccum.accumulation import Accumulator
+    from distaccum.caching import accumulate_coupled
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
-    from distaccum.tasks import Task, TaskOutput
+    from distaccum.tasks import CoupledTask, Task, TaskOutput
     from distaccum.trainer import Trainer
     from distaccum.updates import UpdateResult
 
 _HOMES = {
     "Accumulator": "accumulation",
+    "accumulate_coupled": "caching",
     "UpdateResult": "updates",
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
@@ -41,6 +43,7 @@ _HOMES = {
     "shuffled": "planning",
     "split_evenly": "planning",
     "window_bounds": "planning",
+    "CoupledTask": "tasks",
     "Task": "tasks",
     "TaskOutput": "tasks",
     "Trainer": "trainer",
@@ -51,6 +54,7 @@ __all__ = [
     "BatchPlan",
     "CheckpointConfig",
     "Checkpointer",
+    "CoupledTask",
     "Cut",
     "EvaluationLoader",
     "LoaderOptions",
@@ -62,6 +66,7 @@ __all__ = [
     "UserError",
     "Window",
     "WindowLoader",
+    "accumulate_coupled",
     "evaluate",
     "resolve_batch",
     "shuffled",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.optim import in_parameter_format
+from distaccum.stepping import ScaledStep
 from distaccum.strategies import Strategy, local_parts, strategy_of
 from distaccum.updates import OpenWindow, UpdateResult, added_up, unflatten, with_last
 
@@ -86,6 +86,7 @@ class Accumulator:
         self._open: OpenWindow | None = None
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
+        self._scaled_step = ScaledStep(optimizer)
         self.clear_gradients()
 
     def state_dict(self) -> dict[str, float | int | None]:
@@ -98,7 +99,9 @@ class Accumulator:
         self._last_weight = state["last_weight"]
 
     @contextmanager
-    def window(self, micro_batches: Iterable[Batch]) -> Iterator[Iterator[Batch]]:
+    def window(
+        self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
+    ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -107,23 +110,17 @@ class Accumulator:
 
         Args:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
+            started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
+                data, if that was before this call.
         """
         if self._open is not None:
             raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
-        if (
-            isinstance(micro_batches, Window)
-            and self.strategy.equal_micro_steps
-            and not micro_batches.equal_micro_steps
-        ):
-            raise UserError(
-                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
-                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
-                "equal_micro_steps=True."
-            )
+        self.require_equal_micro_steps(micro_batches)
         self._open = OpenWindow(
             scale=self._choose_scale(micro_batches),
             sizes=micro_batches.sizes if isinstance(micro_batches, Window) else None,
-            started=time.perf_counter(),
+            started=time.perf_counter() if started is None else started,
+            data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
         )
@@ -143,6 +140,23 @@ class Accumulator:
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
+
+    def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
+        """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
+
+        Raises:
+            UserError: it is one, and the strategy's micro-steps hold collectives.
+        """
+        if (
+            isinstance(micro_batches, Window)
+            and self.strategy.equal_micro_steps
+            and not micro_batches.equal_micro_steps
+        ):
+            raise UserError(
+                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
+                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
+                "equal_micro_steps=True."
+            )
 
     def _micro_steps(self, window: OpenWindow, micro_batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         items = with_last(micro_batches)
@@ -223,13 +237,11 @@ class Accumulator:
         self._open = None
         self.updates += 1
         try:
-            return self._finish(window, window.totals)
+            return self._finish(window, window.totals())
         finally:
             self.clear_gradients()
 
     def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult:
-        if window.totals_work is not None:
-            window.totals_work.wait()
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
@@ -244,27 +256,22 @@ class Accumulator:
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult:
         raw_norm = self.strategy.total_norm(gradients)
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        loss_sum, weight, norm, *rest = torch.cat([totals[:2], raw_norm.to(totals)[None], totals[2:]]).tolist()
+        loss_sum, weight, *rest, norm = torch.cat([totals, raw_norm.to(totals)[None]]).tolist()
         raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
         ranks = self.strategy.world_size
         reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
         flat_sums = rest[len(self.reports) * ranks :]
         self._last_weight = weight
         loss = loss_sum / weight if weight else math.nan
-        # The sync has taken the mean over ranks of sums, each multiplied by the scale.
-        factor = self.strategy.world_size / (weight * window.scale) if weight else math.nan
+        # The sync has added up the ranks' sums, each multiplied by the scale.
+        factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
         skipped = not self._is_sound(window, loss, weight, grad_norm)
         if not skipped:
             if self.clip_norm is not None:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
-            torch._foreach_mul_(local_parts(gradients), factor)
-            with in_parameter_format(self.optimizer):
-                if self.scaler is None:
-                    self.optimizer.step()
-                else:
-                    self.scaler.step(self.optimizer)
+            self._scaled_step(gradients, factor, self.scaler)
         else:
             self._undo_forwards(window)
         traffic = self.strategy.traffic
@@ -335,21 +342,26 @@ class Accumulator:
         return f" ({'; '.join(found)})" if found else ""
 
     def _start_totals(self, window: OpenWindow) -> None:
-        """Adds up loss, weight and sums, and sends them on their way beside the backward that follows."""
+        """Adds up loss, weight and sums, and sends them on their way with the backward that follows."""
         device = self.strategy.device
         weights = [value for value in window.weights if isinstance(value, Tensor)]
-        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
+        if len(weights) < len(window.weights):
+            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+            weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
         loss_sum, weight, *sums = (
             added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
         )
+        totals = torch.cat([loss_sum, weight, *self._own_flags(device), *self._own_reports(device), *sums])
+        window.totals = self.strategy.summed(totals)
+
+    def _own_flags(self, device: torch.device) -> list[Tensor]:
+        if not self.flags:
+            return []
         flags = torch.zeros(len(self.flags), dtype=torch.float64, device=device)
         for number, ask in enumerate(self.flags.values()):
             if ask():
                 flags[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-        window.totals = torch.cat([loss_sum, weight, flags, *self._own_reports(device), *sums])
-        if self.strategy.process_group is not None:
-            window.totals_work = dist.all_reduce(window.totals, group=self.strategy.process_group, async_op=True)
+        return [flags]
 
     def _own_reports(self, device: torch.device) -> list[Tensor]:
         """Each report as a vector with a place for every rank, of which this one fills its own."""

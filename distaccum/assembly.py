@@ -16,7 +16,15 @@ from torch import nn
 from distaccum import targets
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
 from distaccum.choices import Balance, WandbMode
-from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.config import (
+    BatchConfig,
+    ByLengthBatchConfig,
+    DataConfig,
+    Fp16Config,
+    PrecisionConfig,
+    TrainConfig,
+    flat,
+)
 from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
@@ -34,7 +42,6 @@ from distaccum.run_folder import (
     RunFolder,
     begin,
     changes,
-    flat,
     held_run_folder,
     leave_marker,
 )

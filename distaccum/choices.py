@@ -52,3 +52,9 @@ class WandbMode(Enum):
 class Balance(Enum):
     even = "even"
     speed = "speed"
+
+
+class LrRule(Enum):
+    linear = "linear"
+    sqrt = "sqrt"
+    none = "none"

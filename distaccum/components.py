@@ -92,6 +92,40 @@ class GPTConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class UNetConfig:
+    """U-Net with GroupNorm: down and up again, with what each stage saw handed across."""
+
+    _target_: str = "distaccum.models.UNet"
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64])
+    """Channels of each stage from the top down (multiples of 8)."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one image. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Classes of a pixel. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EncoderConfig:
+    """The CNN's stages and a projection to an embedding, for contrastive learning."""
+
+    _target_: str = "distaccum.models.Encoder"
+    channels: list[int] = field(default_factory=lambda: [16, 32])
+    """Channels of each stage (multiples of 8)."""
+    width: int = 64
+    """Units of the projection's hidden layer."""
+    embedding_size: int = 32
+    """Size of an embedding."""
+    dropout: float = 0.0
+    """Dropout before the projection."""
+    learn_temperature: bool = False
+    """Learn the temperature: embeddings get the length √(1 / temperature). It goes with `task.temperature=null`."""
+    temperature: float = 0.2
+    """Where a learned temperature begins."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one image. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ClassificationConfig:
     """Cross-entropy over classes; weight: samples; metric: accuracy."""
 
@@ -105,6 +139,35 @@ class LanguageModelingConfig:
     """Cross-entropy over the next token; weight: valid tokens; metric: accuracy."""
 
     _target_: str = "distaccum.tasks.LanguageModeling"
+
+
+@dataclass(kw_only=True, slots=True)
+class SegmentationConfig:
+    """Cross-entropy over the class of each pixel; weight: valid pixels; metrics: accuracy and mean IoU."""
+
+    _target_: str = "distaccum.tasks.Segmentation"
+    ignore_index: int = 255
+    """The target of pixels that count nowhere."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ContrastiveConfig:
+    """NT-Xent (SimCLR) over all samples of the window, exact for any cut by gradient caching; weight: views; metrics:
+    retrieval of the other view, and whether the nearest other sample has the same label."""
+
+    _target_: str = "distaccum.tasks.Contrastive"
+    temperature: float | None = 0.2
+    """Divides the cosine similarities. `null`: inner products of the embeddings as the model gives them."""
+    evaluation_samples: int | None = 256
+    """Samples that are told apart from each other in evaluations. `null`: all of them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CoinsDataConfig(DataConfig):
+    """Patches of a photograph of coins from scikit-image, with the class of each pixel; a third of it is held out."""
+
+    patch_size: int = 64
+    """Height and width of a patch."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -225,12 +288,18 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
     "data": {
         "base": DataConfig,
+        "coins": CoinsDataConfig,
         "text": TextDataConfig,
         "image_folder": ImageFolderDataConfig,
         "synthetic": SyntheticDataConfig,
     },
-    "model": {"mlp": MLPConfig, "cnn": CNNConfig, "gpt": GPTConfig},
-    "task": {"classification": ClassificationConfig, "language_modeling": LanguageModelingConfig},
+    "model": {"mlp": MLPConfig, "cnn": CNNConfig, "gpt": GPTConfig, "unet": UNetConfig, "encoder": EncoderConfig},
+    "task": {
+        "classification": ClassificationConfig,
+        "language_modeling": LanguageModelingConfig,
+        "segmentation": SegmentationConfig,
+        "contrastive": ContrastiveConfig,
+    },
     "optim": {
         "sgd": SGDConfig,
         "rmsprop": RMSpropConfig,

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distaccum.caching import in_float32
 from distaccum.errors import UserError
+from distaccum.gathering import gather_rows, leaves_of, mapped, rebuilt
 from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
-from distaccum.tasks.base import TaskOutput
+from distaccum.tasks.base import CoupledTask, TaskOutput
 
 
 def evaluate(
@@ -32,6 +34,8 @@ def evaluate(
 
     Args:
         model: the module to call; the bare one if ranks take unequal numbers of forwards.
+        task: a `CoupledTask` is given embeddings of `evaluation_samples` samples at a time, gathered over the ranks; so
+            all ranks hold those of the whole data.
         batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
         heartbeat: told of each batch.
         between: called before each batch with False, and with True before the ranks meet at the end; what it raises
@@ -43,36 +47,100 @@ def evaluate(
     Raises:
         UserError: the total weight is zero.
     """
+    if isinstance(task, CoupledTask):
+        evaluation: _Evaluation = _CoupledEvaluation(task, device)
+    else:
+        evaluation = _Evaluation(task, device)
     # Each module's own mode: a layer that is frozen by eval() must come back frozen.
     doing = (heartbeat or Heartbeat(0, 1)).doing
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    totals: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 between(False)
                 doing("forward of an evaluation", micro_step=number + 1)
-                with autocast():
-                    output = task(model, batch)
-                if isinstance(batches, EvaluationLoader) and batches.sizes[number] == 0:
-                    continue
-                parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight), **_prefixed(output.sums)}
-                for name, value in parts.items():
-                    value = value.detach().to(device=device, dtype=torch.float64)
-                    totals[name] = totals[name] + value if name in totals else value
+                is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
+                evaluation.forward(model, batch, autocast, is_counted=is_counted)
     finally:
         for module, training in modes.items():
             module.training = training
     between(True)
     doing("end of an evaluation", waits=True)
-    totals = _over_ranks(totals, device)
+    totals = evaluation.totals_over_ranks()
     doing("time after an evaluation")
     weight = float(totals.pop("weight", 0.0))
     if weight <= 0:
         raise UserError(f"the evaluation has a total weight of {weight:g}: there is nothing to take the mean of.")
     loss = float(totals.pop("loss")) / weight
     return loss, weight, {name.removeprefix("sum/"): value for name, value in totals.items()}
+
+
+class _Evaluation:
+    """Sums over this rank's batches."""
+
+    def __init__(self, task: Callable[[nn.Module, Any], TaskOutput], device: torch.device) -> None:
+        self.task = task
+        self.device = device
+        self.totals: dict[str, Tensor] = {}
+
+    def forward(
+        self, model: nn.Module, batch: Any, autocast: Callable[[], AbstractContextManager[Any]], *, is_counted: bool
+    ) -> None:
+        with autocast():
+            output = self.task(model, batch)
+        if is_counted:
+            self.add(output)
+
+    def add(self, output: TaskOutput) -> None:
+        parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight), **_prefixed(output.sums)}
+        for name, value in parts.items():
+            value = value.detach().to(device=self.device, dtype=torch.float64)
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+
+    def totals_over_ranks(self) -> dict[str, Tensor]:
+        return _over_ranks(self.totals, self.device)
+
+
+class _CoupledEvaluation(_Evaluation):
+    """Losses of so many samples together, however they are dealt to ranks and batches."""
+
+    task: CoupledTask
+
+    def __init__(self, task: CoupledTask, device: torch.device) -> None:
+        super().__init__(task, device)
+        self._embeddings: list[Any] = []
+
+    def forward(
+        self, model: nn.Module, batch: Any, autocast: Callable[[], AbstractContextManager[Any]], *, is_counted: bool
+    ) -> None:
+        with autocast():
+            rows = self.task.embed(model, batch)
+        if is_counted:
+            self._embeddings.append(in_float32(rows))
+
+    def totals_over_ranks(self) -> dict[str, Tensor]:
+        form, leaves = self._whole()
+        if leaves:
+            step = self.task.evaluation_samples or len(leaves[0])
+            for parts in zip(*(torch.split(leaf, step) for leaf in leaves), strict=True):
+                self.add(self.task.window_loss(rebuilt(form, parts)))
+        return {name: value.cpu() for name, value in self.totals.items()}
+
+    def _whole(self) -> tuple[Any, list[Tensor]]:
+        """What a nest of embeddings looks like, and its tensors with the rows of all batches and ranks."""
+        mine = [leaves_of(rows) for rows in self._embeddings]
+        leaves = [torch.cat(parts) for parts in zip(*mine, strict=True)]
+        # A rank without a batch doesn't know what embeddings look like.
+        form = mapped(self._embeddings[0], lambda leaf: leaf[:0].cpu()) if mine else None
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return form, leaves
+        forms: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(forms, form)
+        form = next((known for known in forms if known is not None), None)
+        if form is None:
+            return None, []
+        return form, gather_rows(leaves or [leaf.to(self.device) for leaf in leaves_of(form)], dist.group.WORLD)[0]
 
 
 def _prefixed(sums: dict[str, Tensor]) -> dict[str, Tensor]:

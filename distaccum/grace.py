@@ -60,8 +60,11 @@ class Grace:
             # Leaving a window drops what a strategy remembers of the windows before.
             self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
 
-    def check(self, micro_step: int) -> None:
+    def check(self, micro_step: int, *, to_come: int = 0) -> None:
         """Before each micro-step (from 1), once a signal has come.
+
+        Args:
+            to_come: what the window takes after the last of these, in as many of them.
 
         Raises:
             WindowDroppedError: there is not enough time left, and the ranks have settled to drop the window.
@@ -69,7 +72,7 @@ class Grace:
         if self._strategy.equal_micro_steps:
             return
         spent = time.perf_counter() - self._started
-        needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1)
+        needed = spent / max(1, micro_step - 1) * (self._micro_steps - micro_step + 1 + to_come)
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
         fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)

@@ -1,4 +1,4 @@
-"""How much memory tensors hold, and held at most: read from CUDA's allocator, or counted on a CPU, which has none to ask.
+"""How much memory tensors hold, and held at most: read from CUDA's allocator, or counted on a CPU.
 
 On a CPU every storage that an operator makes is counted from when it is made until it is freed, whoever holds it:
 parameters, gradients, what autograd keeps for the backward, temporaries of Python code, DDP's buckets. What a kernel

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -13,6 +13,8 @@ from distaccum.live_memory import KeptForBackward, held_bytes
 from distaccum.strategies import Strategy
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = nullcontext()
 
 
 class MemoryLine:
@@ -26,21 +28,23 @@ class MemoryLine:
     def __init__(self, strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
         self._strategy = strategy
         self._optimizer = optimizer
-        self._kept: int | None = None
+        self._kept: KeptForBackward | None = None
         self._samples = 0
+        self._has_told = False
 
-    @contextmanager
-    def watching(self, samples: int) -> Iterator[None]:
+    def watching(self, samples: int) -> AbstractContextManager[Any]:
         """Encloses a forward of so many samples. Only the first one is looked at."""
         if self._kept is not None:
-            yield
-            return
-        with KeptForBackward([*self._strategy.model.parameters(), *self._strategy.model.buffers()]) as kept:
-            yield
-        self._kept, self._samples = kept.bytes, samples
+            return _NOTHING
+        self._samples = samples
+        self._kept = KeptForBackward([*self._strategy.model.parameters(), *self._strategy.model.buffers()])
+        return self._kept
 
     def tell(self) -> None:
-        """Logs the line."""
+        """Logs the line, once."""
+        if self._has_told:
+            return
+        self._has_told = True
         module = self._strategy.module
         inner = getattr(self._optimizer, "optim", self._optimizer)
         parts = {
@@ -49,7 +53,7 @@ class MemoryLine:
             "optimizer": held_bytes(value for values in inner.state.values() for value in values.values()),
         }
         told = " + ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items())
-        kept = self._kept or 0
+        kept = self._kept.bytes if self._kept is not None else 0
         peak, what = peak_memory(self._strategy.device)
         logger.info(
             "memory: %s + activations %d × %.3g MB; peak so far %.0f MB %s",

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import yaml
 
 from distaccum.checkpoints import checkpoints_in, clear_leftovers
+from distaccum.config import flat
 from distaccum.errors import UserError
 from distaccum.redaction import redacted
 
@@ -214,15 +215,6 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = [key for key in {**old, **new} if key.partition(".")[0] not in _NOT_THE_RUNS_OWN]
     # As text, because NaN is not equal to itself.
     return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if repr(old.get(key)) != repr(new.get(key))]
-
-
-def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """A configuration's values by their full keys."""
-    if not isinstance(value, dict):
-        return {key: value}
-    return {
-        path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
-    }
 
 
 def leave_marker(path: Path, update: int, signal_name: str) -> None:

@@ -1,10 +1,11 @@
-"""The typed configuration of the tools beside training: `distaccum.compare`, `distaccum.check` and `distaccum.memory`."""
+"""The typed configuration of the tools beside training: `compare`, `check`, `memory` and `study`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
+from distaccum.choices import Goal, LrRule
 from distaccum.config import TrainConfig
 from distaccum.errors import require, require_at_least, require_positive
 
@@ -143,3 +144,78 @@ class MemoryConfig(TrainConfig):
     """A training whose memory is to be measured and predicted."""
 
     memory: MemorySection = field(default_factory=MemorySection)
+
+
+@dataclass(kw_only=True, slots=True)
+class StudySection:
+    """What `python -m distaccum.study` trains, until when, and what it concludes from it."""
+
+    batch_sizes: list[int] | None = None
+    """Global batch sizes to try. `null`: a sixteenth, a quarter, once and four times `batch.global_batch_size`, as far
+    as the data have a window of them."""
+    lr_rules: list[LrRule] = field(default_factory=lambda: [LrRule.linear, LrRule.sqrt])
+    """How the learning rate follows the batch size, from `optim.lr` at `batch.global_batch_size`: `linear`, `sqrt` or
+    `none` (it does not). Each is tried at each batch size; the one that got to the target in fewest updates counts."""
+    metric: str | None = None
+    """What the target is a value of: `train/loss`, or an evaluation's metric (`eval/loss`, `eval/accuracy`). `null`:
+    `eval/loss` where there is an evaluation, else `train/loss`."""
+    goal: Goal | None = None
+    """Whether less or more of it is better. `null`: `min` for a loss, `max` for everything else."""
+    target: float | None = None
+    """The value to reach; a run that has reached it is stopped. `null`: chosen afterwards, so that one run at least of
+    each batch size has reached it; all runs then go on to `study.max_samples`."""
+    max_samples: int | None = None
+    """Samples after which a run ends in any case. `null`: as many as the configured training has."""
+    evaluations: int = 60
+    """Evaluations of a run that goes on to `study.max_samples`, equal numbers of samples apart."""
+    smoothing: int = 3
+    """Evaluations that are averaged; for `train/loss`, the samples between so many of them."""
+    ranks: int = 1
+    """Ranks of each run, which are started by torchrun."""
+    threads_per_rank: int = 1
+    """CPU threads of each rank."""
+    point: int | None = None
+    """Run this point alone (from 0), as a job of an array does. `null`: all that are not finished, in turn."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_sizes", "lr_rules"):
+            values = getattr(self, key)
+            require(values is None or len(values) > 0, f"study.{key} is empty: give at least one.")
+            if values is not None:
+                setattr(self, key, list(dict.fromkeys(values)))
+        for size in self.batch_sizes or []:
+            require(size >= 1, f"study.batch_sizes={self.batch_sizes} is impossible: each must be at least 1.")
+        require(
+            self.metric is None or self.metric == "train/loss" or self.metric.startswith("eval/"),
+            f"study.metric={self.metric} is unknown: it must be train/loss, or eval/ and a metric of the evaluation.",
+        )
+        require_at_least(1, study__max_samples=self.max_samples, study__ranks=self.ranks)
+        require_at_least(1, study__threads_per_rank=self.threads_per_rank, study__smoothing=self.smoothing)
+        require_at_least(2, study__evaluations=self.evaluations)
+        require_at_least(0, study__point=self.point)
+
+
+@dataclass(kw_only=True, slots=True)
+class StudyConfig(TrainConfig):
+    """A training, of which the best batch size is sought."""
+
+    study: StudySection = field(default_factory=StudySection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            self.batch.global_batch_size is not None,
+            "study scales the learning rate from that of batch.global_batch_size, which is null: give a number.",
+        )
+        require(
+            self.batch.accumulation_steps is None,
+            f"study tries several batch sizes, and with batch.accumulation_steps={self.batch.accumulation_steps} the "
+            "micro-batch would grow with them: give batch.micro_batch_size instead.",
+        )
+        if self.study.metric is None:
+            self.study.metric = "eval/loss" if self.data.evaluation is not None else "train/loss"
+        require(
+            self.data.evaluation is not None or not self.study.metric.startswith("eval/"),
+            f"study.metric={self.study.metric} needs evaluations, and data.evaluation is null: set study.metric="
+            "train/loss, or data.evaluation.",
+        )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -34,11 +35,12 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.memory_line import MemoryLine
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.totals import Totals
 from distaccum.updates import UpdateResult
 
@@ -60,7 +62,7 @@ class Trainer:
 
     Args:
         model: placed already: a plain module in one process, `DistributedDataParallel` in several.
-        task: any callable `(model, batch) -> TaskOutput`.
+        task: any callable `(model, batch) -> TaskOutput`; a `CoupledTask` for a loss that couples a window's samples.
         optimizer: over the model's parameters.
         loader: the windows to train on.
         loop: how long, when to evaluate, clipping.
@@ -124,6 +126,7 @@ class Trainer:
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
         self.accumulator = self._new_accumulator(scaler)
         self.total_updates = total_updates(loop, len(loader))
+        self._memory_line = MemoryLine(self.strategy, optimizer)
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._evaluation: EvaluationRecord | None = None
@@ -243,18 +246,10 @@ class Trainer:
         doing = self.heartbeat.doing
         doing("loading of a micro-batch", update=number, micro_step=1)
         try:
-            with self.accumulator.window(window) as micro_batches:
-                for step, batch in enumerate(micro_batches, 1):
-                    if self.interruption.is_requested():
-                        self._grace.check(step)
-                    doing("forward", update=number, micro_step=step)
-                    with self.precision.autocast():
-                        output = self.task(self.model, batch)
-                    is_last = step == len(window)
-                    what = "backward with the gradient sync" if is_last else "backward"
-                    doing(what, update=number, micro_step=step, waits=is_last)
-                    self.accumulator.backward(output.loss_sum, output.weight, output.sums)
-                    doing("loading of a micro-batch", update=number, micro_step=step + 1)
+            if isinstance(self.task, CoupledTask):
+                self._accumulate_coupled(self.task, window, number)
+            else:
+                self._accumulate(window, number)
         except WindowDroppedError:
             self._grace.put_back()
             logger.info("update %d: no time is left to finish its window, which is dropped", number)
@@ -264,8 +259,38 @@ class Trainer:
         doing("end", update=number)
         self._grace.end(result.flags)
         self._tell_update(window, result, lr)
+        self._memory_line.tell()
         self._tuning.after_update(self._totals.updates, window, result)
         return result
+
+    def _accumulate(self, window: Window, number: int) -> None:
+        doing = self.heartbeat.doing
+        with self.accumulator.window(window) as micro_batches:
+            for step, batch in enumerate(micro_batches, 1):
+                if self.interruption.is_requested():
+                    self._grace.check(step)
+                doing("forward", update=number, micro_step=step)
+                with self._memory_line.watching(window.sizes[step - 1]), self.precision.autocast():
+                    output = self.task(self.model, batch)
+                is_last = step == len(window)
+                what = "backward with the gradient sync" if is_last else "backward"
+                doing(what, update=number, micro_step=step, waits=is_last)
+                self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+                doing("loading of a micro-batch", update=number, micro_step=step + 1)
+
+    def _accumulate_coupled(self, task: CoupledTask, window: Window, number: int) -> None:
+        def embed(batch: Any) -> Any:
+            with self.precision.autocast():
+                return task.embed(self.model, batch)
+
+        def between(stage: Stage, step: int) -> None:
+            # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
+            # takes about three times as long.
+            if stage is Stage.embedding and self.interruption.is_requested():
+                self._grace.check(step, to_come=3 * len(window))
+            self.heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
+
+        accumulate_coupled(self.accumulator, window, embed=embed, loss=task.window_loss, between=between)
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         self._totals.add(window, result)
@@ -275,7 +300,9 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        record = self._totals.record(window, result, self._metrics(result.sums, result.weight), lr)
+        record = self._totals.record(
+            window, result, self._metrics(result.sums, result.weight), lr, self.strategy.device
+        )
         for observer in self.observers:
             observer.on_update(record)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 Batch = TypeVar("Batch")
@@ -67,8 +66,7 @@ class OpenWindow:
     loss_sums: list[Tensor] = field(default_factory=list)
     weights: list[Tensor | float] = field(default_factory=list)
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
-    totals: Tensor | None = None
-    totals_work: dist.Work | None = None
+    totals: Callable[[], Tensor] | None = None
     backward_end: Any = None
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None
@@ -93,7 +91,9 @@ def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 
 def added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """Sum of tensors of one shape, in float64 on the device."""
-    return torch.stack([value.to(device, non_blocking=True) for value in values]).sum(0, dtype=torch.float64)
+    if any(value.device != device for value in values):
+        values = [value.to(device, non_blocking=True) for value in values]
+    return torch.stack(values).sum(0, dtype=torch.float64)
 
 
 def unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -73,6 +73,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_measurements(line: dict[str, Any]) -> dict[str, Any]:
+    """What of a line is the same whenever and wherever the run is made: all but times and memory."""
+    return {key: value for key, value in line.items() if "second" not in key and "memory" not in key}
+
+
 def updates(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run_dir) if "eval" not in line]
 

@@ -24,6 +24,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`checkpoint`", "checkpoint", config.CheckpointConfig),
     ("`distributed`", "distributed", config.DistributedConfig),
     ("`data`", "data", config.DataConfig),
+    ("`data=coins`", "data", components.CoinsDataConfig),
     ("`data=text`", "data", components.TextDataConfig),
     ("`data=image_folder`", "data", components.ImageFolderDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
@@ -31,8 +32,12 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),
     ("`model=gpt`", "model", components.GPTConfig),
+    ("`model=unet`", "model", components.UNetConfig),
+    ("`model=encoder`", "model", components.EncoderConfig),
     ("`task=classification`", "task", components.ClassificationConfig),
     ("`task=language_modeling`", "task", components.LanguageModelingConfig),
+    ("`task=segmentation`", "task", components.SegmentationConfig),
+    ("`task=contrastive`", "task", components.ContrastiveConfig),
     ("`optim=…`", "optim", components.TorchOptimConfig),
     ("`optim=sgd`, `momentum`, `nesterov`", "optim", components.SGDConfig),
     ("`optim=adam`, `amsgrad`, `adamw`", "optim", components.AdamConfig),
@@ -52,6 +57,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
     ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
     ("`memory`, in `distaccum.memory`", "memory", tool_configs.MemorySection),
+    ("`study`, in `distaccum.study`", "study", tool_configs.StudySection),
 ]
 
 

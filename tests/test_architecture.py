@@ -19,6 +19,7 @@ FLOORS = {
     "errors": 0,
     "redaction": 0,
     "distributed": 1,
+    "gathering": 1,
     "heartbeat": 1,
     "diagnosis": 1,
     "devices": 1,
@@ -28,6 +29,7 @@ FLOORS = {
     "logs": 1,
     "targets": 1,
     "live_memory": 1,
+    "pages": 1,
     "planning": 2,
     "grouping": 2,
     "data": 2,
@@ -39,10 +41,12 @@ FLOORS = {
     "updates": 3,
     "strategies": 3,
     "checkpoints": 4,
+    "stepping": 4,
     "loaders": 3,
     "accumulation": 4,
     "model_options": 4,
     "memory_line": 4,
+    "caching": 4,
     "run_folder": 5,
     "grace": 5,
     "totals": 5,
@@ -53,11 +57,15 @@ FLOORS = {
     "comparison": 5,
     "checking": 5,
     "footprint": 5,
+    "reporting": 5,
+    "batch_study": 5,
     "entry": 6,
     "train": 6,
     "compare": 6,
     "check": 6,
     "memory": 6,
+    "report": 6,
+    "study": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -75,6 +83,8 @@ NEIGHBOURS = {
     ("heartbeat", "diagnosis"),
     ("interruption", "distributed"),
     ("grouping", "planning"),
+    ("caching", "accumulation"),
+    ("accumulation", "stepping"),
     ("trainer", "evaluation"),
     ("trainer", "grace"),
     ("trainer", "totals"),
@@ -90,6 +100,10 @@ NEIGHBOURS = {
     ("compare", "entry"),
     ("check", "entry"),
     ("memory", "entry"),
+    ("batch_study", "run_folder"),
+    ("batch_study", "assembly"),
+    ("batch_study", "comparison"),
+    ("study", "entry"),
 }
 
 
@@ -147,7 +161,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check", "memory"):
+    for name in ("train", "compare", "check", "memory", "report", "study"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

@@ -87,6 +87,8 @@ def test_metrics_have_one_line_for_each_update_and_evaluation(train: Train) -> N
         "sync_bytes",
     } <= set(first)
     assert (first["micro_steps"], first["weight"], first["sync_calls"], first["sync_bytes"]) == (4, 16, 0, 0)
+    assert [line["update"] for line in lines if "peak_memory_bytes" in line] == [1, 2, 4]
+    assert first["peak_memory_bytes"] > 2**20
     found = evaluations(Path("run"))
     assert [line["update"] for line in found] == [4, 6], "at the end of each epoch and of the run"
     assert all(set(line["eval"]) == {"loss", "accuracy"} for line in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.numerics import find_nonfinite
 from distaccum.checking.recording import Call, Select, agree, all_tensors, described, first_parting
 from distaccum.checking.subject import Probe, Subject
+from distaccum.gathering import leaves_of, number_of_rows
+from distaccum.tasks import CoupledTask, TaskOutput
 
 _SIZE = 4
 """Samples in the micro-batch of A, B and their company."""
@@ -72,6 +75,9 @@ class _Sums:
 
 def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     """Layers that mix samples, losses that couple them, means in place of sums, weights that don't add up."""
+    if isinstance(subject.task, CoupledTask):
+        # Its loss may couple samples, and its embeddings may not.
+        subject = subject.with_task(_SummedEmbeddings(subject.task))
     company = trio.company
     if not math.isfinite(subject.probe(trio.all, record=False).loss):
         return find_nonfinite(subject, trio.all, float64=True)
@@ -104,6 +110,19 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     if not (weights.additive and weights.doubles and weights.joins) and not losses.constant:
         findings.append(_weight(subject, probes, alone))
     return findings
+
+
+class _SummedEmbeddings:
+    """A task whose loss is a sum over samples of what the embedding of each is."""
+
+    def __init__(self, task: CoupledTask) -> None:
+        self._task = task
+        self.__name__ = f"{type(task).__name__}, of its embeddings"
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        embeddings = self._task.embed(model, batch)
+        parts = [leaf.sin().sum() for leaf in leaves_of(embeddings) if leaf.requires_grad]
+        return TaskOutput(torch.stack(parts).sum(), number_of_rows(embeddings))
 
 
 def _alone(subject: Subject, trio: Trio) -> list[Probe]:
@@ -253,9 +272,11 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
         what="The model's outputs for a sample don't depend on the others, but the loss does: sums over micro-batches "
         f"that hold the same samples are {whole:.6g} and {parts:.6g}.",
         where=where,
-        remedy="A loss over pairs (contrastive), a ratio of sums or a batch statistic has no sum over samples. Make it "
-        "one: give each sample its own negatives, divide by a constant, or return the ratio's numerator as loss_sum "
-        "and its denominator as weight. Otherwise take the whole window in one micro-batch on one rank.",
+        remedy="A loss over pairs (contrastive), a ratio of sums or a batch statistic has no sum over samples. If it "
+        "depends on the model through embeddings of the samples, gradient caching makes it exact for any cut: "
+        "task=contrastive, a subclass of distaccum.CoupledTask with embed and window_loss, or "
+        "distaccum.accumulate_coupled in a loop of your own. Or make it a sum: give each sample its own negatives, "
+        "divide by a constant, or return a ratio's numerator as loss_sum and its denominator as weight.",
     )
 
 

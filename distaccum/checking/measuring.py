@@ -6,16 +6,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.caching import accumulate_coupled
 from distaccum.checking.subject import Subject
 from distaccum.choices import PrecisionName
 from distaccum.config import DDPConfig, Fp16Config
 from distaccum.optim import build_optimizer
 from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.tasks import CoupledTask
 
 _SMALLEST_SHARE = 1e-4
 """A parameter whose gradient is a smaller share of the whole one is measured against that share of the whole: its own
@@ -92,12 +95,16 @@ def _measure_once(
 
     hook = optimizer.register_step_pre_hook(capture)
     task = subject.fresh_task()
-    with accumulator.window(list(micro_batches)) as cut:
-        for indices in cut:
-            batch = subject.batch(indices, float64=float64)
-            output = subject.output(strategy.model, task, batch, float64=float64)
-            with subject.stillness():
-                accumulator.backward(output.loss_sum, output.weight)
+    is_one_shot = strategy.world_size == 1 and len(micro_batches) == 1
+    if isinstance(task, CoupledTask) and not is_one_shot:
+        _accumulate_coupled(subject, accumulator, task, micro_batches, float64)
+    else:
+        with accumulator.window(list(micro_batches)) as cut:
+            for indices in cut:
+                batch = subject.batch(indices, float64=float64)
+                output = subject.output(strategy.model, task, batch, float64=float64)
+                with subject.stillness():
+                    accumulator.backward(output.loss_sum, output.weight)
     update.without_gradient = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
@@ -109,6 +116,23 @@ def _measure_once(
     update.parameters = _as_float64(dict(model.named_parameters()))
     update.buffers = _as_float64(dict(model.named_buffers()))
     return update
+
+
+def _accumulate_coupled(
+    subject: Subject,
+    accumulator: Accumulator,
+    task: CoupledTask,
+    micro_batches: Sequence[Sequence[int]],
+    float64: bool,
+) -> None:
+    """The window by gradient caching, to be compared with a plain backward of one shot."""
+
+    def embed(indices: Sequence[int]) -> Any:
+        with subject.computing(float64=float64):
+            return task.embed(accumulator.strategy.model, subject.batch(indices, float64=float64))
+
+    with subject.stillness():  # encloses the backwards
+        accumulate_coupled(accumulator, [list(part) for part in micro_batches], embed=embed, loss=task.window_loss)
 
 
 def _why_skipped(loss: float, weight: float, grad_norm: float) -> str:

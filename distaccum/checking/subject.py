@@ -128,6 +128,12 @@ class Subject:
                 parameter.grad_dtype = torch.float32  # as in a training: gradients are added up in float32
         return model
 
+    def with_task(self, task: Any) -> Subject:
+        """The same model and samples, with another task."""
+        other = copy.copy(self)
+        other.task = task
+        return other
+
     def fresh_task(self) -> Any:
         try:
             return copy.deepcopy(self.task)
@@ -157,14 +163,20 @@ class Subject:
         with self.stillness():
             loss_sum.backward()  # type: ignore[no-untyped-call]
 
-    def output(
-        self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0, still: bool | None = None
-    ) -> TaskOutput:
-        """One forward. It always draws the same random numbers, or their means if the model is known to draw any."""
+    @contextmanager
+    def computing(self, *, float64: bool, seed: int = 0, still: bool | None = None) -> Iterator[None]:
+        """Encloses a forward, which draws the same random numbers each time, or their means."""
         seed_everything(derived_seed(self._seed, seed))
         with self.stillness(still), ExitStack() as stack:
             if not float64 or not self.has_float64:
                 stack.enter_context(self.precision.autocast())
+            yield
+
+    def output(
+        self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0, still: bool | None = None
+    ) -> TaskOutput:
+        """One forward. It always draws the same random numbers, or their means if the model is known to draw any."""
+        with self.computing(float64=float64, seed=seed, still=still):
             output = task(model, batch)
         if not isinstance(output, TaskOutput) or not isinstance(output.loss_sum, Tensor):
             raise UserError(

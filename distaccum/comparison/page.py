@@ -9,12 +9,26 @@ from pathlib import Path
 import yaml
 
 from distaccum.comparison.advice import milliseconds
-from distaccum.comparison.charts import Curve, Dot, Panel, Segment, escaped, line_chart, nice_ticks, row_chart
 from distaccum.comparison.placements import PLACEMENTS
 from distaccum.comparison.report import Report
 from distaccum.comparison.results import Row
 from distaccum.comparison.terminal import error_text
 from distaccum.observers.formatting import byte_size, rate
+from distaccum.pages import (
+    Axis,
+    Curve,
+    Dot,
+    Panel,
+    Segment,
+    definitions,
+    escaped,
+    key,
+    line_chart,
+    nice_ticks,
+    row_chart,
+    subject_of,
+    whole_page,
+)
 from distaccum.tool_configs import PlacementName
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -26,26 +40,8 @@ def page_of(report: Report) -> str:
     if report.measured:
         sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
     sections += [_table(report), _circumstances(report)]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(_subject(report))}: placements compared</title>\n"
-        f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _subject(report: Report) -> str:
-    """What was trained on what."""
-
-    def last_name(section: object) -> str:
-        target = section.get("_target_", "") if isinstance(section, dict) else ""
-        return str(target).rpartition(".")[2]
-
-    data = report.config["data"]
-    return f"{last_name(report.config['model'])} on {last_name(data.get('train'))}"
+    title = f"{subject_of(report.config)}: placements compared"
+    return whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
 
 
 def _header(report: Report) -> str:
@@ -58,7 +54,7 @@ def _header(report: Report) -> str:
         report.date.replace("T", " ")[:16],
     ]
     return (
-        f"<header><h1>{escaped(_subject(report))}</h1>"
+        f"<header><h1>{escaped(subject_of(report.config))}</h1>"
         f'<p class="facts">{escaped(" · ".join(fact for fact in facts if fact))}</p></header>'
     )
 
@@ -116,7 +112,7 @@ def _times(report: Report) -> str:
         bars=[_memory_bar(row) for row in report.rows],
         labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
     )
-    key = _key(
+    colours = key(
         [
             ("data", "waiting for data"),
             ("compute", "computing"),
@@ -126,7 +122,7 @@ def _times(report: Report) -> str:
         ]
     )
     return (
-        f"<section><h2>Time and memory</h2>{key}"
+        f"<section><h2>Time and memory</h2>{colours}"
         f"{row_chart('Time per update and peak memory', _labels(report), _reasons(report), [time, memory])}"
         f'<p class="note">Medians of {report.config["compare"]["rounds"]} rounds, in which the placements took turns; '
         "the whisker spans the middle half of the rounds. × is the speed-up over accumulation in one process with as "
@@ -198,9 +194,9 @@ def _errors(report: Report) -> str:
         ],
     )
     missing = [None if reason is None else "not measured" for reason in _reasons(report)]
-    key = _key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
+    colours = key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
     return (
-        f"<section><h2>Exactness and traffic</h2>{key}"
+        f"<section><h2>Exactness and traffic</h2>{colours}"
         f"{row_chart('Error of the update and traffic', _labels(report), missing, [errors, traffic])}"
         f'<p class="note">{escaped(_what_the_error_is(report))}</p></section>'
     )
@@ -256,11 +252,8 @@ def _scaling(report: Report) -> str:
     chart = line_chart(
         "Samples per second over the number of ranks",
         curves,
-        x_title="ranks (replicas under DP)",
-        y_title="Samples per second",
-        x_ticks=[float(size) for size in sizes],
-        x_place=math.log2,
-        y_tick=lambda value: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}",
+        x=Axis(title="ranks (replicas under DP)", is_log=True, ticks=[float(size) for size in sizes]),
+        y=Axis(title="Samples per second", low=0.0),
     )
     note = (
         '<p class="note">Each placement with the accumulation steps that were fastest.</p>'
@@ -287,9 +280,8 @@ def _curves(report: Report) -> str:
     chart = line_chart(
         "Loss over the updates",
         curves,
-        x_title="update",
-        y_title="Training loss",
-        x_ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])],
+        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])]),
+        y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
     note = (
@@ -319,11 +311,6 @@ def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
         else:
             groups.append([row])
     return groups
-
-
-def _key(entries: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f'<li><span class="swatch {style}"></span>{escaped(name)}</li>' for style, name in entries)
-    return f'<ul class="key">{items}</ul>'
 
 
 def _table(report: Report) -> str:
@@ -374,8 +361,8 @@ def _cells(row: Row) -> list[str] | None:
 
 
 def _circumstances(report: Report) -> str:
-    section = report.config["compare"]
-    threads = section["threads_per_rank"]
+    compare = report.config["compare"]
+    threads = compare["threads_per_rank"]
     facts = [
         ("command", report.command),
         ("date", report.date),
@@ -384,14 +371,13 @@ def _circumstances(report: Report) -> str:
         ("took", f"{report.seconds:.0f} s"),
         (
             "timed",
-            f"{section['rounds']} rounds × {section['updates']} updates of full windows, after "
-            f"{section['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
+            f"{compare['rounds']} rounds × {compare['updates']} updates of full windows, after "
+            f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
             f"thread{'s' if threads > 1 else ''}; the slowest rank counts",
         ),
     ]
-    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts)
     config = yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)
     return (
-        f"<section><h2>How this came about</h2><dl>{rows}</dl>"
+        f"<section><h2>How this came about</h2>{definitions(facts)}"
         f"<details><summary>The configuration</summary><pre><code>{escaped(config)}</code></pre></details></section>"
     )

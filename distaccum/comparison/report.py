@@ -53,11 +53,11 @@ class Report:
         return [row for row in self.rows if row.is_measured]
 
 
-def environment() -> dict[str, Any]:
-    """Date, command line, machine and versions."""
+def environment(module: str = "distaccum.compare") -> dict[str, Any]:
+    """Date, command line (of a tool), machine and versions."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "distaccum.compare", *redacted_arguments(sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", module, *redacted_arguments(sys.argv[1:])]),
         "machine": _machine(),
         "versions": {
             "distaccum": distaccum.__version__,

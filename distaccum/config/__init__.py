@@ -11,7 +11,7 @@ or function, and the other keys of its section are passed to it. The typed secti
 
 from __future__ import annotations
 
-from distaccum.config.basics import MISSING, require_name
+from distaccum.config.basics import MISSING, flat, require_name
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
 from distaccum.config.loop import (
     CheckpointConfig,
@@ -56,5 +56,6 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "conf_dir",
+    "flat",
     "require_name",
 ]

@@ -15,3 +15,12 @@ def require_name(group: str, name: str, *own: str) -> None:
     require(
         name in own, f"{group}.name={name} can't be set: it follows from the choice of {group}. Set {group}={name}."
     )
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """A configuration's values by their full keys."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {
+        path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
+    }

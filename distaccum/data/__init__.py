@@ -1,13 +1,15 @@
 """Reference datasets that need no download, and the default collate.
 
-Any map-style `torch.utils.data.Dataset` can take their place (`data=custom`). scikit-learn and Pillow are imported
-only by the datasets that need them.
+Any map-style `torch.utils.data.Dataset` can take their place (`data=custom`). scikit-learn, scikit-image and Pillow are
+imported only by the datasets that need them.
 """
 
+from distaccum.data.coins import Coins
 from distaccum.data.collate import PadCollate
+from distaccum.data.digit_views import DigitViews
 from distaccum.data.digits import Digits
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 
-__all__ = ["Digits", "DocumentationText", "ImageFolder", "PadCollate", "Synthetic"]
+__all__ = ["Coins", "DigitViews", "Digits", "DocumentationText", "ImageFolder", "PadCollate", "Synthetic"]

@@ -1,8 +1,8 @@
 """The arithmetic of memory: what a peak will be at other micro-batches, and the largest micro-batch that fits.
 
-Pure numbers. A peak is the largest of what several moments hold, each a constant and so much for each sample; so it is a
-convex, piecewise linear function of the micro-batch. It is interpolated between measured sizes, and beyond them goes on
-with the slope of the last piece (before them, with that of the first).
+Pure numbers. A peak is the largest of what several moments hold, each a constant and so much for each sample; so it
+is a convex, piecewise linear function of the micro-batch. It is interpolated between measured sizes, and beyond them
+goes on with the slope of the last piece (before them, with that of the first).
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,12 +211,3 @@ class _Windows:
     def close(self) -> None:
         self._accumulator.clear_gradients()
         del self._accumulator, self._optimizer, self._strategy
-
-
-def with_checkpointing(setting: Setting, on: bool) -> Setting:
-    return dataclasses.replace(setting, activation_checkpointing=on)
-
-
-def bytes_by_moment(footprint: Footprint) -> Mapping[str, int]:
-    """The moments of the largest measured window."""
-    return footprint.peaks[max(footprint.peaks)]

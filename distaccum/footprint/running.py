@@ -14,8 +14,8 @@ from rich.progress import Progress, TextColumn
 from torch import nn
 
 from distaccum.assembly import Parts, build_parts, collate_fn
-from distaccum.choices import Compression
-from distaccum.config import DDPConfig, FSDPConfig, SingleConfig, StrategyConfig
+from distaccum.choices import Compression, PrecisionName
+from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.data.collate import PadCollate
 from distaccum.devices import resolve_device, to_device
 from distaccum.errors import UserError
@@ -26,9 +26,17 @@ from distaccum.model_options import take_back_checkpointing
 from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
 from distaccum.strategies.blocks import blocks_of
+from distaccum.tasks import CoupledTask
 from distaccum.tool_configs import MemoryConfig
 
 GIB = 1 << 30
+
+_OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
+    "strategy=ddp": DDPConfig(),
+    "strategy=ddp strategy.shard_optimizer=true": DDPConfig(shard_optimizer=True),
+    "strategy=fsdp": FSDPConfig(),
+    "strategy=fsdp strategy.reshard_in_window=false": FSDPConfig(reshard_in_window=False),
+}
 
 
 def memory(config: MemoryConfig) -> int:
@@ -52,15 +60,21 @@ def examine(config: MemoryConfig) -> Report:
     """Measures all rows of the report."""
     device = resolve_device(config.device)
     world_size = _world_size(config)
+    configured_strategy = _measurable(config.strategy)
     parts = build_parts(config, device, world_size=world_size)
     is_checkpointed = take_back_checkpointing(parts.module)
-    plan = parts.loader.plan
-    share = -(-plan.global_batch_size // world_size)
-    micro_batch = min(plan.micro_batch_size, share, len(parts.train_data))
+    if isinstance(parts.task, CoupledTask):
+        raise UserError(
+            f"distaccum.memory can't measure {type(parts.task).__name__}, whose loss couples the samples of a window: "
+            "its micro-steps are others. Train for a few updates, and see the peak in the summary."
+        )
+    global_batch_size = parts.loader.plan.global_batch_size
+    share = -(-global_batch_size // world_size)
+    accumulation_steps, micro_batch = _cut(config, global_batch_size, configured_strategy, world_size)
     configured = Setting(
-        strategy=_measurable(config.strategy),
+        strategy=configured_strategy,
         world_size=world_size,
-        accumulation_steps=plan.accumulation_steps,
+        accumulation_steps=accumulation_steps,
         optim=config.optim,
         activation_checkpointing=is_checkpointed,
         wrap=getattr(config.strategy, "wrap", ()),
@@ -82,15 +96,17 @@ def examine(config: MemoryConfig) -> Report:
             limit=usable,
         )
 
-    sizes = sizes_to_measure(micro_batch, len(parts.train_data))
-    wanted = [("", "configured", configured), *(_changes(config, configured, parts.module, share, world_size))]
+    wanted = [("", "configured", configured), *_changes(config, configured, parts.module, global_batch_size)]
     rows = []
     with _progress(config) as tick:
         for change, label, setting in wanted if config.memory.alternatives else wanted[:1]:
             tick(label)
             steps = setting.accumulation_steps
-            size = micro_batch if steps == plan.accumulation_steps else min(-(-share // steps), len(parts.train_data))
-            footprint = measured(setting, sizes if size in sizes else sizes_to_measure(size, len(parts.train_data)))
+            size = micro_batch
+            if (steps, setting.world_size) != (accumulation_steps, world_size):
+                size = -(-global_batch_size // (setting.world_size * steps))
+            size = min(size, len(parts.train_data))
+            footprint = measured(setting, sizes_to_measure(size, len(parts.train_data)))
             rows.append(Row(label, change, setting.world_size, steps, size, footprint))
     return Report(
         model=type(parts.module).__name__,
@@ -117,49 +133,47 @@ def _measurable(strategy: StrategyConfig) -> StrategyConfig:
     return strategy
 
 
+def _cut(config: MemoryConfig, window: int, strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
+    """Micro-steps of rank 0 in a full window, and the samples of the largest of them."""
+    plan = resolve_batch(
+        world_size=world_size,
+        global_batch_size=window,
+        micro_batch_size=config.batch.micro_batch_size,
+        accumulation_steps=config.batch.accumulation_steps if config.batch.global_batch_size else None,
+        equal_micro_steps=needs_equal_micro_steps(strategy),
+    )
+    sizes = plan.cut(window).sizes[0]
+    return len(sizes), max(sizes)
+
+
 def _changes(
-    config: MemoryConfig, configured: Setting, module: nn.Module, share: int, world_size: int
+    config: MemoryConfig, configured: Setting, module: nn.Module, window: int
 ) -> Iterator[tuple[str, str, Setting]]:
     """One change at a time: the overrides that make it, its name, and the setting."""
     change = dataclasses.replace
-    if configured.accumulation_steps > 1:
-        override = "batch.micro_batch_size=null batch.accumulation_steps=1"
-        yield override, "K = 1", change(configured, accumulation_steps=1)
-    if share > 1 and configured.accumulation_steps < share:
-        steps = min(share, 2 * configured.accumulation_steps)
-        override = f"batch.micro_batch_size=null batch.accumulation_steps={steps}"
-        yield override, f"K = {steps}", change(configured, accumulation_steps=steps)
+    share = -(-window // configured.world_size)
+    steps = configured.accumulation_steps
+    for other in (1, min(share, 2 * steps)) if steps > 1 else (min(share, 2),):
+        if other != steps:
+            override = f"batch.micro_batch_size=null batch.accumulation_steps={other}"
+            yield override, f"K = {other}", change(configured, accumulation_steps=other)
     if blocks_of(module, configured.wrap):
         on = not configured.activation_checkpointing
         name = f"activation checkpointing {'on' if on else 'off'}"
         override = f"model.activation_checkpointing={str(on).lower()}"
         yield override, name, change(configured, activation_checkpointing=on)
-    ranks = world_size if world_size > 1 else config.memory.world_size or max(2, torch.cuda.device_count())
-    others: dict[str, tuple[str, StrategyConfig]] = {
-        "single": ("strategy=single", SingleConfig()),
-        "ddp": ("strategy=ddp", DDPConfig()),
-        "ZeRO-1": ("strategy=ddp strategy.shard_optimizer=true", DDPConfig(shard_optimizer=True)),
-        "fsdp": ("strategy=fsdp", FSDPConfig()),
-        "fsdp, gathered": ("strategy=fsdp strategy.reshard_in_window=false", FSDPConfig(reshard_in_window=False)),
-    }
-    for name, (override, strategy) in others.items():
-        if strategy == configured.strategy or (
-            name == "single" and not isinstance(strategy, type(configured.strategy))
-        ):
+    ranks = configured.world_size
+    if ranks == 1:
+        ranks = config.memory.world_size or max(2, torch.cuda.device_count())
+    for override, strategy in _OTHER_PLACEMENTS.items():
+        is_impossible = isinstance(strategy, DDPConfig) and config.precision.name is PrecisionName.bf16_params
+        if strategy == configured.strategy or is_impossible:
             continue
-        if config.precision.name.value == "bf16_params" and isinstance(strategy, DDPConfig):
-            continue  # can't be had
-        if config.precision.name.value == "fp16" and isinstance(strategy, FSDPConfig):
+        if config.precision.name is PrecisionName.fp16 and isinstance(strategy, FSDPConfig):
             continue
-        plan = resolve_batch(
-            world_size=ranks,
-            global_batch_size=config.batch.global_batch_size or share * world_size,
-            micro_batch_size=config.batch.micro_batch_size,
-            accumulation_steps=config.batch.accumulation_steps,
-            equal_micro_steps=needs_equal_micro_steps(strategy),
-        )
-        setting = change(configured, strategy=strategy, world_size=ranks, accumulation_steps=plan.accumulation_steps)
-        yield override, f"{name} on {ranks} ranks", setting
+        other, _ = _cut(config, window, strategy, ranks)
+        name = f"{override.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
+        yield override, name, change(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
 
 
 def _batches(config: MemoryConfig, parts: Parts, device: torch.device) -> Callable[[int], Any]:

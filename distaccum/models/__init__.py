@@ -1,7 +1,9 @@
 """Reference models. Any `torch.nn.Module` can take their place (`model=custom`)."""
 
 from distaccum.models.cnn import CNN
+from distaccum.models.encoder import Encoder
 from distaccum.models.gpt import GPT
 from distaccum.models.mlp import MLP
+from distaccum.models.unet import UNet
 
-__all__ = ["CNN", "GPT", "MLP"]
+__all__ = ["CNN", "GPT", "MLP", "Encoder", "UNet"]

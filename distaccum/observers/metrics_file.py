@@ -110,6 +110,8 @@ class MetricsFile(Observer):
         }
         if record.skipped:
             line["skipped"] = True
+        if record.peak_memory_bytes is not None:
+            line["peak_memory_bytes"] = record.peak_memory_bytes
         self._write(line)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

@@ -106,7 +106,7 @@ class Wandb(Observer):
         return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {str(error).rstrip('.')}. {mend}")
 
     def on_update(self, record: UpdateRecord) -> None:
-        values = {
+        values: dict[str, float] = {
             "epoch": record.epoch,
             "samples": record.samples,
             "loss": record.loss,
@@ -118,11 +118,14 @@ class Wandb(Observer):
             "update_seconds": record.update_seconds,
             "samples_per_second": record.samples_per_second,
             "data_seconds": record.data_seconds,
+            "compute_seconds": record.compute_seconds,
             "sync_seconds": record.sync_seconds,
             "sync_calls": record.sync_calls,
             "sync_bytes": record.sync_bytes,
             "skipped": int(record.skipped),
         }
+        if record.peak_memory_bytes is not None:
+            values["peak_memory_bytes"] = record.peak_memory_bytes
         self._log("train", record.update, values)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

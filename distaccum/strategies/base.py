@@ -43,7 +43,8 @@ class Strategy(Protocol):
         model: what to call in a micro-step.
         module: the user's own module inside it, for evaluations and checkpoints.
         device: where this rank's parameters are.
-        world_size: number of ranks whose gradients are averaged in the sync.
+        world_size: number of ranks whose gradients are added up in the sync.
+        sync_divisor: what the sync divides that sum by: the number of ranks where it takes the mean, else 1.
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
         equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
@@ -59,6 +60,8 @@ class Strategy(Protocol):
     @property
     def world_size(self) -> int: ...
     @property
+    def sync_divisor(self) -> int: ...
+    @property
     def process_group(self) -> dist.ProcessGroup | None: ...
     @property
     def traffic(self) -> Traffic: ...
@@ -69,6 +72,14 @@ class Strategy(Protocol):
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""
+        ...
+
+    def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
+        """Starts to add up a vector of float64 over the ranks, beside or within the backward that follows.
+
+        Returns:
+            What waits for the sum and gives it, to be called after that backward.
+        """
         ...
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:

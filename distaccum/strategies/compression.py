@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+from torch.distributed.distributed_c10d import AllreduceCoalescedOptions
 from torch.futures import Future
 
 from distaccum.choices import Compression
 from distaccum.config import DDPConfig
 from distaccum.strategies.base import Traffic
+from distaccum.strategies.riding import Passengers
 
 Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
@@ -27,36 +29,43 @@ class HookState:
     """What a hook needs to know of its model."""
 
     process_group: dist.ProcessGroup
-    world_size: int
+    divisor: int
     traffic: Traffic
+    passengers: Passengers | None
     mark: Callable[[], Any]
 
 
 def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
     buffer = bucket.buffer()
-    # Dividing before the sum keeps float16 in range; the accumulator has made the gradients of the order of a mean.
-    sent = (buffer if dtype is None else buffer.to(dtype)).div_(state.world_size)
+    sent = buffer if dtype is None else buffer.to(dtype)
+    if state.divisor != 1:
+        sent.div_(state.divisor)
     state.traffic.count(sent)
     state.traffic.last_launch = state.mark()
-    work = dist.all_reduce(sent, group=state.process_group, async_op=True)
-    assert work is not None
+    passenger = state.passengers.take(sent.dtype) if state.passengers is not None else None
+    if passenger is None:
+        work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
+    else:
+        work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
+    reduced: Future[Any] = work.get_future()
     # Ranks that aren't there (torch's fake process group) give no value.
-    reduced: Future[torch.Tensor] = work.get_future().then(lambda future: (future.value() or (sent,))[0])
-    return reduced if dtype is None else reduced.then(lambda future: buffer.copy_(future.value()))
+    if dtype is None:
+        return reduced.then(lambda future: (future.value() or (sent,))[0])
+    return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
 
 
 def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """Mean over the ranks, in the gradients' own format: what DDP does without a hook."""
+    """Sum over the ranks, divided by `divisor`, in the gradients' own format."""
     return _all_reduce(state, bucket, None)
 
 
 def all_reduce_fp16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """Mean over the ranks, sent as float16."""
+    """The same, sent as float16: in range, as the accumulator has made gradients of the order of a mean."""
     return _all_reduce(state, bucket, torch.float16)
 
 
 def all_reduce_bf16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """Mean over the ranks, sent as bfloat16. torch's own hook refuses gloo."""
+    """The same, sent as bfloat16. torch's own hook refuses gloo."""
     return _all_reduce(state, bucket, torch.bfloat16)
 
 

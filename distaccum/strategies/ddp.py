@@ -27,6 +27,7 @@ from distaccum.strategies.compression import (
     powersgd_tensors,
 )
 from distaccum.strategies.placeholders import with_zero_gradients
+from distaccum.strategies.riding import Passengers, summed_beside
 
 
 class DDPStrategy:
@@ -34,7 +35,7 @@ class DDPStrategy:
 
     Args:
         model: the wrapped model. If it has no communication hook yet, one is registered that does what DDP does by
-            itself (all-reduce, mean over ranks) and counts it.
+            itself (all-reduce) and counts it.
     """
 
     def __init__(self, model: DistributedDataParallel, config: DDPConfig | None = None) -> None:
@@ -50,7 +51,15 @@ class DDPStrategy:
         self._graph_is_known = not model.static_graph
         self._powersgd: PowerSGDState | None = None
         compression = config.compression if config is not None else Compression.none
-        state = HookState(model.process_group, self.world_size, self.traffic, Stopwatch(self.device).mark)
+        # The mean would take one more pass over the gradients than the sum. A static graph needs it (see no_sync), and
+        # float16 has room for little more.
+        is_own_hook = compression is not Compression.powersgd and not model._comm_hooks
+        is_sum = is_own_hook and not model.static_graph and compression is not Compression.fp16
+        self.sync_divisor = 1 if is_sum else self.world_size
+        is_on_cpu = self.device.type == "cpu"
+        self._passengers = Passengers(model.process_group) if is_own_hook and is_on_cpu else None
+        mark = Stopwatch(self.device).mark
+        state = HookState(model.process_group, self.sync_divisor, self.traffic, self._passengers, mark)
         if compression is Compression.powersgd:
             assert config is not None
             self._powersgd, hook = powersgd_hook(state, config)
@@ -67,6 +76,9 @@ class DDPStrategy:
             return nullcontext()
         return self.model.no_sync()
 
+    def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
+        return self._passengers.board(numbers) if self._passengers else summed_beside(numbers, self.process_group)
+
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
         # SyncBatchNorm's backward holds a collective, so its part of the graph can't be left out.
         return loss_sum * 0 if self._has_sync_batchnorm else with_zero_gradients(loss_sum)
@@ -75,6 +87,8 @@ class DDPStrategy:
         return get_total_norm(gradients)
 
     def drop_gradients(self) -> None:
+        if self._passengers is not None:
+            self._passengers.leave()
         if self._powersgd is not None:
             # What PowerSGD remembers of the window's gradients, NaN included, would go into all that follow.
             for memory in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):

@@ -22,6 +22,7 @@ from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic, local_parts
 from distaccum.strategies.blocks import blocks_to_wrap
+from distaccum.strategies.riding import summed_beside
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class FSDPStrategy:
         self.module: nn.Module = model
         self.device = device
         self.process_group = dist.group.WORLD
-        self.world_size = dist.get_world_size()
+        self.world_size = self.sync_divisor = dist.get_world_size()
         self.traffic = Traffic()
         self.equal_micro_steps = self.world_size > 1
         self.shares_buffers = self.world_size == 1
@@ -74,6 +75,9 @@ class FSDPStrategy:
         self._root.set_requires_gradient_sync(sync)
         if not self._reshard_in_window:
             self._root.set_reshard_after_backward(sync)
+
+    def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
+        return summed_beside(numbers, self.process_group)
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
         # FSDP's collectives are in the backward of the model's own graph, so it can't be left out. A placeholder is a

@@ -1,7 +1,17 @@
 """Tasks: a loss as a sum, what it is averaged over, and metrics. Any callable of the same form can take their place."""
 
-from distaccum.tasks.base import Task, TaskOutput
+from distaccum.tasks.base import CoupledTask, Task, TaskOutput
 from distaccum.tasks.classification import Classification
+from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.language_modeling import LanguageModeling
+from distaccum.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "LanguageModeling", "Task", "TaskOutput"]
+__all__ = [
+    "Classification",
+    "Contrastive",
+    "CoupledTask",
+    "LanguageModeling",
+    "Segmentation",
+    "Task",
+    "TaskOutput",
+]

@@ -41,3 +41,38 @@ class Task(ABC):
             weight: the added-up `TaskOutput.weight`.
         """
         return {name: float(value) / weight for name, value in sums.items()}
+
+
+class CoupledTask(Task):
+    """A task whose loss couples all samples of a window, as contrastive losses do: it is no sum over micro-batches.
+
+    The trainer embeds every micro-batch, takes the loss of the whole window, and back-propagates with cached gradients
+    (see `distaccum.caching`): the update is that of the window in one shot, for any cut. `embed` is called twice for
+    each micro-batch.
+
+    Attributes:
+        evaluation_samples: how many samples are put together for a loss in evaluations, in the dataset's order; None
+            for all of them. Such a loss depends on it, so it should be near the window's size.
+    """
+
+    evaluation_samples: int | None = None
+
+    @abstractmethod
+    def embed(self, model: nn.Module, batch: Any) -> Any:
+        """Embeddings of one micro-batch.
+
+        Returns:
+            A tensor with one row for each sample, or a tuple, list or dictionary of such tensors, among which may be
+            what else the loss needs, as labels.
+        """
+
+    @abstractmethod
+    def window_loss(self, embeddings: Any) -> TaskOutput:
+        """The loss of a whole window, given the rows of all its micro-batches and ranks, in float32 at least.
+
+        It must be the same function on every rank: no random numbers, and no parameters (those belong into the model).
+        """
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        """One shot: the batch as a window of its own."""
+        return self.window_loss(self.embed(model, batch))

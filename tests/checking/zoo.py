@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distaccum import TaskOutput
+from distaccum import TaskOutput, tasks
 from distaccum.tasks import Classification, LanguageModeling
 
 CLASSES = 3
@@ -573,3 +573,24 @@ class Squeezes(Classification):
         inputs, targets = batch
         errors = model(inputs).squeeze() - F.one_hot(targets, CLASSES).squeeze()
         return TaskOutput((errors**2).sum() if errors.ndim == 2 else errors.abs().sum(), len(targets))
+
+
+class CoupledBatchNorm(nn.Module):
+    """Embeds digits' views, and mixes them in a BatchNorm."""
+
+    def __init__(self, input_shape: Any) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+class PlainContrastive:
+    """The loss of each micro-batch by itself."""
+
+    def __init__(self) -> None:
+        self._task = tasks.Contrastive()
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        return self._task(model, batch)

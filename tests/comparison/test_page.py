@@ -11,10 +11,10 @@ from PIL import Image
 from rows_by_hand import report, row
 
 from distaccum.comparison.advice import advise
-from distaccum.comparison.charts import nice_ticks, spread_labels
 from distaccum.comparison.page import coinciding, page_of
 from distaccum.comparison.report import Reference, Report
 from distaccum.comparison.results import Row
+from distaccum.pages import nice_ticks, spread_labels
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

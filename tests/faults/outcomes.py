@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from command_line import metrics
+from command_line import metrics, without_measurements
 from starting import RUN, Starter
 
 from distaccum.checkpoints import MODEL_FILE, checkpoints_in
@@ -28,8 +28,8 @@ def current(folder: Path | str) -> Iterator[None]:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's numbers, but for those that are times."""
-    return [{key: value for key, value in line.items() if "second" not in key} for line in metrics(run_dir)]
+    """The run's numbers, but for those that are measured."""
+    return [without_measurements(line) for line in metrics(run_dir)]
 
 
 def outcome(run_dir: Path = Path("run")) -> tuple[list[dict[str, Any]], bytes]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from command_line import without_measurements
 from zygote import Zygote
 
 from distaccum.checkpoints import MODEL_FILE
@@ -32,11 +33,11 @@ RUN = [
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's `metrics.jsonl`, which may be being written, without what is a time."""
+    """The whole lines of a run's `metrics.jsonl`, which may be being written, without what is measured."""
     path = folder / "run" / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+    return [without_measurements(line) for line in lines]
 
 
 def results(folder: Path) -> tuple[bytes, list[dict[str, Any]]]:

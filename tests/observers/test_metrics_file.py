@@ -77,6 +77,12 @@ def test_an_update_is_one_line_of_these_keys(tmp_path: Path) -> None:
     }
 
 
+def test_an_update_that_looked_up_the_memory_says_it(tmp_path: Path) -> None:
+    with _started(tmp_path) as observer:
+        observer.on_update(records.update(8, peak_memory_bytes=123_456))
+    assert _read(tmp_path)[0]["peak_memory_bytes"] == 123_456
+
+
 def test_a_skipped_update_says_so(tmp_path: Path) -> None:
     with _started(tmp_path) as observer:
         observer.on_update(records.update(1, skipped=True))

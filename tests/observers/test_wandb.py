@@ -115,7 +115,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
     observer = _offline(run_dir)
     observer.on_start(records.start(run_dir))
     observer.on_update(records.update(1))
-    observer.on_update(records.update(2, loss=math.nan, skipped=True))
+    observer.on_update(records.update(2, loss=math.nan, skipped=True, peak_memory_bytes=123_456))
     observer.on_evaluation(records.evaluation(2, references={"unigram_entropy": 3.2}))
     observer.on_end(records.end(run_dir))
     observer.close()
@@ -144,12 +144,13 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
         "train/update_seconds": 0.02,
         "train/samples_per_second": 3214.4,
         "train/data_seconds": 0.001,
+        "train/compute_seconds": pytest.approx(0.017),
         "train/sync_seconds": 0.002,
         "train/sync_calls": 2,
         "train/sync_bytes": 1024,
         "train/skipped": 0,
     }
-    assert second["train/skipped"] == 1
+    assert (second["train/skipped"], second["train/peak_memory_bytes"]) == (1, 123_456)
     assert math.isnan(float(second["train/loss"]))
     assert evaluation == {
         "update": 2,

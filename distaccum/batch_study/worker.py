@@ -1,0 +1,48 @@
+"""One rank of one run of a study: trains what it is told, as `distaccum.train` does.
+
+Started by `distaccum.batch_study.running` as `python -m distaccum.batch_study.worker JOB`, under torchrun if there are
+several ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from distaccum.assembly import train
+from distaccum.comparison.portable import from_portable
+from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
+from distaccum.logs import flush_output, print_error
+
+_SECONDS_TO_BE_STOPPED = 5.0
+
+
+def _status(job_file: str) -> int:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    try:
+        interrupted = train(from_portable(job["config"])).interrupted
+    except OtherRankFailedError:
+        time.sleep(_SECONDS_TO_BE_STOPPED)  # leaving first would have the launcher stop the rank that says why
+        return EXIT_STATUS
+    except UserError as error:
+        print_error(str(error))
+        return EXIT_STATUS
+    if interrupted is None:
+        return 0
+    return EXIT_INTERRUPTED if interrupted == "SIGINT" else EXIT_UNFINISHED
+
+
+if __name__ == "__main__":
+    status = _status(sys.argv[1])
+    logging.shutdown()
+    flush_output()
+    if "RANK" in os.environ:
+        os._exit(status)  # as distaccum.entry does: taking the interpreter down may abort a rank that is done
+    sys.exit(status)

@@ -1,0 +1,59 @@
+"""An encoder of images, for contrastive learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distaccum.errors import UserError
+from distaccum.models.checks import require_at_least_one
+from distaccum.models.cnn import CNN
+
+
+class Encoder(nn.Module):
+    """The CNN's stages, and a projection of two layers to the embedding.
+
+    Args:
+        input_shape: channels, height and width of one image.
+        channels: of each stage, multiples of 8.
+        width: units of the projection's hidden layer.
+        embedding_size: size of an embedding.
+        dropout: dropout before the projection.
+        learn_temperature: give embeddings of the length √(1 / temperature), the temperature being a parameter: their
+            inner products are cosine similarities divided by it, so it is learned with the rest.
+        temperature: where that begins.
+
+    Raises:
+        UserError: an impossible argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: Sequence[int],
+        channels: Sequence[int] = (16, 32),
+        width: int = 64,
+        embedding_size: int = 32,
+        dropout: float = 0.0,
+        learn_temperature: bool = False,
+        temperature: float = 0.2,
+    ) -> None:
+        super().__init__()
+        require_at_least_one("Encoder", width=width, embedding_size=embedding_size)
+        if not temperature > 0:
+            raise UserError(f"Encoder: temperature={temperature} must be greater than 0.")
+        self.trunk = CNN(input_shape=input_shape, num_classes=width, channels=channels, dropout=dropout)
+        self.projection = nn.Sequential(nn.ReLU(), nn.Linear(width, embedding_size))
+        # As in CLIP (Radford et al. 2021): the logarithm of what similarities are multiplied by.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn_temperature else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings `[B, embedding_size]` of images `[B, *input_shape]`."""
+        embeddings: Tensor = self.projection(self.trunk(images))
+        if self.log_scale is None:
+            return embeddings
+        return F.normalize(embeddings, dim=1) * (self.log_scale / 2).exp()

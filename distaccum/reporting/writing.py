@@ -1,0 +1,37 @@
+"""From the folders of runs to the file of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distaccum.errors import UserError
+from distaccum.files import replacing
+from distaccum.pages import MADE_BY
+from distaccum.reporting.page import page_of
+from distaccum.reporting.runs import read_runs
+
+_NAME = "report.html"
+
+
+def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the page of some runs; returns its path.
+
+    Args:
+        out: None: `report.html` in the run's folder, or in the current one if there are several runs.
+
+    Raises:
+        UserError: a folder holds no run, or the file can't be written or is somebody else's.
+    """
+    runs = read_runs(folders)
+    path = out if out is not None else (folders[0] if len(folders) == 1 else Path()) / _NAME
+    if path.is_dir():
+        path = path / _NAME
+    try:
+        if path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]:
+            raise UserError(f"{path} exists already and is no page of distaccum: choose another file with --out.")
+        with replacing(path) as file:
+            file.write(page_of(runs).encode())
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another with --out.") from error
+    return path
