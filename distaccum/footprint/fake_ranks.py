@@ -5,6 +5,7 @@ What a rank holds in memory doesn't depend on what the others send, so it can be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,9 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         return
     assert not dist.is_initialized(), "there are real ranks already"
     # Here and not above: torch keeps it among its own tests' helpers, and it is needed for nothing else.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own helpers, among themselves
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:

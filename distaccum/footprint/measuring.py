@@ -99,16 +99,48 @@ def measure(
     Raises:
         UserError: the strategy can't be had, …
     """
+    with fake_ranks(setting.world_size):
+        return measure_here(
+            master,
+            setting,
+            task,
+            batch_of,
+            sizes,
+            device=device,
+            precision=precision,
+            clip_norm=clip_norm,
+            limit=limit,
+            has_ranks=setting.world_size == 1,
+        )
+
+
+def measure_here(
+    master: nn.Module,
+    setting: Setting,
+    task: Callable[[nn.Module, Any], TaskOutput],
+    batch_of: Callable[[int], Any],
+    sizes: Sequence[int],
+    *,
+    device: torch.device,
+    precision: Precision,
+    clip_norm: float | None = 1.0,
+    limit: float | None = None,
+    has_ranks: bool = True,
+) -> Footprint:
+    """As `measure`, in the process group that there is already, all of whose ranks call this.
+
+    Args:
+        has_ranks: False if what its collectives give is what has been in memory by chance.
+    """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        stack.enter_context(fake_ranks(setting.world_size))
         meter = stack.enter_context(metered(device))
-        window = _Windows(master, setting, task, meter, device, precision, clip_norm)
+        windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
         try:
-            footprint = _footprint(window, batch_of, sizes, limit)
+            footprint = _footprint(windows, batch_of, sizes, limit)
         finally:
-            window.close()
+            windows.close()
     gc.collect()  # a placed model and its hooks hold each other
     return footprint
 
@@ -142,6 +174,7 @@ class _Windows:
         device: torch.device,
         precision: Precision,
         clip_norm: float | None,
+        has_ranks: bool,
     ) -> None:
         module = copy.deepcopy(master)
         if setting.activation_checkpointing:
@@ -156,6 +189,7 @@ class _Windows:
             self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
         )
         self._task = task
+        self._has_ranks = has_ranks
         self._meter = meter
         self._autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
         # A fourth micro-step would be like the third: gradients are there, and it isn't the last.
@@ -189,7 +223,7 @@ class _Windows:
 
     def _make_finite(self) -> None:
         """What would have come from ranks that aren't there is what has been in memory by chance."""
-        if self._strategy.world_size > 1:
+        if not self._has_ranks:
             gradients = [p.grad for p in self._strategy.model.parameters() if p.grad is not None]
             torch._foreach_zero_(local_parts(gradients))
 
