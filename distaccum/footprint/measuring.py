@@ -135,7 +135,9 @@ def measure_here(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # by torch's own ZeRO-1
+        warnings.filterwarnings(
+            "ignore", message="`torch.jit.* is deprecated", category=DeprecationWarning
+        )  # by torch's own ZeRO-1
         meter = stack.enter_context(metered(device))
         windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
         try:
