@@ -34,6 +34,7 @@ from distaccum.errors import UserError
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
+from distaccum.model_options import build_model
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
@@ -197,7 +198,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         **_grouping_arguments(config, train_data, rank),
         drop_last=config.batch.drop_last,
         seed=config.seed,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
@@ -214,9 +215,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = targets.build(config.model, "model", defaults_from=train_data)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
     return Parts(
         precision=precision,
         train_data=train_data,
@@ -401,7 +400,7 @@ def _evaluation(
     loader = EvaluationLoader(
         data,
         batch_size=config.train.eval_batch_size,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         options=options,
@@ -410,7 +409,8 @@ def _evaluation(
     return data, loader
 
 
-def _collate_fn(config: DataConfig) -> Any:
+def collate_fn(config: DataConfig) -> Any:
+    """The configured function that makes micro-batches; None if none is."""
     if config.collate_fn is None:
         return None
     found = targets.build(config.collate_fn, "data.collate_fn")

@@ -1,4 +1,4 @@
-"""The typed configuration of the tools beside training: `compare`, `check`, `study` and `tune`."""
+"""The typed configuration of the tools beside training: `compare`, `check`, `memory`, `study` and `tune`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,42 @@ class CheckConfig(TrainConfig):
             not self.batch.is_auto,
             "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
             "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MemorySection:
+    """What `python -m distaccum.memory` measures, in one process, and what it is to fit into."""
+
+    world_size: int | None = None
+    """Ranks to measure `ddp` and `fsdp` for; they need not be there. `null`: one per GPU of this host, at least 2."""
+    limit_gb: float | None = None
+    """Memory that one rank may use, in GiB. `null`: the device's."""
+    headroom: float = 0.1
+    """Part of the limit to leave free, for fragmentation, and on a GPU for what CUDA itself takes."""
+    alternatives: bool = True
+    """Measure what other settings would need too. `false`: the configured one only."""
+    json: bool = False
+    """Print one JSON object and nothing else. `--json` is short for `memory.json=true`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, memory__world_size=self.world_size)
+        require_positive(memory__limit_gb=self.limit_gb)
+        require(0 <= self.headroom < 1, f"memory.headroom={self.headroom} is impossible: it must lie in [0, 1).")
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig(TrainConfig):
+    """A training whose memory is to be measured and predicted."""
+
+    memory: MemorySection = field(default_factory=MemorySection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            not self.batch.is_auto,
+            "memory says by itself what fits, and batch.micro_batch_size=auto leaves open what to measure: give a "
+            "number here, as in batch.micro_batch_size=4.",
         )
 
 

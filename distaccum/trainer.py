@@ -37,6 +37,7 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.memory_line import MemoryLine
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
 from distaccum.optim import Schedule
@@ -139,6 +140,7 @@ class Trainer:
         self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
         self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
         self.total_updates = total_updates(loop, len(loader))
+        self._memory_line = MemoryLine(self.strategy, optimizer, is_compiled=compile_clock is not None)
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._evaluation: EvaluationRecord | None = None
@@ -273,7 +275,9 @@ class Trainer:
             if isinstance(self.task, CoupledTask):
                 result = self._coupled_update(self.task, window, number)
             else:
-                result = self.accumulator.run(window, self._forward, partial(self._begin_phase, number))
+                result = self.accumulator.run(
+                    window, partial(self._forward, window), partial(self._begin_phase, number)
+                )
         except WindowDroppedError:
             self._grace.put_back()
             logger.info("update %d: no time is left to finish its window, which is dropped", number)
@@ -283,11 +287,12 @@ class Trainer:
         if LIMIT_REPORT in result.reports:
             self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
         self._tell_update(window, result, lr)
+        self._memory_line.tell()
         self._tuning.after_update(self._totals.updates, window, result)
         return result
 
-    def _forward(self, batch: Any) -> TaskOutput:
-        with self.precision.autocast():
+    def _forward(self, window: Window, batch: Any) -> TaskOutput:
+        with self._memory_line.watching(window.sizes[0]), self.precision.autocast():
             return self.task(self.model, batch)
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
