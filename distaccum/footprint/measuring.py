@@ -45,8 +45,8 @@ class Footprint:
     """What one rank holds under one setting, in bytes.
 
     Attributes:
-        parameters, buffers, gradients, optimizer: at rest, between two windows. Gradients are those that the optimizer
-            sees.
+        parameters, buffers, optimizer: at rest, between two windows.
+        gradients: at the end of a window, those that the optimizer sees.
         other: what else is held at rest (DDP's buckets, where gradients are no views of them).
         activations: by size of the micro-batch, what its forward leaves for the backward.
         batches: by size of the micro-batch, what the batch itself holds.
@@ -188,6 +188,7 @@ class _Windows:
         parameters = self._strategy.model.parameters()
         shard = shards_optimizer(setting.strategy)
         self._optimizer = build_optimizer(setting.optim, parameters, device, shard=shard)
+        self._gradient_bytes = 0
         self._accumulator = Accumulator(
             self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
         )
@@ -220,6 +221,7 @@ class _Windows:
                 is_last = number == self._micro_steps
                 lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")
         self._make_finite()
+        self._gradient_bytes = held_bytes(self._gradients())
         self._accumulator.step()
         lap(STEP)
         return peaks, kept
@@ -227,22 +229,24 @@ class _Windows:
     def _make_finite(self) -> None:
         """What would have come from ranks that aren't there is what has been in memory by chance."""
         if not self._has_ranks:
-            gradients = [p.grad for p in self._strategy.model.parameters() if p.grad is not None]
-            torch._foreach_zero_(local_parts(gradients))
+            torch._foreach_zero_(local_parts(self._gradients()))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._strategy.model.parameters() if p.grad is not None]
 
     def weigh(self, found: Footprint) -> None:
         """Writes down what is held at rest."""
         self._strategy.at_rest()
         module = self._strategy.module
         parameters: list[Tensor] = list(module.parameters())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         inner = getattr(self._optimizer, "optim", self._optimizer)
         states = [value for values in inner.state.values() for value in values.values()]
         buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
         # Buckets that several gradients are views of are counted once.
-        found.gradients, found.optimizer = held_bytes(gradients), held_bytes(states)
-        known = found.parameters + found.buffers + found.gradients + found.optimizer
+        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(states)
+        # Those that have no home in buckets are dropped between windows.
+        known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer
         found.other = max(0, self._meter.now - known)
 
     def close(self) -> None:
