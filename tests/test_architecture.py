@@ -31,6 +31,7 @@ FLOORS = {
     "targets": 1,
     "pages": 1,
     "planning": 2,
+    "batch_sizes": 2,
     "grouping": 2,
     "recutting": 2,
     "data": 2,

@@ -71,7 +71,7 @@ class Training:
         self.loader = parts.loader
         self.task = parts.task
         self.precision = parts.precision
-        self.total_updates = total_updates(config.train, len(parts.loader))
+        self.total_updates = total_updates(config.train, parts.loader.sizes)
         factor = schedule_factor(config.schedule, self.total_updates)
         placed = place(parts.module, config.strategy, device, config.precision.name)
         self.syncing = SyncEveryMicroStep(placed) if sync_every_step else None

@@ -17,7 +17,8 @@ class RunStart:
     """One line that explains how a window is cut."""
     total_updates: int
     """Number of the last update of the run, unless it stops early."""
-    updates_per_epoch: int
+    updates_per_epoch: int | None
+    """None if they are not equally many in all epochs."""
     config: dict[str, Any]
     """The configuration as plain dictionaries, lists, strings and numbers."""
     resumed_update: int = 0

@@ -55,9 +55,10 @@ class Progress(Observer):
     def on_start(self, start: RunStart) -> None:
         self._total_updates = start.total_updates
         self._skipped_updates = start.skipped_updates
+        per_epoch = "" if start.updates_per_epoch is None else f" ({start.updates_per_epoch:,} per epoch)"
         rows = [
             ("plan", start.plan),
-            ("updates", f"{start.total_updates:,} ({start.updates_per_epoch:,} per epoch)"),
+            ("updates", f"{start.total_updates:,}{per_epoch}"),
         ]
         if start.resumed_update:
             rows.append(("resumed", f"after update {start.resumed_update:,}"))
