@@ -326,7 +326,9 @@ def size_rule(config: BatchConfig) -> SizeRule | None:
     if config.schedule is BatchSchedule.constant or base is None:
         return None
     if config.schedule is BatchSchedule.table:
-        return SizeTable(base, dict(config.table), by_epoch=config.table_unit is TableUnit.epoch)
+        return SizeTable(
+            base, {entry[0]: entry[1] for entry in config.table}, by_epoch=config.table_unit is TableUnit.epoch
+        )
     if config.schedule is BatchSchedule.ramp:
         assert config.ramp_from is not None
         assert config.ramp_updates is not None

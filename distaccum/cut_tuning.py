@@ -95,9 +95,8 @@ class CutTuning:
         assert isinstance(sizes.rule, NoiseSizes)
         if self._number(window) < sizes.rule.changes[-1][0]:
             return  # what was measured last has not come into force yet
-        found = [
-            sizes.rule.wanted(noise.scale, noise.measurements)
-        ]  # rank 0's counts: the last bit may be another on other devices
+        # Rank 0's counts: on unlike devices the last bit may be another.
+        found = [sizes.rule.wanted(noise.scale, noise.measurements)]
         if self._strategy.process_group is not None:
             dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
         if found[0] is not None:

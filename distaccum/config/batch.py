@@ -126,7 +126,8 @@ class BatchConfig:
             require(
                 len(entry) == 2 and entry[0] >= first and entry[-1] >= 1,
                 f"batch.table has the entry {entry}, which is impossible: it takes pairs of one "
-                f"{self.table_unit.name} and a size; {self.table_unit.name}s are counted from {first}, and sizes are at least 1.",
+                f"{self.table_unit.name} and a size; {self.table_unit.name}s are counted from {first}, "
+                "and sizes are at least 1.",
             )
         begins = [entry[0] for entry in self.table]
         require(len(set(begins)) == len(begins), f"batch.table={self.table} has two sizes for one and the same begin.")
