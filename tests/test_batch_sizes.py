@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
+from distaccum.assembly import size_rule
 from distaccum.batch_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
+from distaccum.config import LoopConfig
+from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.loaders import WindowLoader
 from distaccum.planning import window_bounds
+from distaccum.trainer import total_updates
 
 SIZES = st.integers(1, 20)
 
@@ -123,3 +132,104 @@ def test_sizes_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(UserError, match=r"windows of 128 samples, more than the 100 there are"):
         BatchSizes(SizeTable(16, {9: 128}), 100, drop_last=True).check(4)
     BatchSizes(SizeTable(16, {9: 128}), 100).check(4)
+
+
+@pytest.mark.parametrize("rule", [SizeRamp(24, start=4, updates=9), SizeTable(8, {3: 20, 7: 5})])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_windows_are_the_same_on_any_number_of_ranks(rule: SizeRule, drop_last: bool) -> None:
+    data = TensorDataset(torch.arange(70))
+
+    def windows(world_size: int) -> list[list[int]]:
+        found = []
+        loaders = [
+            WindowLoader(
+                data,
+                global_batch_size=rule.base,
+                micro_batch_size=3,
+                drop_last=drop_last,
+                schedule=rule,
+                rank=rank,
+                world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]
+        for _ in range(3):
+            epochs = [list(_contents(loader)) for loader in loaders]
+            found += [[sample for part in window for sample in part] for window in zip(*epochs, strict=True)]
+        return found
+
+    one = windows(1)
+    assert one == windows(2) == windows(4)
+    sizes = BatchSizes(rule, 70, drop_last)
+    assert list(map(len, one)) == [stop - start for epoch in range(3) for start, stop in sizes.bounds(epoch)]
+
+
+def _contents(loader: WindowLoader) -> Iterator[list[int]]:
+    for window in loader:
+        assert window.number == loader.sizes.first_number(window.epoch) + window.index
+        yield [int(sample) for (batch,), size in zip(window, window.sizes, strict=True) if size for sample in batch]
+
+
+def test_a_size_that_changes_while_an_epoch_is_loaded_moves_its_end() -> None:
+    rule = NoiseSizes(4, smallest=4, largest=16)
+    loader = WindowLoader(
+        TensorDataset(torch.arange(50)), global_batch_size=4, micro_batch_size=4, schedule=rule, rank=0, world_size=1
+    )
+    seen: list[list[int]] = []
+    for window in loader.epoch(0):
+        if window.index == 1:
+            loader.sizes.change(16, window.number + loader.windows_ahead + 2)
+        seen.append([int(sample) for (batch,) in window for sample in batch])
+    assert list(map(len, seen)) == [4, 4, 4, 4, 4, 16, 14]
+    assert sorted(sum(seen, [])) == list(range(50))
+    assert loader.number(1, 0) == 7
+    again = WindowLoader(
+        TensorDataset(torch.arange(50)),
+        global_batch_size=4,
+        schedule=NoiseSizes(4, smallest=4, largest=16),
+        rank=0,
+        world_size=1,
+    )
+    again.load_state_dict(loader.state_dict())
+    assert [[i for part in window.sample_indices for i in part] for window in again.epoch(0)] == seen
+
+
+def test_a_run_of_epochs_has_as_many_updates_as_their_windows() -> None:
+    sizes = BatchSizes(SizeTable(10, {1: 20}, by_epoch=True), 100)
+    assert total_updates(LoopConfig(epochs=3), sizes) == 10 + 5 + 5
+    assert total_updates(LoopConfig(epochs=3, max_updates=12), sizes) == 12
+
+
+NOISE = ["batch.schedule=noise", "batch.min_size=16", "batch.max_size=512"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch.ramp_from=8"], "batch.ramp_from=8 means nothing with batch.schedule=constant"),
+        (["batch.lr_rule=sqrt"], "batch.lr_rule=sqrt means nothing with batch.schedule=constant"),
+        (["batch.schedule=ramp", "batch.ramp_from=8"], "batch.schedule=ramp needs batch.ramp_updates"),
+        (["batch.schedule=table"], "batch.schedule=table needs batch.table"),
+        (["batch.schedule=table", "batch.table=[[0,8]]"], "has the entry [0, 8], which is impossible"),
+        (["batch.schedule=table", "batch.table=[[1]]"], "has the entry [1], which is impossible"),
+        (["batch.schedule=table", "batch.table=[[1,8],[1,9]]"], "two sizes for one and the same begin"),
+        (
+            ["batch.schedule=table", "batch.table=[[3,8]]", "batch.accumulation_steps=4"],
+            "batch.accumulation_steps=4 can't be given with batch.schedule=table",
+        ),
+        (NOISE, "set insight.noise_scale=true"),
+        ([*NOISE, "insight.noise_scale=true", "batch.global_batch_size=8"], "batch.global_batch_size=8, which is not"),
+        ([*NOISE, "insight.noise_scale=true", "schedule=cosine"], "set train.max_updates, or schedule=constant"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose(overrides)
+
+
+def test_what_a_configuration_says_is_built() -> None:
+    table = compose(["batch.schedule=table", "batch.table=[[2,8],[1,4]]", "batch.table_unit=epoch"]).batch
+    assert str(size_rule(table)) == "table by epoch: 256 from 0 on, 4 from 1 on, 8 from 2 on"
+    noise = compose([*NOISE, "insight.noise_scale=true", "schedule=cosine", "train.max_updates=9"]).batch
+    assert str(size_rule(noise)) == "noise scale between 16 and 512, beginning with 256"
+    assert size_rule(compose([]).batch) is None
