@@ -205,7 +205,8 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         schedule=size_rule(config.batch),
         options=options,
     )
-    if config.insight.noise_scale and loader.plan.is_one_shot:
+    smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
+    if config.insight.noise_scale and smallest.is_one_shot:
         logger.info(
             "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
             "updates it is cut into two; the update is the same but for rounding",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
-from distaccum.batch_sizes import BatchSizes
+from distaccum.batch_sizes import BatchSizes, NoiseSizes
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
     Checkpoint,
@@ -517,7 +517,8 @@ class Trainer:
 
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
-        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates:
+        follows_noise = isinstance(self.loader.sizes.rule, NoiseSizes)  # how many updates there will be isn't known
+        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates and not follows_noise:
             logger.info(
                 "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
                 self.loop.epochs,

@@ -79,6 +79,7 @@ class WindowLoader:
         self.sizes = BatchSizes(schedule or ConstantSize(self.plan.global_batch_size), self.num_samples, drop_last)
         """How many samples each window has."""
         if schedule is not None:
+            planning.check_base_size(self.plan, schedule.base)
             self.sizes.check(world_size)
         planning.check_data_size(self.plan, self.num_samples, drop_last and schedule is None)
         self.drop_last = drop_last

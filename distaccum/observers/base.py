@@ -16,7 +16,7 @@ class RunStart:
     plan: str
     """One line that explains how a window is cut."""
     total_updates: int
-    """Number of the last update of the run, unless it stops early."""
+    """Number of the last update of the run, unless it stops early, or windows grow or shrink with the noise scale."""
     updates_per_epoch: int | None
     """None if they are not equally many in all epochs."""
     config: dict[str, Any]
