@@ -268,8 +268,9 @@ def _summary(end: RunEnd, total_updates: int, noise: str) -> list[tuple[str, str
 
 def _how_it_ended(end: RunEnd, total_updates: int) -> tuple[str, str]:
     if end.interrupted is None:
-        # Others than at the start were in sight are fine where the sizes of windows follow the noise scale.
-        of_all = f" of {total_updates:,}" if end.updates == total_updates else ""
+        # Where sizes of windows follow the noise scale, a whole run may have fewer updates than were in sight at first.
+        is_known = end.updates == total_updates or end.stopped_early is not None
+        of_all = f" of {total_updates:,}" if is_known else ""
         return "finished", f"{end.updates:,}{of_all} updates, {end.samples:,} samples"
     by = "Ctrl-C" if end.interrupted == "SIGINT" else end.interrupted
     saved = "saved; start again with the same command to go on" if end.is_saved else "not saved"
