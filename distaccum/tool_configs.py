@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from distaccum.choices import Compression, Goal, LrRule
-from distaccum.config import TrainConfig
+from distaccum.choices import BatchSchedule, Compression, Goal, LrRule
+from distaccum.config import BatchConfig, TrainConfig
 from distaccum.errors import require, require_at_least, require_positive
 
 
@@ -73,6 +73,14 @@ class CompareSection:
         require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
 
 
+def require_constant_size(batch: BatchConfig, why: str) -> None:
+    require(
+        batch.schedule is BatchSchedule.constant,
+        f"{why}, and batch.schedule={batch.schedule.name} changes them: set batch.schedule=constant and leave out its "
+        "other keys.",
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class CompareConfig(TrainConfig):
     """A training, and the placements that it is to be compared under."""
@@ -86,6 +94,7 @@ class CompareConfig(TrainConfig):
             "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
             "null: give a number.",
         )
+        require_constant_size(self.batch, "compare times windows of one size")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,6 +235,7 @@ class StudyConfig(TrainConfig):
             self.batch.global_batch_size is not None,
             "study scales the learning rate from that of batch.global_batch_size, which is null: give a number.",
         )
+        require_constant_size(self.batch, "study tries batch sizes that stay the same in a run")
         require(
             self.batch.accumulation_steps is None,
             f"study tries several batch sizes, and with batch.accumulation_steps={self.batch.accumulation_steps} the "

@@ -33,6 +33,7 @@ FLOORS = {
     "live_memory": 1,
     "pages": 1,
     "planning": 2,
+    "batch_sizes": 2,
     "grouping": 2,
     "links": 2,
     "recutting": 2,
