@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from distaccum.batch_sizes import NoiseSizes
-from distaccum.errors import UserError
 from distaccum.grouping import CostFit
 from distaccum.loaders import Window, WindowLoader
 from distaccum.noise_scale import NoiseScale
@@ -27,6 +26,8 @@ _UPDATES_TO_FIT_COSTS_AT = (4, 16, 64)
 _UPDATES_BETWEEN_BALANCING = 4
 _UPDATES_TO_REMEMBER = 8
 """A rank's speed is the median over so many updates: one that was disturbed does not count."""
+_LEAST_SHARE = 0.25
+"""Of an even share, for a rank that takes as many micro-steps as the others."""
 _WORTH_A_CHANGE = 0.05
 """Shares stay as they are unless one would change by more than this part of itself."""
 
@@ -46,7 +47,7 @@ class CutTuning:
         needs_times: whether the accumulator is to time micro-steps.
 
     Raises:
-        UserError: the strategy's ranks wait for each other in every micro-step, so that their speeds can't be told.
+        UserError: the strategy's ranks wait for each other in every layer, so that their speeds can't be told.
     """
 
     def __init__(
@@ -58,18 +59,13 @@ class CutTuning:
         balance_speed: bool = False,
         noise_scale: NoiseScale | None = None,
     ) -> None:
-        if balance_speed and strategy.equal_micro_steps:
-            raise UserError(
-                "batch.balance=speed can't be had here: micro-steps hold collectives (FSDP, a static graph, "
-                "SyncBatchNorm), in which ranks wait for each other, so that all look equally fast. Set "
-                "batch.balance=even, or strategy=ddp without them."
-            )
         self._loader = loader
         self._noise_scale = noise_scale if isinstance(loader.sizes.rule, NoiseSizes) else None
         self._strategy = strategy
         self._fit = CostFit() if measure_costs and loader.grouping is not None else None
         self._balances = balance_speed and strategy.world_size > 1
-        self.needs_times = self._balances or self._fit is not None
+        self._own_clock = strategy.own_clock() if self._balances else None
+        self.needs_times = (self._balances and self._own_clock is None) or self._fit is not None
         self._own_speed = 0.0
         self._seen = 0
         self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
@@ -81,6 +77,8 @@ class CutTuning:
             self._follow_noise(update, window, self._noise_scale)
         self._seen += 1
         if self._seen == 1:
+            if self._own_clock is not None:
+                self._own_clock()
             return  # much is done for the first time in this process
         if update > _UPDATES_TO_FIT_COSTS_AT[-1]:
             self._fit = None
@@ -138,8 +136,9 @@ class CutTuning:
         grouping = self._loader.grouping
         number = self._number(window)
         work = float(sum(window.sizes)) if grouping is None else grouping.cost(window.sample_indices, number)
-        if work:
-            self._own_speed = work / sum(result.micro_seconds)
+        seconds = self._own_clock() if self._own_clock is not None else sum(result.micro_seconds)
+        if work and seconds:
+            self._own_speed = work / seconds
 
     def _balance(self, update: int, window: Window, reported: tuple[float, ...]) -> None:
         if not all(reported):
@@ -148,6 +147,11 @@ class CutTuning:
         if update % _UPDATES_BETWEEN_BALANCING:
             return
         speeds = [statistics.median(of_a_rank) for of_a_rank in zip(*self._reported, strict=True)]
+        if self._strategy.equal_micro_steps:
+            # Each rank takes equally many, however small its share. What one costs beside its samples then weighs the
+            # more the fewer these are, and a share would shrink for having shrunk.
+            mean = statistics.fmean(speeds)
+            speeds = [max(speed, _LEAST_SHARE * mean) for speed in speeds]
         wanted = [speed / sum(speeds) for speed in speeds]
         in_force = self._loader.speeds.changes[-1][1] or (1 / len(wanted),) * len(wanted)
         if max(abs(new / old - 1) for new, old in zip(wanted, in_force, strict=True)) > _WORTH_A_CHANGE:

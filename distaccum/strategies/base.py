@@ -110,6 +110,18 @@ class Strategy(Protocol):
         """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
         ...
 
+    def own_clock(self) -> Callable[[], float] | None:
+        """How to tell this rank's own time where micro-steps hold collectives, in which ranks wait for each other.
+
+        Returns:
+            What gives the seconds of computing since it was called last, to be asked once the host has waited for the
+            device; None where the micro-steps' own time tells.
+
+        Raises:
+            UserError: it can't be told.
+        """
+        ...
+
     def share_buffers(self) -> None:
         """Makes buffers (BatchNorm statistics) the same on all ranks, if the strategy keeps them the same at all."""
         ...

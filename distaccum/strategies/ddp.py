@@ -113,6 +113,14 @@ class DDPStrategy:
             for memory in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
                 memory.clear()
 
+    def own_clock(self) -> Callable[[], float] | None:
+        if self._has_sync_batchnorm and self.world_size > 1:
+            raise UserError(
+                "batch.balance=speed can't be had with SyncBatchNorm: its ranks wait for each other in every layer, so "
+                "that all look equally fast. Set batch.balance=even, or leave strategy.sync_batchnorm out."
+            )
+        return None  # a static graph wants equal numbers of micro-steps, but nobody waits in them
+
     def share_buffers(self) -> None:
         if self.model.broadcast_buffers:
             for buffer in self.module.buffers():

@@ -117,6 +117,11 @@ class FSDPStrategy:
                         if hasattr(parameter, "_unsharded_param"):
                             parameter._unsharded_param.grad = None
 
+    def own_clock(self) -> Callable[[], float] | None:
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        innermost = [m for m in sharded if not any(isinstance(c, FSDPModule) for c in m.modules() if c is not m)]
+        return _ForwardClock(innermost, Stopwatch(self.device)).take
+
     def share_buffers(self) -> None:
         for buffer in self.model.buffers():
             dist.broadcast(buffer, group_src=0, group=self.process_group)
@@ -132,6 +137,36 @@ class FSDPStrategy:
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         pass
+
+
+class _ForwardClock:
+    """Times forwards between FSDP's hooks: after the parameters have been gathered, before they are freed.
+
+    Of the backward, in the midst of which parameters are gathered, nothing is timed; nor of what the root computes by
+    itself. Both are taken to be in proportion.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+        self._marks: list[tuple[Any, Any]] = []
+        self._started: Any = None
+        for module in modules:
+            # FSDP's own hook comes first before the forward, and last after it.
+            module.register_forward_pre_hook(self._before)
+            module.register_forward_hook(self._after, prepend=True)
+
+    def _before(self, module: nn.Module, inputs: Any) -> None:
+        self._started = self._stopwatch.mark() if module.training and torch.is_grad_enabled() else None
+
+    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._started is not None:
+            self._marks.append((self._started, self._stopwatch.mark()))
+            self._started = None
+
+    def take(self) -> float:
+        """Seconds since this was called last."""
+        marks, self._marks = self._marks, []
+        return sum(self._stopwatch.seconds(start, end) for start, end in marks)
 
 
 def _reshard(model: nn.Module) -> None:

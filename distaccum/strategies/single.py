@@ -46,6 +46,9 @@ class SingleStrategy:
     def drop_gradients(self) -> None:
         pass
 
+    def own_clock(self) -> Callable[[], float] | None:
+        return None
+
     def share_buffers(self) -> None:
         pass
 
