@@ -328,6 +328,7 @@ class TuneConfig(TrainConfig):
             "tune keeps the window as it is and cuts it in other ways, so it needs its size, and "
             "batch.global_batch_size is null: give a number.",
         )
+        require_constant_size(self.batch, "tune times windows of one size")
         require(
             not self.batch.is_auto,
             "tune tries micro-batches itself, beginning with the one that is configured, and batch.micro_batch_size="

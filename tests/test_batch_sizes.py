@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ from torch.utils.data import TensorDataset
 
 from distaccum.assembly import size_rule
 from distaccum.batch_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
-from distaccum.config import LoopConfig
+from distaccum.config import LoopConfig, TrainConfig
 from distaccum.entry import compose
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import window_bounds
+from distaccum.tool_configs import CompareConfig, StudyConfig, TuneConfig
 from distaccum.trainer import total_updates
 
 SIZES = st.integers(1, 20)
@@ -225,6 +227,14 @@ NOISE = ["batch.schedule=noise", "batch.min_size=16", "batch.max_size=512"]
 def test_what_does_not_belong_together_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         compose(overrides)
+
+
+@pytest.mark.parametrize("tool", [CompareConfig, StudyConfig, TuneConfig])
+def test_tools_for_windows_of_one_size_refuse_a_schedule(tool: type[TrainConfig]) -> None:
+    config = compose(["batch.schedule=ramp", "batch.ramp_from=8", "batch.ramp_updates=4"])
+    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    with pytest.raises(UserError, match=r"batch.schedule=ramp changes them: set batch.schedule=constant"):
+        tool(**values)
 
 
 def test_what_a_configuration_says_is_built() -> None:
