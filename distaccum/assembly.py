@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from distaccum import targets
+from distaccum.batch_sizes import BatchSizes, NoiseSizes, SizeRamp, SizeRule, SizeTable
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
-from distaccum.choices import Balance, WandbMode
+from distaccum.choices import Balance, BatchSchedule, TableUnit, WandbMode
 from distaccum.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.config import (
     BatchConfig,
@@ -34,6 +35,7 @@ from distaccum.errors import UserError
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
+from distaccum.model_options import build_model
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
@@ -197,14 +199,16 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         **_grouping_arguments(config, train_data, rank),
         drop_last=config.batch.drop_last,
         seed=config.seed,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
         split_every=config.insight.every_updates if config.insight.noise_scale else None,
+        schedule=size_rule(config.batch),
         options=options,
     )
-    if config.insight.noise_scale and loader.plan.is_one_shot:
+    smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
+    if config.insight.noise_scale and smallest.is_one_shot:
         logger.info(
             "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
             "updates it is cut into two; the update is the same but for rounding",
@@ -214,9 +218,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = targets.build(config.model, "model", defaults_from=train_data)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
     return Parts(
         precision=precision,
         train_data=train_data,
@@ -250,7 +252,7 @@ def build_trainer(
     """
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
-        factor = schedule_factor(config.schedule, total_updates(config.train, len(parts.loader)))
+        factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader.sizes))
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
@@ -310,7 +312,33 @@ def build_trainer(
         recovery=recovery,
         noise_scale=_noise_scale(config.insight),
         compile_clock=CompileClock() if compilation is not None else None,
+        lr_rule=config.batch.lr_rule,
     )
+
+
+def _scheduled_updates(config: TrainConfig, sizes: BatchSizes) -> int:
+    """The updates that the learning rate's schedule is laid out for."""
+    if config.batch.schedule is BatchSchedule.noise and config.train.max_updates is not None:
+        return config.train.max_updates  # how many an epoch will have is not known
+    return total_updates(config.train, sizes)
+
+
+def size_rule(config: BatchConfig) -> SizeRule | None:
+    """The schedule of the sizes of windows; None where they have one size."""
+    base = config.global_batch_size
+    if config.schedule is BatchSchedule.constant or base is None:
+        return None
+    if config.schedule is BatchSchedule.table:
+        return SizeTable(
+            base, {entry[0]: entry[1] for entry in config.table}, by_epoch=config.table_unit is TableUnit.epoch
+        )
+    if config.schedule is BatchSchedule.ramp:
+        assert config.ramp_from is not None
+        assert config.ramp_updates is not None
+        return SizeRamp(base, start=config.ramp_from, updates=config.ramp_updates)
+    assert config.min_size is not None
+    assert config.max_size is not None
+    return NoiseSizes(base, smallest=config.min_size, largest=config.max_size)
 
 
 def _noise_scale(config: InsightConfig) -> NoiseScale | None:
@@ -401,7 +429,7 @@ def _evaluation(
     loader = EvaluationLoader(
         data,
         batch_size=config.train.eval_batch_size,
-        collate_fn=_collate_fn(config.data),
+        collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
         options=options,
@@ -410,7 +438,8 @@ def _evaluation(
     return data, loader
 
 
-def _collate_fn(config: DataConfig) -> Any:
+def collate_fn(config: DataConfig) -> Any:
+    """The configured function that makes micro-batches; None if none is."""
     if config.collate_fn is None:
         return None
     found = targets.build(config.collate_fn, "data.collate_fn")

@@ -54,6 +54,18 @@ class Balance(Enum):
     speed = "speed"
 
 
+class BatchSchedule(Enum):
+    constant = "constant"
+    table = "table"
+    ramp = "ramp"
+    noise = "noise"
+
+
+class TableUnit(Enum):
+    update = "update"
+    epoch = "epoch"
+
+
 class LrRule(Enum):
     linear = "linear"
     sqrt = "sqrt"

@@ -29,7 +29,20 @@ from distaccum.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)
-class MLPConfig:
+class ModelConfig:
+    """What can be said of any model, your own included (unless its constructor takes an argument of that name)."""
+
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute the block once more in the backward: less memory, more time, the
+    same bits. Blocks are what FSDP shards by itself (`strategy.wrap`; else the members of each `ModuleList`, or the
+    model's own children if it has none)."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of parameter names, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters take no gradient, no
+    optimizer state and no part in the sync."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MLPConfig(ModelConfig):
     """Multi-layer perceptron with ReLU, on the flattened input."""
 
     _target_: str = "distaccum.models.MLP"
@@ -44,7 +57,7 @@ class MLPConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class CNNConfig:
+class CNNConfig(ModelConfig):
     """Convolutional network: one 3×3 convolution with GroupNorm per stage, halving the image between stages;
     then the mean of each quarter of the image."""
 
@@ -60,7 +73,7 @@ class CNNConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class GPTConfig:
+class GPTConfig(ModelConfig):
     """Decoder-only transformer (pre-norm, learned positions, tied embeddings)."""
 
     _target_: str = "distaccum.models.GPT"
@@ -72,8 +85,6 @@ class GPTConfig:
     """Size of the residual stream."""
     dropout: float = 0.0
     """Dropout in attention and on the residual stream."""
-    activation_checkpointing: bool = False
-    """Keep the stream between blocks only, and compute each block once more in the backward: less memory, more time."""
     vocab_size: int | None = None
     """Number of different tokens. `null`: the dataset's."""
     max_length: int | None = None

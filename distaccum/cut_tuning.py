@@ -1,7 +1,7 @@
 """Measuring what micro-batches cost and how fast ranks are, and cutting the windows to come accordingly.
 
 All ranks see the same numbers at the same update and so come to the same cuts, which begin with a window that none of
-them has started to load. The update does not depend on any of this.
+them has started to load. The update does not depend on any of this, but for sizes that follow the noise scale.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from distaccum.batch_sizes import NoiseSizes
 from distaccum.grouping import CostFit
 from distaccum.loaders import Window, WindowLoader
+from distaccum.noise_scale import NoiseScale
 from distaccum.strategies import Strategy
 from distaccum.updates import UpdateResult
 
@@ -38,6 +40,7 @@ class CutTuning:
         strategy: how the model is placed.
         measure_costs: fit what micro-batches cost, if windows are cut by length.
         balance_speed: give ranks shares in proportion to their measured speed.
+        noise_scale: that the sizes of windows follow, if the loader has a schedule that asks for it.
 
     Attributes:
         reports: what the accumulator is to ask each rank for.
@@ -48,9 +51,16 @@ class CutTuning:
     """
 
     def __init__(
-        self, loader: WindowLoader, strategy: Strategy, *, measure_costs: bool = True, balance_speed: bool = False
+        self,
+        loader: WindowLoader,
+        strategy: Strategy,
+        *,
+        measure_costs: bool = True,
+        balance_speed: bool = False,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self._loader = loader
+        self._noise_scale = noise_scale if isinstance(loader.sizes.rule, NoiseSizes) else None
         self._strategy = strategy
         self._fit = CostFit() if measure_costs and loader.grouping is not None else None
         self._balances = balance_speed and strategy.world_size > 1
@@ -63,6 +73,8 @@ class CutTuning:
 
     def after_update(self, update: int, window: Window, result: UpdateResult) -> None:
         """Takes the measurements of an update (counted from 1); changes the cuts of windows to come."""
+        if self._noise_scale is not None and result.noise_scale is not None:
+            self._follow_noise(update, window, self._noise_scale)
         self._seen += 1
         if self._seen == 1:
             if self._own_clock is not None:
@@ -75,6 +87,27 @@ class CutTuning:
         if self._balances:
             self._measure_speed(window, result)
             self._balance(update, window, result.reports["speed"])
+
+    def _follow_noise(self, update: int, window: Window, noise: NoiseScale) -> None:
+        sizes = self._loader.sizes
+        assert isinstance(sizes.rule, NoiseSizes)
+        if self._number(window) < sizes.rule.changes[-1][0]:
+            return  # what was measured last has not come into force yet
+        # Rank 0's counts: on unlike devices the last bit may be another.
+        found = [sizes.rule.wanted(noise.scale, noise.measurements)]
+        if self._strategy.process_group is not None:
+            dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
+        if found[0] is not None:
+            # One window later than cuts change: whether an epoch has another window may depend on its size.
+            first = self._first_free(window) + 1
+            sizes.change(found[0], first)
+            logger.info(
+                "update %d: noise scale %.4g; %d samples per update from update %d on",
+                update,
+                noise.scale,
+                found[0],
+                update + first - self._number(window),
+            )
 
     def _first_free(self, window: Window) -> int:
         """The first window that no rank can have begun to load."""

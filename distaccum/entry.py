@@ -33,13 +33,14 @@ from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, conf_dir
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
 from distaccum.logs import flush_output, print_error
-from distaccum.tool_configs import CheckConfig, CompareConfig, StudyConfig, TuneConfig
+from distaccum.tool_configs import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
 
 ROOTS: dict[str, type[TrainConfig]] = {
     "train": TrainConfig,
     "compare": CompareConfig,
     "check": CheckConfig,
     "tune": TuneConfig,
+    "memory": MemoryConfig,
     "study": StudyConfig,
 }
 """Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from distaccum import targets
-from distaccum.choices import Implementation
+from distaccum.choices import Implementation, LrRule
 from distaccum.components import TorchOptimConfig
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.errors import UserError
+
+LR_POWERS = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}
+"""What power of the batch size the learning rate follows."""
 
 # Where torch has fused kernels: on the devices named, for parameters in float32 and float64.
 _FUSED_DEVICES: dict[str, tuple[str, ...]] = {
@@ -127,10 +130,14 @@ class Schedule:
         self._factor = factor
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def apply(self, update: int) -> float:
-        """Sets the learning rates for an update (from 1); returns that of the first parameter group."""
+    def apply(self, update: int, times: float = 1.0) -> float:
+        """Sets the learning rates for an update (from 1); returns that of the first parameter group.
+
+        Args:
+            times: one more factor, which follows the batch size, say.
+        """
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._factor(update)
+            group["lr"] = peak * self._factor(update) * times
         return float(self._optimizer.param_groups[0]["lr"])
 
 

@@ -290,6 +290,19 @@ def resolve_batch(
     )
 
 
+def check_base_size(plan: BatchPlan, base: int) -> None:
+    """Refuses a schedule of sizes that was made for another global batch.
+
+    Raises:
+        UserError: as said.
+    """
+    if base != plan.global_batch_size:
+        raise UserError(
+            f"the schedule of batch sizes is made for a global batch of {base}, and the plan's is "
+            f"{plan.global_batch_size}: give both the same."
+        )
+
+
 def check_data_size(plan: BatchPlan, num_samples: int, drop_last: bool) -> None:
     """Refuses a dataset with fewer samples than ranks, or than one window when small windows are left out.
 

@@ -1,12 +1,12 @@
-"""The typed configuration of the tools beside training: `compare`, `check`, `study` and `tune`."""
+"""The typed configuration of the tools beside training: `compare`, `check`, `memory`, `study` and `tune`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-from distaccum.choices import Compression, Goal, LrRule
-from distaccum.config import TrainConfig
+from distaccum.choices import BatchSchedule, Compression, Goal, LrRule
+from distaccum.config import BatchConfig, TrainConfig
 from distaccum.errors import require, require_at_least, require_positive
 
 
@@ -73,6 +73,14 @@ class CompareSection:
         require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
 
 
+def require_constant_size(batch: BatchConfig, why: str) -> None:
+    require(
+        batch.schedule is BatchSchedule.constant,
+        f"{why}, and batch.schedule={batch.schedule.name} changes them: set batch.schedule=constant and leave out its "
+        "other keys.",
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class CompareConfig(TrainConfig):
     """A training, and the placements that it is to be compared under."""
@@ -86,6 +94,7 @@ class CompareConfig(TrainConfig):
             "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
             "null: give a number.",
         )
+        require_constant_size(self.batch, "compare times windows of one size")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,6 +135,42 @@ class CheckConfig(TrainConfig):
             not self.batch.is_auto,
             "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
             "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MemorySection:
+    """What `python -m distaccum.memory` measures, in one process, and what it is to fit into."""
+
+    world_size: int | None = None
+    """Ranks to measure `ddp` and `fsdp` for; they need not be there. `null`: one per GPU of this host, at least 2."""
+    limit_gb: float | None = None
+    """Memory that one rank may use, in GiB. `null`: the device's."""
+    headroom: float = 0.1
+    """Part of the limit to leave free, for fragmentation, and on a GPU for what CUDA itself takes."""
+    alternatives: bool = True
+    """Measure what other settings would need too. `false`: the configured one only."""
+    json: bool = False
+    """Print one JSON object and nothing else. `--json` is short for `memory.json=true`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, memory__world_size=self.world_size)
+        require_positive(memory__limit_gb=self.limit_gb)
+        require(0 <= self.headroom < 1, f"memory.headroom={self.headroom} is impossible: it must lie in [0, 1).")
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig(TrainConfig):
+    """A training whose memory is to be measured and predicted."""
+
+    memory: MemorySection = field(default_factory=MemorySection)
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        require(
+            not self.batch.is_auto,
+            "memory says by itself what fits, and batch.micro_batch_size=auto leaves open what to measure: give a "
+            "number here, as in batch.micro_batch_size=4.",
         )
 
 
@@ -190,6 +235,7 @@ class StudyConfig(TrainConfig):
             self.batch.global_batch_size is not None,
             "study scales the learning rate from that of batch.global_batch_size, which is null: give a number.",
         )
+        require_constant_size(self.batch, "study tries batch sizes that stay the same in a run")
         require(
             self.batch.accumulation_steps is None,
             f"study tries several batch sizes, and with batch.accumulation_steps={self.batch.accumulation_steps} the "
@@ -282,6 +328,7 @@ class TuneConfig(TrainConfig):
             "tune keeps the window as it is and cuts it in other ways, so it needs its size, and "
             "batch.global_batch_size is null: give a number.",
         )
+        require_constant_size(self.batch, "tune times windows of one size")
         require(
             not self.batch.is_auto,
             "tune tries micro-batches itself, beginning with the one that is configured, and batch.micro_batch_size="

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.batch_sizes import BatchSizes, NoiseSizes
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
     Checkpoint,
@@ -26,7 +27,7 @@ from distaccum.checkpoints import (
     random_state,
     set_random_state,
 )
-from distaccum.choices import OnNonfinite, PrecisionName
+from distaccum.choices import LrRule, OnNonfinite, PrecisionName
 from distaccum.compilation import CompileClock
 from distaccum.config import LoopConfig
 from distaccum.cut_tuning import CutTuning
@@ -37,9 +38,10 @@ from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.memory_line import MemoryLine
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
-from distaccum.optim import Schedule
+from distaccum.optim import LR_POWERS, Schedule
 from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
@@ -89,6 +91,7 @@ class Trainer:
         compile_clock: counts what the updates spend compiling; None if nothing is compiled.
         recovery: go on with smaller micro-batches when memory runs out. None: that ends the run.
         noise_scale: measures how noisy gradients are; None: nobody does.
+        lr_rule: how the learning rate follows the size of windows, if the loader has a schedule for it.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Trainer:
         compile_clock: CompileClock | None = None,
         recovery: Recovery | None = None,
         noise_scale: NoiseScale | None = None,
+        lr_rule: LrRule = LrRule.none,
     ) -> None:
         self.model = model
         self.task = task
@@ -136,9 +140,16 @@ class Trainer:
         self._compile_clock = compile_clock
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
-        self._tuning = CutTuning(loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed)
+        self._tuning = CutTuning(
+            loader,
+            self.strategy,
+            measure_costs=measure_costs,
+            balance_speed=balance_speed,
+            noise_scale=noise_scale,
+        )
         self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
-        self.total_updates = total_updates(loop, len(loader))
+        self._memory_line = MemoryLine(self.strategy, optimizer, is_compiled=compile_clock is not None)
+        self._lr_power = LR_POWERS[lr_rule]
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self._evaluation: EvaluationRecord | None = None
@@ -187,6 +198,11 @@ class Trainer:
             f"early_stopping/{self.loop.early_stopping.metric}": self._early_stopping,
         }
         self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
+
+    @property
+    def total_updates(self) -> int:
+        """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
+        return total_updates(self.loop, self.loader.sizes)
 
     def fit(self) -> RunEnd:
         """Trains to the end of the run, or to a signal to stop.
@@ -267,13 +283,16 @@ class Trainer:
 
     def _make_update(self, window: Window) -> UpdateResult:
         number = self._totals.updates + 1
-        lr = self.schedule.apply(number) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
+        times = self.loader.sizes.ratio(window.epoch, window.index) ** self._lr_power if self._lr_power else 1.0
+        lr = self.schedule.apply(number, times) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
         self._grace.begin(number, len(window))
         try:
             if isinstance(self.task, CoupledTask):
                 result = self._coupled_update(self.task, window, number)
             else:
-                result = self.accumulator.run(window, self._forward, partial(self._begin_phase, number))
+                result = self.accumulator.run(
+                    window, partial(self._forward, window), partial(self._begin_phase, number)
+                )
         except WindowDroppedError:
             self._grace.put_back()
             logger.info("update %d: no time is left to finish its window, which is dropped", number)
@@ -283,11 +302,12 @@ class Trainer:
         if LIMIT_REPORT in result.reports:
             self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
         self._tell_update(window, result, lr)
+        self._memory_line.tell()
         self._tuning.after_update(self._totals.updates, window, result)
         return result
 
-    def _forward(self, batch: Any) -> TaskOutput:
-        with self.precision.autocast():
+    def _forward(self, window: Window, batch: Any) -> TaskOutput:
+        with self._memory_line.watching(window.sizes[0]), self.precision.autocast():
             return self.task(self.model, batch)
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
@@ -343,7 +363,7 @@ class Trainer:
             return True
         if self.loop.eval_every is not None:
             return updates % self.loop.eval_every == 0
-        return window.index == len(self.loader) - 1
+        return window.index == self.loader.sizes.count(window.epoch) - 1
 
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
@@ -399,6 +419,7 @@ class Trainer:
         assert self.checkpointer is not None, "a trainer without checkpoints has nothing to go on from"
         progress = checkpoint.state["progress"]
         self._epoch, self._next_window = progress["epoch"], progress["next_window"]
+        self.loader.sizes.load_state_dict(checkpoint.state["states"].get("loader", {}))  # they tell the next window
         if different := self._different_windows(progress["windows"]):
             if not override:
                 raise UserError(
@@ -406,8 +427,8 @@ class Trainer:
                     "back as it was, or set resume_override=true to go on from there all the same, or begin anew in "
                     "another run_dir."
                 )
-            done = self._next_window * progress["windows"]["batch.global_batch_size"]
-            self._next_window = -(-done // self.loader.plan.global_batch_size)
+            done = progress.get("position", self._next_window * progress["windows"]["batch.global_batch_size"])
+            self._next_window = sum(start < done for start, _ in self.loader.sizes.bounds(self._epoch))
             logger.warning("resume_override: saved with %s", different)
         if progress["totals"]["updates"]:
             self.strategy.warm_up(self._loss_of_next_window)
@@ -426,12 +447,14 @@ class Trainer:
 
     def _different_windows(self, before: dict[str, Any]) -> str:
         now = self._windows_identity()
+        before = {"batch.schedule": "constant", **before}
         return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
 
     def _windows_identity(self) -> dict[str, Any]:
         """All that the samples of a window depend on."""
         return {
             "batch.global_batch_size": self.loader.plan.global_batch_size,
+            "batch.schedule": str(self.loader.sizes.rule),
             "batch.drop_last": self.loader.drop_last,
             "seed": self.loader.seed,
             "training samples": self.loader.num_samples,
@@ -439,10 +462,14 @@ class Trainer:
 
     def _loss_of_next_window(self) -> Tensor:
         # An epoch that is over stays the current one until its evaluation, which may be owed, is done.
-        is_over = self._next_window >= len(self.loader)
+        is_over = self._next_window >= self.loader.sizes.count(self._epoch)
         batch = self.loader.sample_micro_batch(*((self._epoch + 1, 0) if is_over else (self._epoch, self._next_window)))
         with self.precision.autocast():
             return self.task(self.model, batch).loss_sum
+
+    def _position(self) -> int:
+        """Samples of the epoch that have been trained on."""
+        return self.loader.sizes.bounds(self._epoch)[self._next_window - 1][1] if self._next_window else 0
 
     def _progress(self) -> dict[str, Any]:
         """Where the run stands, as JSON has it."""
@@ -451,6 +478,7 @@ class Trainer:
             "total_seconds": self._total_seconds(),
             "epoch": self._epoch,
             "next_window": self._next_window,
+            "position": self._position(),
             "owes_evaluation": self._owes_evaluation,
             "evaluation": asdict(self._evaluation) if self._evaluation else None,
             "windows": self._windows_identity(),
@@ -507,7 +535,8 @@ class Trainer:
 
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
-        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates:
+        follows_noise = isinstance(self.loader.sizes.rule, NoiseSizes)  # how many updates there will be isn't known
+        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates and not follows_noise:
             logger.info(
                 "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
                 self.loop.epochs,
@@ -522,7 +551,7 @@ class Trainer:
             run_dir=self.run_dir,
             plan=self.loader.explain(),
             total_updates=self.total_updates,
-            updates_per_epoch=len(self.loader),
+            updates_per_epoch=self.loader.sizes.count(0) if self.loader.sizes.is_constant else None,
             config=self.config,
             resumed_update=self._totals.updates,
             skipped_updates=self._totals.skipped_updates,
@@ -531,7 +560,7 @@ class Trainer:
             observer.on_start(start)
 
 
-def total_updates(loop: LoopConfig, updates_per_epoch: int) -> int:
-    """Number of the run's last update, unless it stops early."""
-    limits = [loop.max_updates, loop.epochs * updates_per_epoch if loop.epochs is not None else None]
+def total_updates(loop: LoopConfig, sizes: BatchSizes) -> int:
+    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale."""
+    limits = [loop.max_updates, sizes.first_number(loop.epochs) if loop.epochs is not None else None]
     return min(limit for limit in limits if limit is not None)

@@ -29,6 +29,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=text`", "data", components.TextDataConfig),
     ("`data=image_folder`", "data", components.ImageFolderDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
+    ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),
     ("`model=gpt`", "model", components.GPTConfig),
@@ -57,6 +58,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
     ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
     ("`tune`, in `distaccum.tune`", "tune", tool_configs.TuneSection),
+    ("`memory`, in `distaccum.memory`", "memory", tool_configs.MemorySection),
     ("`study`, in `distaccum.study`", "study", tool_configs.StudySection),
 ]
 

@@ -30,8 +30,10 @@ FLOORS = {
     "interruption": 1,
     "logs": 1,
     "targets": 1,
+    "live_memory": 1,
     "pages": 1,
     "planning": 2,
+    "batch_sizes": 2,
     "grouping": 2,
     "links": 2,
     "recutting": 2,
@@ -51,6 +53,8 @@ FLOORS = {
     "accumulation": 4,
     "recovery": 4,
     "sums": 4,
+    "model_options": 4,
+    "memory_line": 4,
     "caching": 4,
     "run_folder": 5,
     "grace": 5,
@@ -65,6 +69,7 @@ FLOORS = {
     "comparison": 5,
     "tuning": 5,
     "checking": 5,
+    "footprint": 5,
     "reporting": 5,
     "batch_study": 5,
     "entry": 6,
@@ -72,6 +77,7 @@ FLOORS = {
     "compare": 6,
     "tune": 6,
     "check": 6,
+    "memory": 6,
     "report": 6,
     "study": 6,
 }
@@ -122,10 +128,12 @@ NEIGHBOURS = {
     ("batch_study", "assembly"),
     ("batch_study", "comparison"),
     ("batch_study", "measuring"),
+    ("footprint", "assembly"),
     ("train", "entry"),
     ("compare", "entry"),
     ("tune", "entry"),
     ("check", "entry"),
+    ("memory", "entry"),
     ("study", "entry"),
 }
 
@@ -184,7 +192,7 @@ def test_planning_knows_no_torch() -> None:
 
 
 def test_entry_points_are_short() -> None:
-    for name in ("train", "compare", "check", "report", "study", "tune"):
+    for name in ("train", "compare", "check", "memory", "report", "study", "tune"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
 
 

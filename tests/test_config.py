@@ -30,6 +30,7 @@ from distaccum.config import (
 )
 from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.tasks import Task
 
 FILES = sorted(path for group in SCHEMAS for path in conf_dir().glob(f"{group}/*.yaml"))
@@ -100,7 +101,7 @@ def test_the_classes_that_options_name_are_there(group: str, option: str) -> Non
 @pytest.mark.parametrize("option", ["mlp", "cnn", "gpt"])
 def test_models_take_every_key_of_their_section(option: str) -> None:
     data = SimpleNamespace(input_shape=(1, 8, 8), num_classes=3, vocab_size=5, max_length=7)
-    model = targets.build(_composed("model", option), "model", defaults_from=data)
+    model = build_model(_composed("model", option), data)
     assert type(model).__name__.lower() == option
 
 

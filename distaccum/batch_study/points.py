@@ -18,6 +18,7 @@ from distaccum.config import (
     TrainConfig,
 )
 from distaccum.errors import UserError
+from distaccum.optim import LR_POWERS
 from distaccum.tool_configs import StudyConfig
 
 _FACTORS = (1 / 16, 1 / 4, 1.0, 4.0)
@@ -59,8 +60,7 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
     for size in sorted(batch_sizes(config, num_samples)):
         rates: dict[float, list[LrRule]] = {}
         for rule in config.study.lr_rules:
-            power = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}[rule]
-            rates.setdefault(peak * (size / base) ** power, []).append(rule)
+            rates.setdefault(peak * (size / base) ** LR_POWERS[rule], []).append(rule)
         points += [Point(batch_size=size, rules=tuple(rules), lr=lr) for lr, rules in rates.items()]
     return points
 

@@ -224,7 +224,7 @@ class Subject:
 def window_samples(subject: Subject) -> list[list[int]]:
     """Dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
     loader, section = subject.loader, subject.config.check
-    bounds = planning.window_bounds(loader.num_samples, loader.plan.global_batch_size, loader.drop_last)
+    bounds = loader.sizes.bounds(0)
     if len(bounds) > section.windows:
         bounds = [*bounds[: section.windows - 1], bounds[-1]] if section.windows > 1 else bounds[:1]
     return [

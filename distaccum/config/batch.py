@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from distaccum.choices import Balance
+from distaccum.choices import Balance, BatchSchedule, LrRule, TableUnit
 from distaccum.config.basics import MISSING
 from distaccum.errors import require, require_at_least
 
 AUTO = "auto"
+
+_KEYS_OF_SCHEDULES: dict[BatchSchedule, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    BatchSchedule.constant: ((), ()),
+    BatchSchedule.table: (("table",), ("table_unit", "lr_rule")),
+    BatchSchedule.ramp: (("ramp_from", "ramp_updates"), ("lr_rule",)),
+    BatchSchedule.noise: (("min_size", "max_size"), ("lr_rule",)),
+}
+"""Keys that a schedule needs, and keys that it may have."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +40,26 @@ class BatchConfig:
     balance: Balance = Balance.even
     """`even`: ranks get equal shares of each window; `speed`: shares in proportion to their measured speed, so that
     unequal GPUs finish together."""
+    schedule: BatchSchedule = BatchSchedule.constant
+    """How the samples per update change on the way. `constant`: not at all; `table`: as `table` says; `ramp`: in a
+    straight line from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
+    measured noise scale between `min_size` and `max_size`."""
+    table: list[list[int]] = field(default_factory=list)
+    """With `schedule=table`: pairs of the update (from 1) or epoch (from 0) that a size begins with, and the size in
+    samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
+    table_unit: TableUnit = TableUnit.update
+    """What the keys of `table` count: `update` or `epoch`."""
+    ramp_from: int | None = None
+    """With `schedule=ramp`: samples of the first update."""
+    ramp_updates: int | None = None
+    """With `schedule=ramp`: updates before the first that has `global_batch_size` samples."""
+    min_size: int | None = None
+    """With `schedule=noise`: fewest samples per update. Sizes are multiples of it, but for `max_size`."""
+    max_size: int | None = None
+    """With `schedule=noise`: most samples per update."""
+    lr_rule: LrRule = LrRule.none
+    """How the learning rate follows the samples per update, from that of the optimizer and its schedule at
+    `global_batch_size`: `linear`, `sqrt`, or not at all (`none`)."""
 
     def __post_init__(self) -> None:
         size = self.micro_batch_size
@@ -48,6 +76,7 @@ class BatchConfig:
         require(
             0 < self.auto_memory <= 1, f"batch.auto_memory={self.auto_memory} is impossible: it is a part, up to 1."
         )
+        self._check_schedule()
         if not self.is_auto:
             return
         require(
@@ -59,6 +88,55 @@ class BatchConfig:
             f"batch.micro_batch_size=auto decides how many micro-steps there are, and batch.accumulation_steps="
             f"{self.accumulation_steps} is given too: leave one of them out (null).",
         )
+
+    def _check_schedule(self) -> None:
+        given: dict[str, Any] = {
+            "table": self.table or None,
+            "table_unit": None if self.table_unit is TableUnit.update else self.table_unit.name,
+            "ramp_from": self.ramp_from,
+            "ramp_updates": self.ramp_updates,
+            "min_size": self.min_size,
+            "max_size": self.max_size,
+            "lr_rule": None if self.lr_rule is LrRule.none else self.lr_rule.name,
+        }
+        needed, optional = _KEYS_OF_SCHEDULES[self.schedule]
+        name = self.schedule.name
+        for key, value in given.items():
+            require(
+                value is None or key in needed + optional,
+                f"batch.{key}={value} means nothing with batch.schedule={name}: leave it out, or choose the schedule "
+                "that it belongs to.",
+            )
+            require(value is not None or key not in needed, f"batch.schedule={name} needs batch.{key}: give it.")
+        if self.schedule is BatchSchedule.constant:
+            return
+        require(
+            self.global_batch_size is not None,
+            f"batch.schedule={name} starts from a size that is given, and batch.global_batch_size is null: set it.",
+        )
+        require(
+            self.accumulation_steps is None,
+            f"batch.accumulation_steps={self.accumulation_steps} can't be given with batch.schedule={name}, as "
+            "micro-batches would grow with the window: give batch.micro_batch_size instead.",
+        )
+        require_at_least(1, batch__ramp_from=self.ramp_from, batch__ramp_updates=self.ramp_updates)
+        require_at_least(1, batch__min_size=self.min_size)
+        first = 0 if self.table_unit is TableUnit.epoch else 1
+        for entry in self.table:
+            require(
+                len(entry) == 2 and entry[0] >= first and entry[-1] >= 1,
+                f"batch.table has the entry {entry}, which is impossible: it takes pairs of one "
+                f"{self.table_unit.name} and a size; {self.table_unit.name}s are counted from {first}, "
+                "and sizes are at least 1.",
+            )
+        begins = [entry[0] for entry in self.table]
+        require(len(set(begins)) == len(begins), f"batch.table={self.table} has two sizes for one and the same begin.")
+        if self.min_size is not None and self.max_size is not None and self.global_batch_size is not None:
+            require(
+                self.min_size <= self.global_batch_size <= self.max_size,
+                f"batch.schedule=noise begins with batch.global_batch_size={self.global_batch_size}, which is not "
+                f"between batch.min_size={self.min_size} and batch.max_size={self.max_size}.",
+            )
 
     @property
     def is_auto(self) -> bool:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.choices import Compression, DeviceChoice, WandbMode
+from distaccum.choices import BatchSchedule, Compression, DeviceChoice, WandbMode
 from distaccum.config.basics import MISSING
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
 from distaccum.config.insight import InsightConfig
-from distaccum.config.loop import CheckpointConfig, LoopConfig, ScheduleConfig
+from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, LoopConfig, ScheduleConfig
 from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig
 from distaccum.errors import require, require_at_least, require_positive
 
@@ -82,6 +82,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)
+        if self.batch.schedule is BatchSchedule.noise:
+            require(
+                self.insight.noise_scale,
+                "batch.schedule=noise follows the noise scale, which is not measured: set insight.noise_scale=true.",
+            )
+            require(
+                not isinstance(self.schedule, DecayScheduleConfig) or self.train.max_updates is not None,
+                f"schedule={getattr(self.schedule, 'name', None)} decays to the last update of the run, and with "
+                "batch.schedule=noise it can't be known how many there will be in train.epochs: set "
+                "train.max_updates, or schedule=constant or step.",
+            )
         if self.insight.noise_scale:
             require(
                 not isinstance(self.batch, ByLengthBatchConfig),

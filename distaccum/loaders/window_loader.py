@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distaccum import planning, recutting
+from distaccum.batch_sizes import BatchSizes, ConstantSize, SizeRule
 from distaccum.devices import to_device
 from distaccum.fetching import Request
 from distaccum.grouping import CostModel, Grouping, Timeline
@@ -40,6 +41,7 @@ class WindowLoader:
         equal_micro_steps: give all ranks the same number of micro-steps.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank: those in which
             the noise scale is measured, which takes parts.
+        schedule: of the sizes of windows. Default: all have the global batch size.
         options: workers, pinning, device.
 
     Raises:
@@ -62,6 +64,7 @@ class WindowLoader:
         world_size: int | None = None,
         equal_micro_steps: bool = False,
         split_every: int | None = None,
+        schedule: SizeRule | None = None,
         options: LoaderOptions | None = None,
     ) -> None:
         self.num_samples = size_of(dataset, "training")
@@ -73,12 +76,16 @@ class WindowLoader:
             accumulation_steps=accumulation_steps,
             equal_micro_steps=equal_micro_steps,
         )
-        planning.check_data_size(self.plan, self.num_samples, drop_last)
+        self.sizes = BatchSizes(schedule or ConstantSize(self.plan.global_batch_size), self.num_samples, drop_last)
+        """How many samples each window has."""
+        if schedule is not None:
+            planning.check_base_size(self.plan, schedule.base)
+            self.sizes.check(world_size)
+        planning.check_data_size(self.plan, self.num_samples, drop_last and schedule is None)
         self.drop_last = drop_last
         self.seed = seed
         self._order = planning.EpochOrder(self.num_samples, seed)
         self.next_epoch = 0
-        self._bounds = planning.window_bounds(self.num_samples, self.plan.global_batch_size, drop_last)
         self._split_every = split_every
         self._cuts: dict[tuple[int, tuple[float, ...] | None, int], planning.Cut] = {}
         self.speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
@@ -94,8 +101,8 @@ class WindowLoader:
         self._source = batch_source(dataset, collate_fn, "training", self._options, seed)
 
     def __len__(self) -> int:
-        """Windows in an epoch."""
-        return len(self._bounds)
+        """Windows in an epoch; with a schedule of their sizes, in the next one."""
+        return self.sizes.count(self.next_epoch)
 
     def __iter__(self) -> Iterator[Window]:
         epoch = self.next_epoch
@@ -105,12 +112,12 @@ class WindowLoader:
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
         """The windows of one epoch, from `first_window` on."""
         batches = on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
-        for index in range(first_window, len(self)):
+        for index in self._indices(epoch, first_window):
             window = Window(
                 epoch=epoch,
                 index=index,
                 number=self.number(epoch, index),
-                num_samples=self._bounds[index][1] - self._bounds[index][0],
+                num_samples=self._size(epoch, index),
                 sizes=self._sizes(epoch, index),
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
@@ -170,7 +177,7 @@ class WindowLoader:
             epoch, index: of the window.
             pieces: dataset indices of each micro-batch; an empty one gives the window's placeholder.
         """
-        placeholder = self._order.samples(epoch, self._bounds[index][0], self._bounds[index][0] + 1).tolist()
+        placeholder = self._placeholder(epoch, index)
         for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
             yield self._moved(batch)
 
@@ -210,15 +217,17 @@ class WindowLoader:
     def explain(self) -> str:
         """One line that says how a window is cut."""
         how = self.grouping.explain() if self.grouping is not None else None
-        return self.plan.explain(self.num_samples, self.drop_last, how)
+        if self.sizes.is_constant:
+            return self.plan.explain(self.num_samples, self.drop_last, how)
+        return f"{self.plan.explain(how=how)}; sizes by schedule: {self.sizes.rule}"
 
     def number(self, epoch: int, index: int) -> int:
         """The number of a window, counted over all epochs."""
-        return epoch * len(self) + index
+        return self.sizes.first_number(epoch) + index
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been measured of costs and ranks, by which windows are cut."""
-        state: dict[str, Any] = {"speeds": self.speeds.changes}
+        """What has been measured of costs and ranks, by which windows are cut, and of noise, by which they grow."""
+        state: dict[str, Any] = {"speeds": self.speeds.changes, **self.sizes.state_dict()}
         if self.grouping is not None:
             costs = self.grouping.costs.changes
             state["costs"] = [[first, value.quadratic, value.overhead] for first, value in costs]
@@ -235,6 +244,7 @@ class WindowLoader:
             self.set_sizes(sizes)
             self.limits = tuple(state["limits"])
             self._limit = Timeline(self.limits[self.rank])
+        self.sizes.load_state_dict(state)
         speeds = [(first, tuple(values) if values is not None else None) for first, values in state["speeds"]]
         if all(values is None or len(values) == self.plan.world_size for _, values in speeds):
             self.speeds.changes = speeds
@@ -245,7 +255,7 @@ class WindowLoader:
             ]
 
     def _cut(self, epoch: int, index: int) -> planning.Cut:
-        size = self._bounds[index][1] - self._bounds[index][0]
+        size = self._size(epoch, index)
         number = self.number(epoch, index)
         speeds = self.speeds.at(number)
         parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
@@ -272,18 +282,31 @@ class WindowLoader:
 
     def _planned_indices(self, epoch: int, index: int) -> list[list[int]]:
         if self.grouping is not None:
-            order = self._order.samples(epoch, *self._bounds[index])
+            order = self._order.samples(epoch, *self.sizes.bounds(epoch)[index])
             number = self.number(epoch, index)
             groups = self.grouping.cut(order, number, self.speeds.at(number))[self.rank]
             return [order[list(group)].tolist() for group in groups]
-        start = self._bounds[index][0]
+        start = self.sizes.bounds(epoch)[index][0]
         bounds = list(self._cut(epoch, index).micro_batches(self.rank))
         first = bounds[0][0]
         order = self._order.samples(epoch, start + first, start + bounds[-1][1]).tolist()
         return [order[begin - first : end - first] for begin, end in bounds]
 
     def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
-        for index in range(first_window, len(self)):
+        for index in self._indices(epoch, first_window):
             for indices in self._sample_indices(epoch, index):
-                first = self._bounds[index][0]
-                yield Request(epoch, indices or self._order.samples(epoch, first, first + 1).tolist())
+                yield Request(epoch, indices or self._placeholder(epoch, index))
+
+    def _indices(self, epoch: int, first_window: int) -> Iterator[int]:
+        index = first_window
+        while index < self.sizes.count(epoch):  # sizes may change on the way
+            yield index
+            index += 1
+
+    def _size(self, epoch: int, index: int) -> int:
+        start, stop = self.sizes.bounds(epoch)[index]
+        return stop - start
+
+    def _placeholder(self, epoch: int, index: int) -> list[int]:
+        first = self.sizes.bounds(epoch)[index][0]
+        return self._order.samples(epoch, first, first + 1).tolist()  # type: ignore[no-any-return]

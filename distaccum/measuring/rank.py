@@ -90,7 +90,7 @@ class Training:
         self.lengths = getattr(parts.train_data, "lengths", None)
         self.task = parts.task
         self.precision = parts.precision
-        self.total_updates = total_updates(config.train, len(parts.loader))
+        self.total_updates = total_updates(config.train, parts.loader.sizes)
         factor = schedule_factor(config.schedule, self.total_updates)
         compilation = compilation_of(config, device)
         if alone and isinstance(config.strategy, DDPConfig) and world_size > 1:

@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from distaccum.errors import UserError
 from distaccum.models.checks import require_at_least_one, require_probability
@@ -30,8 +29,6 @@ class GPT(nn.Module):
         num_heads: attention heads per block; a divisor of `width`.
         width: size of the residual stream.
         dropout: dropout of the embeddings, the attention weights and what each half block adds.
-        activation_checkpointing: keep the stream between blocks only, and compute the blocks once more in the backward
-            (Chen et al. 2016). The same results, with the same dropout.
 
     Raises:
         UserError: an impossible argument.
@@ -46,7 +43,6 @@ class GPT(nn.Module):
         num_heads: int = 4,
         width: int = 128,
         dropout: float = 0.0,
-        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         require_at_least_one("GPT", vocab_size=vocab_size, max_length=max_length)
@@ -58,7 +54,6 @@ class GPT(nn.Module):
                 "over. Change model.width or model.num_heads."
             )
         self.max_length = max_length
-        self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.dropout = nn.Dropout(dropout)
@@ -80,10 +75,7 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         stream: Tensor = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, use_reentrant=False)
-            else:
-                stream = block(stream)
+            stream = block(stream)
         logits: Tensor = F.linear(self.norm(stream), self.token_embedding.weight)
         return logits
 

@@ -16,8 +16,9 @@ class RunStart:
     plan: str
     """One line that explains how a window is cut."""
     total_updates: int
-    """Number of the last update of the run, unless it stops early."""
-    updates_per_epoch: int
+    """Number of the last update of the run, unless it stops early, or windows grow or shrink with the noise scale."""
+    updates_per_epoch: int | None
+    """None if they are not equally many in all epochs."""
     config: dict[str, Any]
     """The configuration as plain dictionaries, lists, strings and numbers."""
     resumed_update: int = 0

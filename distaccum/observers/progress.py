@@ -55,9 +55,10 @@ class Progress(Observer):
     def on_start(self, start: RunStart) -> None:
         self._total_updates = start.total_updates
         self._skipped_updates = start.skipped_updates
+        per_epoch = "" if start.updates_per_epoch is None else f" ({start.updates_per_epoch:,} per epoch)"
         rows = [
             ("plan", start.plan),
-            ("updates", f"{start.total_updates:,} ({start.updates_per_epoch:,} per epoch)"),
+            ("updates", f"{start.total_updates:,}{per_epoch}"),
         ]
         if start.resumed_update:
             rows.append(("resumed", f"after update {start.resumed_update:,}"))
@@ -277,7 +278,10 @@ def _warm_up(end: RunEnd) -> list[tuple[str, str]]:
 
 def _how_it_ended(end: RunEnd, total_updates: int) -> tuple[str, str]:
     if end.interrupted is None:
-        return "finished", f"{end.updates:,} of {total_updates:,} updates, {end.samples:,} samples"
+        # Where sizes of windows follow the noise scale, a whole run may have fewer updates than were in sight at first.
+        is_known = end.updates == total_updates or end.stopped_early is not None
+        of_all = f" of {total_updates:,}" if is_known else ""
+        return "finished", f"{end.updates:,}{of_all} updates, {end.samples:,} samples"
     by = "Ctrl-C" if end.interrupted == "SIGINT" else end.interrupted
     saved = "saved; start again with the same command to go on" if end.is_saved else "not saved"
     return "stopped", f"by {by} after update {end.updates:,} of {total_updates:,}; {saved}"

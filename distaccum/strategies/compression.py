@@ -48,9 +48,10 @@ def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None)
     else:
         work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
     reduced: Future[Any] = work.get_future()
+    # Ranks that aren't there (torch's fake process group) give no value.
     if dtype is None:
-        return reduced.then(lambda future: future.value()[0])
-    return reduced.then(lambda future: buffer.copy_(future.value()[0]))
+        return reduced.then(lambda future: (future.value() or (sent,))[0])
+    return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
 
 
 def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:

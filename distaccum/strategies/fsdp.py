@@ -22,6 +22,7 @@ from distaccum.config import FSDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.strategies.base import Traffic, local_parts
+from distaccum.strategies.blocks import blocks_to_wrap
 from distaccum.strategies.riding import summed_beside
 
 logger = logging.getLogger(__name__)
@@ -236,29 +237,3 @@ def place_fsdp(
     kinds = sorted({type(block).__name__.removeprefix("FSDP") for block in blocks})
     logger.info("strategy=fsdp: %d blocks sharded by themselves (%s)", len(blocks), ", ".join(kinds) or "none")
     return FSDPStrategy(module, device, reshard_in_window=config.reshard_in_window)
-
-
-def blocks_to_wrap(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules that are gathered and sharded as one each; the rest goes with the root.
-
-    Raises:
-        UserError: no module has one of the names.
-    """
-    if names:
-        blocks = [child for child in module.modules() if type(child).__name__ in names and child is not module]
-        if missing := set(names) - {type(block).__name__ for block in blocks}:
-            there = ", ".join(sorted({type(child).__name__ for child in module.modules()}))
-            raise UserError(f"strategy.wrap={sorted(missing)}: the model has no such module. It has: {there}.")
-        return blocks
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-    blocks = [block for child in lists for block in child] if lists else list(module.children())
-    blocks = [block for block in blocks if any(True for _ in block.parameters())]
-    owners: dict[nn.Parameter, set[int]] = {}
-    for number, block in enumerate(blocks):
-        for parameter in block.parameters():
-            owners.setdefault(parameter, set()).add(number)
-    inside = {id(parameter) for parameter in owners}
-    rest = [p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
-    is_shared = any(len(numbers) > 1 for numbers in owners.values()) or len(rest) > len(inside)
-    # A parameter that belongs to two blocks, or to a block and the rest, must be gathered with both: by the root.
-    return [] if is_shared else blocks

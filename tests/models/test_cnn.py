@@ -9,8 +9,8 @@ from torch import nn
 from distaccum.components import CNNConfig
 from distaccum.data import Digits
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.models import CNN
-from distaccum.targets import build
 
 
 @pytest.mark.parametrize("input_shape", [(1, 1, 1), (1, 8, 8), (3, 5, 7), (3, 9, 2), (3, 33, 64)])
@@ -54,7 +54,7 @@ def test_it_learns_digits() -> None:
 
 
 def test_the_configured_section_fits() -> None:
-    model = build(CNNConfig(input_shape=[1, 8, 8], num_classes=10), "model")
+    model = build_model(CNNConfig(input_shape=[1, 8, 8], num_classes=10), None)
     assert isinstance(model, CNN)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distaccum.components import GPTConfig
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.models import GPT
-from distaccum.targets import build
 
 
 def make(**changes: Any) -> GPT:
@@ -100,7 +100,7 @@ def test_every_parameter_has_a_gradient() -> None:
 
 
 def test_the_configured_section_fits() -> None:
-    model = build(GPTConfig(vocab_size=256, max_length=32), "model")
+    model = build_model(GPTConfig(vocab_size=256, max_length=32), None)
     assert isinstance(model, GPT)
 
 
@@ -124,27 +124,3 @@ def test_impossible_arguments(change: dict[str, Any], message: str) -> None:
 def test_tokens_that_do_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r"GPT: tokens of shape .* at most model.max_length=24"):
         make()(torch.zeros(shape, dtype=torch.int64))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_activation_checkpointing_keeps_less_and_changes_nothing(dropout: float) -> None:
-    def run(activation_checkpointing: bool) -> tuple[Tensor, list[Tensor], int]:
-        model = make(dropout=dropout, activation_checkpointing=activation_checkpointing)
-        kept = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal kept
-            kept += tensor.nbytes
-            return tensor
-
-        torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(tokens(3, 20)).square().sum()
-        loss.backward()
-        return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None], kept
-
-    loss, gradients, kept = run(False)
-    same_loss, same_gradients, fewer = run(True)
-    assert torch.equal(loss, same_loss)
-    assert all(torch.equal(one, other) for one, other in zip(gradients, same_gradients, strict=True))
-    assert fewer < 0.5 * kept

@@ -6,8 +6,8 @@ from torch import nn
 
 from distaccum.components import MLPConfig
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.models import MLP
-from distaccum.targets import build
 
 
 def test_shapes() -> None:
@@ -24,7 +24,7 @@ def test_no_hidden_layer_is_a_linear_classifier() -> None:
 
 
 def test_the_configured_section_fits() -> None:
-    model = build(MLPConfig(input_shape=[1, 8, 8], num_classes=10), "model")
+    model = build_model(MLPConfig(input_shape=[1, 8, 8], num_classes=10), None)
     assert isinstance(model, MLP)
 
 

@@ -1,0 +1,67 @@
+"""The arithmetic of memory: what a peak will be at other micro-batches, and the largest micro-batch that fits.
+
+Pure numbers. A peak is the largest of what several moments hold, each a constant and so much for each sample; so it
+is a convex, piecewise linear function of the micro-batch. It is interpolated between measured sizes, and beyond them
+goes on with the slope of the last piece (before them, with that of the first).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PeakLine:
+    """A peak, in bytes, as a function of the micro-batch's samples.
+
+    Attributes:
+        points: measured peaks by number of samples; at least one. With one alone, the peak is taken to grow by nothing.
+    """
+
+    points: Mapping[int, int]
+
+    def at(self, samples: int) -> int:
+        """The peak with micro-batches of so many samples."""
+        sizes = sorted(self.points)
+        if len(sizes) == 1:
+            return self.points[sizes[0]]
+        place = min(max(bisect_left(sizes, samples), 1), len(sizes) - 1)
+        low, high = sizes[place - 1], sizes[place]
+        slope = (self.points[high] - self.points[low]) / (high - low)
+        return round(self.points[low] + slope * (samples - low))
+
+    @property
+    def per_sample(self) -> float:
+        """Bytes that one sample more adds, at the largest measured sizes."""
+        sizes = sorted(self.points)
+        if len(sizes) == 1:
+            return 0.0
+        low, high = sizes[-2:]
+        return (self.points[high] - self.points[low]) / (high - low)
+
+    def largest(self, limit: float, most: int) -> int:
+        """The most samples, up to `most`, whose peak is within a limit; 0 if not even one sample's is."""
+        if self.at(1) > limit:
+            return 0
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.at(middle) <= limit:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def sizes_to_measure(micro_batch: int, most: int) -> list[int]:
+    """The sizes that a peak at `micro_batch` and around it is known from: three at most, the smallest first.
+
+    Args:
+        most: samples that there are.
+    """
+    wanted = {max(1, micro_batch // 4), max(1, micro_batch // 2), micro_batch}
+    if micro_batch == 1:
+        wanted.add(2)
+    return sorted({size for size in wanted if size <= most} or {most})
