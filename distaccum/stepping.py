@@ -45,7 +45,8 @@ class Gradients:
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
-                    if id(parameter) not in self._seen and not self._optimizer.state.get(parameter):
+                    was_trained = id(parameter) in self._seen or self._optimizer.state.get(parameter)
+                    if not was_trained or not parameter.requires_grad:
                         continue
                     # Not always the parameter's own format: see `in_parameter_format`.
                     dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
@@ -127,10 +128,11 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
     Raises:
         UserError: memory has run out all the same, or when it was too late to try again.
     """
-    before = set(optimizer.state)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    inner = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    before = set(inner.state)
+    known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     makes_state = any(parameter not in before for parameter in parameters)
-    known = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     versions = [tensor._version for tensor in [*parameters, *known]] if makes_state else []
     said = ""
     for is_second in (False, True):
@@ -143,8 +145,8 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if is_second or versions != [tensor._version for tensor in [*parameters, *known]]:
             break
-        for parameter in set(optimizer.state) - before:
-            del optimizer.state[parameter]
+        for parameter in set(inner.state) - before:
+            del inner.state[parameter]
         free_cached_memory(device)
     raise UserError(
         f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer with "

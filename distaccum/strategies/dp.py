@@ -207,6 +207,15 @@ class CheckedDataParallel(nn.DataParallel[nn.Module]):
         with _parameters_stay(self.module):
             return super().forward(*args, **kwargs)
 
+    def replicate(self, module: nn.Module, device_ids: Sequence[int | torch.device]) -> list[nn.Module]:
+        replicas: list[nn.Module] = super().replicate(module, device_ids)
+        for replica in replicas:
+            for part in replica.modules():
+                # A forward that was replaced on the instance (activation checkpointing) would be the original's.
+                if isinstance(forward := vars(part).get("forward"), MethodType):
+                    part.forward = MethodType(forward.__func__, part)
+        return replicas
+
     def scatter(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any] | None, device_ids: Sequence[int | torch.device]
     ) -> Any:
