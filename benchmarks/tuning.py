@@ -2,8 +2,8 @@
 
 Tunes a small GPT on unequal paragraphs for two ranks on this machine. Then the suggestion trains on two hosts, emulated
 as network namespaces with a link of 100 Mbit/s and of 1 Gbit/s between them. The prediction is that of the tuning, for
-what its measurements show there: the computing, each host for itself, and bare all-reduces. Of the training over the link
-nothing is in it. Computing and training take turns, as the speed of a shared machine changes within seconds; medians.
+what its measurements show there: the computing, each host for itself, and bare all-reduces; nothing of the training
+over it. Computing and training take turns, as the speed of a shared machine changes within seconds; medians.
 
 The second part needs Linux, root, and `ip` and `tc` (apt-get install iproute2).
 """
