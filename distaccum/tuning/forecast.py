@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
+from distaccum.comparison.results import round_of
 from distaccum.config import DDPConfig, SingleConfig, TrainConfig
 from distaccum.links import ComputeTime, Link, buckets_of, fit_compute, fit_link, update_seconds
 from distaccum.measuring.network import SIZES
@@ -12,6 +14,7 @@ from distaccum.tuning.contenders import Contender
 from distaccum.tuning.report import Forecast, LinkFit, Prediction
 
 _STEPS = (1, 2, 4, 8)
+_TURNS = 5
 _SECONDS_PER_ROUND = 4.0
 """Longer rounds of compute are made of fewer micro-steps."""
 
@@ -36,9 +39,7 @@ def forecast_of(
     turn = best.rounds[-1]
     sizes = best.micro_batch_sizes
     steps = [count for count in _STEPS if count == 1 or count * best.seconds / len(sizes) < _SECONDS_PER_ROUND / 4]
-    answers = best.ask("compute", steps=steps, updates=2, rounds=7)
-    # An update takes as long as on its slowest rank.
-    measured = {count: max(answer["seconds"][str(count)] for answer in answers) for count in steps}
+    measured, samples, seconds = _in_turns(best, steps)
     compute = fit_compute(measured)
     links = [] if world_size == 1 else [_measured_link(best, world_size)]
     links += [
@@ -54,7 +55,7 @@ def forecast_of(
     forecast = Forecast(
         fixed_seconds=compute.fixed_seconds,
         micro_step_seconds=compute.micro_step_seconds,
-        micro_batch=sum(answer["samples"] for answer in answers) / world_size,
+        micro_batch=samples,
         compute_measured=measured,
         sync_calls=calls,
         sync_bytes=turn.sync_bytes or gradient_bytes,
@@ -65,9 +66,30 @@ def forecast_of(
         if ranks <= window:
             forecast.predictions += _predictions(forecast, compute, ranks, window, section.predict_accumulation_steps)
     if world_size > 1:
-        forecast.measured_seconds = best.seconds
+        forecast.measured_seconds = seconds
         forecast.predicted_seconds = predicted_seconds(forecast, compute, world_size, window, links[0])
     return forecast
+
+
+def _in_turns(best: Contender, steps: list[int]) -> tuple[dict[int, float], float, float]:
+    """Computing alone and training take turns, as the speed of a shared machine changes within seconds.
+
+    Returns:
+        Seconds of an update by its micro-steps, each rank for itself; samples of a micro-batch; seconds of an update.
+    """
+    computing: dict[int, list[float]] = {count: [] for count in steps}
+    training: list[float] = []
+    samples = 0.0
+    for _ in range(_TURNS):
+        answers = best.ask("compute", steps=steps, updates=2, rounds=2)
+        samples = statistics.fmean(answer["samples"] for answer in answers)
+        for count in steps:
+            # An update takes as long as on its slowest rank.
+            computing[count].append(max(answer["seconds"][str(count)] for answer in answers))
+        updates = max(2, min(20, round(1.0 / best.seconds)))
+        # The training begins anew after each look at computing.
+        training.append(round_of(best.ask("round", updates=updates, warmup_updates=3)).seconds)
+    return {count: statistics.median(taken) for count, taken in computing.items()}, samples, statistics.median(training)
 
 
 def _measured_link(best: Contender, world_size: int) -> LinkFit:
