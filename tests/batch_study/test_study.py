@@ -134,7 +134,14 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
     metrics = tmp_path / "mine" / "points" / "b00008-linear" / "metrics.jsonl"
 
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as which the tests may run, has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.stat().st_size > 20_000):

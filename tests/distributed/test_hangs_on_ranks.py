@@ -55,7 +55,8 @@ HANGS = Scenario(world_size=4, fault="sleeps_in_forward", rank=1, outlives_sigte
 HANGS_LOCKED = Scenario(world_size=2, fault="sleeps_with_the_gil", rank=1)
 STOPS = Scenario(world_size=2, fault="stops", rank=0, own_store=True)
 KILLED = (
-    Scenario(world_size=4, fault="is_killed", rank=1),
+    # The launcher's signal, which follows at once, must not end another rank before the one that speaks looks around.
+    Scenario(world_size=4, fault="is_killed", rank=1, outlives_sigterm=True),
     Scenario(world_size=2, fault="is_killed", rank=1, busy_survivors=True),
     Scenario(world_size=2, fault="is_killed", rank=0, own_store=True),
     Scenario(world_size=4, fault="is_killed", rank=0, own_store=True, busy_survivors=True),
@@ -168,7 +169,15 @@ def test_a_bug_keeps_its_traceback_and_a_restarted_run_is_heard_too() -> None:
 
 def test_a_restart_that_gloo_cannot_make_says_what_to_set() -> None:
     done, _ = _outcome(RESTARTED_BY_SEVERAL)
-    gone, cannot_connect = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for _ in range(5):
+        gone, *others = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        if others:
+            break
+        # Which of two ranks connects to the other is chance, and the other way round the restart succeeds.
+        assert "[rank1]: KeyError: 'a bug in forward'" in done.stderr, done.stderr
+        with tempfile.TemporaryDirectory() as folder:
+            done = RESTARTED_BY_SEVERAL.run(Path(folder))
+    (cannot_connect,) = others
     assert gone.startswith("error: rank 1 is gone")
     assert cannot_connect.startswith("error: the ranks can't connect to each other: ")
     assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started" in cannot_connect
