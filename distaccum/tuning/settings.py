@@ -105,7 +105,9 @@ def _shown(value: Any) -> str:
         return str(value.name)
     if isinstance(value, float):
         return f"{value:g}"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    if isinstance(value, bool):  # not by equality: 1 is equal to True
+        return str(value).lower()
+    return "null" if value is None else str(value)
 
 
 def command_of(setting: Setting, arguments: Sequence[str], world_size: int) -> list[str]:

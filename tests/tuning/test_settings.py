@@ -91,6 +91,23 @@ def test_what_is_to_be_pasted() -> None:
         assert getattr(pasted, section) == getattr(wanted, section)
 
 
+def test_numbers_are_not_taken_for_yes_and_no() -> None:
+    setting = {
+        "data.num_workers": 1,
+        "batch.micro_batch_size": 1,
+        "model.on": True,
+        "model.off": False,
+        "batch.x": None,
+    }
+    assert overrides_of(setting) == [
+        "data.num_workers=1",
+        "batch.micro_batch_size=1",
+        "model.on=true",
+        "model.off=false",
+        "batch.x=null",
+    ]
+
+
 def test_an_experiment_file_means_the_same(tmp_path: Path) -> None:
     setting = {"batch.micro_batch_size": 32, "batch": "by_length", "data.num_workers": 2}
     (tmp_path / "experiment").mkdir()
