@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
-from distaccum.config import StrategyConfig
+from distaccum.config import DPConfig, StrategyConfig
 from distaccum.devices import Precision, tensors_of
 from distaccum.footprint.fake_ranks import fake_ranks
 from distaccum.live_memory import Meter, held_bytes, metered
 from distaccum.model_options import checkpoint_blocks
 from distaccum.optim import build_optimizer
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
+from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
 from distaccum.tasks import TaskOutput
 
 STEP = "optimizer step"
@@ -74,6 +75,15 @@ class Footprint:
         """When the peak is."""
         moments = self.peaks[size]
         return max(moments, key=moments.__getitem__)
+
+
+def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
+    """How many replicas share each micro-batch of a process."""
+    if not isinstance(strategy, DPConfig):
+        return 1
+    if strategy.replicas is not None:
+        return strategy.replicas
+    return torch.cuda.device_count() if device.type == "cuda" else DEFAULT_REPLICAS_ON_CPU
 
 
 def measure(

@@ -20,7 +20,7 @@ from distaccum.data.collate import PadCollate
 from distaccum.devices import resolve_device, to_device
 from distaccum.errors import UserError
 from distaccum.footprint.lines import sizes_to_measure
-from distaccum.footprint.measuring import Footprint, Setting, measure
+from distaccum.footprint.measuring import Footprint, Setting, measure, replicas_of
 from distaccum.footprint.report import Report, Row
 from distaccum.model_options import take_back_checkpointing
 from distaccum.planning import resolve_batch
@@ -106,7 +106,8 @@ def examine(config: MemoryConfig) -> Report:
             if (steps, setting.world_size) != (accumulation_steps, world_size):
                 size = -(-global_batch_size // (setting.world_size * steps))
             size = min(size, len(parts.train_data))
-            footprint = measured(setting, sizes_to_measure(size, len(parts.train_data)))
+            sizes = sizes_to_measure(size, len(parts.train_data), replicas_of(setting.strategy, device))
+            footprint = measured(setting, sizes)
             rows.append(Row(label, change, setting.world_size, steps, size, footprint))
     return Report(
         model=type(parts.module).__name__,
