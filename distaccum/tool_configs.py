@@ -167,6 +167,11 @@ class MemoryConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        require_constant_size(self.batch, "memory measures windows of one size")
+        require(
+            not self.compile,
+            "memory measures the model as it is, and compile=true has another peak: leave it out.",
+        )
         require(
             not self.batch.is_auto,
             "memory says by itself what fits, and batch.micro_batch_size=auto leaves open what to measure: give a "
@@ -198,6 +203,9 @@ class StudySection:
     """Evaluations of a run that goes on to `study.max_samples`, equal numbers of samples apart."""
     smoothing: int = 3
     """Evaluations that are averaged; for `train/loss`, the samples between so many of them."""
+    noise_scale: bool | None = None
+    """Measure the gradient noise scale in the runs, to stand beside the critical batch size. `null`: where it can be
+    had (see `insight.noise_scale`)."""
     ranks: int = 1
     """Ranks of each run, which are started by torchrun."""
     threads_per_rank: int = 1

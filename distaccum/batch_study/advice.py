@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distaccum.batch_study.results import DIVERGED, FAILED, LIMIT, MISSING, Result, Study
 from distaccum.observers.formatting import duration, number, words
@@ -207,13 +208,35 @@ def _caveats(study: Study) -> str:
 
 
 def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
-    """How to train so."""
-    kept = [entry for entry in overrides if not _is_own(entry)]
+    """How to train so: with what follows from the batch size as it was in the run."""
+    followed = _followed(study.config, result.batch_size)
+    kept = [entry for entry in overrides if not _is_own(entry) and entry.partition("=")[0] not in followed]
     is_plain = study.config["schedule"]["name"] == "constant"
     if is_plain and not any(entry.startswith(("schedule=", "experiment=")) for entry in kept):
         kept.append("schedule=constant")  # what a study has by default, and a training has not
+    kept += [f"{key}={value}" for key, value in followed.items()]
     own = f"{shlex.join(kept)} " if kept else ""
-    return f"python -m distaccum.train {own}batch.global_batch_size={result.batch_size} optim.lr={result.lr:.4g}"
+    ranks = study.config["study"]["ranks"]
+    launcher = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
+    return f"{launcher} -m distaccum.train {own}batch.global_batch_size={result.batch_size} optim.lr={result.lr:.4g}"
+
+
+def _followed(config: Mapping[str, Any], batch_size: int) -> dict[str, int]:
+    """What a run of the study had otherwise than the configuration because of its batch size."""
+    base, micro_batch_size = config["batch"]["global_batch_size"], config["batch"]["micro_batch_size"]
+    followed = {}
+    if isinstance(micro_batch_size, int) and micro_batch_size > batch_size:
+        followed["batch.micro_batch_size"] = batch_size
+    for key in ("warmup_updates", "every_updates"):
+        if updates := config["schedule"].get(key):
+            followed[f"schedule.{key}"] = max(1, round(updates * base / batch_size))
+    return {key: value for key, value in followed.items() if value != _value_of(config, key)}
+
+
+def _value_of(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key of two parts."""
+    section, _, name = key.partition(".")
+    return config[section][name]
 
 
 def _is_own(override: str) -> bool:

@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from distaccum.choices import LrRule
+from distaccum.choices import Compression, LrRule
 from distaccum.config import (
     BatchConfig,
+    ByLengthBatchConfig,
     DDPConfig,
     ScheduleConfig,
     SingleConfig,
@@ -19,6 +20,7 @@ from distaccum.config import (
 )
 from distaccum.errors import UserError
 from distaccum.optim import LR_POWERS
+from distaccum.tasks import CoupledTask
 from distaccum.tool_configs import StudyConfig
 
 _FACTORS = (1 / 16, 1 / 4, 1.0, 4.0)
@@ -113,7 +115,21 @@ def max_samples(config: StudyConfig, num_samples: int) -> int:
     return min(limits)
 
 
-def configuration(point: Point, config: StudyConfig, num_samples: int, run_dir: str) -> TrainConfig:
+def measures_noise(config: StudyConfig, task: Any) -> bool:
+    """Whether the runs of a study are to measure the noise scale.
+
+    Args:
+        task: as the configuration builds it.
+    """
+    if config.study.noise_scale is not None:
+        return config.study.noise_scale
+    is_compressed = isinstance(config.strategy, DDPConfig) and config.strategy.compression is Compression.powersgd
+    return not (isinstance(config.batch, ByLengthBatchConfig) or is_compressed or isinstance(task, CoupledTask))
+
+
+def configuration(
+    point: Point, config: StudyConfig, num_samples: int, run_dir: str, *, noise_scale: bool = False
+) -> TrainConfig:
     """The training of a point: the user's, but for the batch size and what follows from it.
 
     What the configuration counts in updates (warm-up, steps of the schedule) takes the same number of samples at each
@@ -130,6 +146,7 @@ def configuration(point: Point, config: StudyConfig, num_samples: int, run_dir: 
         "run_dir": run_dir,
         "resume": "auto",
         "batch": _batch(config.batch, point.batch_size),
+        "insight": dataclasses.replace(config.insight, noise_scale=noise_scale or config.insight.noise_scale),
         "optim": _with_lr(config.optim, point.lr),
         "schedule": _schedule(config.schedule, of_samples, updates),
         "strategy": _strategy(config.strategy, config.study.ranks),

@@ -21,7 +21,7 @@ from distaccum.assembly import as_plain
 from distaccum.batch_study.advice import advise
 from distaccum.batch_study.curves import Learning, crossing, read_learning
 from distaccum.batch_study.page import page_of, picture_of
-from distaccum.batch_study.points import Point, configuration, max_samples, points_of
+from distaccum.batch_study.points import Point, configuration, max_samples, measures_noise, points_of
 from distaccum.batch_study.results import Result, Study, chosen_target, conclude, result_of
 from distaccum.batch_study.running import Job, PointFailedError, run
 from distaccum.batch_study.terminal import show
@@ -136,6 +136,7 @@ class _Study:
         self.points = points
         self.num_samples = num_samples
         self.limit = max_samples(config, num_samples)
+        self.noise_scale = measures_noise(config, targets.build(config.task, "task"))
         assert self.section.metric is not None
         self.metric = self.section.metric
         name = self.metric.rpartition("/")[2]
@@ -213,7 +214,7 @@ class _Study:
     def _run(self, point: Point, tell: Any) -> None:
         run_dir = self._run_dir(point)
         job = Job(
-            config=configuration(point, self.config, self.num_samples, str(run_dir)),
+            config=configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
             ranks=self.section.ranks,
             threads=self.section.threads_per_rank,
             log=self.path / "logs" / f"{point.name}.log",

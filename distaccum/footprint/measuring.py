@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
 from distaccum.config import DPConfig, StrategyConfig
-from distaccum.devices import Precision, tensors_of
+from distaccum.devices import Precision, is_out_of_memory, tensors_of
 from distaccum.footprint.fake_ranks import fake_ranks
 from distaccum.live_memory import Meter, held_bytes, metered
 from distaccum.model_options import checkpoint_blocks
@@ -104,10 +104,12 @@ def measure(
         master: on the CPU, without activation checkpointing. It stays as it is.
         batch_of: makes a micro-batch of so many samples, on the device. Its memory counts.
         sizes: of micro-batches, the smallest first.
-        limit: bytes; sizes that would need more, by those measured before, are left out.
+        limit: bytes; sizes that would need more, by those measured before, are left out, as are those for which memory
+            runs out.
 
     Raises:
         UserError: the strategy can't be had, …
+        Exception: memory runs out at the smallest size already (see `distaccum.devices.is_out_of_memory`).
     """
     with fake_ranks(setting.world_size):
         return measure_here(
@@ -170,8 +172,14 @@ def _footprint(
         if limit is not None and len(found.peaks) > 1 and max(found.peak.values()) / max(found.peaks) * size > limit:
             break
         batch = batch_of(size)
+        try:
+            peaks, activations = windows.run(batch)
+        except Exception as error:
+            if not found.peaks or not is_out_of_memory(error):
+                raise
+            break
         found.batches[size] = held_bytes(tensors_of(batch))
-        found.peaks[size], found.activations[size] = windows.run(batch)
+        found.peaks[size], found.activations[size] = peaks, activations
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +67,8 @@ class Report:
     usable: int
     share: int
     rows: list[Row]
+    too_large: list[str] = field(default_factory=list)
+    """Other settings for which this device has run out of memory."""
 
     @property
     def configured(self) -> Row:
@@ -107,6 +109,8 @@ class Report:
             best = min(fitting, key=lambda other: (other.world_size > row.world_size, other.peak))
             said.append(f"With micro-batches of {best.micro_batch}, this fits: {best.change} ({byte_size(best.peak)}).")
         said.append(self._what_first())
+        if self.too_large:
+            said.append(f"Not measured, as memory ran out: {'; '.join(self.too_large)}.")
         return said
 
     def _what_first(self) -> str:

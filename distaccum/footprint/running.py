@@ -17,11 +17,12 @@ from distaccum.assembly import Parts, build_parts, collate_fn
 from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.data.collate import PadCollate
-from distaccum.devices import resolve_device, to_device
+from distaccum.devices import is_out_of_memory, resolve_device, to_device
 from distaccum.errors import UserError
 from distaccum.footprint.lines import sizes_to_measure
 from distaccum.footprint.measuring import Footprint, Setting, measure, replicas_of
 from distaccum.footprint.report import Report, Row
+from distaccum.logs import print_error
 from distaccum.model_options import take_back_checkpointing
 from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
@@ -39,6 +40,10 @@ _OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
 }
 
 
+class DoesNotFitError(UserError):
+    """Memory has run out at the smallest micro-batch that was tried of the configured setting."""
+
+
 def memory(config: MemoryConfig) -> int:
     """Measures, prints the report, and returns the exit status: 0 if the configured setting fits.
 
@@ -47,7 +52,11 @@ def memory(config: MemoryConfig) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("distaccum.memory is one process: start it without torchrun, and say memory.world_size=…")
-    report = examine(config)
+    try:
+        report = examine(config)
+    except DoesNotFitError as error:
+        print_error(str(error))
+        return 1
     if config.memory.json:
         sys.stdout.write(report.as_json() + "\n")
     else:
@@ -57,7 +66,12 @@ def memory(config: MemoryConfig) -> int:
 
 
 def examine(config: MemoryConfig) -> Report:
-    """Measures all rows of the report."""
+    """Measures all rows of the report.
+
+    Raises:
+        DoesNotFitError: as it says.
+        UserError: as `memory`.
+    """
     device = resolve_device(config.device)
     world_size = _world_size(config)
     configured_strategy = _measurable(config.strategy)
@@ -97,7 +111,8 @@ def examine(config: MemoryConfig) -> Report:
         )
 
     wanted = [("", "configured", configured), *_changes(config, configured, parts.module, global_batch_size)]
-    rows = []
+    rows: list[Row] = []
+    too_large = []
     with _progress(config) as tick:
         for change, label, setting in wanted if config.memory.alternatives else wanted[:1]:
             tick(label)
@@ -107,7 +122,19 @@ def examine(config: MemoryConfig) -> Report:
                 size = -(-global_batch_size // (setting.world_size * steps))
             size = min(size, len(parts.train_data))
             sizes = sizes_to_measure(size, len(parts.train_data), replicas_of(setting.strategy, device))
-            footprint = measured(setting, sizes)
+            try:
+                footprint = measured(setting, sizes)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not rows:
+                    raise DoesNotFitError(
+                        f"it does not fit: memory ran out on {device} with micro-batches of {sizes[0]}, the smallest "
+                        "that was tried. Lower batch.micro_batch_size, or take a smaller model, precision=bf16, "
+                        "model.activation_checkpointing=true, or strategy=fsdp on several devices."
+                    ) from error
+                too_large.append(label)
+                continue
             rows.append(Row(label, change, setting.world_size, steps, size, footprint))
     return Report(
         model=type(parts.module).__name__,
@@ -117,6 +144,7 @@ def examine(config: MemoryConfig) -> Report:
         usable=int(usable),
         share=share,
         rows=rows,
+        too_large=too_large,
     )
 
 

@@ -16,7 +16,7 @@ from distaccum.tool_configs import TuneConfig
 from distaccum.tuning import settings as keys
 from distaccum.tuning.contenders import Contender, Verdict, verdict_of
 from distaccum.tuning.report import Confirmation, Row
-from distaccum.tuning.settings import Setting, applied, micro_batch_of, overrides_of, value_in, with_micro_batch
+from distaccum.tuning.settings import Setting, applied, merged, micro_batch_of, overrides_of, value_in, with_micro_batch
 
 _HOPELESS = 1.25
 """A candidate whose first turn takes longer than the best's by this factor gets no second one."""
@@ -197,7 +197,7 @@ class Search:
         if time.monotonic() > self._deadline:
             self.not_tried.append(title)
             return None
-        setting = {**self.best.setting, **changes}
+        setting = merged(self.best.setting, changes)
         contender = self._contender(title, setting, is_inexact=is_inexact)
         row = Row(knob=knob, title=title, overrides=overrides_of(setting), is_inexact=is_inexact)
         verdict = None
@@ -253,6 +253,8 @@ class Search:
         pairs: list[tuple[float, float]] = []
         on_gpu = self.best.device != "CPU"
         updates = self.best.updates_for(self.section.round_seconds)
+        if on_gpu:
+            self.best.stop()  # the default is to have its memory
         for turn in range(self.section.confirm_rounds):
             self._tell(f"confirming · turn {turn + 1}", None)
             found = []

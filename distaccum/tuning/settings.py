@@ -95,6 +95,17 @@ def with_micro_batch(config: TrainConfig, size: int) -> dict[str, Any]:
     return setting
 
 
+_ONLY_BY_LENGTH = {f"batch.{entry.name}" for entry in dataclasses.fields(ByLengthBatchConfig)} - {
+    f"batch.{entry.name}" for entry in dataclasses.fields(BatchConfig)
+}
+
+
+def merged(setting: Setting, changes: Setting) -> dict[str, Any]:
+    """A setting with changes, without what the cut that it then has doesn't know."""
+    both = {**setting, **changes}
+    return {key: value for key, value in both.items() if both.get(CUT) != UNIFORM or key not in _ONLY_BY_LENGTH}
+
+
 def overrides_of(setting: Setting) -> list[str]:
     """A setting as it stands on a command line."""
     return [f"{key}={_shown(value)}" for key, value in setting.items()]
@@ -117,11 +128,15 @@ def command_of(setting: Setting, arguments: Sequence[str], world_size: int) -> l
         arguments: the tool's own, of which all that belongs to the training is kept.
     """
     changed = {*setting, "run_dir"}
+    if setting.get(CUT) == UNIFORM:
+        changed |= _ONLY_BY_LENGTH
     kept = [
         entry
         for entry in arguments
         if entry.lstrip("+").partition("=")[0] not in changed and not entry.lstrip("+").startswith("tune.")
     ]
+    if world_size > 1:
+        kept = [entry for entry in kept if entry != "strategy=single"]  # it was measured under DDP: see `base_of`
     launcher = ["python"] if world_size == 1 else ["torchrun", f"--nproc_per_node={world_size}"]
     return [*launcher, "-m", "distaccum.train", *kept, *overrides_of(setting)]
 

@@ -39,7 +39,8 @@ def show(report: Report, run_dir: Path) -> None:
             _print(Text(f"{row.title}: {row.verdict}", style="yellow"))
     _print(
         Text(
-            "speed: against the best before it, both taking turns; samples/s vary with what else the machine does",
+            "speed: against the best before it, both taking turns (on a GPU, its turns before); samples/s vary with "
+            "what else the machine does",
             "dim",
         )
     )

@@ -11,7 +11,7 @@ from distaccum.batch_study.results import Study, chosen_target, conclude, result
 from distaccum.choices import Goal, LrRule
 
 CONFIG: dict[str, Any] = {
-    "batch": {"global_batch_size": 64},
+    "batch": {"global_batch_size": 64, "micro_batch_size": None},
     "data": {"train": {"_target_": "distaccum.data.Digits"}},
     "model": {"_target_": "distaccum.models.CNN"},
     "optim": {"_target_": "torch.optim.AdamW", "lr": 0.002},

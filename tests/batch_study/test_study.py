@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,11 +14,16 @@ from typing import Any
 import pytest
 import yaml
 from command_line import Ended, updates
+from studies import learning
+from studies import study as by_hand
 
-from distaccum.batch_study.points import configuration, points_of
+from distaccum.assembly import as_plain
+from distaccum.batch_study.advice import command
+from distaccum.batch_study.points import configuration, measures_noise, points_of
 from distaccum.entry import compose
 from distaccum.errors import UserError
 from distaccum.study import main
+from distaccum.tasks import Contrastive
 from distaccum.tool_configs import StudyConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -94,6 +100,35 @@ def test_what_counts_updates_takes_the_same_samples_at_each_batch_size() -> None
         assert made.schedule.warmup_updates * size == 128
         assert made.schedule.every_updates * size == 320
         assert (made.optim.lr, made.run_dir) == (point.lr, "there")
+
+
+def test_the_noise_scale_is_measured_where_it_can_be_had() -> None:
+    assert measures_noise(composed(), task=None)
+    assert not measures_noise(composed("study.noise_scale=false"), task=None)
+    by_length = compose(["experiment=text", "batch=by_length", "study.batch_sizes=[8,16]"], "study")
+    assert isinstance(by_length, StudyConfig)
+    assert not measures_noise(by_length, task=None)
+    assert not measures_noise(composed(), task=Contrastive())
+    for asked in (True, False):
+        made = configuration(points_of(composed(), 256)[0], composed(), 256, "there", noise_scale=asked)
+        assert made.insight.noise_scale is asked
+
+
+def test_what_is_recommended_is_what_was_run() -> None:
+    """Micro-batches no larger than the window, and a warm-up of as many samples."""
+    overrides = ["batch.global_batch_size=32", "batch.micro_batch_size=16", "schedule=cosine"]
+    overrides += ["schedule.warmup_updates=4", "study.ranks=2", "study.batch_sizes=[8,32]"]
+    config = composed(*overrides)
+    small, large = points_of(config, 256)[0], points_of(config, 256)[-1]
+    made = by_hand(*((point, learning(point.batch_size, min_updates=50, critical=20)) for point in (small, large)))
+    made.config = as_plain(config)
+    for point, result in zip((small, large), made.results, strict=True):
+        words = shlex.split(command(made, result, overrides))
+        assert words[:4] == ["torchrun", "--nproc_per_node=2", "-m", "distaccum.train"]
+        recommended, run = compose(words[4:]), configuration(point, config, 256, "there")
+        assert recommended.batch.global_batch_size == run.batch.global_batch_size == point.batch_size
+        assert recommended.batch.micro_batch_size == run.batch.micro_batch_size
+        assert recommended.schedule == run.schedule
 
 
 def test_a_study_from_start_to_page_and_again(study: Study) -> None:

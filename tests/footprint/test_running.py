@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
+from distaccum.choices import PrecisionName
+from distaccum.components import SGDConfig
+from distaccum.config import SingleConfig
+from distaccum.devices import Precision
 from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.footprint.measuring import Setting, measure
 from distaccum.footprint.running import examine, memory
+from distaccum.tasks import TaskOutput
 from distaccum.tool_configs import MemoryConfig
 
 SMALL = [
@@ -90,3 +97,71 @@ def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         memory(composed())
+
+
+class OutOfMemoryAbove:
+    """A task for which memory runs out in micro-batches of more than so many samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> TaskOutput:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("injected")
+        return TaskOutput(model(batch).sum(), len(batch))
+
+
+def _measured(most: int) -> Any:
+    setting = Setting(
+        strategy=SingleConfig(),
+        world_size=1,
+        accumulation_steps=1,
+        optim=SGDConfig(),
+        activation_checkpointing=False,
+    )
+    cpu = torch.device("cpu")
+    precision = Precision(PrecisionName.fp32, "cpu")
+    task = OutOfMemoryAbove(most)
+    return measure(
+        nn.Linear(3, 2), setting, task, lambda n: torch.ones(n, 3), [1, 2, 4], device=cpu, precision=precision
+    )
+
+
+def test_sizes_for_which_memory_runs_out_are_left_out() -> None:
+    assert list(_measured(most=4).peaks) == [1, 2, 4]
+    found = _measured(most=2)
+    assert list(found.peaks) == list(found.activations) == list(found.batches) == [1, 2]
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        _measured(most=0)
+
+
+@pytest.mark.parametrize("also_configured", [False, True])
+def test_a_setting_that_does_not_fit_is_an_answer(
+    also_configured: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def without_room(*arguments: Any, **options: Any) -> Any:
+        if arguments[1].activation_checkpointing or also_configured:
+            raise torch.OutOfMemoryError("injected")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("distaccum.footprint.running.measure", without_room)
+    status = memory(composed())
+    said = capfd.readouterr()
+    assert status == also_configured
+    if also_configured:
+        assert said.err.startswith("error: it does not fit: memory ran out on cpu with micro-batches of 1, ")
+        assert "Traceback" not in said.err
+    else:
+        assert "Not measured, as memory ran out: activation checkpointing on." in said.out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["compile=true"], "compile=true has another peak"),
+        (["batch.schedule=ramp", "batch.ramp_from=4", "batch.ramp_updates=9"], "memory measures windows of one size"),
+    ],
+)
+def test_what_it_would_measure_wrong_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        composed(*overrides)

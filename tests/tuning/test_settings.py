@@ -16,6 +16,7 @@ from distaccum.tuning.settings import (
     base_of,
     command_of,
     experiment_of,
+    merged,
     micro_batch_of,
     overrides_of,
     with_micro_batch,
@@ -89,6 +90,25 @@ def test_what_is_to_be_pasted() -> None:
     wanted = applied(base_of(config_of("experiment=text", "strategy=ddp", "seed=3"), 2), setting)
     for section in ("batch", "strategy", "model", "data", "seed"):
         assert getattr(pasted, section) == getattr(wanted, section)
+
+
+def test_what_only_a_cut_by_length_knows_goes_with_it() -> None:
+    """A larger micro-batch has put max_tokens aside, and then the uniform cut wins."""
+    given = ["experiment=text", "batch=by_length", "batch.max_tokens=4096", "batch.measure_costs=false"]
+    base = config_of(*given)
+    setting = merged(with_micro_batch(base, 16), {"batch": "uniform"})
+    assert type(applied(base, setting).batch) is BatchConfig
+    words = command_of(setting, given, 1)
+    assert type(compose(words[3:]).batch) is BatchConfig
+    assert merged(with_micro_batch(base, 16), {"data.num_workers": 1})["batch.max_tokens"] is None, "it stays by length"
+
+
+def test_a_command_for_several_ranks_trains_as_it_was_measured() -> None:
+    given = ["strategy=single", "seed=3"]
+    assert isinstance(base_of(config_of(*given), 2).strategy, DDPConfig)
+    assert command_of({}, given, 2)[-1] == "seed=3"
+    assert "strategy=single" not in command_of({}, given, 2)
+    assert "strategy=single" in command_of({}, given, 1)
 
 
 def test_numbers_are_not_taken_for_yes_and_no() -> None:
