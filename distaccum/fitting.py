@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -158,16 +159,47 @@ class Fitting:
 
     def _reckoned(self, sample: int, share: int) -> int:
         """What fits according to the memory that two small micro-batches take, which grows with their size."""
-        small, large = min(2, share), min(8, share)
-        at_small = self._measured(sample, small)
-        if small == large:
+        small = min(2, share)
+        at_small = self._measured_first(sample, small)
+        if small == share:
             return share
+        room = free_memory(self._device) * self._memory_share / (1 if self._on_cuda else self._ranks_on_host)
+        large = self._second_size(at_small, small, share, room)
+        if large == small:
+            return small if at_small + self._bytes_to_come() <= room else 1
         slope = (self._measured(sample, large) - at_small) / (large - small)
         fixed = at_small - slope * small + self._bytes_to_come()
-        room = free_memory(self._device) * self._memory_share / (1 if self._on_cuda else self._ranks_on_host)
         size = share if slope <= 0 else int((room - fixed) / slope)
         logger.debug("batch.micro_batch_size=auto: %.0f bytes a sample, %.0f free for %d", slope, room, size)
         return max(1, min(share, size))
+
+    def _measured_first(self, sample: int, size: int) -> int:
+        try:
+            return self._measured(sample, size)
+        except Exception as error:
+            if not self._strategy.equal_micro_steps or not is_out_of_memory(error):
+                raise
+            # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
+            raise UserError(
+                f"batch.micro_batch_size=auto: memory runs out with {size} samples already. Give "
+                "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
+                "(precision=bf16), or more devices."
+            ) from error
+
+    def _second_size(self, at_small: int, small: int, share: int, room: float) -> int:
+        """The larger size to measure: one that fits even if all that the small one takes is in proportion to it.
+
+        The same on all ranks that take their micro-steps together.
+        """
+        most = room - self._bytes_to_come()
+        wanted = (min(8, share), min(4, share))
+        large = next((size for size in wanted if size > small and at_small / small * size <= most), small)
+        group = self._strategy.process_group
+        if self._strategy.equal_micro_steps and group is not None:
+            agreed = torch.tensor(large, device=self._device)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+            large = int(agreed)
+        return large
 
     def _measured(self, sample: int, size: int) -> int:
         """Bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
@@ -186,7 +218,8 @@ class Fitting:
             with saved_tensors_hooks(keep, lambda tensor: tensor):
                 self._micro_step(sample, size)
             return sum(seen.values())
-        self._micro_step(sample, 1)  # gradients, and what libraries allocate at their first call
+        # Gradients, and what libraries allocate at their first call. Not with a single sample, which BatchNorm refuses.
+        self._micro_step(sample, size)
         self._wait()
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)

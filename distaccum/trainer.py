@@ -223,6 +223,8 @@ class Trainer:
             self._tell_start()
             interrupted = self._train()
             self._save_at_the_end(is_finished=interrupted is None)
+            if interrupted is None:
+                logger.debug("finished after update %d", self._totals.updates)  # for distaccum.report
             end = self._totals.end(
                 self.strategy,
                 stopped_early=self._stopped_early,

@@ -76,6 +76,24 @@ def test_memory_on_the_host_is_reckoned_with() -> None:
     assert sizes[1] in range(5, 12)
 
 
+def test_sizes_that_may_not_fit_are_not_measured_where_ranks_would_wait() -> None:
+    """Room for five samples: 8 would run out of memory, in the middle of a collective."""
+    sizes: list[int] = []
+    module = Fragile()
+    module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    module.faults.above(5, "forward", "end")
+    fitting = _fitting(module)
+    each = fitting._measured(0, 2) / 2
+    room = (5.2 * each + fitting._bytes_to_come()) / free_memory(torch.device("cpu"))
+    for parameter in module.parameters():
+        parameter.grad = None
+    sizes.clear()
+    assert _fitting(module, memory_share=room)._reckoned(0, 30) in (4, 5)
+    assert sizes == [2, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        _fitting(module)._reckoned(0, 30)
+
+
 def test_not_even_one() -> None:
     module = Fragile()
     module.faults.above(0, "forward", "end")

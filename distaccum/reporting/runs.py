@@ -21,6 +21,7 @@ from distaccum.redaction import redacted
 METRICS = "metrics.jsonl"
 _GOES_ON = re.compile(r"going on from .*, update (\d+)$")
 _SECONDS_BETWEEN_FILES = 60.0
+_FINISHED = re.compile(r": finished after update (\d+)$")
 _PLAN = re.compile(r": (window \d+ = .*)$")
 
 
@@ -193,6 +194,8 @@ def _add_log(run: Run) -> None:
     for line in lines:
         if found := _GOES_ON.search(line):
             run.resumed_after.append(int(found[1]))
+        elif found := _FINISHED.search(line):
+            run.is_finished = int(found[1]) == run.num_updates
         elif found := _PLAN.search(line):
             run.plan = found[1]
 
@@ -202,7 +205,7 @@ def _add_end(run: Run) -> None:
         marker = json.loads((run.path / "unfinished.json").read_text(encoding="utf-8"))
         run.stopped_by = str(marker.get("signal", "a signal")) if isinstance(marker, dict) else "a signal"
     except (OSError, ValueError):
-        reached_the_end = run.configured("train.max_updates") == run.num_updates
+        reached_the_end = run.is_finished or run.configured("train.max_updates") == run.num_updates
         run.is_finished = reached_the_end or _has_model_of_last_update(run.path)
 
 

@@ -135,6 +135,18 @@ def test_a_run_on_one_page(tmp_path: Path) -> None:
     assert "mine: 2.0000 at update 1, 0.0333 at update 60, lowest 0.0333 at 60, highest 2.0000 at 1" in shown.charts[0]
 
 
+def test_a_run_that_keeps_nothing_has_finished_too(train: Callable[..., Ended]) -> None:
+    """Neither a last update that was asked for nor a model says so; its log does."""
+    keeps_nothing = [*TINY, "train.max_updates=null", "train.epochs=1", "checkpoint.enabled=false", "run_dir=run"]
+    assert train(*keeps_nothing).status == 0
+    (found,) = read_runs([Path("run")])
+    assert found.is_finished
+    with Path("run/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(update(5)) + "\n")
+    (longer,) = read_runs([Path("run")])
+    assert not longer.is_finished, "it was made longer since, and that has not come to its end"
+
+
 def test_what_was_measured_of_noise_is_shown(tmp_path: Path) -> None:
     lines = [
         update(n, noise_scale=900.0 + n, noise_scale_error=50.0, coherence=0.1, window_samples=64) for n in range(1, 61)
