@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.micro_gradients import MicroGradients, measurement
+from distaccum.micro_gradients import MicroGradients, measurement, watcher_of
 from distaccum.noise_scale import NoiseScale
 from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
 from distaccum.stepping import Gradients, ScaledStep
 from distaccum.strategies import Strategy, can_recover, strategy_of
-from distaccum.sums import explain_nonfinite, own_totals
-from distaccum.updates import OpenWindow, UpdateResult, unflatten, with_last
+from distaccum.sums import explain_nonfinite, loss_scale, own_totals, read_totals
+from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 Batch = TypeVar("Batch")
 
@@ -174,7 +174,7 @@ class Accumulator:
         self.require_equal_micro_steps(micro_batches)
         whole = micro_batches if isinstance(micro_batches, Window) else None
         window = self._open = OpenWindow(
-            scale=self._choose_scale(micro_batches),
+            scale=loss_scale(micro_batches, self._last_weight),
             sizes=whole.sizes if sizes is None and whole is not None else sizes,
             started=time.perf_counter() if started is None else started,
             data_seconds=data_seconds,
@@ -201,20 +201,10 @@ class Accumulator:
             raise
 
     def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
-        """What sees the micro-steps' own gradients, if this window is one to be measured."""
         if self.noise_scale is None:
             return None
-        number = self.updates
-        if isinstance(micro_batches, Window):
-            number = micro_batches.number
-            if micro_batches.is_by_length:
-                raise UserError(
-                    "the noise scale can't be told from micro-batches that were put together by length: they are not "
-                    "random samples. Set batch=uniform, or leave insight.noise_scale out."
-                )
-        if not self.noise_scale.is_due(number):
-            return None
-        return MicroGradients(self.strategy, [p for group in self.optimizer.param_groups for p in group["params"]])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, parameters)
 
     def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
         """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
@@ -316,7 +306,7 @@ class Accumulator:
                 )
             if window.micro_gradients is not None:
                 window.micro_gradients.begin(num_samples)
-        # A power of two, so that it changes no bit of the result; see _choose_scale.
+        # A power of two, so that it changes no bit of the result; see loss_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
         if self.scaler is None:
@@ -361,7 +351,7 @@ class Accumulator:
     def begin_again(self, window: OpenWindow) -> None:
         """Drops what this rank has accumulated in the open window; the others don't know of it."""
         self.clear_gradients()
-        self._put_back(window.buffers)
+        window.put_back_buffers()
         window.forget_micro_steps()
 
     def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
@@ -384,17 +374,15 @@ class Accumulator:
         seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
-        seen_numbers, (loss_sum, weight, *rest, norm) = (numbers[:4], numbers[4:]) if seen else ([], numbers)
+        norm = numbers.pop()
         if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
-            self._put_back(window.buffers)
+            window.put_back_buffers()
             self.strategy.load_state_tensors(window.remembered)
             return None
-        raised, rest = rest[: len(self.flags)], rest[len(self.flags) :]
-        ranks = self.strategy.world_size
-        reports = {name: tuple(rest[i * ranks : (i + 1) * ranks]) for i, name in enumerate(self.reports)}
-        flat_sums = rest[len(self.reports) * ranks :]
+        measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
+        read = read_totals(numbers, window, self.flags, self.reports, self.strategy.world_size)
+        loss, weight = read.loss, read.weight
         self._last_weight = weight
-        loss = loss_sum / weight if weight else math.nan
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
@@ -406,18 +394,20 @@ class Accumulator:
             self._scaled_step(gradients, factor, self.scaler)
         else:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
-            self._put_back([entry for entry in window.buffers if entry[0].is_floating_point()])
+            window.put_back_buffers(only_floating_point=True)
             self.strategy.drop_gradients()
         sum_norm = norm * self.strategy.sync_divisor / window.scale
-        noise = self._noise(seen_numbers, sum_norm) if seen and not skipped else {}
+        noise = {}
+        if self.noise_scale is not None and measured and not skipped:
+            noise = self.noise_scale.told(measurement(measured, sum_norm))
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
             loss=loss,
             weight=weight,
-            sums=unflatten(flat_sums, window.sums),
-            flags=frozenset(name for name, number in zip(self.flags, raised, strict=True) if number),
-            reports=reports,
+            sums=read.sums,
+            flags=read.flags,
+            reports=read.reports,
             grad_norm=grad_norm,
             skipped=skipped,
             micro_steps=window.micro_steps,
@@ -425,7 +415,7 @@ class Accumulator:
             sync_bytes=traffic.bytes - window.bytes_before,
             seconds=time.perf_counter() - window.started,
             data_seconds=window.data_seconds,
-            micro_seconds=self._micro_seconds(window, synced),
+            micro_seconds=window.micro_seconds(self._stopwatch, traffic.last_launch if synced else None),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
             **noise,
         )
@@ -435,37 +425,12 @@ class Accumulator:
         scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
         return scale if self.scaler is None else self.scaler.scale(scale)
 
-    def _noise(self, seen: list[float], norm: float) -> dict[str, float]:
-        assert self.noise_scale is not None
-        found = measurement(seen, norm)
-        if not self.noise_scale.add(found):
-            return {}
-        return {
-            "noise_scale": self.noise_scale.scale,
-            "noise_scale_error": self.noise_scale.error,
-            "coherence": found.coherence,
-        }
-
-    def _micro_seconds(self, window: OpenWindow, synced: bool) -> tuple[float, ...]:
-        if not window.marks:
-            return ()
-        *marks, (start, end) = window.marks
-        if synced:
-            end = self.strategy.traffic.last_launch
-        return tuple(self._stopwatch.seconds(begin, stop) for begin, stop in [*marks, (start, end)])
-
     def _is_lost_on_any_rank(self, window: OpenWindow) -> bool:
         """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
         is_lost = torch.tensor(float(window.is_lost), device=self.strategy.device)
         if self.strategy.process_group is not None:
             dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
         return bool(is_lost)
-
-    @staticmethod
-    def _put_back(buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
 
     def _is_sound(self, window: OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
         """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
@@ -476,18 +441,6 @@ class Accumulator:
         if self.scaler is not None and math.isfinite(loss) and weight > 0 and self.scaler.get_scale() >= 1:
             return False  # an overflow of the scaled gradients: the scaler lowers its scale
         raise UserError(explain_nonfinite(self.updates, window, self.strategy, loss, weight, grad_norm))
-
-    def _choose_scale(self, micro_batches: Iterable[Any]) -> float:
-        """A power of two near 1 / (total weight), by which every loss of the window is multiplied.
-
-        It keeps gradients of sums in the range of gradients of means, for float16 and for compressed buckets. Being a
-        power of two, it changes no bit otherwise. It must be the same on all ranks, so it comes from numbers that all
-        know: the last window's total weight, or the size of the first window.
-        """
-        weight = self._last_weight
-        if weight is None:
-            weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
-        return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
 
     def clear_gradients(self) -> None:
         """Forgets all gradients. `step()` does so by itself."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +11,28 @@ import torch
 from torch import nn
 
 from distaccum import targets
-from distaccum.batch_sizes import BatchSizes, NoiseSizes, SizeRamp, SizeRule, SizeTable
+from distaccum.batch_sizes import BatchSizes
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
-from distaccum.choices import Balance, BatchSchedule, TableUnit, WandbMode
-from distaccum.compilation import Compilation, CompileClock, resolve_compilation
+from distaccum.choices import Balance, BatchSchedule, WandbMode
+from distaccum.compilation import CompileClock
 from distaccum.config import (
-    BatchConfig,
     ByLengthBatchConfig,
-    DataConfig,
-    Fp16Config,
     InsightConfig,
-    PrecisionConfig,
     TrainConfig,
+    as_plain,
     flat,
 )
-from distaccum.data.lengths import lengths_of
-from distaccum.devices import Precision, resolve_device, resolve_precision
+from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
 from distaccum.interruption import Interruption
-from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.logs import logging_to
-from distaccum.model_options import build_model
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.parts import Parts, build_parts, build_scaler, compilation_of
+from distaccum.recovery import Recovery
 from distaccum.redaction import redacted, secrets_in
-from distaccum.remembered import Remembered, fingerprint
 from distaccum.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -52,7 +44,7 @@ from distaccum.run_folder import (
 )
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.sizing import settle_sizes
-from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
+from distaccum.strategies import Strategy, place, shards_optimizer
 from distaccum.tasks import CoupledTask
 from distaccum.trainer import PROGRESS_KEYS, Trainer, total_updates
 
@@ -167,75 +159,6 @@ def _named_checkpoint(path: Path, world: World) -> Checkpoint:
     return found
 
 
-@dataclass(kw_only=True, slots=True)
-class Parts:
-    """What a configuration names, built, before the model is placed. Made by `build_parts`."""
-
-    precision: Precision
-    train_data: Any
-    loader: WindowLoader
-    evaluation_data: Any
-    evaluation_loader: EvaluationLoader | None
-    task: Any
-    module: nn.Module
-    """On the CPU, in the precision's parameter format."""
-
-
-def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> Parts:
-    """Builds data, task and model. The same model on every rank, and nothing in here waits for another rank.
-
-    Raises:
-        UserError: the configuration or the data don't fit.
-    """
-    seed_everything(derived_seed(config.seed, "model"))
-    precision = resolve_precision(config.precision.name, device)
-    options = _loader_options(config.data, device, precision)
-    train_data = targets.build(config.data.train, "data.train")
-    loader = WindowLoader(
-        train_data,
-        global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=_largest_size(config.batch, world_size),
-        accumulation_steps=config.batch.accumulation_steps,
-        **_grouping_arguments(config, train_data, rank),
-        drop_last=config.batch.drop_last,
-        seed=config.seed,
-        collate_fn=collate_fn(config.data),
-        rank=rank,
-        world_size=world_size,
-        equal_micro_steps=needs_equal_micro_steps(config.strategy),
-        split_every=config.insight.every_updates if config.insight.noise_scale else None,
-        schedule=size_rule(config.batch),
-        options=options,
-    )
-    smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
-    if config.insight.noise_scale and smallest.is_one_shot:
-        logger.info(
-            "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
-            "updates it is cut into two; the update is the same but for rounding",
-            config.insight.every_updates,
-        )
-    evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size)
-    task = targets.build(config.task, "task")
-    if not callable(task):
-        raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
-    return Parts(
-        precision=precision,
-        train_data=train_data,
-        loader=loader,
-        evaluation_data=evaluation_data,
-        evaluation_loader=evaluation_loader,
-        task=task,
-        module=module.to(precision.parameter_dtype),
-    )
-
-
-def _largest_size(config: BatchConfig, world_size: int) -> int | None:
-    if config.is_auto and config.global_batch_size is not None:
-        return -(-config.global_batch_size // world_size)  # until it is known what fits
-    return config.given_size
-
-
 def build_trainer(
     config: TrainConfig,
     world: World,
@@ -261,34 +184,9 @@ def build_trainer(
     )
     recovery = None
     if config.batch.is_auto:
-        if isinstance(parts.task, CoupledTask):
-            raise UserError(
-                f"batch.micro_batch_size=auto can't be had with {type(parts.task).__name__}, whose loss couples the "
-                "samples of a window: its micro-batches can't be taken again one by one. Give a number."
-            )
-
-        def forward(module: nn.Module, batch: Any) -> Any:
-            with parts.precision.autocast():
-                return parts.task(module, batch)
-
-        recovery = settle_sizes(
-            config, redacted(plain), world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint
-        )
+        recovery = _settled(config, redacted(plain), world, parts, strategy, optimizer, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
-    checkpointer = (
-        Checkpointer(
-            folder.path / CHECKPOINTS,
-            strategy.model,
-            optimizer,
-            config=config.checkpoint,
-            strategy=strategy,
-            timeout_seconds=config.distributed.timeout_seconds,
-            files=[folder.path / METRICS],
-        )
-        if config.checkpoint.enabled
-        else None
-    )
     return Trainer(
         model=strategy.model,
         task=parts.task,
@@ -304,7 +202,7 @@ def build_trainer(
         strategy=strategy,
         run_dir=folder.path,
         config=redacted(plain),
-        checkpointer=checkpointer,
+        checkpointer=_checkpointer(config, folder, strategy, optimizer),
         interruption=interruption,
         heartbeat=world.heartbeat,
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
@@ -316,6 +214,45 @@ def build_trainer(
     )
 
 
+def _settled(
+    config: TrainConfig,
+    plain: dict[str, Any],
+    world: World,
+    parts: Parts,
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint | None,
+) -> Recovery:
+    """Finds the micro-batch size of each rank, and what helps it when memory runs out all the same."""
+    if isinstance(parts.task, CoupledTask):
+        raise UserError(
+            f"batch.micro_batch_size=auto can't be had with {type(parts.task).__name__}, whose loss couples the "
+            "samples of a window: its micro-batches can't be taken again one by one. Give a number."
+        )
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        with parts.precision.autocast():
+            return parts.task(module, batch)
+
+    return settle_sizes(config, plain, world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint)
+
+
+def _checkpointer(
+    config: TrainConfig, folder: RunFolder, strategy: Strategy, optimizer: torch.optim.Optimizer
+) -> Checkpointer | None:
+    if not config.checkpoint.enabled:
+        return None
+    return Checkpointer(
+        folder.path / CHECKPOINTS,
+        strategy.model,
+        optimizer,
+        config=config.checkpoint,
+        strategy=strategy,
+        timeout_seconds=config.distributed.timeout_seconds,
+        files=[folder.path / METRICS],
+    )
+
+
 def _scheduled_updates(config: TrainConfig, sizes: BatchSizes) -> int:
     """The updates that the learning rate's schedule is laid out for."""
     if config.batch.schedule is BatchSchedule.noise and config.train.max_updates is not None:
@@ -323,51 +260,8 @@ def _scheduled_updates(config: TrainConfig, sizes: BatchSizes) -> int:
     return total_updates(config.train, sizes)
 
 
-def size_rule(config: BatchConfig) -> SizeRule | None:
-    """The schedule of the sizes of windows; None where they have one size."""
-    base = config.global_batch_size
-    if config.schedule is BatchSchedule.constant or base is None:
-        return None
-    if config.schedule is BatchSchedule.table:
-        return SizeTable(
-            base, {entry[0]: entry[1] for entry in config.table}, by_epoch=config.table_unit is TableUnit.epoch
-        )
-    if config.schedule is BatchSchedule.ramp:
-        assert config.ramp_from is not None
-        assert config.ramp_updates is not None
-        return SizeRamp(base, start=config.ramp_from, updates=config.ramp_updates)
-    assert config.min_size is not None
-    assert config.max_size is not None
-    return NoiseSizes(base, smallest=config.min_size, largest=config.max_size)
-
-
 def _noise_scale(config: InsightConfig) -> NoiseScale | None:
     return NoiseScale(every_updates=config.every_updates, smoothing=config.smoothing) if config.noise_scale else None
-
-
-def compilation_of(config: TrainConfig, device: torch.device) -> Compilation | None:
-    """How the model is to be compiled; None for not at all.
-
-    Raises:
-        UserError: this machine can't.
-    """
-    if not config.compile:
-        return None
-    dynamic = config.compile_dynamic
-    if dynamic is None and isinstance(config.batch, ByLengthBatchConfig):
-        dynamic = True
-    return resolve_compilation(config.compile_backend, dynamic, device)
-
-
-def as_plain(config: Any) -> Any:
-    """A configuration as dictionaries, lists, strings, numbers and None."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {entry.name: as_plain(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
-    if isinstance(config, dict):
-        return {key: as_plain(value) for key, value in config.items()}
-    if isinstance(config, list):
-        return [as_plain(value) for value in config]
-    return config.name if isinstance(config, Enum) else config
 
 
 def check_same_config(world: World, plain: dict[str, Any]) -> None:
@@ -391,68 +285,6 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
         )
         more = f"; and {len(different) - 5} more keys" if len(different) > 5 else ""
         raise UserError(f"the ranks were started with different configurations: {shown}{more}. Give all the same.")
-
-
-def _grouping_arguments(config: TrainConfig, data: Any, rank: int) -> dict[str, Any]:
-    if not isinstance(config.batch, ByLengthBatchConfig):
-        return {}
-    # A file for each rank, as ranks of one host write at the same time.
-    name = f"lengths-{fingerprint([redacted(as_plain(config.data.train)), type(data).__qualname__])}-rank{rank}"
-    return {"lengths": lengths_of(data, Remembered(name)), "max_tokens": config.batch.max_tokens}
-
-
-def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
-    on_cuda = device.type == "cuda"
-    if config.pin_memory and not on_cuda:
-        logger.warning("data.pin_memory=true has no effect: the device is a CPU")
-    return LoaderOptions(
-        num_workers=config.num_workers,
-        pin_memory=on_cuda and config.pin_memory is not False,
-        persistent_workers=config.num_workers > 0 and config.persistent_workers is not False,
-        prefetch_factor=config.prefetch_factor,
-        device=device,
-        float_dtype=precision.input_dtype,
-        non_blocking=config.non_blocking,
-    )
-
-
-def _evaluation(
-    config: TrainConfig, options: LoaderOptions, rank: int, world_size: int
-) -> tuple[Any, EvaluationLoader | None]:
-    if config.data.evaluation is None:
-        wanted = {"early_stopping.metric": config.train.early_stopping.metric, "eval_every": config.train.eval_every}
-        for key, value in wanted.items():
-            if value is not None:
-                raise UserError(f"train.{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
-        return None, None
-    data = targets.build(config.data.evaluation, "data.evaluation")
-    loader = EvaluationLoader(
-        data,
-        batch_size=config.train.eval_batch_size,
-        collate_fn=collate_fn(config.data),
-        rank=rank,
-        world_size=world_size,
-        options=options,
-        equal_batches=needs_equal_forwards(config.strategy),
-    )
-    return data, loader
-
-
-def collate_fn(config: DataConfig) -> Any:
-    """The configured function that makes micro-batches; None if none is."""
-    if config.collate_fn is None:
-        return None
-    found = targets.build(config.collate_fn, "data.collate_fn")
-    if not callable(found):
-        raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called.")
-    return found
-
-
-def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.GradScaler | None:
-    """The gradient scaler of a precision; None for all but fp16."""
-    if not isinstance(config, Fp16Config):
-        return None
-    return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
 
 
 def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distaccum.noise_scale import Measurement
+from distaccum.errors import UserError
+from distaccum.loaders import Window
+from distaccum.noise_scale import Measurement, NoiseScale
 from distaccum.strategies import Strategy
 
 _HELD_BYTES = 4 << 20
@@ -110,6 +112,32 @@ class MicroGradients:
         if self._work is not None:
             self._work.wait()
         return self._vector
+
+
+def watcher_of(
+    micro_batches: Iterable[Any],
+    updates: int,
+    noise_scale: NoiseScale,
+    strategy: Strategy,
+    parameters: Sequence[Tensor],
+) -> MicroGradients | None:
+    """What is to see the gradients of a window's micro-steps; None if the window is not to be measured.
+
+    Args:
+        updates: windows before it, for those that don't know their own number.
+
+    Raises:
+        UserError: it was put together by length.
+    """
+    number = updates
+    if isinstance(micro_batches, Window):
+        number = micro_batches.number
+        if micro_batches.is_by_length:
+            raise UserError(
+                "the noise scale can't be told from micro-batches that were put together by length: they are not "
+                "random samples. Set batch=uniform, or leave insight.noise_scale out."
+            )
+    return MicroGradients(strategy, parameters) if noise_scale.is_due(number) else None
 
 
 def measurement(seen: Sequence[float], norm: float) -> Measurement:

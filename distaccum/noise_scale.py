@@ -99,6 +99,12 @@ class NoiseScale:
         """Whether a window, counted from 0, is to be measured."""
         return (number + 1) % self.every_updates == 0
 
+    def told(self, seen: Measurement) -> dict[str, float]:
+        """Takes a measurement; gives what an `UpdateResult` says of it, which may be nothing."""
+        if not self.add(seen):
+            return {}
+        return {"noise_scale": self.scale, "noise_scale_error": self.error, "coherence": seen.coherence}
+
     def add(self, seen: Measurement) -> bool:
         """Takes a measurement; False if nothing can be learned from it."""
         if seen.parts < 2:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distaccum.loaders import Window
 from distaccum.strategies import Strategy
 from distaccum.updates import OpenWindow
 
@@ -57,6 +61,54 @@ def _own_reports(strategy: Strategy, reports: Mapping[str, Callable[[], float]])
         vectors.append(torch.zeros(ranks, dtype=torch.float64, device=strategy.device))
         vectors[-1][rank].fill_(ask())
     return vectors
+
+
+@dataclass(frozen=True, slots=True)
+class WindowTotals:
+    """What a window has added up over micro-steps and ranks, on the host."""
+
+    loss: float
+    """Mean; NaN if the weight is zero."""
+    weight: float
+    flags: frozenset[str]
+    reports: dict[str, tuple[float, ...]]
+    sums: dict[str, Tensor]
+
+
+def read_totals(
+    numbers: Sequence[float], window: OpenWindow, flags: Iterable[str], reports: Iterable[str], ranks: int
+) -> WindowTotals:
+    """Reads the vector of `own_totals`, added up over the ranks.
+
+    Args:
+        flags, reports: their names, in the order of `own_totals`.
+    """
+    rest = iter(numbers)
+    loss_sum, weight = next(rest), next(rest)
+    return WindowTotals(
+        loss=loss_sum / weight if weight else math.nan,
+        weight=weight,
+        flags=frozenset([name for name in flags if next(rest)]),
+        reports={name: tuple(islice(rest, ranks)) for name in reports},
+        sums={name: _shaped(rest, parts[0].shape) for name, parts in window.sums.items()},
+    )
+
+
+def _shaped(numbers: Iterator[float], shape: torch.Size) -> Tensor:
+    return torch.tensor(list(islice(numbers, shape.numel())), dtype=torch.float64).reshape(shape)
+
+
+def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float:
+    """A power of two near 1 / (total weight), by which every loss of a window is multiplied.
+
+    It keeps gradients of sums in the range of gradients of means, for float16 and for compressed buckets. Being a
+    power of two, it changes no bit otherwise. It must be the same on all ranks, so it comes from numbers that all
+    know: the total weight of the window before, or the size of the first window.
+    """
+    weight = last_weight
+    if weight is None:
+        weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
+    return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
 
 
 def explain_nonfinite(

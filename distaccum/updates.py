@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from distaccum.devices import Stopwatch
 from distaccum.micro_gradients import MicroGradients
 
 Batch = TypeVar("Batch")
@@ -91,6 +92,25 @@ class OpenWindow:
 
     micro_gradients: MicroGradients | None = None
 
+    def put_back_buffers(self, *, only_floating_point: bool = False) -> None:
+        """The model's buffers, if the window remembers them, as they were before it."""
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                if buffer.is_floating_point() or not only_floating_point:
+                    buffer.copy_(before)
+
+    def micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
+        """Time of each micro-step, if it was taken.
+
+        Args:
+            last_launch: mark of when the sync's last bucket went off, which ends the last micro-step; None for no sync.
+        """
+        if not self.marks:
+            return ()
+        *marks, (start, end) = self.marks
+        marks.append((start, end if last_launch is None else last_launch))
+        return tuple(stopwatch.seconds(begin, stop) for begin, stop in marks)
+
     def forget_micro_steps(self) -> None:
         """Nothing has been accumulated."""
         self.micro_steps = 0
@@ -119,10 +139,3 @@ def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
             yield current, False
             current = following
         yield current, True
-
-
-def unflatten(flat: list[float], sums: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    values = torch.tensor(flat, dtype=torch.float64)
-    shapes = {name: parts[0].shape for name, parts in sums.items()}
-    split = torch.split(values, [shape.numel() for shape in shapes.values()]) if shapes else ()
-    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), split, strict=True)}

@@ -237,7 +237,7 @@ def test_the_scale_of_the_loss_changes_no_bit() -> None:
     """Losses are multiplied by a power of two on the way; the update must be the same without it, bit for bit."""
     plain, _ = train_tokens(None, micro_batch_size=3, updates=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Accumulator, "_choose_scale", lambda *_: 1.0)
+        patch.setattr("distaccum.accumulation.loss_scale", lambda *_: 1.0)
         unscaled, _ = train_tokens(None, micro_batch_size=3, updates=5)
     assert curves(plain) == curves(unscaled)
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from distaccum.assembly import as_plain, check_same_config
+from distaccum.assembly import check_same_config
 from distaccum.choices import PrecisionName
+from distaccum.config import as_plain
 from distaccum.entry import compose
 from distaccum.errors import UserError
 

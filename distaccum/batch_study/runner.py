@@ -17,7 +17,6 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distaccum import targets
-from distaccum.assembly import as_plain
 from distaccum.batch_study.advice import advise
 from distaccum.batch_study.curves import Learning, crossing, read_learning
 from distaccum.batch_study.page import page_of, picture_of
@@ -27,6 +26,7 @@ from distaccum.batch_study.running import Job, PointFailedError, run
 from distaccum.batch_study.terminal import show
 from distaccum.choices import Goal
 from distaccum.comparison.report import environment
+from distaccum.config import as_plain
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
 from distaccum.files import replacing
 from distaccum.logs import console, logging_to

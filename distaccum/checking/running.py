@@ -9,17 +9,18 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from distaccum.assembly import as_plain, build_parts, check_same_config
+from distaccum.assembly import check_same_config
 from distaccum.checking import conclusions, coupling, numerics, randomness
 from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.measuring import Difference, Update, ddp_config, difference, measure
 from distaccum.checking.report import CutRow, ParameterRow, Report
 from distaccum.checking.subject import Subject, cuts_of, quiet_state, split, window_samples
 from distaccum.choices import Compression, PrecisionName
-from distaccum.config import DDPConfig
+from distaccum.config import DDPConfig, as_plain
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
+from distaccum.parts import build_parts
 from distaccum.planning import split_evenly
 from distaccum.tool_configs import CheckConfig
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distaccum import planning, targets
-from distaccum.assembly import Parts
 from distaccum.checking.recording import Call, Recording, recording
 from distaccum.checking.stillness import DrawWatch, StillDraws
 from distaccum.choices import PrecisionName
 from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
+from distaccum.parts import Parts
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.tasks import TaskOutput
 from distaccum.tool_configs import CheckConfig

@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from distaccum.assembly import as_plain
 from distaccum.comparison.advice import advise
 from distaccum.comparison.page import page_of
 from distaccum.comparison.placements import Case, cases_of, reference_case
@@ -29,7 +28,7 @@ from distaccum.comparison.results import (
     row_of,
 )
 from distaccum.comparison.terminal import show
-from distaccum.config import ByLengthBatchConfig
+from distaccum.config import ByLengthBatchConfig, as_plain
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable

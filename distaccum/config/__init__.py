@@ -11,7 +11,7 @@ or function, and the other keys of its section are passed to it. The typed secti
 
 from __future__ import annotations
 
-from distaccum.config.basics import MISSING, flat, require_name
+from distaccum.config.basics import MISSING, as_plain, flat, require_name
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
 from distaccum.config.insight import InsightConfig
 from distaccum.config.loop import (
@@ -57,6 +57,7 @@ __all__ = [
     "StrategyConfig",
     "TrainConfig",
     "WandbConfig",
+    "as_plain",
     "conf_dir",
     "flat",
     "require_name",

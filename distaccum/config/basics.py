@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from enum import Enum
 from typing import Any
 
 from distaccum.errors import require
@@ -24,3 +26,14 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {
         path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
     }
+
+
+def as_plain(config: Any) -> Any:
+    """A configuration as dictionaries, lists, strings, numbers and None."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {entry.name: as_plain(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: as_plain(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [as_plain(value) for value in config]
+    return config.name if isinstance(config, Enum) else config

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import nn
 
-from distaccum.assembly import Parts, build_parts, collate_fn
 from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.data.collate import PadCollate
@@ -24,6 +23,7 @@ from distaccum.footprint.measuring import Footprint, Setting, measure, replicas_
 from distaccum.footprint.report import Report, Row
 from distaccum.logs import print_error
 from distaccum.model_options import take_back_checkpointing
+from distaccum.parts import Parts, build_parts, collate_fn
 from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
 from distaccum.strategies.blocks import blocks_of

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator
-from distaccum.assembly import build_parts, build_scaler, compilation_of
 from distaccum.caching import accumulate_coupled
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
@@ -26,6 +25,7 @@ from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
 from distaccum.measuring.network import time_all_reduces
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.parts import build_parts, build_scaler, compilation_of
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp

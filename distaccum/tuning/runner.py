@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from distaccum.assembly import as_plain
 from distaccum.choices import DeviceChoice
 from distaccum.comparison.report import environment
-from distaccum.config import SingleConfig, TrainConfig
+from distaccum.config import SingleConfig, TrainConfig, as_plain
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable

@@ -17,9 +17,9 @@ from command_line import Ended, updates
 from studies import learning
 from studies import study as by_hand
 
-from distaccum.assembly import as_plain
 from distaccum.batch_study.advice import command
 from distaccum.batch_study.points import configuration, measures_noise, points_of
+from distaccum.config import as_plain
 from distaccum.entry import compose
 from distaccum.errors import UserError
 from distaccum.study import main

@@ -11,12 +11,12 @@ import pytest
 import torch
 from examining import POINTS, SMALL, examined, finding, kinds
 
-from distaccum.assembly import build_parts
 from distaccum.checking.report import Report
 from distaccum.checking.running import _Examination
 from distaccum.checking.subject import Subject, cuts_of, window_samples
 from distaccum.entry import compose
 from distaccum.errors import UserError
+from distaccum.parts import build_parts
 
 GPT = ["model=gpt", "model.width=16", "model.num_heads=2", "model.num_layers=2"]
 SYNTHETIC = ["data=synthetic", "data.num_samples=40", "data.input_shape=[1,6,6]"]

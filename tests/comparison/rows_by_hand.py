@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from distaccum.assembly import as_plain
 from distaccum.comparison.placements import PLACEMENTS, Case
 from distaccum.comparison.report import Reference, Report, environment
 from distaccum.comparison.results import Round, Row, add_rounds, add_speedups, row_of
-from distaccum.config import TrainConfig
+from distaccum.config import TrainConfig, as_plain
 from distaccum.entry import compose
 from distaccum.tool_configs import PlacementName
 
