@@ -181,13 +181,13 @@ def all_errors(contender: Callable[[Training], None], size: Size, ranks: int) ->
     return {"error: full": equal[0], "ragged": equal[1], "unequal": of_unequal}
 
 
-def on_a_rank(ranks: int, is_quick: bool) -> None:
+def on_a_rank(ranks: int, is_quick: bool, sizes: list[str]) -> None:
     torch.set_num_threads(1)
     quieten()
     if ranks > 1:
         dist.init_process_group("gloo")
     rows = []
-    for size in SIZES[:1] if is_quick else SIZES:
+    for size in (size for size in SIZES if size.name in sizes):
         rows += timed(size, ranks, 2 if is_quick else size.rounds)
         for row in rows[-len(CONTENDERS) :]:
             row |= all_errors(CONTENDERS[row["contender"]], size, ranks)
@@ -202,11 +202,16 @@ def on_a_rank(ranks: int, is_quick: bool) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]), sys.argv[3] == "quick")
+        on_a_rank(int(sys.argv[2]), sys.argv[3] == "quick", sys.argv[4:])
         return
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__ or "")
+    names = [size.name for size in SIZES]
+    parser.add_argument("--sizes", nargs="+", choices=names, help="these alone; all, or with --quick tiny, by default")
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2), default=(1, 2))
+    options = parser.parse_args()
     require_peers()
-    rows = [row for ranks in (1, 2) for row in json.loads(on_ranks(ranks, __file__, options.quick))]
+    sizes = options.sizes or (names[:1] if options.quick else names)
+    rows = [row for ranks in options.ranks for row in json.loads(on_ranks(ranks, __file__, options.quick, *sizes))]
     common.show(f"Updates of {ACCUMULATION_STEPS} micro-steps of {MICRO_BATCH_SIZE} × {MAX_LENGTH} tokens", rows)
     if options.write:
         common.write("peers", (__doc__ or "").splitlines()[0], rows)

@@ -300,9 +300,9 @@ def require_peers() -> None:
         raise SystemExit(f'{", ".join(missing)} not installed: pip install "distaccum[bench]"')
 
 
-def on_ranks(world_size: int, script: str, is_quick: bool) -> str:
-    """What rank 0 of `script rank WORLD_SIZE quick|full` printed last."""
-    arguments = [script, "rank", str(world_size), "quick" if is_quick else "full"]
+def on_ranks(world_size: int, script: str, is_quick: bool, *more: str) -> str:
+    """What rank 0 of `script rank WORLD_SIZE quick|full …` printed last."""
+    arguments = [script, "rank", str(world_size), "quick" if is_quick else "full", *more]
     if world_size > 1:
         return common.torchrun(world_size, *arguments).splitlines()[-1]
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
