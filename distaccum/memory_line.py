@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from distaccum.averaging import WeightAverage
 from distaccum.devices import peak_memory
 from distaccum.live_memory import KeptForBackward, held_bytes
 from distaccum.strategies import Strategy
@@ -23,13 +25,22 @@ class MemoryLine:
     Args:
         strategy: of the placed model.
         optimizer: over its parameters.
+        averages: of the weights.
         is_compiled: compiled code keeps what it likes, and would be compiled once more to be looked at.
     """
 
-    def __init__(self, strategy: Strategy, optimizer: torch.optim.Optimizer, *, is_compiled: bool = False) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        optimizer: torch.optim.Optimizer,
+        averages: Sequence[WeightAverage] = (),
+        *,
+        is_compiled: bool = False,
+    ) -> None:
         self._is_compiled = is_compiled
         self._strategy = strategy
         self._optimizer = optimizer
+        self._averages = averages
         self._kept: KeptForBackward | None = None
         self._samples = 0
         self._has_told = False
@@ -54,6 +65,8 @@ class MemoryLine:
             "gradients": sum(_gradient_bytes(p) for p in module.parameters() if p.requires_grad),
             "optimizer": held_bytes(value for values in inner.state.values() for value in values.values()),
         }
+        if self._averages:
+            parts["averages"] = sum(held_bytes(average.tensors().values()) for average in self._averages)
         told = " + ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items())
         peak, what = peak_memory(self._strategy.device)
         logger.info(

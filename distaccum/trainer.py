@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.averaging import WeightAverage
 from distaccum.batch_sizes import BatchSizes, NoiseSizes
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
@@ -24,16 +25,15 @@ from distaccum.checkpoints import (
     Checkpointer,
     Stateful,
     export_model,
-    random_state,
-    set_random_state,
 )
 from distaccum.choices import LrRule, OnNonfinite, PrecisionName
 from distaccum.compilation import CompileClock
 from distaccum.config import LoopConfig
+from distaccum.continuing import different_windows, position, window_at, windows_identity
 from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
 from distaccum.errors import UserError
-from distaccum.evaluation import evaluate
+from distaccum.evaluator import Evaluator, metrics_of
 from distaccum.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
@@ -51,11 +51,6 @@ from distaccum.updates import UpdateResult
 
 logger = logging.getLogger(__name__)
 
-
-PROGRESS_KEYS = frozenset(
-    ("totals", "total_seconds", "epoch", "next_window", "owes_evaluation", "evaluation", "windows", "config")
-)
-"""What a trainer's checkpoint says of where the run stands."""
 
 LIMIT_REPORT = "largest micro-batch"
 """Report of the accumulator: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
@@ -127,7 +122,6 @@ class Trainer:
         self.loop = loop
         self.schedule = schedule
         self.evaluation_loader = evaluation_loader
-        self.references = references or {}
         self.strategy = strategy or strategy_of(model)
         self.precision = precision or Precision(PrecisionName.fp32, self.strategy.device.type)
         self.observers = observers
@@ -140,6 +134,21 @@ class Trainer:
         self._compile_clock = compile_clock
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
+        self._averages = [WeightAverage(self.strategy, config) for config in loop.averages]
+        self._evaluator = (
+            Evaluator(
+                self.strategy,
+                task,
+                evaluation_loader,
+                references=references or {},
+                precision=self.precision,
+                heartbeat=self.heartbeat,
+                grace=self._grace,
+                averages=self._averages,
+            )
+            if evaluation_loader is not None
+            else None
+        )
         self._tuning = CutTuning(
             loader,
             self.strategy,
@@ -148,7 +157,7 @@ class Trainer:
             noise_scale=noise_scale,
         )
         self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
-        self._memory_line = MemoryLine(self.strategy, optimizer, is_compiled=compile_clock is not None)
+        self._memory_line = MemoryLine(self.strategy, optimizer, self._averages, is_compiled=compile_clock is not None)
         self._lr_power = LR_POWERS[lr_rule]
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -198,6 +207,7 @@ class Trainer:
             f"early_stopping/{self.loop.early_stopping.metric}": self._early_stopping,
         }
         self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
+        self.checkpointer.tensors |= {average.name: average.tensors() for average in self._averages}
 
     @property
     def total_updates(self) -> int:
@@ -303,6 +313,9 @@ class Trainer:
         self._grace.end(result.flags)
         if LIMIT_REPORT in result.reports:
             self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
+        if not result.skipped:
+            for average in self._averages:
+                average.after_update(number)
         self._tell_update(window, result, lr)
         self._memory_line.tell()
         self._tuning.after_update(self._totals.updates, window, result)
@@ -352,7 +365,7 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        metrics = self._metrics(result.sums, result.weight)
+        metrics = metrics_of(self.task, result.sums, result.weight)
         record = self._totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
         for observer in self.observers:
             observer.on_update(record)
@@ -369,42 +382,17 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
-        assert self.evaluation_loader is not None
-        started = time.perf_counter()
-        self.strategy.share_buffers()
-        device, number = self.strategy.device, self._totals.updates
-        generators = random_state(device)
-        try:
-            loss, weight, sums = evaluate(
-                self.strategy.module,
-                self.task,
-                self.evaluation_loader,
-                device=device,
-                autocast=self.precision.autocast,
-                heartbeat=self.heartbeat,
-                between=lambda is_over: self._grace.check_evaluation(number, is_over=is_over),
-            )
-        except EvaluationDroppedError:
-            set_random_state(generators, device)
-            logger.info("the evaluation after update %d is left for later", number)
-            raise
-        self._evaluation = EvaluationRecord(
-            update=self._totals.updates,
-            epoch=self._epoch,
-            metrics={"loss": loss, **self._metrics(sums, weight)},
-            references=self.references,
-            seconds=time.perf_counter() - started,
-        )
+        assert self._evaluator is not None
+        self._evaluation = self._evaluator.evaluate(self._totals.updates, self._epoch)
         for observer in self.observers:
             observer.on_evaluation(self._evaluation)
         self._owes_evaluation = False
         self._is_ahead_of_save = True
         stopping = self._early_stopping
-        if stopping is not None and stopping.update(self._evaluation.metrics):
+        metrics = self._evaluator.to_choose_by(self._evaluation.metrics)
+        if stopping is not None and stopping.update(metrics):
             self._stopped_early = stopping.reason
-        return self.checkpointer is not None and self.checkpointer.is_among_best(
-            self._totals.updates, self._evaluation.metrics
-        )
+        return self.checkpointer is not None and self.checkpointer.is_among_best(self._totals.updates, metrics)
 
     # Saving and going on
 
@@ -422,7 +410,7 @@ class Trainer:
         progress = checkpoint.state["progress"]
         self._epoch, self._next_window = progress["epoch"], progress["next_window"]
         self.loader.sizes.load_state_dict(checkpoint.state["states"].get("loader", {}))  # they tell the next window
-        if different := self._different_windows(progress["windows"]):
+        if different := different_windows(progress["windows"], self.loader):
             if not override:
                 raise UserError(
                     f"{checkpoint.path} was saved with {different}: the windows would no longer be the same. Put it "
@@ -430,7 +418,7 @@ class Trainer:
                     "another run_dir."
                 )
             done = progress.get("position", self._next_window * progress["windows"]["batch.global_batch_size"])
-            self._next_window = sum(start < done for start, _ in self.loader.sizes.bounds(self._epoch))
+            self._next_window = window_at(self.loader, self._epoch, done)
             logger.warning("resume_override: saved with %s", different)
         if progress["totals"]["updates"]:
             self.strategy.warm_up(self._loss_of_next_window)
@@ -447,31 +435,12 @@ class Trainer:
         if stopping is not None and stopping.is_over:
             self._stopped_early = stopping.reason
 
-    def _different_windows(self, before: dict[str, Any]) -> str:
-        now = self._windows_identity()
-        before = {"batch.schedule": "constant", **before}
-        return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
-
-    def _windows_identity(self) -> dict[str, Any]:
-        """All that the samples of a window depend on."""
-        return {
-            "batch.global_batch_size": self.loader.plan.global_batch_size,
-            "batch.schedule": str(self.loader.sizes.rule),
-            "batch.drop_last": self.loader.drop_last,
-            "seed": self.loader.seed,
-            "training samples": self.loader.num_samples,
-        }
-
     def _loss_of_next_window(self) -> Tensor:
         # An epoch that is over stays the current one until its evaluation, which may be owed, is done.
         is_over = self._next_window >= self.loader.sizes.count(self._epoch)
         batch = self.loader.sample_micro_batch(*((self._epoch + 1, 0) if is_over else (self._epoch, self._next_window)))
         with self.precision.autocast():
             return self.task(self.model, batch).loss_sum
-
-    def _position(self) -> int:
-        """Samples of the epoch that have been trained on."""
-        return self.loader.sizes.bounds(self._epoch)[self._next_window - 1][1] if self._next_window else 0
 
     def _progress(self) -> dict[str, Any]:
         """Where the run stands, as JSON has it."""
@@ -480,10 +449,10 @@ class Trainer:
             "total_seconds": self._total_seconds(),
             "epoch": self._epoch,
             "next_window": self._next_window,
-            "position": self._position(),
+            "position": position(self.loader, self._epoch, self._next_window),
             "owes_evaluation": self._owes_evaluation,
             "evaluation": asdict(self._evaluation) if self._evaluation else None,
-            "windows": self._windows_identity(),
+            "windows": windows_identity(self.loader),
             "config": self.config,
         }
 
@@ -510,7 +479,12 @@ class Trainer:
                 self._totals.updates,
             )
         if is_finished and self.run_dir is not None:
-            export_model(self.strategy, self.run_dir, is_main=self.checkpointer.rank == 0)
+            is_main = self.checkpointer.rank == 0
+            export_model(self.strategy, self.run_dir, is_main=is_main)
+            for average in self._averages:
+                if average.has_begun:
+                    with average.in_the_model():
+                        export_model(self.strategy, self.run_dir, is_main=is_main, name=f"model-{average.name}")
 
     def _agreed_signal(self) -> str:
         """The signal that came to the first rank that got one."""
@@ -528,13 +502,6 @@ class Trainer:
 
     # What observers are told
 
-    def _metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-        if not weight:
-            return dict.fromkeys(sums, math.nan)
-        if hasattr(self.task, "metrics"):
-            return dict(self.task.metrics(sums, weight))
-        return {name: float(value) / weight for name, value in sums.items()}
-
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
         follows_noise = isinstance(self.loader.sizes.rule, NoiseSizes)  # how many updates there will be isn't known
@@ -545,6 +512,13 @@ class Trainer:
                 self.total_updates,
                 self.loop.max_updates,
             )
+        for average in self._averages:
+            first = average.config.first_update or 1
+            if first > self.total_updates and not follows_noise:
+                raise UserError(
+                    f"train.{average.name}.first_update={first} comes after the run's last update, "
+                    f"{self.total_updates}: there would be nothing to average. Set a lower one, or train for longer."
+                )
         if not self.strategy.module.training:
             logger.warning(
                 "the model is in evaluation mode, so it trains without dropout: call train() on it if not meant"

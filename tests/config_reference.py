@@ -21,6 +21,8 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`batch=by_length`", "batch", config.ByLengthBatchConfig),
     ("`train`", "train", config.LoopConfig),
     ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
+    ("`train.ema`", "train.ema", config.EmaConfig),
+    ("`train.swa`", "train.swa", config.SwaConfig),
     ("`insight`", "insight", config.InsightConfig),
     ("`checkpoint`", "checkpoint", config.CheckpointConfig),
     ("`distributed`", "distributed", config.DistributedConfig),

@@ -29,6 +29,7 @@ from distaccum.checkpoints.state import (
     check_same_model,
     extra_states,
     group_settings,
+    named_also,
     optimizer_targets,
     own_optimizer,
     persistent_buffers,
@@ -75,13 +76,15 @@ class Checkpointer:
         config: how often, how many, how.
         strategy: how the model is placed. Default: what the model shows.
         states: further objects whose state belongs to the run (scaler, early stopping, …), by name.
+        tensors: further tensors that belong to it, by kind and name: an average of the weights, for instance, as
+            `{"ema": averaged.state_dict()}`. They are the live ones: saved as they are then, and restored in place.
         timeout_seconds: how long ranks wait for each other while one writes.
         files: other files of the run that belong to it (`metrics.jsonl`). A checkpoint counts once they are on the
             disk.
 
     Attributes:
         flags: what `Accumulator` is to ask at the end of each window, for ranks to agree on when to save.
-        states: as given; more may be added.
+        states, tensors: as given; more may be added.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         strategy: Strategy | None = None,
         states: Mapping[str, Stateful] | None = None,
+        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
         timeout_seconds: float = 600.0,
         files: Sequence[Path] = (),
     ) -> None:
@@ -101,6 +105,7 @@ class Checkpointer:
         self.optimizer = optimizer
         self.strategy = strategy or strategy_of(model)
         self.states = dict(states or {})
+        self.tensors = dict(tensors or {})
         self.files = files
         self.flags: dict[str, Callable[[], bool]] = {
             "save": self._is_time_up,
@@ -187,7 +192,7 @@ class Checkpointer:
             )
         value = metrics[name]
         if value == value:
-            goal = self.config.best_goal or (Goal.min if name == "loss" else Goal.max)
+            goal = self.config.best_goal or (Goal.min if name.rpartition("/")[2] == "loss" else Goal.max)
             self._best[update] = value if goal is Goal.min else -value
         ranking = sorted(self._best, key=lambda number: (self._best[number], number))
         self._best = {number: self._best[number] for number in ranking[:count]}
@@ -208,7 +213,7 @@ class Checkpointer:
         self.wait()
         self._is_owed = False
         self._saved_at = time.monotonic()
-        tensors = state_tensors(self.strategy, self.optimizer, self.rank)
+        tensors = state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
         state = {
             "progress": progress,
             "states": {name: entry.state_dict() for name, entry in self.states.items()},
@@ -315,6 +320,7 @@ class Checkpointer:
         for name, buffer in persistent_buffers(module):
             own = f"rank/{self.rank}/buffers/{name}"
             targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
+        targets |= self._also_in(checkpoint)
         formats = ManifestReader(checkpoint).formats()
         optimizer_state = optimizer_targets(module, self.optimizer, formats)
         mine = f"rank/{self.rank}/"
@@ -340,6 +346,23 @@ class Checkpointer:
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress
+
+    def _also_in(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Those of the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
+        found: dict[str, Tensor] = {}
+        for kind, values in self.tensors.items():
+            wanted = named_also({kind: values})
+            if not any(name.startswith(f"also/{kind}/") for name in checkpoint.manifest["tensors"]):
+                if self.rank == 0:
+                    logger.info("%s has no %s, which begins anew", checkpoint.path, kind)
+                continue
+            if missing := sorted(wanted.keys() - checkpoint.manifest["tensors"].keys()):
+                raise UserError(
+                    f"the checkpoint {checkpoint.path} holds another {kind}: {missing[0].removeprefix('also/')} is "
+                    "missing from it. Configure the same, or begin anew with resume=none and another run_dir."
+                )
+            found |= wanted
+        return found
 
     def _read(self, checkpoint: Checkpoint, targets: dict[str, Tensor]) -> None:
         try:

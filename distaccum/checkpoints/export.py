@@ -17,8 +17,8 @@ from distaccum.strategies import Strategy
 MODEL_FILE = "model.safetensors"
 
 
-def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool) -> None:
-    """Writes `model.safetensors`: the whole model, whatever the strategy, under the names of the user's own module.
+def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool, name: str = "model") -> None:
+    """Writes `NAME.safetensors`: the whole model, whatever the strategy, under the names of the user's own module.
 
     All ranks call it; the main one writes. Tied parameters are in it once, as `safetensors.torch.load_model` expects.
 
@@ -28,15 +28,15 @@ def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool) -> None:
     strategy.at_rest()
     members = [*strategy.module.named_parameters(), *persistent_buffers(strategy.module)]
     tensors = {}
-    for name, tensor in members:
+    for key, tensor in members:
         whole: Tensor = tensor.detach()
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()  # all ranks take part
         if is_main:
-            tensors[name] = whole.cpu()
+            tensors[key] = whole.cpu()
     if not is_main:
         return
-    path, aside = run_dir / MODEL_FILE, run_dir / f".{MODEL_FILE}"
+    path, aside = run_dir / f"{name}.safetensors", run_dir / f".{name}.safetensors"
     try:
         aside.unlink(missing_ok=True)
         write_safetensors(aside, tensors)

@@ -3,6 +3,7 @@
     model/<name>                       parameters, and rank 0's persistent buffers
     optimizer/<parameter>/<name>       the optimizer's state of a parameter
     optimizer_number/…                 the same, where it is a Python number and not a tensor
+    also/<kind>/<name>                 further tensors of the run (averages of the weights)
     rank/<r>/random/<generator>        of one rank alone
     rank/<r>/buffers/<name>            where a strategy lets each rank have buffers of its own
     rank/<r>/strategy/<name>           what the strategy remembers on a rank (PowerSGD's error feedback)
@@ -28,8 +29,13 @@ from distaccum.strategies import Strategy
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
-def state_tensors(strategy: Strategy, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Tensor]:
+def state_tensors(
+    strategy: Strategy, optimizer: torch.optim.Optimizer, rank: int, also: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
     """All tensors that this rank has a part in saving. They are the live ones, not copies.
+
+    Args:
+        also: further ones of the run, by kind and name.
 
     Raises:
         UserError: the optimizer keeps something that is neither a tensor nor a number.
@@ -51,8 +57,14 @@ def state_tensors(strategy: Strategy, optimizer: torch.optim.Optimizer, rank: in
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as the {key} of {name}, and a "
                     "checkpoint holds tensors and numbers only. Set checkpoint.enabled=false, or take another one."
                 )
+    tensors |= named_also(also)
     tensors |= {f"rank/{rank}/random/{name}": value for name, value in random_state(strategy.device).items()}
     return tensors | {f"rank/{rank}/strategy/{name}": value for name, value in strategy.state_tensors().items()}
+
+
+def named_also(also: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Further tensors of a run, by their names in a checkpoint."""
+    return {f"also/{kind}/{name}": value for kind, values in also.items() for name, value in values.items()}
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,10 +18,12 @@ from distaccum.config.loop import (
     CheckpointConfig,
     DecayScheduleConfig,
     EarlyStoppingConfig,
+    EmaConfig,
     LoopConfig,
     OptimConfig,
     ScheduleConfig,
     StepScheduleConfig,
+    SwaConfig,
 )
 from distaccum.config.placement import (
     DDPConfig,
@@ -45,6 +47,7 @@ __all__ = [
     "DecayScheduleConfig",
     "DistributedConfig",
     "EarlyStoppingConfig",
+    "EmaConfig",
     "FSDPConfig",
     "Fp16Config",
     "InsightConfig",
@@ -55,6 +58,7 @@ __all__ = [
     "SingleConfig",
     "StepScheduleConfig",
     "StrategyConfig",
+    "SwaConfig",
     "TrainConfig",
     "WandbConfig",
     "as_plain",

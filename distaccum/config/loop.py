@@ -78,7 +78,7 @@ class EarlyStoppingConfig:
     """Stop when an evaluation metric has not improved for a while."""
 
     metric: str | None = None
-    """Which metric of the evaluation to watch (`loss`, `accuracy`, …). `null`: no early stopping."""
+    """Which metric of the evaluation to watch (`loss`, `accuracy`, `ema/loss`, …). `null`: no early stopping."""
     patience: int = 5
     """Evaluations without an improvement after which the run stops."""
     goal: Goal | None = None
@@ -86,6 +86,42 @@ class EarlyStoppingConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, train__early_stopping__patience=self.patience)
+
+
+@dataclass(kw_only=True, slots=True)
+class EmaConfig:
+    """An exponential moving average of the weights, evaluated and exported beside the weights themselves."""
+
+    decay: float | None = None
+    """What the average is multiplied by at each step of it; its memory is about 1 / (1 - decay) steps long. `null`: no
+    such average."""
+    first_update: int = 1
+    """The first update whose weights count; the average begins as those."""
+    every_updates: int = 1
+    """Updates from one step of the average to the next."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.decay is None or 0 < self.decay < 1,
+            f"train.ema.decay={self.decay} is impossible: it must be above 0 and below 1, 0.999 for instance.",
+        )
+        require_at_least(1, train__ema__first_update=self.first_update, train__ema__every_updates=self.every_updates)
+
+
+@dataclass(kw_only=True, slots=True)
+class SwaConfig:
+    """Stochastic weight averaging: the plain mean of the weights from some update on (Izmailov et al. 2018).
+
+    The learning rate stays that of `schedule`: a constant or slowly falling one towards the end suits it best.
+    """
+
+    first_update: int | None = None
+    """The first update whose weights count. `null`: no such average."""
+    every_updates: int = 1
+    """Updates from one that counts to the next."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, train__swa__first_update=self.first_update, train__swa__every_updates=self.every_updates)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,6 +143,8 @@ class LoopConfig:
     """A window whose loss or gradient is NaN or infinite: `stop` the run with a message, or `skip` the update on all
     ranks alike and count it."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    swa: SwaConfig = field(default_factory=SwaConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -116,6 +154,16 @@ class LoopConfig:
         require_at_least(1, train__epochs=self.epochs, train__max_updates=self.max_updates)
         require_at_least(1, train__eval_every=self.eval_every, train__eval_batch_size=self.eval_batch_size)
         require_positive(train__clip_norm=self.clip_norm)
+
+    @property
+    def averages(self) -> list[EmaConfig | SwaConfig]:
+        """The averages of the weights that are wanted."""
+        wanted: list[EmaConfig | SwaConfig] = []
+        if self.ema.decay is not None:
+            wanted.append(self.ema)
+        if self.swa.first_update is not None:
+            wanted.append(self.swa)
+        return wanted
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,7 +182,7 @@ class CheckpointConfig:
     keep_best: int = 0
     """Checkpoints of the best evaluations that are kept besides; an evaluation among them is saved at once."""
     best_metric: str = "loss"
-    """Which metric of the evaluation decides what is best."""
+    """Which metric of the evaluation decides what is best: `accuracy`, `ema/loss`, …"""
     best_goal: Goal | None = None
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
     async_save: bool = True

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
-from distaccum.config import DPConfig, StrategyConfig
+from distaccum.averaging import WeightAverage
+from distaccum.config import DPConfig, EmaConfig, StrategyConfig, SwaConfig
 from distaccum.devices import Precision, is_out_of_memory, tensors_of
 from distaccum.footprint.fake_ranks import fake_ranks
 from distaccum.live_memory import Meter, held_bytes, metered
@@ -39,6 +40,7 @@ class Setting:
     """A section `optim`."""
     activation_checkpointing: bool
     wrap: Sequence[str] = ()
+    averages: Sequence[EmaConfig | SwaConfig] = ()
 
 
 @dataclass(slots=True)
@@ -46,7 +48,7 @@ class Footprint:
     """What one rank holds under one setting, in bytes.
 
     Attributes:
-        parameters, buffers, optimizer: at rest, between two windows.
+        parameters, buffers, optimizer, averages: at rest, between two windows.
         gradients: at the end of a window, those that the optimizer sees.
         other: what else is held at rest (DDP's buckets, where gradients are no views of them).
         activations: by size of the micro-batch, what its forward leaves for the backward.
@@ -60,6 +62,7 @@ class Footprint:
     buffers: int = 0
     gradients: int = 0
     optimizer: int = 0
+    averages: int = 0
     other: int = 0
     activations: dict[int, int] = field(default_factory=dict)
     batches: dict[int, int] = field(default_factory=dict)
@@ -206,6 +209,7 @@ class _Windows:
         parameters = self._strategy.model.parameters()
         shard = shards_optimizer(setting.strategy)
         self._optimizer = build_optimizer(setting.optim, parameters, device, shard=shard)
+        self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
         self._gradient_bytes = 0
         self._accumulator = Accumulator(
             self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
@@ -241,6 +245,8 @@ class _Windows:
         self._make_finite()
         self._gradient_bytes = held_bytes(self._gradients())
         self._accumulator.step()
+        for average in self._averages:
+            average.after_update(average.config.first_update or 1)
         lap(STEP)
         return peaks, kept
 
@@ -263,10 +269,12 @@ class _Windows:
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
         # Buckets that several gradients are views of are counted once.
         found.gradients, found.optimizer = self._gradient_bytes, held_bytes(states)
+        found.averages = sum(held_bytes(average.tensors().values()) for average in self._averages)
         # Those that have no home in buckets are dropped between windows.
         known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer
+        known += found.averages
         found.other = max(0, self._meter.now - known)
 
     def close(self) -> None:
         self._accumulator.clear_gradients()
-        del self._accumulator, self._optimizer, self._strategy
+        del self._accumulator, self._averages, self._optimizer, self._strategy

@@ -47,7 +47,7 @@ class Row:
     def rest(self) -> int:
         """What is held between two windows."""
         found = self.footprint
-        return found.parameters + found.buffers + found.gradients + found.optimizer + found.other
+        return found.parameters + found.buffers + found.gradients + found.optimizer + found.averages + found.other
 
     @property
     def moment(self) -> str:
@@ -144,6 +144,7 @@ class Report:
             ("buffers", found.buffers, ""),
             ("gradients", found.gradients, ""),
             ("optimizer", found.optimizer, ""),
+            ("averages", found.averages, "of the weights"),
             ("buckets and others", found.other, ""),
             ("activations", row.activations, f"{byte_size(round(per_sample))} per sample"),
             ("temporary", max(0, row.peak - row.rest - row.activations), f"at the peak, in the {row.moment}"),

@@ -92,6 +92,7 @@ def examine(config: MemoryConfig) -> Report:
         optim=config.optim,
         activation_checkpointing=is_checkpointed,
         wrap=getattr(config.strategy, "wrap", ()),
+        averages=config.train.averages,
     )
     limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(device)
     usable = limit * (1 - config.memory.headroom)

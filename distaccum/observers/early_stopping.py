@@ -25,10 +25,10 @@ class EarlyStopping:
     """
 
     def __init__(self, metric: str, patience: int, goal: Goal | None = None) -> None:
-        """`goal` None: less is better for `loss`, more for everything else."""
+        """`goal` None: less is better for a `loss`, more for everything else."""
         self.metric = metric
         self.patience = patience
-        self.goal = goal or (Goal.min if metric == "loss" else Goal.max)
+        self.goal = goal or (Goal.min if metric.rpartition("/")[2] == "loss" else Goal.max)
         self.best: float | None = None
         self.best_evaluation = 0
         self.evaluations = 0

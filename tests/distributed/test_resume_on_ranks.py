@@ -50,7 +50,8 @@ def without_seconds(run_dir: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
-    run(1, "undisturbed", "train.max_updates=12", "strategy=single")
+    averaged = ("train.ema.decay=0.7", "train.swa.first_update=3", "train.swa.every_updates=2")
+    run(1, "undisturbed", "train.max_updates=12", "strategy=single", *averaged)
     stages = [
         (4, "strategy=ddp", "batch.micro_batch_size=2"),
         (2, "strategy=fsdp", "batch.micro_batch_size=8"),
@@ -58,19 +59,22 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
         (3, "strategy=ddp", "strategy.shard_optimizer=true"),
     ]
     for number, (ranks, *overrides) in enumerate(stages, 1):
-        said = run(ranks, "moving", f"train.max_updates={3 * number}", *overrides)
+        said = run(ranks, "moving", f"train.max_updates={3 * number}", *averaged, *overrides)
         assert ("going on from moving/checkpoints/update-" in said) == (number > 1)
     one, other = updates(Path("undisturbed")), updates(Path("moving"))
     assert [line["update"] for line in other] == list(range(1, 13))
     assert [line["micro_steps"] for line in other] == [3] * 3 + [2] * 3 + [5] * 3 + [1] * 3
     for key in ("loss", "grad_norm", "weight", "samples", "lr"):
         assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=1e-10), key
-    losses = {line["update"]: line["eval"]["loss"] for line in evaluations(Path("moving"))}
+    found = {line["update"]: line["eval"] for line in evaluations(Path("moving"))}
     for line in evaluations(Path("undisturbed")):
-        assert losses[line["update"]] == pytest.approx(line["eval"]["loss"], rel=1e-10)
-    weights, wanted = load_file("moving/model.safetensors"), load_file("undisturbed/model.safetensors")
-    assert weights.keys() == wanted.keys()
-    assert all(torch.allclose(weights[name], wanted[name], rtol=1e-9, atol=1e-12) for name in wanted)
+        assert {"loss", "ema/loss", "swa/loss"} <= line["eval"].keys()
+        assert len(set(line["eval"].values())) == len(line["eval"])
+        assert found[line["update"]] == pytest.approx(line["eval"], rel=1e-10)
+    for name in ("model", "model-ema", "model-swa"):
+        weights, wanted = load_file(f"moving/{name}.safetensors"), load_file(f"undisturbed/{name}.safetensors")
+        assert weights.keys() == wanted.keys()
+        assert all(torch.allclose(weights[key], wanted[key], rtol=1e-9, atol=1e-12) for key in wanted)
     # Negative control: what is compared would show a window that is not the same.
     run(1, "other", "train.max_updates=12", "strategy=single", "seed=1")
     assert updates(Path("other"))[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-2)
@@ -88,7 +92,8 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
 )
 def test_on_as_many_ranks_a_run_goes_on_bit_for_bit(overrides: tuple[str, ...]) -> None:
     """Four ranks, whose gradients are added up in an order that depends on where they lie in DDP's buckets."""
-    more = ("precision=fp32", "model.dropout=0.2", "train.max_updates=7", *overrides)
+    averaged = ("train.ema.decay=0.7", "train.swa.first_update=2")
+    more = ("precision=fp32", "model.dropout=0.2", "train.max_updates=7", *averaged, *overrides)
     run(4, "undisturbed", *more)
     shutil.copytree("undisturbed", "cut")
     for folder in checkpoints_in(Path("cut/checkpoints")):
@@ -98,7 +103,8 @@ def test_on_as_many_ranks_a_run_goes_on_bit_for_bit(overrides: tuple[str, ...]) 
         file.write('{"update": 8, "los')  # as a killed run leaves it
     run(4, "cut", *more)
     assert without_seconds("cut") == without_seconds("undisturbed")
-    assert Path("cut/model.safetensors").read_bytes() == Path("undisturbed/model.safetensors").read_bytes()
+    for name in ("model", "model-ema", "model-swa"):
+        assert Path(f"cut/{name}.safetensors").read_bytes() == Path(f"undisturbed/{name}.safetensors").read_bytes()
 
 
 def test_the_model_of_a_sharded_run_loads_into_a_plain_module() -> None:
