@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
-    from distaccum.evaluation import evaluate
+    from distaccum.evaluation import evaluate_model
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
     from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
@@ -33,7 +33,7 @@ _HOMES = {
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
     "UserError": "errors",
-    "evaluate": "evaluation",
+    "evaluate_model": "evaluation",
     "EvaluationLoader": "loaders",
     "LoaderOptions": "loaders",
     "Window": "loaders",
@@ -73,7 +73,7 @@ __all__ = [
     "Window",
     "WindowLoader",
     "accumulate_coupled",
-    "evaluate",
+    "evaluate_model",
     "resolve_batch",
     "shuffled",
     "split_evenly",

@@ -18,7 +18,7 @@ from distaccum.loaders import EvaluationLoader
 from distaccum.tasks.base import CoupledTask, TaskOutput
 
 
-def evaluate(
+def evaluate_model(
     model: nn.Module,
     task: Callable[[nn.Module, Any], TaskOutput],
     batches: Iterable[Any],

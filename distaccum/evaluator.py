@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distaccum.averaging import WeightAverage
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.devices import Precision
-from distaccum.evaluation import evaluate
+from distaccum.evaluation import evaluate_model
 from distaccum.grace import EvaluationDroppedError, Grace
 from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
@@ -92,7 +92,7 @@ class Evaluator:
 
     def _metrics(self, update: int) -> dict[str, float]:
         self._strategy.share_buffers()
-        loss, weight, sums = evaluate(
+        loss, weight, sums = evaluate_model(
             self._strategy.module,
             self._task,
             self._loader,

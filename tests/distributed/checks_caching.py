@@ -12,7 +12,7 @@ from coupled import Embedder, Pairs, one_shot, train_pairs
 from examples import CollectiveCounter, curves, distance, flat, placed
 from torch import Tensor, nn
 
-from distaccum import Accumulator, EvaluationLoader, UserError, WindowLoader, accumulate_coupled, evaluate
+from distaccum import Accumulator, EvaluationLoader, UserError, WindowLoader, accumulate_coupled, evaluate_model
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.distributed import World
 from distaccum.tasks import Contrastive
@@ -176,7 +176,7 @@ def check_evaluations_are_the_same_for_any_ranks(world: World) -> None:
     for samples, size in ((41, 16), (41, None), (world.world_size - 1, None)):
         task, data = Contrastive(temperature=0.3, evaluation_samples=size), Pairs(samples)
         loader = EvaluationLoader(data, batch_size=5)
-        loss, weight, sums = evaluate(model, task, loader, device=torch.device("cpu"))
+        loss, weight, sums = evaluate_model(model, task, loader, device=torch.device("cpu"))
         blocks = [range(start, min(start + (size or samples), samples)) for start in range(0, samples, size or samples)]
         outputs = [task(model, (data.views[list(block)], data.labels[list(block)])) for block in blocks]
         assert weight == 2 * samples

@@ -10,7 +10,7 @@ import torch
 from examples import RaggedTokens, TokenClassifier, token_loss
 from torch import nn
 
-from distaccum import EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate
+from distaccum import EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.config import DDPConfig
 from distaccum.distributed import World
 from distaccum.strategies import place
@@ -27,7 +27,7 @@ def check_an_evaluation_is_exact_whatever_the_world_size(world: World) -> None:
     # 41: unequal shares; 3: not every rank of four has a sample.
     for num_samples, batch_size in ((41, 7), (3, 2), (41, 100)):
         data = RaggedTokens(num_samples)
-        loss, weight, sums = evaluate(
+        loss, weight, sums = evaluate_model(
             model, _task, EvaluationLoader(data, batch_size=batch_size), device=torch.device("cpu")
         )
         loss_sum, valid = token_loss(model, data.collate_fn(data.samples))
@@ -51,16 +51,16 @@ def check_an_evaluation_has_no_gradients_and_comes_back_to_training(world: World
         modes.append((module.training, torch.is_grad_enabled()))
         return _task(module, batch)
 
-    evaluate(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
+    evaluate_model(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
     assert set(modes) == {(False, False)}
     assert model.training
     model[1].eval()
-    evaluate(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
+    evaluate_model(model, task, EvaluationLoader(RaggedTokens(8), batch_size=1), device=torch.device("cpu"))
     assert model.training
     assert not model[1].training, "what was frozen comes back frozen"
     model[1].train()
     with pytest.raises(UserError, match="total weight of 0"):
-        evaluate(model, _task, [], device=torch.device("cpu"))
+        evaluate_model(model, _task, [], device=torch.device("cpu"))
     assert model.training
 
 

@@ -22,7 +22,7 @@ from examples import (
 )
 from torch import Tensor, nn
 
-from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate
+from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.choices import PrecisionName
 from distaccum.components import AdamConfig
 from distaccum.config import DDPConfig, FSDPConfig
@@ -145,7 +145,7 @@ def check_an_evaluation_under_fsdp_is_exact(world: World) -> None:
         data = RaggedTokens(num_samples)
         loader = EvaluationLoader(data, batch_size=2, equal_batches=True)
         assert len(set(world.gather(len(loader.sizes)))) == 1
-        loss, weight, sums = evaluate(strategy.module, task, loader, device=CPU)
+        loss, weight, sums = evaluate_model(strategy.module, task, loader, device=CPU)
         loss_sum, valid = token_loss(TokenClassifier(), data.collate_fn(data.samples))
         assert math.isclose(loss, float(loss_sum.detach() / valid), rel_tol=1e-12)
         assert float(sums["seen"]) == num_samples
