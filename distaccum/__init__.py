@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from distaccum.caching import accumulate_coupled
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
+    from distaccum.ensembling import Ensemble
     from distaccum.errors import UserError
     from distaccum.evaluation import evaluate_model
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
@@ -32,6 +33,7 @@ _HOMES = {
     "UpdateResult": "updates",
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
+    "Ensemble": "ensembling",
     "UserError": "errors",
     "evaluate_model": "evaluation",
     "EvaluationLoader": "loaders",
@@ -60,6 +62,7 @@ __all__ = [
     "Checkpointer",
     "CoupledTask",
     "Cut",
+    "Ensemble",
     "EvaluationLoader",
     "LoaderOptions",
     "NoiseScale",

@@ -70,3 +70,21 @@ class LrRule(Enum):
     linear = "linear"
     sqrt = "sqrt"
     none = "none"
+
+
+class WhichCheckpoint(Enum):
+    newest = "newest"
+    best = "best"
+    all = "all"
+
+
+class Weights(Enum):
+    raw = "raw"
+    ema = "ema"
+    swa = "swa"
+
+
+class Combination(Enum):
+    probabilities = "probabilities"
+    outputs = "outputs"
+    weights = "weights"

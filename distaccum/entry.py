@@ -71,18 +71,10 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
             _refuse_sweep_on_ranks()
             config = _typed(composed)
         except UserError as error:
-            _exit_before_ranks_are_joined(error)
-        try:
-            outcome = run(config)
-        except OtherRankFailedError:
-            # Leaving first would have the launcher stop the rank that is about to say why.
-            time.sleep(_SECONDS_TO_BE_STOPPED)
-            _leave(EXIT_STATUS)
-        except UserError as error:
-            print_error(str(error))
-            _leave(EXIT_STATUS)
+            exit_before_ranks_are_joined(error)
+        outcome = outcome_of(lambda: run(config))
         if outcome in (EXIT_INTERRUPTED, EXIT_UNFINISHED):
-            _leave(outcome)  # a sweep stops too
+            leave(outcome)  # a sweep stops too
         if isinstance(outcome, int):
             status = max(status, outcome)
         is_composing = True  # the next run of a sweep
@@ -92,13 +84,27 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     except _COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
-        _exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
+        exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     finally:
         flush_output()
-    _leave(status)
+    leave(status)
+
+
+def outcome_of(run: Callable[[], int | None]) -> int | None:
+    """Runs what ranks do together. Bad input ends the process, with one message from the rank that has something to
+    say."""
+    try:
+        return run()
+    except OtherRankFailedError:
+        # Leaving first would have the launcher stop the rank that is about to say why.
+        time.sleep(_SECONDS_TO_BE_STOPPED)
+    except UserError as error:
+        print_error(str(error))
+    leave(EXIT_STATUS)
+    return EXIT_STATUS
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
@@ -263,7 +269,7 @@ def _options_with(group: str, key: str) -> list[str]:
     ]
 
 
-def _leave(status: int) -> None:
+def leave(status: int) -> None:
     """Ends the process, unless it is an ordinary one and all went well.
 
     A rank's work is done and its files are closed; it leaves without taking the interpreter down. A thread of gloo's
@@ -278,7 +284,7 @@ def _leave(status: int) -> None:
         sys.exit(status)
 
 
-def _exit_before_ranks_are_joined(error: UserError) -> NoReturn:
+def exit_before_ranks_are_joined(error: UserError) -> NoReturn:
     """Prints an error that all ranks have alike, most likely, so that it is seen once.
 
     Rank 0 speaks. The others wait to be stopped by the launcher, as they are when rank 0 fails; one that is still

@@ -58,7 +58,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
     """
     seed_everything(derived_seed(config.seed, "model"))
     precision = resolve_precision(config.precision.name, device)
-    options = _loader_options(config.data, device, precision)
+    options = loader_options(config.data, device, precision)
     train_data = targets.build(config.data.train, "data.train")
     loader = WindowLoader(
         train_data,
@@ -145,7 +145,8 @@ def _grouping_arguments(config: TrainConfig, data: Any, rank: int) -> dict[str, 
     return {"lengths": lengths_of(data, Remembered(name)), "max_tokens": config.batch.max_tokens}
 
 
-def _loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
+def loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
+    """How loaders are to bring data to a device."""
     on_cuda = device.type == "cuda"
     if config.pin_memory and not on_cuda:
         logger.warning("data.pin_memory=true has no effect: the device is a CPU")

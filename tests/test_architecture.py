@@ -67,6 +67,7 @@ FLOORS = {
     "averaging": 4,
     "continuing": 5,
     "evaluator": 5,
+    "ensembling": 5,
     "parts": 5,
     "assembly": 5,
     "measuring": 5,
@@ -84,6 +85,7 @@ FLOORS = {
     "memory": 6,
     "report": 6,
     "study": 6,
+    "evaluate": 6,
 }
 # On one floor, these may be imported by their neighbours: each pair is (importer, imported).
 NEIGHBOURS = {
@@ -141,6 +143,12 @@ NEIGHBOURS = {
     ("batch_study", "measuring"),
     ("footprint", "parts"),
     ("train", "entry"),
+    ("evaluate", "entry"),
+    ("ensembling", "continuing"),
+    ("ensembling", "evaluation"),
+    ("ensembling", "evaluator"),
+    ("ensembling", "parts"),
+    ("ensembling", "run_folder"),
     ("compare", "entry"),
     ("tune", "entry"),
     ("check", "entry"),

@@ -7,6 +7,7 @@ from distaccum.checkpoints.export import MODEL_FILE, export_model
 from distaccum.checkpoints.finding import checked, newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
 from distaccum.checkpoints.random_state import random_state, set_random_state
+from distaccum.checkpoints.reading import load_model
 from distaccum.checkpoints.state import persistent_buffers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "checkpoints_in",
     "clear_leftovers",
     "export_model",
+    "load_model",
     "newest_whole",
     "persistent_buffers",
     "random_state",

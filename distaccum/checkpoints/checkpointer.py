@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -17,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.finding import newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, name_of, prune
 from distaccum.checkpoints.random_state import set_random_state
+from distaccum.checkpoints.reading import read_tensors, reasons, without_process_warning
 from distaccum.checkpoints.state import (
     adopt_group_settings,
     check_same_model,
@@ -260,7 +259,7 @@ class Checkpointer:
         writer = ManifestWriter(self.folder, update, self.rank, state, self.files)
         try:
             with torch.no_grad():
-                _without_process_warning()
+                without_process_warning()
                 save(
                     dict(tensors),
                     storage_writer=writer,
@@ -292,7 +291,7 @@ class Checkpointer:
             clear_leftovers(self.folder)
         kept = "there is none yet" if self.last_saved is None else f"that of update {self.last_saved} is kept"
         logger.warning(
-            "the checkpoint of update %d could not be saved: %s. Training goes on; %s.", update, _reasons(error), kept
+            "the checkpoint of update %d could not be saved: %s. Training goes on; %s.", update, reasons(error), kept
         )
 
     # Restoring
@@ -329,7 +328,7 @@ class Checkpointer:
             for name, (shape, dtype) in formats.items()
             if is_same_layout and name.startswith((f"{mine}random/", f"{mine}strategy/"))
         }
-        self._read(checkpoint, targets | optimizer_state | own_state)
+        read_tensors(checkpoint, targets | optimizer_state | own_state, self._group)
         set_optimizer_state(module, self.optimizer, optimizer_state)
         set_extra_states(module, checkpoint.state["extra"])
         adopt_group_settings(self.optimizer, saved["settings"], saved["settings_at_start"])
@@ -364,20 +363,6 @@ class Checkpointer:
             found |= wanted
         return found
 
-    def _read(self, checkpoint: Checkpoint, targets: dict[str, Tensor]) -> None:
-        try:
-            with torch.no_grad():
-                _without_process_warning()
-                load(
-                    targets,
-                    storage_reader=ManifestReader(checkpoint),
-                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                )
-        except CheckpointException as error:  # a BaseException
-            raise UserError(f"the checkpoint {checkpoint.path} can't be read: {_reasons(error)}.") from error
-
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint in the folder that is whole; damaged ones are named in the log and passed over."""
         if self.rank == 0:
@@ -392,28 +377,5 @@ class Checkpointer:
         return values
 
 
-def _reasons(error: BaseException) -> str:
-    """Why saving failed, in one line: each reason once, with the first of its ranks if there are several reasons."""
-    if not isinstance(error, CheckpointException):
-        return _reason(error)
-    first_ranks: dict[str, int] = {}
-    for rank, (failure, _) in sorted(error.failures.items()):
-        first_ranks.setdefault(_reason(failure), rank)
-    if len(first_ranks) == 1:
-        return next(iter(first_ranks))
-    return "; ".join(f"rank {rank}: {reason}" for reason, rank in first_ranks.items())
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _without_process_warning() -> None:
-    # One process is meant; torch would warn that it takes us to mean that.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -27,7 +27,13 @@ class TaskOutput:
 
 
 class Task(ABC):
-    """A loss and its metrics. Subclass it, or write any callable that returns a `TaskOutput`."""
+    """A loss and its metrics. Subclass it, or write any callable that returns a `TaskOutput`.
+
+    Attributes:
+        class_dim: dimension of the model's output that classes lie along, where that is logits; None where it isn't.
+    """
+
+    class_dim: int | None = None
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:

@@ -27,6 +27,8 @@ class Classification(Task):
         UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
 
+    class_dim = 1
+
     def __init__(self, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing} must lie in [0, 1).")

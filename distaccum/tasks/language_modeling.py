@@ -24,6 +24,8 @@ class LanguageModeling(Task):
         UserError: from a call, a micro-batch or logits of another form.
     """
 
+    class_dim = -1
+
     def __init__(self, ignore_index: int = -100) -> None:
         self.ignore_index = ignore_index
 

@@ -28,6 +28,8 @@ class Segmentation(Task):
         UserError: from a call, a micro-batch or logits of another form.
     """
 
+    class_dim = 1
+
     def __init__(self, ignore_index: int = 255) -> None:
         self.ignore_index = ignore_index
 

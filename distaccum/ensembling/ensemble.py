@@ -1,0 +1,119 @@
+"""Models put together: their predictions, or their weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.choices import Combination
+from distaccum.errors import UserError
+
+
+class Ensemble(nn.Module):
+    """Models whose outputs are one: called as each of them is.
+
+    With `probabilities` the output is the logarithm of the mean of the models' probabilities, softmax over the classes,
+    which any cross-entropy takes as logits. It is made in float32 at least. With `outputs` it is the mean of the
+    outputs themselves.
+
+    No more than two models' outputs are held at a time.
+
+    Args:
+        members: take the same arguments, and give one tensor of the same shape each.
+        combine: `probabilities` or `outputs`.
+        class_dim: dimension of the outputs that classes lie along, for `probabilities`.
+
+    Raises:
+        UserError: there are no members; and from a call, outputs that can't be put together.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        *,
+        combine: Combination = Combination.probabilities,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise UserError("an ensemble needs at least one model, and got none.")
+        if combine is Combination.probabilities and class_dim is None:
+            raise UserError(
+                "to mean probabilities, it must be known along which dimension of the outputs the classes lie: give "
+                "class_dim (--class-dim), or combine the outputs as they are (--combine outputs)."
+            )
+        if combine is Combination.weights:
+            raise UserError("weights are put together by mean_of_weights, not by an Ensemble of outputs.")
+        self.members = nn.ModuleList(members)
+        self._combine = combine
+        self._class_dim = class_dim
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        total: Tensor | None = None
+        for member in self.members:
+            output = member(*arguments, **named)
+            if not isinstance(output, Tensor):
+                raise UserError(
+                    f"an ensemble needs models that give one tensor, and {type(member).__name__} gives a "
+                    f"{type(output).__name__}."
+                )
+            part = self._part(output)
+            if total is not None and part.shape != total.shape:
+                raise UserError(
+                    f"the members' outputs can't be put together: they are of shapes {list(total.shape)} and "
+                    f"{list(part.shape)}."
+                )
+            total = part if total is None else self._together(total, part)
+        assert total is not None
+        if self._combine is Combination.probabilities:
+            return total - math.log(len(self.members))
+        return total / len(self.members)
+
+    def _part(self, output: Tensor) -> Tensor:
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self._combine is Combination.outputs:
+            return wide
+        assert self._class_dim is not None
+        return wide.log_softmax(self._class_dim)
+
+    def _together(self, total: Tensor, part: Tensor) -> Tensor:
+        return torch.logaddexp(total, part) if self._combine is Combination.probabilities else total + part
+
+
+def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
+    """One model whose weights are the mean of several models' (a "model soup", Wortsman et al. 2022).
+
+    Buffers that are numbers, as BatchNorm's statistics, are averaged like weights; other buffers are the first model's.
+    Sums are taken in float64.
+
+    Raises:
+        UserError: the models' weights have other names or shapes.
+    """
+    states = [member.state_dict() for member in members]
+    for number, state in enumerate(states[1:], 2):
+        different = sorted(
+            name
+            for name in states[0].keys() | state.keys()
+            if name not in states[0] or name not in state or states[0][name].shape != state[name].shape
+        )
+        if different:
+            raise UserError(
+                f"the weights of models 1 and {number} can't be put together: {different[0]} is not in both with the "
+                "same shape. Weights can only be combined of models of one architecture; combine their outputs or "
+                "probabilities instead."
+            )
+    mixed = copy.deepcopy(members[0])
+    target = mixed.state_dict()
+    for name, value in target.items():
+        if value.is_floating_point() or value.is_complex():
+            wide = torch.complex128 if value.is_complex() else torch.float64
+            total = torch.zeros(value.shape, dtype=wide, device=value.device)
+            for state in states:
+                total += state[name]
+            value.copy_(total / len(states))
+    return mixed

@@ -1,0 +1,207 @@
+"""The evaluation of trained models: each alone, and all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from distaccum import targets
+from distaccum.choices import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
+from distaccum.config import DataConfig
+from distaccum.devices import Precision, resolve_device, resolve_precision
+from distaccum.distributed import World, joined_world
+from distaccum.ensembling.ensemble import Ensemble, mean_of_weights
+from distaccum.ensembling.members import Member, find_members, load_weights
+from distaccum.errors import UserError
+from distaccum.evaluation import evaluate_model
+from distaccum.evaluator import metrics_of
+from distaccum.files import replacing
+from distaccum.loaders import EvaluationLoader
+from distaccum.logs import console
+from distaccum.model_options import build_model
+from distaccum.observers.formatting import number
+from distaccum.parts import collate_fn, loader_options
+from distaccum.tasks import CoupledTask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What is to be evaluated.
+
+    Attributes:
+        paths: folders of runs or of checkpoints.
+        overrides: `KEY=VALUE`, changes to what the models were trained with.
+        combine: None for each model alone, unless there are several; then `probabilities`.
+        output: a file for the same as JSON.
+    """
+
+    paths: Sequence[Path]
+    overrides: Sequence[str] = ()
+    which: WhichCheckpoint = WhichCheckpoint.newest
+    weights: Weights = Weights.raw
+    combine: Combination | None = None
+    class_dim: int | None = None
+    device: DeviceChoice = DeviceChoice.auto
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """How one model does, or all of them together."""
+
+    name: str
+    update: int | None
+    metrics: dict[str, float]
+
+
+def evaluate(wishes: Wishes) -> int:
+    """Evaluates on all ranks that the launcher has started, and prints the table on rank 0; returns the exit status.
+
+    Raises:
+        UserError: whatever in the checkpoints, the data or the machine keeps them from being evaluated.
+    """
+    with joined_world() as world:
+        device = resolve_device(wishes.device, world.local_rank)
+        world.init_process_group(device)
+        members = find_members(wishes.paths, wishes.which, wishes.overrides, world)
+        with world.together():
+            examination = _Examination(members, wishes, world, device)
+        rows = examination.rows()
+        with world.together():
+            if world.is_main:
+                _tell(rows, examination, wishes)
+    return 0
+
+
+class _Examination:
+    """Everything built, on this rank's device; nothing in the constructor waits for another rank."""
+
+    def __init__(self, members: Sequence[Member], wishes: Wishes, world: World, device: torch.device) -> None:
+        config = members[0].config
+        data = _data_config(config["data"])
+        if data.evaluation is None:
+            raise UserError(
+                "the models were trained without evaluation data (data.evaluation=null): say what to evaluate on, as "
+                "in 'data.evaluation={_target_: distaccum.data.Digits, split: evaluation}'"
+            )
+        self.members = members
+        self.device = device
+        self.precision = resolve_precision(PrecisionName[config["precision"]["name"]], device)
+        self.task = targets.build(config["task"], "task")
+        self.combine = self._combination(wishes)
+        options = loader_options(data, device, self.precision)
+        dataset = targets.build(data.evaluation, "data.evaluation")
+        self.loader = EvaluationLoader(
+            dataset,
+            batch_size=config["train"]["eval_batch_size"],
+            collate_fn=collate_fn(data),
+            rank=world.rank,
+            world_size=world.world_size,
+            options=options,
+        )
+        self.models = [_model(member, wishes.weights, self.precision, device) for member in members]
+        self.together = self._put_together(wishes)
+
+    def _combination(self, wishes: Wishes) -> Combination | None:
+        if isinstance(self.task, CoupledTask) and (wishes.combine is not None or len(self.members) > 1):
+            if wishes.combine is Combination.weights:
+                return Combination.weights
+            if wishes.combine is None:
+                return None
+            raise UserError(
+                f"{type(self.task).__name__} compares embeddings, and those of different models have nothing to do "
+                "with each other: they can't be combined. Leave out --combine, and each model is evaluated alone."
+            )
+        if len(self.members) == 1:
+            return None
+        return wishes.combine or Combination.probabilities
+
+    def _put_together(self, wishes: Wishes) -> nn.Module | None:
+        if self.combine is None:
+            return None
+        if self.combine is Combination.weights:
+            return mean_of_weights(self.models)
+        dimension = wishes.class_dim if wishes.class_dim is not None else getattr(self.task, "class_dim", None)
+        return Ensemble(self.models, combine=self.combine, class_dim=dimension)
+
+    def rows(self) -> list[Row]:
+        """All ranks call it."""
+        rows = [
+            Row(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
+            for member, model in zip(self.members, self.models, strict=True)
+        ]
+        if self.together is not None:
+            assert self.combine is not None
+            name = f"all {len(self.members)}, {self.combine.value}"
+            rows.append(Row(name=name, update=None, metrics=self._metrics(self.together)))
+        self.loader.close()
+        return rows
+
+    def _metrics(self, model: nn.Module) -> dict[str, float]:
+        loss, weight, sums = evaluate_model(
+            model, self.task, self.loader, device=self.device, autocast=self.precision.autocast
+        )
+        return {"loss": loss, **metrics_of(self.task, sums, weight)}
+
+
+def _data_config(section: dict[str, Any]) -> DataConfig:
+    known = {entry.name for entry in dataclasses.fields(DataConfig)}
+    return DataConfig(**{key: value for key, value in section.items() if key in known})
+
+
+def _model(member: Member, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
+    # A model may take arguments from its training data: the number of classes, say.
+    train_data = targets.build(member.config["data"]["train"], "data.train")
+    wrap = (member.config.get("strategy") or {}).get("wrap") or ()
+    module = build_model(member.config["model"], train_data, wrap)
+    module = module.to(device=device, dtype=precision.parameter_dtype)
+    load_weights(module, member, weights)
+    return module
+
+
+def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> None:
+    samples = examination.loader.num_samples
+    title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("model")
+    table.add_column("update", justify="right")
+    names = list(rows[0].metrics)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        is_all = row.update is None
+        cells = [number(row.metrics[name]) for name in names]
+        update = "" if is_all else str(row.update)
+        table.add_row(Text(row.name, overflow="fold"), update, *cells, style="bold" if is_all else "")
+    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    wide.print(table)
+    if wishes.output is not None:
+        _write(rows, samples, wishes, examination.combine)
+        console.print(f"written: {wishes.output}")
+
+
+def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:
+    found = {
+        "samples": samples,
+        "weights": wishes.weights.value,
+        "combine": combine.value if combine else None,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    assert wishes.output is not None
+    try:
+        with replacing(wishes.output) as file:
+            file.write((json.dumps(found, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"{wishes.output} can't be written: {error.strerror or error}. Choose another with --out."
+        ) from error

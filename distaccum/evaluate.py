@@ -1,0 +1,79 @@
+"""How trained models do, alone and together: `python -m distaccum.evaluate PATH…`, `distaccum-evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from distaccum.choices import Combination, DeviceChoice, Weights, WhichCheckpoint
+from distaccum.entry import exit_before_ranks_are_joined, leave, outcome_of
+from distaccum.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        exit_before_ranks_are_joined(
+            UserError(f"{message}. Write: {self.prog} PATH [PATH …] [KEY=VALUE …]; --help shows all.")
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m distaccum.evaluate",
+        description="Evaluates what training has saved, each model alone and all of them together. Under torchrun, the "
+        "ranks share the data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", nargs="+", metavar="PATH", help="the folder of a run, or of one of its checkpoints")
+    parser.add_argument(
+        "override",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a change to what the models were trained with: data.evaluation.…, task.…, precision.name, "
+        "train.eval_batch_size",
+    )
+
+    def choice(name: str, kind: type, default: str, text: str) -> None:
+        parser.add_argument(name, choices=[entry.value for entry in kind], default=default, help=text)  # type: ignore[attr-defined]
+
+    choice("--which", WhichCheckpoint, "newest", "of a run's checkpoints (default: newest)")
+    choice("--weights", Weights, "raw", "the weights themselves, or an average of them (default: raw)")
+    parser.add_argument(
+        "--combine",
+        choices=[entry.value for entry in Combination],
+        help="what of several models is averaged (default: probabilities)",
+    )
+    parser.add_argument("--class-dim", type=int, metavar="N", help="dimension of the outputs that classes lie along")
+    choice("--device", DeviceChoice, "auto", "auto, cpu or cuda (default: auto)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a file for the same figures")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Exit status: 0, or 2 for bad input."""
+    given = _parser().parse_args(arguments)
+    everything = [*given.path, *given.override]
+    overrides = [text for text in everything if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in everything if text not in overrides]
+    if not paths:
+        exit_before_ranks_are_joined(UserError("there is no PATH: give the folder of a run, or of a checkpoint."))
+    # Here and not above: --help and a mistake on the command line shouldn't wait for torch.
+    from distaccum.ensembling import Wishes, evaluate
+
+    wishes = Wishes(
+        paths=paths,
+        overrides=overrides,
+        which=WhichCheckpoint(given.which),
+        weights=Weights(given.weights),
+        combine=Combination(given.combine) if given.combine else None,
+        class_dim=given.class_dim,
+        device=DeviceChoice(given.device),
+        output=given.out,
+    )
+    leave(outcome_of(lambda: evaluate(wishes)) or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`python -m distaccum.evaluate`, on what real runs have saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import TINY, Ended, evaluations
+from launching import forked
+
+from distaccum import evaluate
+from distaccum.checkpoints.folder import checkpoints_in
+
+Evaluate = Callable[..., Ended]
+DIGITS = [
+    "train.epochs=2",
+    "wandb.mode=disabled",
+    "precision=fp64",
+    "train.ema.decay=0.8",
+    "checkpoint.keep_best=1",
+    "model.channels=[8,8]",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on digits: two seeds in one process, one under FSDP on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, ranks, *overrides in (("a", 1, "seed=1"), ("b", 1, "seed=2"), ("sharded", 2, "strategy=fsdp")):
+        arguments = [*DIGITS, *overrides, f"run_dir={folder / name}"]
+        done = forked(ranks, "-m", "distaccum.train", *arguments)  # type: ignore[arg-type]
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: Any) -> Ended:
+        capfd.readouterr()
+        status = 0
+        try:
+            evaluate.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Ended(status, *capfd.readouterr())
+
+    return run
+
+
+def rows_of(path: str = "out.json") -> dict[str, dict[str, float]]:
+    return {row["name"]: row["metrics"] for row in json.loads(Path(path).read_text())["rows"]}
+
+
+def test_one_run_repeats_what_its_training_said(runs: Path, evaluated: Evaluate) -> None:
+    said = evaluations(runs / "a")[-1]["eval"]
+    assert evaluated(runs / "a", "--out", "out.json").status == 0
+    (found,) = rows_of().values()
+    assert found == {name: said[name] for name in ("loss", "accuracy")}
+    assert evaluated(runs / "a", "--weights", "ema", "--out", "out.json").status == 0
+    (found,) = rows_of().values()
+    assert found == {name: said[f"ema/{name}"] for name in ("loss", "accuracy")}
+    assert said["loss"] != said["ema/loss"]
+
+
+def test_an_ensemble_is_better_than_its_members_on_average(runs: Path, evaluated: Evaluate) -> None:
+    """The logarithm is concave: the loss of averaged probabilities can't be above the mean of the losses."""
+    ended = evaluated(runs / "a", runs / "b", runs / "sharded", "--out", "out.json")
+    assert ended.status == 0, ended.err
+    assert "all 3, probabilities" in ended.out
+    *members, together = rows_of().values()
+    assert len(members) == 3
+    assert together["loss"] < sum(member["loss"] for member in members) / 3
+    assert len({member["loss"] for member in members}) == 3
+    assert members[2]["loss"] == pytest.approx(evaluations(runs / "sharded")[-1]["eval"]["loss"], rel=1e-12)
+
+
+def test_ranks_share_the_data(runs: Path, evaluated: Evaluate, tmp_path: Path) -> None:
+    for more in (("--combine", "weights"), ("--combine", "outputs"), ()):
+        assert evaluated(runs / "a", runs / "sharded", "--out", "out.json", *more).status == 0
+        arguments = [str(runs / "a"), str(runs / "sharded"), "--out", str(tmp_path / "ranks.json"), *more]
+        done = forked(2, "-m", "distaccum.evaluate", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("samples, raw weights") == 1, "rank 0 alone speaks"
+        alone, shared = rows_of(), rows_of("ranks.json")
+        assert alone.keys() == shared.keys()
+        for name, metrics in alone.items():
+            assert shared[name] == pytest.approx(metrics, rel=1e-12)
+
+
+def test_which_of_a_run_s_checkpoints(runs: Path, evaluated: Evaluate) -> None:
+    updates = [int(path.name.removeprefix("update-")) for path in checkpoints_in(runs / "b" / "checkpoints")]
+    for which, wanted in (("newest", [max(updates)]), ("all", sorted(updates))):
+        assert evaluated(runs / "b", "--which", which, "--out", "out.json").status == 0
+        rows = json.loads(Path("out.json").read_text())["rows"]
+        assert [row["update"] for row in rows if row["update"]] == wanted
+    assert len(updates) > 1
+    assert evaluated(runs / "b", "--which", "best", "--out", "out.json").status == 0
+    (found,) = rows_of().values()
+    assert found["loss"] == min(line["eval"]["loss"] for line in evaluations(runs / "b"))
+    one = checkpoints_in(runs / "b" / "checkpoints")[-1]
+    assert evaluated(one, "--out", "out.json").status == 0
+    assert [row["update"] for row in json.loads(Path("out.json").read_text())["rows"]] == [min(updates)]
+
+
+def test_other_data_and_formats(runs: Path, evaluated: Evaluate) -> None:
+    assert evaluated(runs / "a", "data.evaluation.split=train", "precision.name=fp32", "--out", "out.json").status == 0
+    found = json.loads(Path("out.json").read_text())
+    assert found["samples"] == 1433
+
+
+def test_what_is_wrong_is_said_in_one_message(
+    runs: Path, evaluated: Evaluate, tmp_path: Path, train: Callable[..., Ended]
+) -> None:
+    assert train(*TINY, "run_dir=other").status == 0
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs / "a" / "checkpoints" / checkpoints_in(runs / "a" / "checkpoints")[0].name, damaged)
+    weights = next(damaged.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-9] + b"something")
+    cases: list[tuple[list[Any], str]] = [
+        (["nowhere"], "nowhere: there is no checkpoint to evaluate: there is no such folder"),
+        ([tmp_path], "manifest.json is missing"),
+        ([damaged], "is not as it was written: its hash is another"),
+        ([runs / "a", "other"], "not made for the same data or task"),
+        (["other", "sead=1"], "there is no key sead in what was trained"),
+        ([runs / "a", "model.channels=[4]"], "model.channels can't be changed for an evaluation"),
+        ([runs / "a", "data.evaluation.splt=train"], "unexpected keyword argument 'splt'"),
+        ([runs / "a", "--weights", "swa"], "has no swa weights"),
+        (["other", "--which", "best"], "has no best checkpoint"),
+        ([runs / "a", "--combine", "everything"], "invalid choice: 'everything'"),
+        (["seed=1"], "there is no PATH"),
+        ([runs / "a", "data.evaluation=null"], "say what to evaluate on"),
+        ([runs / "a", "--out", tmp_path / "no" / "folder.json"], "folder.json can't be written"),
+    ]
+    for arguments, said in cases:
+        ended = evaluated(*arguments)
+        assert ended.status == 2, arguments
+        assert said in " ".join(ended.err.split()), (arguments, ended.err)
+        assert "Traceback" not in ended.err
+        assert ended.err.count("error:") == 1
+
+
+class Secretive(torch.utils.data.TensorDataset):
+    """Needs a key, as a dataset behind a login does."""
+
+    num_classes = 2
+    input_shape = (3,)
+
+    def __init__(self, api_key: str) -> None:
+        assert api_key == "sesame-sesame"
+        super().__init__(torch.randn(16, 3), torch.arange(16) % 2)
+
+
+def test_a_secret_is_to_be_given_again(train: Callable[..., Ended], evaluated: Evaluate) -> None:
+    data = ["data=custom"]
+    for part in ("train", "evaluation"):
+        data += [f"{'+' * (part == 'evaluation')}data.{part}._target_=test_evaluate.Secretive"]
+        data += [f"+data.{part}.api_key=sesame-sesame"]
+    kept = [override for override in TINY if not override.startswith("data")]
+    ended = train(*kept, *data, "run_dir=secret")
+    assert ended.status == 0, ended.err
+    ended = evaluated("secret")
+    assert ended.status == 2
+    assert "data.train.api_key is a secret, which is not in the checkpoint: give it again" in ended.err
+    again = [f"data.{part}.api_key=sesame-sesame" for part in ("train", "evaluation")]
+    assert evaluated("secret", *again).status == 0
+
+
+def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Evaluate) -> None:
+    small = ["experiment=contrastive", "train.max_updates=1", "train.epochs=null", "wandb.mode=disabled"]
+    small += ["schedule.warmup_updates=0", "insight.noise_scale=false"]
+    for seed in (1, 2):
+        assert train(*small, f"seed={seed}", f"run_dir=views{seed}", "batch.micro_batch_size=32").status == 0
+    ended = evaluated("views1", "views2")
+    assert ended.status == 0, ended.err
+    assert "all 2" not in ended.out
+    ended = evaluated("views1", "views2", "--combine", "probabilities")
+    assert ended.status == 2
+    assert "can't be combined" in ended.err
