@@ -15,13 +15,14 @@ import torch
 from common import arguments, show, torchrun, write
 
 from distaccum.choices import PrecisionName
-from distaccum.components import AdamConfig
+from distaccum.components import AdamConfig, AdamW8bitConfig
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
 from distaccum.devices import Precision
 from distaccum.distributed import joined_world
 from distaccum.footprint.lines import PeakLine
 from distaccum.footprint.measuring import Setting, measure, measure_here, replicas_of
 from distaccum.models import GPT
+from distaccum.optim import has_8bit
 from distaccum.tasks import LanguageModeling
 
 LENGTH = 64
@@ -31,9 +32,13 @@ PLACEMENTS: dict[str, tuple[Any, int]] = {
     "ddp": (DDPConfig(), 2),
     "ddp, no bucket views": (DDPConfig(gradient_as_bucket_view=False), 2),
     "zero-1": (DDPConfig(shard_optimizer=True), 2),
+    "zero-1, 8-bit AdamW": (DDPConfig(shard_optimizer=True), 2),
+    "ddp, 8-bit AdamW": (DDPConfig(), 2),
     "fsdp": (FSDPConfig(), 2),
     "fsdp, gathered": (FSDPConfig(reshard_in_window=False), 2),
 }
+if not has_8bit():
+    PLACEMENTS = {name: placement for name, placement in PLACEMENTS.items() if "8-bit" not in name}
 STEPS = (1, 4)
 SIZES = (8, 16, 32)
 KNOWN = (2, 4)
@@ -61,7 +66,7 @@ def setting(name: str, steps: int) -> Setting:
         strategy=strategy,
         world_size=ranks,
         accumulation_steps=steps,
-        optim=AdamConfig(_target_="torch.optim.AdamW"),
+        optim=AdamW8bitConfig() if "8-bit" in name else AdamConfig(_target_="torch.optim.AdamW"),
         activation_checkpointing=False,
     )
 

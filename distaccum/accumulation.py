@@ -108,13 +108,14 @@ class Accumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        state = {"updates": self.updates, "last_weight": self._last_weight}
+        state = {"updates": self.updates, "last_weight": self._last_weight, "trained": self._gradients.trained()}
         return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer."""
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
+        self._gradients.set_trained(state.get("trained", ()))
         if self.noise_scale is not None and "noise_scale" in state:
             self.noise_scale.load_state_dict(state["noise_scale"])
 

@@ -25,7 +25,7 @@ from distaccum.config import (
     SingleConfig,
     StepScheduleConfig,
 )
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require_at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,8 +280,35 @@ class AdamConfig(TorchOptimConfig):
     """Divide by the largest second moment so far."""
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise UserError(f"optim.betas={self.betas} is impossible: it must be two numbers, as in [0.9,0.999].")
+        _require_two_betas(self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamW8bitConfig(OptimConfig):
+    """AdamW whose moments are kept in 8 bits, in blocks of 256 numbers with a scale each (Dettmers et al. 2022).
+
+    By bitsandbytes, which is the extra `adam8bit`. Not under `strategy=fsdp`.
+    """
+
+    _target_: str = "bitsandbytes.optim.AdamW8bit"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decay of the weights, in proportion to the learning rate."""
+    min_8bit_size: int = 4096
+    """Parameters with fewer numbers than that keep moments in 32 bits."""
+
+    def __post_init__(self) -> None:
+        _require_two_betas(self.betas)
+        require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
+
+
+def _require_two_betas(betas: list[float]) -> None:
+    if len(betas) != 2:
+        raise UserError(f"optim.betas={betas} is impossible: it must be two numbers, as in [0.9,0.999].")
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -306,6 +333,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adagrad": AdagradConfig,
         "adadelta": AdadeltaConfig,
         "adam": AdamConfig,
+        "adamw8bit": AdamW8bitConfig,
     },
     "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
     "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},

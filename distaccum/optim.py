@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from distaccum import targets
 from distaccum.choices import Implementation, LrRule
-from distaccum.components import TorchOptimConfig
+from distaccum.components import AdamW8bitConfig, TorchOptimConfig
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.errors import UserError
 
@@ -59,6 +62,8 @@ def _learning_rate(config: Any) -> float:
 
 
 def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    if isinstance(config, AdamW8bitConfig):
+        return _build_8bit(config, trainable, device)
     if not isinstance(config, TorchOptimConfig):
         optimizer = targets.build(config, "optim", trainable)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -75,6 +80,35 @@ def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> 
         raise UserError(f"optim: {target} refuses its arguments: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
+
+
+def _build_8bit(config: AdamW8bitConfig, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    if not has_8bit():
+        raise UserError(
+            'optim=adamw8bit needs bitsandbytes, which is not installed: pip install "distaccum[adam8bit]", or take '
+            "optim=adamw."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in trainable):
+        raise UserError(
+            "optim=adamw8bit can't be had with strategy=fsdp: bitsandbytes knows no sharded parameters. Set "
+            "strategy=ddp strategy.shard_optimizer=true, which shards its state over the ranks, or optim=adamw."
+        )
+    if device.type == "cuda" and any(parameter.dtype is torch.float64 for parameter in trainable):
+        raise UserError("optim=adamw8bit takes no float64 parameters on a GPU. Set another precision, or optim=adamw.")
+    # At its import it warns of kernels for inference that are not there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    try:
+        optimizer = targets.build(arguments | {"betas": tuple(config.betas)}, "optim", trainable)
+    except ValueError as error:
+        raise UserError(f"optim: {config._target_} refuses its arguments: {error}.") from error
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+def has_8bit() -> bool:
+    """Whether `optim=adamw8bit` can be had."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def _implementation_arguments(target: str, implementation: Implementation, device: torch.device) -> dict[str, bool]:

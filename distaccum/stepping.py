@@ -31,10 +31,22 @@ class Gradients:
         self._model_parameters = list(parameters)  # walking over the modules takes as long as clearing
         self._seen: set[int] = set()
 
-    def _parameters(self) -> Iterator[Tensor]:
-        yield from self._model_parameters
+    def trained(self) -> list[int]:
+        """Positions, in the optimizer's groups one after another, of parameters that have had a gradient."""
+        return [number for number, parameter in enumerate(self._of_optimizer()) if id(parameter) in self._seen]
+
+    def set_trained(self, positions: Iterable[int]) -> None:
+        """Puts back what `trained` gave, perhaps in another process."""
+        parameters = list(self._of_optimizer())
+        self._seen = {id(parameters[number]) for number in positions if number < len(parameters)}
+
+    def _of_optimizer(self) -> Iterator[Tensor]:
         for group in self._optimizer.param_groups:
             yield from group["params"]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        yield from self._model_parameters
+        yield from self._of_optimizer()
 
     def of_window(self) -> list[Tensor]:
         """Of the optimizer's parameters that have one, or had one in a window before.
@@ -133,6 +145,8 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
     before = set(inner.state)
     known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     makes_state = any(parameter not in before for parameter in parameters)
+    # bitsandbytes moves parameters without telling autograd, so that nobody can see whether it has.
+    shows_changes = type(inner).__module__.partition(".")[0] != "bitsandbytes"
     versions = [tensor._version for tensor in [*parameters, *known]] if makes_state else []
     said = ""
     for is_second in (False, True):
@@ -143,7 +157,7 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
             if not is_out_of_memory(error):
                 raise
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if is_second or versions != [tensor._version for tensor in [*parameters, *known]]:
+        if is_second or not shows_changes or versions != [tensor._version for tensor in [*parameters, *known]]:
             break
         for parameter in set(inner.state) - before:
             del inner.state[parameter]

@@ -44,6 +44,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`optim=…`", "optim", components.TorchOptimConfig),
     ("`optim=sgd`, `momentum`, `nesterov`", "optim", components.SGDConfig),
     ("`optim=adam`, `amsgrad`, `adamw`", "optim", components.AdamConfig),
+    ("`optim=adamw8bit`", "optim", components.AdamW8bitConfig),
     ("`optim=rmsprop`", "optim", components.RMSpropConfig),
     ("`optim=adagrad`", "optim", components.AdagradConfig),
     ("`optim=adadelta`", "optim", components.AdadeltaConfig),

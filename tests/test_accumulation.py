@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -390,3 +391,30 @@ def test_a_parameter_without_a_part_in_a_window_goes_on_as_with_a_gradient_of_ze
     moved = {name: part.weight.detach() - before[name] for name, part in parts.items()}
     torch.testing.assert_close(moved["once"], torch.full((1, 2), -0.1 * (1 + 0.5)))
     assert not moved["never"].any()
+
+
+def test_a_parameter_that_not_every_window_uses_is_decayed_alike_after_a_resume() -> None:
+    """SGD without momentum keeps no state that would say that the parameter has been trained."""
+
+    def parts() -> tuple[nn.ModuleList, Accumulator]:
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+        return model, Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
+
+    def update(model: nn.ModuleList, accumulator: Accumulator, *used: int) -> None:
+        with accumulator.window([torch.ones(3, 2)]) as micro_batches:
+            for batch in micro_batches:
+                accumulator.backward(sum(model[number](batch).sum() for number in used), len(batch))
+        accumulator.step()
+
+    model, accumulator = parts()
+    update(model, accumulator, 0, 1)
+    resumed, other = parts()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(json.loads(json.dumps(accumulator.state_dict())))
+    begun_anew, third = parts()
+    begun_anew.load_state_dict(model.state_dict())
+    for entry in ((model, accumulator), (resumed, other), (begun_anew, third)):
+        update(*entry, 0)
+    assert torch.equal(resumed[1].weight, model[1].weight)
+    assert not torch.equal(begun_anew[1].weight, model[1].weight)

@@ -69,6 +69,8 @@ class Report:
     rows: list[Row]
     too_large: list[str] = field(default_factory=list)
     """Other settings for which this device has run out of memory."""
+    can_install_8bit: bool = False
+    """The 8-bit optimizer was left out, as its package isn't there."""
 
     @property
     def configured(self) -> Row:
@@ -111,6 +113,8 @@ class Report:
         said.append(self._what_first())
         if self.too_large:
             said.append(f"Not measured, as memory ran out: {'; '.join(self.too_large)}.")
+        if self.can_install_8bit:
+            said.append('8-bit AdamW (optim=adamw8bit) was not measured: pip install "distaccum[adam8bit]" for that.')
         return said
 
     def _what_first(self) -> str:

@@ -14,6 +14,7 @@ from rich.progress import Progress, TextColumn
 from torch import nn
 
 from distaccum.choices import Compression, PrecisionName
+from distaccum.components import AdamConfig, AdamW8bitConfig
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.data.collate import PadCollate
 from distaccum.devices import is_out_of_memory, resolve_device, to_device
@@ -23,6 +24,7 @@ from distaccum.footprint.measuring import Footprint, Setting, measure, replicas_
 from distaccum.footprint.report import Report, Row
 from distaccum.logs import print_error
 from distaccum.model_options import take_back_checkpointing
+from distaccum.optim import has_8bit
 from distaccum.parts import Parts, build_parts, collate_fn
 from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
@@ -146,6 +148,7 @@ def examine(config: MemoryConfig) -> Report:
         share=share,
         rows=rows,
         too_large=too_large,
+        can_install_8bit=config.memory.alternatives and _can_be_8bit(configured) and not has_8bit(),
     )
 
 
@@ -187,6 +190,8 @@ def _changes(
         if other != steps:
             override = f"batch.micro_batch_size=null batch.accumulation_steps={other}"
             yield override, f"K = {other}", change(configured, accumulation_steps=other)
+    if has_8bit() and _can_be_8bit(configured):
+        yield "optim=adamw8bit", "8-bit AdamW", change(configured, optim=AdamW8bitConfig())
     if blocks_of(module, configured.wrap):
         on = not configured.activation_checkpointing
         name = f"activation checkpointing {'on' if on else 'off'}"
@@ -199,11 +204,16 @@ def _changes(
         is_impossible = isinstance(strategy, DDPConfig) and config.precision.name is PrecisionName.bf16_params
         if strategy == configured.strategy or is_impossible:
             continue
-        if config.precision.name is PrecisionName.fp16 and isinstance(strategy, FSDPConfig):
+        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
+        if needs_whole and isinstance(strategy, FSDPConfig):
             continue
         other, _ = _cut(config, window, strategy, ranks)
         name = f"{override.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
         yield override, name, change(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
+
+
+def _can_be_8bit(configured: Setting) -> bool:
+    return isinstance(configured.optim, AdamConfig) and not isinstance(configured.strategy, FSDPConfig)
 
 
 def _batches(config: MemoryConfig, parts: Parts, device: torch.device) -> Callable[[int], Any]:
