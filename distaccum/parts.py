@@ -50,8 +50,13 @@ class Parts:
     """On the CPU, in the precision's parameter format."""
 
 
-def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> Parts:
+def build_parts(
+    config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1, equal_micro_steps: bool = False
+) -> Parts:
     """Builds data, task and model. The same model on every rank, and nothing in here waits for another rank.
+
+    Args:
+        equal_micro_steps: give all ranks equally many micro-steps, whatever the strategy.
 
     Raises:
         UserError: the configuration or the data don't fit.
@@ -71,7 +76,7 @@ def build_parts(config: TrainConfig, device: torch.device, *, rank: int = 0, wor
         collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,
-        equal_micro_steps=needs_equal_micro_steps(config.strategy),
+        equal_micro_steps=equal_micro_steps or needs_equal_micro_steps(config.strategy),
         split_every=config.insight.every_updates if config.insight.noise_scale else None,
         schedule=size_rule(config.batch),
         options=options,

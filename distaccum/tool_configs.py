@@ -95,6 +95,11 @@ class CompareConfig(TrainConfig):
             "null: give a number.",
         )
         require_constant_size(self.batch, "compare times windows of one size")
+        require(
+            getattr(self.batch, "max_tokens", None) is None,
+            "compare sets how much a micro-batch may hold by compare.accumulation_steps, so batch.max_tokens would be "
+            "overruled: leave it out.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -82,7 +82,9 @@ def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
 
 def _speed(chosen: Row, rows: list[Row]) -> str:
     text = f"It takes {milliseconds(_seconds(chosen))} an update, {rate(chosen.samples_per_second or 0.0)} samples/s"
-    single = [row for row in rows if row.placement == PlacementName.single.value and row is not chosen]
+    single = [
+        row for row in rows if row.placement == PlacementName.single.value and row is not chosen and not row.is_uniform
+    ]
     if single and chosen.speedup is not None:
         best = min(single, key=_seconds)
         if is_within_noise(chosen, best):

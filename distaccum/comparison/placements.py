@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distaccum.choices import Compression
-from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig, StrategyConfig, TrainConfig
+from distaccum.config import (
+    BatchConfig,
+    ByLengthBatchConfig,
+    DDPConfig,
+    DPConfig,
+    FSDPConfig,
+    SingleConfig,
+    StrategyConfig,
+    TrainConfig,
+)
 from distaccum.tool_configs import CompareConfig, PlacementName
 
 
@@ -72,14 +81,18 @@ class Case:
     world_size: int
     """Ranks, or replicas under DP."""
     accumulation_steps: int
-    """Micro-steps per window and rank."""
+    """Micro-steps per window and rank. With `batch=by_length`, those of equal micro-batches that take as much memory
+    for the longest samples; how many it takes follows from the lengths."""
+    is_uniform: bool = False
+    """Cut into equal micro-batches although the configuration cuts by length: to see what that gains."""
     impossible: str | None = None
     """Why there is nothing to run."""
 
     @property
     def key(self) -> str:
         """Short, unique, and fit for the name of a file."""
-        return f"{self.placement.name.value}_{self.world_size}x{self.accumulation_steps}"
+        uniform = "_uniform" if self.is_uniform else ""
+        return f"{self.placement.name.value}_{self.world_size}x{self.accumulation_steps}{uniform}"
 
     @property
     def num_processes(self) -> int:
@@ -96,9 +109,8 @@ class Case:
         if self.placement.name is PlacementName.one_shot:
             return self.placement.title
         if self.placement.is_single:
-            return (
-                f"{self.placement.title} · {self.accumulation_steps} step{'s' if self.accumulation_steps > 1 else ''}"
-            )
+            title = f"{self.placement.title}, uniform" if self.is_uniform else self.placement.title
+            return f"{title} · {self.accumulation_steps} step{'s' if self.accumulation_steps > 1 else ''}"
         what = "ranks" if self.placement.has_ranks else "replicas"
         return f"{self.placement.title} · {self.world_size} {what} × {self.accumulation_steps}"
 
@@ -109,6 +121,9 @@ class Case:
             overrides: the comparison's command line, of which all that belongs to the training is kept.
         """
         chosen = ["strategy", "batch.accumulation_steps", "batch.micro_batch_size", "run_dir"]
+        is_by_length = isinstance(config.batch, ByLengthBatchConfig) and not self.is_uniform
+        if self.is_uniform:
+            chosen += ["batch", "batch.max_tokens", "batch.measure_costs"]
         kept = [
             entry
             for entry in overrides
@@ -119,18 +134,29 @@ class Case:
             kept = [entry for entry in kept if not entry.startswith("strategy.")]
         # Of the three numbers, the global batch and the steps are given: the third follows.
         free = "" if config.batch.micro_batch_size is None else " batch.micro_batch_size=null"
+        cut = f"batch.accumulation_steps={self.accumulation_steps}{free}"
+        if is_by_length:
+            cut = f"batch.micro_batch_size={self._micro_batch_size(config.batch)}"
         launcher = f"torchrun --nproc_per_node={self.world_size}" if self.placement.has_ranks else "python"
         replicas = f" strategy.replicas={self.world_size}" if self.placement.name is PlacementName.dp else ""
         own = f"{shlex.join(kept)} " if kept else ""
-        return (
-            f"{launcher} -m distaccum.train {own}{self.placement.overrides}{replicas} "
-            f"batch.accumulation_steps={self.accumulation_steps}{free}"
-        )
+        return f"{launcher} -m distaccum.train {own}{self.placement.overrides}{replicas} {cut}"
 
     def configuration(self, config: CompareConfig) -> TrainConfig:
         """The user's configuration, placed and cut so."""
-        batch = dataclasses.replace(config.batch, micro_batch_size=None, accumulation_steps=self.accumulation_steps)
+        batch = config.batch
+        if self.is_uniform:
+            batch = BatchConfig(**{entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(BatchConfig)})
+        if isinstance(batch, ByLengthBatchConfig):
+            batch = dataclasses.replace(batch, micro_batch_size=self._micro_batch_size(batch))
+        else:
+            batch = dataclasses.replace(batch, micro_batch_size=None, accumulation_steps=self.accumulation_steps)
         return dataclasses.replace(config, batch=batch, strategy=self._strategy(config.strategy))
+
+    def _micro_batch_size(self, batch: BatchConfig) -> int:
+        assert batch.global_batch_size is not None
+        ranks = self.world_size if self.placement.has_ranks else 1
+        return -(-batch.global_batch_size // (ranks * self.accumulation_steps))
 
     def _strategy(self, given: StrategyConfig) -> StrategyConfig:
         name = self.placement.name
@@ -164,6 +190,7 @@ def cases_of(config: CompareConfig) -> list[Case]:
     """
     section = config.compare
     names = list(PLACEMENTS) if section.placements is None else section.placements
+    is_by_length = isinstance(config.batch, ByLengthBatchConfig)
     cases = []
     for placement in (PLACEMENTS[name] for name in PLACEMENTS if name in names):
         sizes = [size for size in section.world_sizes if (size == 1) == placement.is_single]
@@ -177,7 +204,10 @@ def cases_of(config: CompareConfig) -> list[Case]:
             first = section.accumulation_steps[0]
             cases.append(Case(placement=placement, world_size=size, accumulation_steps=first, impossible=reason))
         cases += [
-            Case(placement=placement, world_size=size, accumulation_steps=count) for size in sizes for count in steps
+            Case(placement=placement, world_size=size, accumulation_steps=count, is_uniform=is_uniform)
+            for size in sizes
+            for count in steps
+            for is_uniform in ((False, True) if is_by_length and placement.name is PlacementName.single else (False,))
         ]
     return cases
 

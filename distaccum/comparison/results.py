@@ -24,6 +24,8 @@ class Row:
     is_lossy: bool
     command: str
     """How to train so; for the placement that knows no `no_sync`, how to train without that fault."""
+    is_uniform: bool = False
+    """Cut into equal micro-batches, where the others are cut by length."""
     reason: str | None = None
     """Why it could not run, or None."""
     notes: list[str] = field(default_factory=list)
@@ -83,6 +85,7 @@ def row_of(case: Case, command: str = "") -> Row:
         num_processes=case.num_processes,
         is_lossy=case.placement.is_lossy,
         command=command,
+        is_uniform=case.is_uniform,
         reason=case.impossible,
     )
 
@@ -144,11 +147,11 @@ def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
 
 
 def add_speedups(rows: Sequence[Row]) -> None:
-    """Fills in how many times as fast each row is as accumulation in a single process."""
+    """Fills in how many times as fast each row is as accumulation in one process, cut as configured."""
     baselines = {
         row.accumulation_steps: row.seconds
         for row in rows
-        if row.placement == PlacementName.single.value and row.seconds is not None
+        if row.placement == PlacementName.single.value and row.seconds is not None and not row.is_uniform
     }
     for row in rows:
         if row.seconds is not None and baselines:

@@ -28,7 +28,7 @@ from distaccum.comparison.results import (
     row_of,
 )
 from distaccum.comparison.terminal import show
-from distaccum.config import ByLengthBatchConfig, as_plain
+from distaccum.config import as_plain
 from distaccum.errors import UserError
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable
@@ -50,11 +50,6 @@ def compare(config: CompareConfig) -> Report:
     Raises:
         UserError: the configuration can't be trained at all, or the folder can't be written.
     """
-    if isinstance(config.batch, ByLengthBatchConfig):
-        raise UserError(
-            "batch=by_length can't be compared: placements are compared with the same number of micro-steps, and by "
-            "length that follows from the samples. Compare with batch=uniform."
-        )
     if config.run_dir is not None and (Path(config.run_dir) / "compare.json").exists():
         raise UserError(
             f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "

@@ -82,10 +82,8 @@ class Training:
         sync_every_step: bool = False,
         alone: bool = False,
     ) -> None:
-        parts = build_parts(config, device, rank=rank, world_size=world_size)
-        if sync_every_step:
-            # Ranks sync in each micro-step, so they must take equally many.
-            parts.loader.plan = dataclasses.replace(parts.loader.plan, equal_micro_steps=True)
+        # Where ranks sync in each micro-step, they must take equally many.
+        parts = build_parts(config, device, rank=rank, world_size=world_size, equal_micro_steps=sync_every_step)
         self.loader = parts.loader
         self.lengths = getattr(parts.train_data, "lengths", None)
         self.task = parts.task

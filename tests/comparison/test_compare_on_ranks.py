@@ -162,3 +162,36 @@ def test_it_is_not_to_be_started_by_torchrun(tmp_path: Path) -> None:
     done = compare(tmp_path, RANK="0", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "starts its own ranks" in done.stderr
+
+
+def test_cut_by_length(tmp_path: Path) -> None:
+    """The same windows and updates in other micro-batches; with the uniform cut beside it."""
+    text = ["data=text", "data.max_length=128", "model=gpt", "model.width=16", "task=language_modeling"]
+    more = ["batch=by_length", "batch.global_batch_size=32", "compare.accumulation_steps=[4]", "wandb.mode=disabled"]
+    placements = "compare.placements=[single,ddp,ddp_sync_every_step,fsdp]"
+    done = compare(tmp_path, *text, *more, *QUICK, placements, "run_dir=run", "schedule=constant")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "run")
+    uniform, grouped = rows["single_1x4_uniform"], rows["single_1x4"]
+    assert uniform["micro_batch_sizes"] == [8] * 4
+    assert sum(grouped["micro_batch_sizes"]) == 32
+    assert len(set(grouped["micro_batch_sizes"])) > 1, "what is short has more company"
+    assert {*rows} == {"single_1x4", "single_1x4_uniform", "ddp_2x4", "ddp_sync_every_step_2x4", "fsdp_2x4"}
+    for row in rows.values():
+        assert row["reason"] is None, row
+        assert row["error_float64"] < 1e-12
+        assert row["loss_curve"] == pytest.approx(uniform["loss_curve"], rel=1e-4)
+    assert grouped["speedup"] == 1.0
+    assert "batch.micro_batch_size=8" in grouped["command"]
+    assert "batch=by_length" not in uniform["command"]
+    # The command that it gives is one that trains.
+    overrides = rows["ddp_2x4"]["command"].partition("distaccum.train ")[2].split()
+    trained = forked(2, "-m", "distaccum.train", *overrides, "train.max_updates=2", f"run_dir={tmp_path / 'train'}")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert updates(tmp_path / "train")[0]["loss"] == pytest.approx(grouped["loss_curve"][0], rel=1e-5)
+
+
+def test_a_budget_of_tokens_would_be_overruled(tmp_path: Path) -> None:
+    done = compare(tmp_path, "experiment=text", "batch=by_length", "batch.max_tokens=64")
+    assert done.returncode == 2
+    assert "compare sets how much a micro-batch may hold" in done.stderr
