@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT
 
 from benchmarks.emulated_hosts import why_impossible
@@ -74,6 +75,31 @@ def test_padding() -> None:
     for ranks in ("1", "2"):
         assert computed[ranks, "distaccum, by_length"] < 0.6 * computed[ranks, "distaccum, uniform"]
     assert computed["1", "distaccum, uniform"] == computed["1", "Transformers, dynamic"]
+
+
+def test_gpu_refuses_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for arguments, said in (([], "torch finds none"), (["--device", "cpu", "--write"], "say nothing here")):
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_gpu_at_a_small_size_on_a_cpu() -> None:
+    said = _run("gpu.py", "--device", "cpu", "--backend", "aot_eager")
+    loops, _, memory = said.partition("Memory ")
+    rows = [row for row in _table(loops) if row["loop"] == "distaccum"]
+    assert [row["compile"] for row in rows] == ["false", "true"]
+    assert {row["host waits in micro-steps"] for row in rows} == {"0"}
+    found, recovered = _table(memory)
+    assert found["micro-batch"] == "5", "memory runs out above"
+    assert "2 times cut smaller" in recovered["what"]
+    assert float(recovered["what"].rpartition(" ")[2]) < 1e-3, "bfloat16 sums in another order"
 
 
 def test_slow_link() -> None:
