@@ -204,8 +204,11 @@ class Accumulator:
     def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
         if self.noise_scale is None:
             return None
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, parameters)
+        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, self._parameters)
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
         """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
@@ -247,7 +250,7 @@ class Accumulator:
                 if self.time_micro_steps:
                     window.micro_step_start = self._stopwatch.mark()
                 if window.is_last and window.recovers and self.recoverable is not None:
-                    window.last_gradient = self.recoverable.last_gradient()
+                    window.last_gradient = self.recoverable.last_gradient(self._parameters)
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(

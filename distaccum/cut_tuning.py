@@ -44,7 +44,6 @@ class CutTuning:
 
     Attributes:
         reports: what the accumulator is to ask each rank for.
-        needs_times: whether the accumulator is to time micro-steps.
 
     Raises:
         UserError: the strategy's ranks wait for each other in every layer, so that their speeds can't be told.
@@ -65,11 +64,15 @@ class CutTuning:
         self._fit = CostFit() if measure_costs and loader.grouping is not None else None
         self._balances = balance_speed and strategy.world_size > 1
         self._own_clock = strategy.own_clock() if self._balances else None
-        self.needs_times = (self._balances and self._own_clock is None) or self._fit is not None
         self._own_speed = 0.0
         self._seen = 0
         self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
         self.reports: dict[str, Callable[[], float]] = {"speed": lambda: self._own_speed} if self._balances else {}
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether the accumulator is to time the micro-steps of the next window."""
+        return (self._balances and self._own_clock is None) or self._fit is not None
 
     def after_update(self, update: int, window: Window, result: UpdateResult) -> None:
         """Takes the measurements of an update (counted from 1); changes the cuts of windows to come."""

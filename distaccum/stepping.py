@@ -141,13 +141,16 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
         UserError: memory has run out all the same, or when it was too late to try again.
     """
     inner = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    before = set(inner.state)
-    known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    makes_state = any(parameter not in before for parameter in parameters)
+    makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
+    parameters: list[Tensor] = []
+    known: list[Tensor] = []
+    before = set(inner.state) if makes_state else set()
+    if makes_state:
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     # bitsandbytes moves parameters without telling autograd, so that nobody can see whether it has.
     shows_changes = type(inner).__module__.partition(".")[0] != "bitsandbytes"
-    versions = [tensor._version for tensor in [*parameters, *known]] if makes_state else []
+    versions = [tensor._version for tensor in [*parameters, *known]]
     said = ""
     for is_second in (False, True):
         try:
@@ -157,7 +160,8 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
             if not is_out_of_memory(error):
                 raise
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if is_second or not shows_changes or versions != [tensor._version for tensor in [*parameters, *known]]:
+        may_try_again = makes_state and shows_changes and not is_second
+        if not may_try_again or versions != [tensor._version for tensor in [*parameters, *known]]:
             break
         for parameter in set(inner.state) - before:
             del inner.state[parameter]

@@ -319,6 +319,7 @@ class Trainer:
         self._tell_update(window, result, lr)
         self._memory_line.tell()
         self._tuning.after_update(self._totals.updates, window, result)
+        self.accumulator.time_micro_steps = self._tuning.needs_times
         return result
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:

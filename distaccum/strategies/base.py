@@ -158,11 +158,14 @@ class Recoverable(Strategy, Protocol):
         """Exchanges what ranks share at a window's start (buffers), so that no forward does. All ranks call it."""
         ...
 
-    def last_gradient(self) -> Tensor | None:
+    def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """A zero to be added to the window's last loss; asked for before that loss's forward.
 
         Its backward runs after all others and completes one more gradient. So the sync is still open whatever fails in
         the backward, and `complete_sync` can tell the other ranks.
+
+        Args:
+            parameters: the optimizer's, of whose gradients the ranks see the norm.
         """
         ...
 

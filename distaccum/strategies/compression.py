@@ -109,12 +109,20 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
         start_powerSGD_iter=config.powersgd_start_update,
     )
 
+    last: list[Future[torch.Tensor]] = []
+
     def counted_powersgd_hook(remembered: powersgd.PowerSGDState, bucket: GradBucket) -> Future[torch.Tensor]:
+        if last and bucket.buffer().device.type == "cpu":
+            # torch starts a bucket's second and third all-reduce in gloo's threads, when the one before has ended, and
+            # waits for them there. Two buckets at a time would do so in another order on each rank, and take up all of
+            # the threads that they wait for.
+            last.pop().wait()
         if remembered.iter < remembered.start_powerSGD_iter:
             # The uncompressed all-reduce of the first updates is started elsewhere in torch.
             state.traffic.count(bucket.buffer())
             state.traffic.last_launch = state.mark()
-        return powersgd.powerSGD_hook(remembered, bucket)
+        last[:] = [powersgd.powerSGD_hook(remembered, bucket)]
+        return last[0]
 
     return powersgd_state, counted_powersgd_hook
 

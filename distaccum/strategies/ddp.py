@@ -146,10 +146,13 @@ class DDPStrategy:
             self.model._sync_buffers()  # type: ignore[no-untyped-call]
         self.model.require_forward_param_sync = False
 
-    def last_gradient(self) -> Tensor | None:
+    def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         # The first parameter's gradient is in the bucket that is sent last anyway. Autograd takes what was made first
-        # last of all, which is why this is made before the forward.
-        return with_uniform_gradient(next(p for p in self.module.parameters() if p.requires_grad), 0.0)
+        # last of all, which is why this is made before the forward. NaN in one that isn't the optimizer's would be seen
+        # by nobody.
+        held = {id(parameter) for parameter in parameters}
+        first = next((p for p in self.module.parameters() if p.requires_grad and id(p) in held), None)
+        return with_uniform_gradient(first, 0.0) if first is not None else None
 
     def begin_sync(self, loss_sum: Tensor) -> None:
         # What DDP does at the end of a forward that is to be synchronised.

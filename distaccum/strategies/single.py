@@ -67,7 +67,7 @@ class SingleStrategy:
     def begin_window(self) -> None:
         pass
 
-    def last_gradient(self) -> Tensor | None:
+    def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         return None
 
     def begin_sync(self, loss_sum: Tensor) -> None:

@@ -120,8 +120,19 @@ def check_other_ways_to_sync(world: World) -> None:
         DDPConfig(bucket_cap_mb=0.0003, find_unused_parameters=True),
         DDPConfig(),  # one bucket
         DDPConfig(compression=Compression.powersgd, powersgd_start_update=2),
+        DDPConfig(bucket_cap_mb=0.0003, compression=Compression.powersgd, powersgd_start_update=2),
     ):
         _strike_everywhere(world, steps=2, points=[("backward", "middle")], config=config)
+
+
+def check_an_optimizer_of_a_part_of_the_model(world: World) -> None:
+    """The first layer is not its own: what is missing there alone would be seen by nobody."""
+    _strike_everywhere(
+        world,
+        steps=2,
+        points=[("backward", "begin"), ("backward", "middle")],
+        optimizer=lambda parameters: torch.optim.AdamW(parameters[2:], lr=3e-2),
+    )
 
 
 def check_by_length_and_with_workers(world: World) -> None:
