@@ -26,13 +26,12 @@ def _parser() -> argparse.ArgumentParser:
         "ranks share the data.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", nargs="+", metavar="PATH", help="the folder of a run, or of one of its checkpoints")
     parser.add_argument(
-        "override",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="a change to what the models were trained with: data.evaluation.…, task.…, precision.name, "
-        "train.eval_batch_size",
+        "argument",
+        nargs="+",
+        metavar="PATH|KEY=VALUE",
+        help="PATH: the folder of a run, or of one of its checkpoints. KEY=VALUE: a change to what the models were "
+        "trained with, of data.evaluation.…, task.…, precision.name or train.eval_batch_size",
     )
 
     def choice(name: str, kind: type, default: str, text: str) -> None:
@@ -53,10 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit status: 0, or 2 for bad input."""
-    given = _parser().parse_args(arguments)
-    everything = [*given.path, *given.override]
-    overrides = [text for text in everything if "=" in text and not Path(text).exists()]
-    paths = [Path(text) for text in everything if text not in overrides]
+    given = _parser().parse_intermixed_args(arguments)
+    overrides = [text for text in given.argument if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in given.argument if text not in overrides]
     if not paths:
         exit_before_ranks_are_joined(UserError("there is no PATH: give the folder of a run, or of a checkpoint."))
     # Here and not above: --help and a mistake on the command line shouldn't wait for torch.

@@ -113,6 +113,8 @@ def test_other_data_and_formats(runs: Path, evaluated: Evaluate) -> None:
     assert evaluated(runs / "a", "data.evaluation.split=train", "precision.name=fp32", "--out", "out.json").status == 0
     found = json.loads(Path("out.json").read_text())
     assert found["samples"] == 1433
+    # Wherever it stands among the options.
+    assert evaluated("--which", "all", runs / "a", "--combine", "weights", "data.evaluation.split=train").status == 0
 
 
 def test_what_is_wrong_is_said_in_one_message(
