@@ -109,7 +109,11 @@ class _Examination:
             world_size=world.world_size,
             options=options,
         )
-        self.models = [_model(member, wishes.weights, self.precision, device) for member in members]
+        train_data = _train_data(members)
+        self.models = [
+            _model(member, own_data, wishes.weights, self.precision, device)
+            for member, own_data in zip(members, train_data, strict=True)
+        ]
         self.together = self._put_together(wishes)
 
     def _combination(self, wishes: Wishes) -> Combination | None:
@@ -159,9 +163,21 @@ def _data_config(section: dict[str, Any]) -> DataConfig:
     return DataConfig(**{key: value for key, value in section.items() if key in known})
 
 
-def _model(member: Member, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
-    # A model may take arguments from its training data: the number of classes, say.
-    train_data = targets.build(member.config["data"]["train"], "data.train")
+def _train_data(members: Sequence[Member]) -> list[Any]:
+    """Of each member; models may take arguments from it (the number of classes, say). Equal ones are built once."""
+    built: list[tuple[Any, Any]] = []
+    found = []
+    for member in members:
+        section = member.config["data"]["train"]
+        known = [data for other, data in built if other == section]
+        if not known:
+            known = [targets.build(section, "data.train")]
+            built.append((section, known[0]))
+        found.append(known[0])
+    return found
+
+
+def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
     wrap = (member.config.get("strategy") or {}).get("wrap") or ()
     module = build_model(member.config["model"], train_data, wrap)
     module = module.to(device=device, dtype=precision.parameter_dtype)
