@@ -3,6 +3,9 @@
 DDP checks the annotations of a hook as objects, so this module must not postpone their evaluation.
 """
 
+import atexit
+import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +79,17 @@ def communication_hook(compression: Compression) -> Hook:
         Compression.fp16: all_reduce_fp16_hook,
         Compression.bf16: all_reduce_bf16_hook,
     }[compression]
+
+
+@functools.cache
+def give_threads_time_at_exit() -> None:
+    """Has the interpreter wait a moment before it goes down.
+
+    A thread of gloo's frees the callback of the last all-reduce, a Python object, after the update is done. Should it do
+    so while the interpreter goes down, the process is aborted ("terminate called without an active exception", seen in
+    about one of a hundred short runs on a busy machine).
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 _counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictionary()

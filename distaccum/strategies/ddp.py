@@ -23,6 +23,7 @@ from distaccum.strategies.base import Traffic
 from distaccum.strategies.compression import (
     HookState,
     communication_hook,
+    give_threads_time_at_exit,
     load_powersgd_tensors,
     powersgd_hook,
     powersgd_tensors,
@@ -59,6 +60,8 @@ class DDPStrategy:
         is_sum = is_own_hook and not model.static_graph and compression is not Compression.fp16
         self.sync_divisor = 1 if is_sum else self.world_size
         is_on_cpu = self.device.type == "cpu"
+        if is_on_cpu:
+            give_threads_time_at_exit()
         self._passengers = Passengers(model.process_group) if is_own_hook and is_on_cpu else None
         mark = Stopwatch(self.device).mark
         state = HookState(model.process_group, self.sync_divisor, self.traffic, self._passengers, mark)
