@@ -85,9 +85,9 @@ def communication_hook(compression: Compression) -> Hook:
 def give_threads_time_at_exit() -> None:
     """Has the interpreter wait a moment before it goes down.
 
-    A thread of gloo's frees the callback of the last all-reduce, a Python object, after the update is done. If it does so
-    while the interpreter goes down, the process is aborted ("terminate called without an active exception"), which was
-    seen now and then on a busy machine.
+    A thread of gloo's frees the callback of the last all-reduce, a Python object, after the update is done. If that
+    happens while the interpreter goes down, the process is aborted ("terminate called without an active exception"),
+    which was seen now and then on a busy machine.
     """
     atexit.register(time.sleep, 0.1)
 
