@@ -115,7 +115,8 @@ def test_what_can_not_be_told_is_said_so(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert not noise.add(measured([np.ones((3, 2))]))
-    assert len([record for record in caplog.records if f"split_every={noise.every_updates}" in record.getMessage()]) == 1
+    advice = f"split_every={noise.every_updates}"
+    assert len([record for record in caplog.records if advice in record.getMessage()]) == 1
     assert not noise.add(Measurement(parts=2, samples=4, squared_sizes=8, whole=math.inf, pieces=1.0))
     assert noise.measurements == 0
     noise.add(measured([np.array([[1.0]]), np.array([[-1.1]])]))
