@@ -80,15 +80,17 @@ class WeightAverage:
     def in_the_model(self) -> Iterator[None]:
         """Has the model use the average while the context is open; afterwards its own weights are back, bit for bit."""
         self._strategy.at_rest()
-        pairs = list(zip(self._live_parts(), self._averaged_parts(), strict=True))
-        kept = [own.clone() if own.dtype != average.dtype else None for own, average in pairs]
+        # What has changed places, with a copy where the average keeps its own; memory may run out on the way.
+        changed: list[tuple[Tensor, Tensor, Tensor | None]] = []
         try:
-            for own, average in pairs:
+            for own, average in zip(self._live_parts(), self._averaged_parts(), strict=True):
+                copy = own.clone() if own.dtype != average.dtype else None
                 _exchange(own, average)
+                changed.append((own, average, copy))
             yield
         finally:
             self._strategy.at_rest()
-            for (own, average), copy in zip(pairs, kept, strict=True):
+            for own, average, copy in changed:
                 if copy is None:
                     _exchange(own, average)
                 else:

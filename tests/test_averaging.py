@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from distaccum import averaging
 from distaccum.averaging import WeightAverage
 from distaccum.checkpoints import Checkpointer
 from distaccum.config import CheckpointConfig, EmaConfig, SwaConfig
@@ -90,6 +91,27 @@ def test_what_is_used_is_put_back_when_the_evaluation_fails() -> None:
     before = averaged_state(module, average)
     with pytest.raises(RuntimeError), average.in_the_model():
         raise RuntimeError
+    assert_close(state(module), states[-1], tolerance=0.0)
+    assert_close(averaged_state(module, average), before, tolerance=0.0)
+
+
+def test_what_has_changed_places_is_put_back_when_memory_runs_out_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = model()
+    average = WeightAverage(SingleStrategy(module), EmaConfig(decay=0.9))
+    states = trained(module, average)
+    before = averaged_state(module, average)
+    exchange, calls = averaging._exchange, 0
+
+    def fails_once(own: Tensor, other: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("injected")
+        exchange(own, other)
+
+    monkeypatch.setattr(averaging, "_exchange", fails_once)
+    with pytest.raises(torch.OutOfMemoryError), average.in_the_model():
+        pass
     assert_close(state(module), states[-1], tolerance=0.0)
     assert_close(averaged_state(module, average), before, tolerance=0.0)
 
