@@ -85,7 +85,7 @@ class NoiseScale:
         UserError: an argument is out of range.
     """
 
-    def __init__(self, *, every_updates: int = 32, smoothing: float = 0.9) -> None:
+    def __init__(self, *, every_updates: int = 64, smoothing: float = 0.9) -> None:
         require_at_least(1, insight__every_updates=every_updates)
         require(0 <= smoothing < 1, f"insight.smoothing={smoothing} is impossible: it must be at least 0 and below 1.")
         self.every_updates = every_updates

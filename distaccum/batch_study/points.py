@@ -12,10 +12,13 @@ from distaccum.config import (
     BatchConfig,
     ByLengthBatchConfig,
     DDPConfig,
+    EmaConfig,
+    InsightConfig,
     ScheduleConfig,
     SingleConfig,
     StepScheduleConfig,
     StrategyConfig,
+    SwaConfig,
     TrainConfig,
 )
 from distaccum.errors import UserError
@@ -132,8 +135,8 @@ def configuration(
 ) -> TrainConfig:
     """The training of a point: the user's, but for the batch size and what follows from it.
 
-    What the configuration counts in updates (warm-up, steps of the schedule) takes the same number of samples at each
-    batch size. Every window has its full size.
+    What the configuration counts in updates (warm-up, steps of the schedule, the weights' averages) takes the same
+    number of samples at each batch size. Every window has its full size.
     """
     base = config.batch.global_batch_size
     assert base is not None
@@ -146,13 +149,15 @@ def configuration(
         "run_dir": run_dir,
         "resume": "auto",
         "batch": _batch(config.batch, point.batch_size),
-        "insight": dataclasses.replace(config.insight, noise_scale=noise_scale or config.insight.noise_scale),
+        "insight": _insight(config.insight, noise_scale, updates),
         "optim": _with_lr(config.optim, point.lr),
         "schedule": _schedule(config.schedule, of_samples, updates),
         "strategy": _strategy(config.strategy, config.study.ranks),
         "train": dataclasses.replace(
             config.train,
             epochs=None,
+            ema=_ema(config.train.ema, of_samples, updates),
+            swa=_swa(config.train.swa, of_samples, updates),
             max_updates=updates,
             eval_every=every if config.data.evaluation is not None else None,
         ),
@@ -179,6 +184,36 @@ def _schedule(schedule: ScheduleConfig, of_samples: float, updates: int) -> Sche
     if isinstance(schedule, StepScheduleConfig):
         changes["every_updates"] = max(1, round(schedule.every_updates * of_samples))
     return dataclasses.replace(schedule, **changes)
+
+
+_MEASUREMENTS = 16
+"""Of the noise scale in a run, at least: large batches have few updates."""
+
+
+def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> InsightConfig:
+    every = min(insight.every_updates, max(1, updates // _MEASUREMENTS))
+    return dataclasses.replace(insight, noise_scale=noise_scale or insight.noise_scale, every_updates=every)
+
+
+def _ema(ema: EmaConfig, of_samples: float, updates: int) -> EmaConfig:
+    """With the same memory in samples."""
+    if ema.decay is None:
+        return ema
+    return dataclasses.replace(
+        ema,
+        decay=ema.decay ** (1 / of_samples),
+        first_update=min(updates, max(1, round(ema.first_update * of_samples))),
+    )
+
+
+def _swa(swa: SwaConfig, of_samples: float, updates: int) -> SwaConfig:
+    if swa.first_update is None:
+        return swa
+    return dataclasses.replace(
+        swa,
+        first_update=min(updates, max(1, round(swa.first_update * of_samples))),
+        every_updates=max(1, round(swa.every_updates * of_samples)),
+    )
 
 
 def _strategy(strategy: StrategyConfig, ranks: int) -> StrategyConfig:

@@ -15,7 +15,7 @@ class InsightConfig:
     """Measure the gradient noise scale (McCandlish et al. 2018), with its error, and the coherence of the
     micro-gradients. Where a window is one micro-batch on one rank, those that are measured are cut in two, which
     changes rounding."""
-    every_updates: int = 32
+    every_updates: int = 64
     """Measure in each so-many-th update. What it costs is in those updates alone."""
     smoothing: float = 0.9
     """What the weight of a measurement is multiplied by at each later one: the noise scale is a mean over about

@@ -102,6 +102,29 @@ def test_what_counts_updates_takes_the_same_samples_at_each_batch_size() -> None
         assert (made.optim.lr, made.run_dir) == (point.lr, "there")
 
 
+def test_the_averages_of_the_weights_remember_the_same_samples_at_each_batch_size() -> None:
+    config = composed(
+        "study.max_samples=4096",
+        *("train.ema.decay=0.9", "train.ema.first_update=8"),
+        *("train.swa.first_update=64", "train.swa.every_updates=4"),
+    )
+    for size in (8, 32):
+        point = next(point for point in points_of(config, 256) if point.batch_size == size)
+        made = configuration(point, config, 256, "there").train
+        assert made.ema.decay == pytest.approx(0.9 ** (size / 32))
+        assert made.ema.first_update * size == 256
+        assert made.swa.first_update is not None
+        assert (made.swa.first_update * size, made.swa.every_updates * size) == (2048, 128)
+
+
+def test_a_short_run_measures_the_noise_scale_often_enough_to_tell_it() -> None:
+    config = composed("study.max_samples=4096")
+    assert config.insight.every_updates == 64
+    for size, every in ((8, 32), (32, 8)):
+        point = next(point for point in points_of(config, 256) if point.batch_size == size)
+        assert configuration(point, config, 256, "there", noise_scale=True).insight.every_updates == every
+
+
 def test_the_noise_scale_is_measured_where_it_can_be_had() -> None:
     assert measures_noise(composed(), task=None)
     assert not measures_noise(composed("study.noise_scale=false"), task=None)
