@@ -111,9 +111,20 @@ def _default(entry: dataclasses.Field[Any]) -> str:
         return "must be given"
     else:
         value = entry.default
+    return f"`{_as_override(value)}`"
+
+
+def _as_override(value: object) -> str:
+    """As one would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, Enum):
-        return f"`{value.name}`"
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+        return value.name
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_as_override, value))}]"
+    return str(value)
 
 
 def written(readme: str) -> str:
