@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from distaccum.accumulation import Accumulator
 from distaccum.averaging import WeightAverage
 from distaccum.batch_sizes import BatchSizes, NoiseSizes
-from distaccum.caching import Stage, accumulate_coupled
 from distaccum.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -45,9 +43,10 @@ from distaccum.optim import LR_POWERS, Schedule
 from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
-from distaccum.tasks import CoupledTask, TaskOutput
+from distaccum.tasks import TaskOutput
 from distaccum.totals import COMPILED, Totals
 from distaccum.updates import UpdateResult
+from distaccum.updating import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +157,18 @@ class Trainer:
         )
         self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
         self._memory_line = MemoryLine(self.strategy, optimizer, self._averages, is_compiled=compile_clock is not None)
+        self._updater = Updater(
+            model=model,
+            task=task,
+            accumulator=self.accumulator,
+            precision=self.precision,
+            schedule=schedule,
+            interruption=self.interruption,
+            grace=self._grace,
+            heartbeat=self.heartbeat,
+            memory_line=self._memory_line,
+            compile_clock=compile_clock,
+        )
         self._lr_power = LR_POWERS[lr_rule]
         self._totals = Totals()
         self._seconds_before, self._started = 0.0, time.perf_counter()
@@ -288,29 +299,9 @@ class Trainer:
             self._epoch, self._next_window = self._epoch + 1, 0
 
     def _update(self, window: Window) -> UpdateResult:
-        if self._compile_clock is None:
-            return self._make_update(window)
-        with self._compile_clock.counting():
-            return self._make_update(window)
-
-    def _make_update(self, window: Window) -> UpdateResult:
         number = self._totals.updates + 1
-        times = self.loader.sizes.ratio(window.epoch, window.index) ** self._lr_power if self._lr_power else 1.0
-        lr = self.schedule.apply(number, times) if self.schedule else float(self.optimizer.param_groups[0]["lr"])
-        self._grace.begin(number, len(window))
-        try:
-            if isinstance(self.task, CoupledTask):
-                result = self._coupled_update(self.task, window, number)
-            else:
-                result = self.accumulator.run(
-                    window, partial(self._forward, window), partial(self._begin_phase, number)
-                )
-        except WindowDroppedError:
-            self._grace.put_back()
-            logger.info("update %d: no time is left to finish its window, which is dropped", number)
-            raise
-        self.heartbeat.doing("end", update=number)
-        self._grace.end(result.flags)
+        factor = self.loader.sizes.ratio(window.epoch, window.index) ** self._lr_power if self._lr_power else 1.0
+        result, lr = self._updater.update(number, window, factor)
         if LIMIT_REPORT in result.reports:
             self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
         if not result.skipped:
@@ -321,41 +312,6 @@ class Trainer:
         self._tuning.after_update(self._totals.updates, window, result)
         self.accumulator.time_micro_steps = self._tuning.needs_times
         return result
-
-    def _forward(self, window: Window, batch: Any) -> TaskOutput:
-        with self._memory_line.watching(window.sizes[0]), self.precision.autocast():
-            return self.task(self.model, batch)
-
-    def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
-        doing = self.heartbeat.doing
-        if what == "step":
-            doing("step", update=number, waits=True)
-        elif what == "loading":
-            doing("loading of a micro-batch", update=number, micro_step=micro_step)
-        elif what == "forward":
-            if self.interruption.is_requested():
-                self._grace.check(micro_step, is_last=is_last)
-            doing("forward", update=number, micro_step=micro_step)
-        else:
-            how = "backward with the gradient sync" if is_last else "backward"
-            doing(how, update=number, micro_step=micro_step, waits=is_last)
-
-    def _coupled_update(self, task: CoupledTask, window: Window, number: int) -> UpdateResult:
-        def embed(batch: Any) -> Any:
-            with self.precision.autocast():
-                return task.embed(self.model, batch)
-
-        def between(stage: Stage, step: int) -> None:
-            # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
-            # takes about three times as long.
-            if stage is Stage.embedding and self.interruption.is_requested():
-                self._grace.check(step, to_come=3 * len(window))
-            self.heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
-
-        self._begin_phase(number, "loading", 1, is_last=False)
-        accumulate_coupled(self.accumulator, window, embed=embed, loss=task.window_loss, between=between)
-        self._begin_phase(number, "step", len(window), is_last=True)
-        return self.accumulator.step()
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0
