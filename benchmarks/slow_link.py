@@ -11,7 +11,7 @@ The bytes are those that the interface of one host has sent, headers included. T
 
 compute(K) is measured without the link, and the line through it over K taken: both hosts at once make the same updates,
 each for itself, through the same DDP with a group of one rank, so that what compressing costs is in it. α is half the
-time of a bare all-reduce of 4 bytes over the link, β the slope of the time of larger ones (1 to 8 MB) in their bytes.
+time of a bare all-reduce of 256 bytes over the link, β the slope of the time of larger ones (1 to 8 MB) in their bytes.
 PowerSGD's collectives wait for each other, and for its own computing between them: they hide behind nothing.
 
 Needs Linux, root, and `ip` and `tc` (apt-get install iproute2).

@@ -42,7 +42,7 @@ def fit_link(seconds: Mapping[int, float], world_size: int) -> Link:
     """The link that bare all-reduces show.
 
     Args:
-        seconds: by the bytes that were reduced. The smallest all-reduce gives α, the slope of the others β: the
+        seconds: by the bytes that were reduced. The slope of the larger ones gives β, the smallest all-reduce α: the
             intercept of the line would hold what a link's buffers let through at once.
     """
     smallest, *sizes = sorted(seconds)
@@ -52,7 +52,9 @@ def fit_link(seconds: Mapping[int, float], world_size: int) -> Link:
     # Where a link is so fast that noise is all there is, the slope may come out at nothing or below.
     fastest = max(one / seconds[size] for one, size in zip(sent, sizes, strict=True))
     is_slope = per_byte * sent[-1] > _SMALLEST_SLOPE * seconds[sizes[-1]]
-    return Link(seconds[smallest] / steps, 1 / float(per_byte) if is_slope else fastest)
+    bytes_per_second = 1 / float(per_byte) if is_slope else fastest
+    latency = seconds[smallest] / steps - smallest / world_size / bytes_per_second
+    return Link(max(0.0, latency), bytes_per_second)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from distaccum.links import ComputeTime, Link, buckets_of, fit_compute, fit_link, update_seconds
 
-SIZES = (4, 2**20, 2**22, 2**23)
+SIZES = (256, 2**20, 2**22, 2**23)
 positive = st.floats(1e-5, 1e-2)
 speeds = st.floats(1e6, 1e9)
 worlds = st.integers(2, 16)
@@ -16,13 +16,18 @@ worlds = st.integers(2, 16)
 def test_a_link_is_found_again(latency: float, speed: float, world_size: int) -> None:
     link = Link(latency, speed)
     found = fit_link({size: link.all_reduce_seconds(size, world_size) for size in SIZES}, world_size)
-    assert found.latency_seconds == pytest.approx(latency, rel=0.01, abs=8 / speed)
+    assert found.latency_seconds == pytest.approx(latency, rel=1e-3, abs=1e-9)
     assert found.bytes_per_second == pytest.approx(speed, rel=1e-3)
 
 
 def test_noise_alone_is_no_endless_speed() -> None:
     link = fit_link(dict.fromkeys(SIZES, 1e-4), 2)
     assert link.bytes_per_second == 2**23 / 1e-4
+    assert 0 < link.latency_seconds <= 1e-4
+
+
+def test_a_link_whose_first_bytes_cost_nothing_has_no_negative_latency() -> None:
+    assert fit_link({256: 1e-6, 2**20: 1.0, 2**21: 2.0}, 2).latency_seconds == 0
 
 
 @given(fixed=positive, step=positive)
