@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -343,13 +344,24 @@ def _whole(batch: Any) -> Any:
     return batch
 
 
+_SECONDS_BETWEEN_LOOKS = 1.0
+"""Of a worker, at whether the training process is still there."""
+
+
 def _begin_worker(worker: int) -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        # torch's worker takes whoever is its parent from here on for the training process, and ends with that one. If
-        # the training was killed before, it would stay for ever, and with it the sockets that the other ranks wait at.
-        os._exit(1)
+    training = multiprocessing.parent_process()
+    if training is not None:
+        # torch's worker takes whoever is its parent a moment after this for the training process, and ends with that
+        # one. If the training has been killed before, it would stay for ever, and with it the sockets that the other
+        # ranks wait at.
+        threading.Thread(target=_end_with, args=(training.pid,), daemon=True).start()
     _ignore_signals(worker)
+
+
+def _end_with(training: int | None) -> None:
+    while os.getppid() == training:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -371,3 +371,53 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+_ORPHANS = """
+import os, signal, sys, time
+from torch.utils.data._utils import worker
+from distaccum import fetching
+
+def kill_training():
+    training = os.getppid()
+    os.kill(training, signal.SIGKILL)
+    while os.getppid() == training:
+        time.sleep(0.01)
+    print(os.getpid(), flush=True)
+
+begin = fetching._begin_worker
+def begin_late(number):
+    kill_training()
+    begin(number)
+
+class LateWatchdog(worker.ManagerWatchdog):
+    def __init__(self):
+        kill_training()
+        super().__init__()
+
+if sys.argv[1] == "before it begins":
+    fetching._begin_worker = begin_late
+elif sys.argv[1] == "before it looks at its parent":
+    worker.ManagerWatchdog = LateWatchdog
+fetcher = fetching.MicroBatches(range(1000), list, "training", seed=0)
+source = fetching.BatchSource(
+    fetcher, num_workers=1, pin_memory=False, persistent_workers=False, prefetch_factor=None
+)
+for _ in source.batches(lambda: (fetching.Request(0, [index]) for index in range(1000))):
+    print(source._workers()[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before it begins", "before it looks at its parent", "while it works"])
+def test_a_worker_does_not_outlive_the_training(moment: str) -> None:
+    """It would stay for ever, with its memory and with the sockets that other ranks wait at."""
+    with subprocess.Popen([sys.executable, "-c", _ORPHANS, moment], stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdout is not None
+        worker = int(training.stdout.readline())
+        try:
+            training.communicate(timeout=30)  # until the worker closes its end too
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
+    assert training.returncode == -signal.SIGKILL
