@@ -34,7 +34,7 @@ from distaccum.tuning.report import Forecast
 
 TRAINING = ["experiment=text", "strategy=ddp", "wandb.mode=disabled"]
 RATES = ("100mbit", "1gbit")
-STEPS = (1, 2, 4)
+STEPS = (1, 2, 4, 8)
 
 
 def tuned(folder: Path, is_quick: bool) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def on_a_rank(turns: int, overrides: list[str]) -> None:
         )
         answer: dict[str, Any] = {"link": measuring.link(sizes=list(SIZES), rounds=7)["seconds"], "turns": []}
         for _ in range(turns):
-            computing = world.gather(measuring.compute(steps=list(STEPS), updates=1, rounds=3))
+            computing = world.gather(measuring.compute(steps=list(STEPS), rounds=1))
             training = world.gather(measuring.round(updates=4, warmup_updates=3)["seconds"])
             answer["turns"].append(
                 {

@@ -163,8 +163,8 @@ class Training:
         return torch.cat(rows)
 
 
-def _some_batches(training: Training, count: int) -> tuple[list[Any], int]:
-    """Micro-batches of whole windows, at least so many, in mixed order; and their samples.
+def _some_batches(training: Training, count: int) -> tuple[list[Any], float]:
+    """So many micro-batches of whole windows, in mixed order; and the mean samples of a micro-batch in these windows.
 
     By length the costliest come last in a window: in mixed order a few of them are like all of them.
     """
@@ -176,7 +176,7 @@ def _some_batches(training: Training, count: int) -> tuple[list[Any], int]:
         if len(batches) >= count:
             break
     random.Random(0).shuffle(batches)
-    return batches, samples
+    return [*itertools.islice(itertools.cycle(batches), count)], samples / len(batches)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -271,26 +271,31 @@ class Measuring:
             "device": self.device.type,
         }
 
-    def compute(self, steps: list[int], updates: int, rounds: int) -> dict[str, Any]:
-        """Times updates of so many micro-steps, each rank for itself: all that an update takes but the network."""
+    def compute(self, steps: list[int], rounds: int) -> dict[str, Any]:
+        """Times updates of so many micro-steps, each rank for itself: all that an update takes but the network.
+
+        Each number of micro-steps is measured with the same micro-batches, however unequal these are.
+
+        Args:
+            steps: divisors of the largest of them.
+        """
         self._training = None  # its memory is needed
         alone = Training(self.config, self.device, rank=self.rank, world_size=self.world_size, alone=True)
-        batches, samples = _some_batches(alone, max(steps))
+        batches, samples = _some_batches(alone, 2 * max(steps))
         taken: dict[int, list[float]] = {count: [] for count in steps}
-        following = itertools.cycle(batches)
-        alone.update_of(batches)
+        alone.update_of(batches[: max(steps)])
         for _ in range(rounds):
             for count in steps:
+                windows = [batches[first : first + count] for first in range(0, len(batches), count)]
                 if dist.is_initialized():
                     dist.barrier()
-                windows = [list(itertools.islice(following, count)) for _ in range(updates)]
                 started = time.perf_counter()
                 for window in windows:
                     alone.update_of(window)
-                taken[count].append((time.perf_counter() - started) / updates)
+                taken[count].append((time.perf_counter() - started) / len(windows))
         return {
             "seconds": {str(count): statistics.median(values) for count, values in taken.items()},
-            "samples": samples / len(batches),
+            "samples": samples,
         }
 
     def link(self, sizes: list[int], rounds: int) -> dict[str, Any]:

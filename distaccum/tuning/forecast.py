@@ -81,7 +81,7 @@ def _in_turns(best: Contender, steps: list[int]) -> tuple[dict[int, float], floa
     training: list[float] = []
     samples = 0.0
     for _ in range(_TURNS):
-        answers = best.ask("compute", steps=steps, updates=2, rounds=2)
+        answers = best.ask("compute", steps=steps, rounds=1)
         samples = statistics.fmean(answer["samples"] for answer in answers)
         for count in steps:
             # An update takes as long as on its slowest rank.

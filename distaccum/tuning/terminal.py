@@ -140,7 +140,8 @@ def _show_forecast(forecast: Forecast) -> None:
         line = f"{link.name}: α {link.latency_seconds * 1e3:.2f} ms, β {link.bytes_per_second / 1e6:,.0f} MB/s"
         if link.measured:
             worst = max(abs(link.fitted[size] / seconds - 1) for size, seconds in link.measured.items())
-            line += f", fitted to all-reduces of 4 B to 8 MiB, each within {worst:.0%}"
+            sizes = f"{byte_size(min(link.measured))} to {byte_size(max(link.measured))}"
+            line += f", fitted to all-reduces of {sizes}, each within {worst:.0%}"
         _print(Text(line))
     if forecast.predicted_seconds and forecast.measured_seconds:
         off = forecast.predicted_seconds / forecast.measured_seconds - 1
