@@ -92,7 +92,7 @@ class GPTConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class UNetConfig:
+class UNetConfig(ModelConfig):
     """U-Net with GroupNorm: down and up again, with what each stage saw handed across."""
 
     _target_: str = "distaccum.models.UNet"
@@ -105,7 +105,7 @@ class UNetConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class EncoderConfig:
+class EncoderConfig(ModelConfig):
     """The CNN's stages and a projection to an embedding, for contrastive learning."""
 
     _target_: str = "distaccum.models.Encoder"

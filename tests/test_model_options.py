@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from distaccum import Accumulator
-from distaccum.components import CNNConfig, GPTConfig
+from distaccum.components import SCHEMAS, CNNConfig, GPTConfig, ModelConfig
 from distaccum.config import DPConfig
 from distaccum.errors import UserError
 from distaccum.model_options import build_model, checkpoint_blocks, freeze
-from distaccum.models import CNN, GPT
+from distaccum.models import CNN, GPT, Encoder, UNet
 from distaccum.strategies import place
 from distaccum.strategies.dp import DPStrategy
 
@@ -93,10 +93,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         (gpt(), torch.randint(11, (3, 20))),
         (gpt(dropout=0.4), torch.randint(11, (3, 20))),
         (CNN(input_shape=[1, 8, 8], num_classes=3, channels=[8, 8]), torch.randn(4, 1, 8, 8)),
+        (UNet(input_shape=[1, 16, 16], num_classes=2, channels=[8, 8, 16]), torch.randn(3, 1, 16, 16)),
+        (Encoder(input_shape=[1, 8, 8], channels=[8, 8], width=8, embedding_size=4), torch.randn(4, 1, 8, 8)),
         (Net(), torch.randn(5, 6)),
         (nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2)), torch.randn(5, 6)),
     ],
-    ids=["gpt", "gpt with dropout", "cnn", "batchnorm, dropout and buffers", "sequential"],
+    ids=["gpt", "gpt with dropout", "cnn", "unet", "encoder", "batchnorm, dropout and buffers", "sequential"],
 )
 def test_checkpointing_keeps_less_and_changes_no_bit(model: nn.Module, batch: Tensor) -> None:
     twin = copy.deepcopy(model)
@@ -107,6 +109,11 @@ def test_checkpointing_keeps_less_and_changes_no_bit(model: nn.Module, batch: Te
     assert losses == same_losses
     assert same(state, same_state)
     assert fewer < kept
+
+
+@pytest.mark.parametrize("schema", SCHEMAS["model"].values())
+def test_every_model_of_the_package_takes_the_options(schema: type) -> None:
+    assert issubclass(schema, ModelConfig)
 
 
 def test_a_forward_that_is_made_twice_without_care_would_be_noticed() -> None:

@@ -131,7 +131,7 @@ def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         return _put(config, key.split("."), value)
     if key.startswith(_OPEN_TO_CHANGE) and is_new_argument and f"{section}._target_" in known:
         return _put(config, key.split("."), value)
-    if key in flat(config):
+    if key in config or key in flat(config):
         raise UserError(
             f"{key} can't be changed for an evaluation: it belongs to what was trained. What can be changed is data, "
             "task, precision.name and train.eval_batch_size."
