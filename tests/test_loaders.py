@@ -441,3 +441,59 @@ def test_arrays_become_tensors_with_and_without_workers(num_workers: int) -> Non
         batches = list(next(loader.epoch(1)))
     assert all(isinstance(batch["index"], torch.Tensor) for batch in batches)
     assert window.num_samples == 8
+
+
+class Sized(Numbers):
+    """Samples of so many bytes, which are counted as they are loaded."""
+
+    def __init__(self, num_samples: int, num_bytes: int) -> None:
+        super().__init__(num_samples)
+        self.num_bytes = num_bytes
+        self.loaded: list[int] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.loaded.append(index)
+        return torch.full((self.num_bytes,), index % 256, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "options", "together"),
+    [
+        (1, LoaderOptions(device=torch.device("cpu")), [8, 8, 4]),
+        (2**13, LoaderOptions(device=torch.device("cpu")), [4, 4, 4, 4, 4]),  # 2 samples each, 64 KiB together
+        (2**20, LoaderOptions(device=torch.device("cpu")), [1] * 20),
+        (1, LoaderOptions(device=torch.device("meta")), [1] * 20),  # another device computes meanwhile
+    ],
+    ids=["tiny", "small", "large", "on another device"],
+)
+def test_small_micro_batches_are_loaded_together_within_their_window(
+    num_bytes: int, options: LoaderOptions, together: list[int]
+) -> None:
+    dataset = Sized(80, num_bytes)
+    loader = WindowLoader(dataset, global_batch_size=40, micro_batch_size=2, options=options)
+    for window in loader:
+        order = [sample for piece in window.sample_indices for sample in piece]
+        seen = []
+        dataset.loaded.clear()
+        for number, _ in enumerate(window, 1):
+            loaded = len(dataset.loaded) // 2
+            assert loaded >= number
+            if not seen or loaded != seen[-1]:
+                seen.append(loaded)
+        assert dataset.loaded == order
+        assert [after - before for before, after in zip([0, *seen], seen, strict=False)] == together
+
+
+def test_objects_of_unknown_size_are_loaded_one_by_one() -> None:
+    dataset = Sized(40, 1)
+    loader = WindowLoader(dataset, global_batch_size=40, micro_batch_size=2, collate_fn=lambda samples: str(samples))
+    for number, _ in enumerate(next(iter(loader)), 1):
+        assert len(dataset.loaded) == 2 * number
+
+
+def test_a_window_left_in_the_middle_drops_what_it_has_loaded() -> None:
+    loader = WindowLoader(Numbers(80), global_batch_size=40, micro_batch_size=2, seed=3)
+    whole = _loaded(loader, 0)
+    windows = loader.epoch(0)
+    assert next(iter(next(windows)))[1].tolist() == whole[0][0]
+    assert [batch[1].tolist() for batch in next(windows)] == whole[1]

@@ -34,6 +34,12 @@ class LoaderOptions:
     float_dtype: torch.dtype | None = None
     non_blocking: bool = True
 
+    @property
+    def waits_for_loading(self) -> bool:
+        """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
+        on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
+        return on_cpu and self.num_workers == 0 and not self.pin_memory
+
 
 def batch_source(
     dataset: Dataset[Any],

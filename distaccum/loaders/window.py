@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from distaccum.devices import tensors_of
+
+_MOST_TOGETHER = 8
+"""Micro-batches that are loaded at a time."""
+_MOST_BYTES_TOGETHER = 2**16
+"""Of them: what has to wait for its micro-step is to stay in the processor's caches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +49,10 @@ class Window:
             window's first sample, which counts nothing and is there because the other ranks wait for this one in
             their collectives.
         recutting: for cutting it anew, if its loader can do that.
+
+    Args:
+        together: load small micro-batches several at a time. Loading and computing drive each other's code and data out
+            of the processor's caches, which costs a tenth of the time of a micro-step of half a millisecond.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class Window:
         equal_micro_steps: bool = False,
         recutting: Recutting | None = None,
         is_by_length: bool = False,
+        together: bool = False,
     ) -> None:
         self.epoch = epoch
         self.index = index
@@ -67,15 +80,32 @@ class Window:
         self.is_by_length = is_by_length
         self._batches = batches
         self._left = len(sizes)
+        self._loaded: deque[Any] = deque()
+        self._most_together = _MOST_TOGETHER if together else 1
         self._sample_indices = sample_indices
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Any]:
+        while self._loaded or self._left:
+            if not self._loaded:
+                self._load()
+            yield self._loaded.popleft()
+
+    def _load(self) -> None:
+        """Loads the next micro-batch; with it those after it, as long as they are small."""
+        num_bytes = 0
         while self._left:
             self._left -= 1
-            yield next(self._batches)
+            batch = next(self._batches)
+            self._loaded.append(batch)
+            if len(self._loaded) == self._most_together:
+                return
+            size = sum(tensor.nbytes for tensor in tensors_of(batch))
+            num_bytes += size
+            if size == 0 or num_bytes + size > _MOST_BYTES_TOGETHER:  # whose size isn't known may be large
+                return
 
     @property
     def sample_indices(self) -> list[list[int]]:

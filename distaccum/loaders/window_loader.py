@@ -98,6 +98,7 @@ class WindowLoader:
         """Sizes that micro-batches of each rank have come down to since, because memory ran out, as far as known."""
         self._limit: Timeline[int | None] = Timeline(None)
         self._options = options or LoaderOptions()
+        self._loads_together = self._options.waits_for_loading
         self._source = batch_source(dataset, collate_fn, "training", self._options, seed)
 
     def __len__(self) -> int:
@@ -124,6 +125,7 @@ class WindowLoader:
                 is_by_length=self.grouping is not None,
                 sample_indices=lambda index=index: self._sample_indices(epoch, index),  # type: ignore[misc]
                 recutting=self._recutting(epoch, index),
+                together=self._loads_together,
             )
             yield window
             window.skip_rest()
