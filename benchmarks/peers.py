@@ -68,7 +68,7 @@ class Size:
 SIZES = (
     Size("tiny", vocab_size=64, width=128, num_layers=3, updates=40, rounds=18),
     Size("small", vocab_size=256, width=384, num_layers=6, updates=10, rounds=12),
-    Size("large", vocab_size=512, width=1024, num_layers=9, updates=3, rounds=12),
+    Size("large", vocab_size=512, width=1024, num_layers=9, updates=3, rounds=30),
 )
 
 
