@@ -7,7 +7,7 @@ from distaccum.checkpoints.export import MODEL_FILE, export_model
 from distaccum.checkpoints.finding import checked, newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
 from distaccum.checkpoints.random_state import random_state, set_random_state
-from distaccum.checkpoints.reading import load_model
+from distaccum.checkpoints.reading import averaged_weights, load_model
 from distaccum.checkpoints.state import persistent_buffers
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Checkpointer",
     "Stateful",
+    "averaged_weights",
     "checked",
     "checkpoints_in",
     "clear_leftovers",

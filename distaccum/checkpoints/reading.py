@@ -63,6 +63,16 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
     set_extra_states(module, checkpoint.state["extra"])
 
 
+def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
+    """How many updates' weights are in an average that a checkpoint keeps; None if it keeps none of that name."""
+    path = f"also/{average}/n_averaged"
+    if path not in checkpoint.manifest["tensors"]:
+        return None
+    count = torch.zeros((), dtype=torch.int64)
+    read_tensors(checkpoint, {path: count}, None)
+    return int(count)
+
+
 def reasons(error: BaseException) -> str:
     """Why saving or reading failed, in one line: each reason once, with the first of its ranks if there are several."""
     if not isinstance(error, CheckpointException):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from distaccum.checkpoints import Checkpoint, checked, checkpoints_in, load_model, newest_whole
+from distaccum.checkpoints import Checkpoint, averaged_weights, checked, checkpoints_in, load_model, newest_whole
 from distaccum.choices import Weights, WhichCheckpoint
 from distaccum.config import flat
 from distaccum.continuing import PROGRESS_KEYS
@@ -167,9 +167,15 @@ def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
         UserError: they are another model's, or there is no such average in the checkpoint.
     """
     kind = None if weights is Weights.raw else weights.value
-    if kind is not None and f"also/{kind}/n_averaged" not in member.checkpoint.manifest["tensors"]:
+    averaged = averaged_weights(member.checkpoint, kind) if kind is not None else None
+    if kind is not None and averaged is None:
         raise UserError(
             f"{member.name} has no {kind} weights: the run kept no such average. Leave out --weights {kind}, or train "
             f"with train.{kind}."
+        )
+    if averaged == 0:
+        raise UserError(
+            f"{member.name} has no {kind} weights: the average begins later than update {member.checkpoint.update}. "
+            f"Name a later checkpoint, or leave out --weights {kind}."
         )
     load_model(member.checkpoint, module, kind)

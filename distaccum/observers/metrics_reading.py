@@ -46,7 +46,9 @@ class Metrics:
 
 
 def _values(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    group, _, name = key.rpartition("/")
+    group, slash, name = key.partition("/")  # the rest may have one too: eval/ema/loss
+    if not slash:
+        group, name = "", key
     found = []
     for line in lines:
         entries = line.get(group) if group else line

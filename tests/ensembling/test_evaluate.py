@@ -186,3 +186,15 @@ def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Eva
     ended = evaluated("views1", "views2", "--combine", "probabilities")
     assert ended.status == 2
     assert "can't be combined" in ended.err
+
+
+def test_an_average_that_has_not_begun_is_not_evaluated(evaluated: Evaluate, train: Callable[..., Ended]) -> None:
+    saving = ["checkpoint.every_updates=1", "checkpoint.async_save=false", "checkpoint.keep_last=9"]
+    ended = train(
+        *TINY, *saving, "train.swa.first_update=3", "train.max_updates=4", "train.epochs=null", "run_dir=late"
+    )
+    assert ended.status == 0, ended.err
+    assert evaluated("late", "--weights", "swa").status == 0
+    early = evaluated("late", "--weights", "swa", "--which", "all")
+    assert early.status == 2
+    assert "has no swa weights: the average begins later than update" in early.err

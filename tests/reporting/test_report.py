@@ -314,8 +314,10 @@ def test_from_the_command_line_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_real_run_and_again(train: Callable[..., Ended], tmp_path: Path) -> None:
-    assert train(*TINY, "run_dir=real", "train.max_updates=6").status == 0
+    averaged = ["train.ema.decay=0.5", "train.ema.first_update=4"]  # the first evaluation has none of it
+    assert train(*TINY, *averaged, "run_dir=real", "train.max_updates=6").status == 0
     first = page(Path("real"))
+    assert re.search(r"after update 6: .*ema/loss \d", first.words)
     assert "MLP on Synthetic, finished after 6 updates, 96 samples, 2 epochs." in first.words
     assert page(Path("real")).charts == first.charts, "the page that is there already is written again"
     assert math.isfinite(read_runs([Path("real")])[0].samples_per_second)
