@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distaccum.buffers import KeptBuffers
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
 from distaccum.loaders import Window
@@ -233,7 +234,7 @@ class Accumulator:
             self.recoverable.begin_window()
             window.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
         if window.recovers or self.skip_nonfinite:
-            window.buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
+            window.buffers = KeptBuffers(self._model)
 
     def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Batch, bool]]) -> Generator[Batch, None, None]:
         while True:
@@ -355,7 +356,7 @@ class Accumulator:
     def begin_again(self, window: OpenWindow) -> None:
         """Drops what this rank has accumulated in the open window; the others don't know of it."""
         self.clear_gradients()
-        window.put_back_buffers()
+        window.buffers.put_back()
         window.forget_micro_steps()
 
     def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
@@ -380,7 +381,7 @@ class Accumulator:
         numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
         norm = numbers.pop()
         if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
-            window.put_back_buffers()
+            window.buffers.put_back()
             self.strategy.load_state_tensors(window.remembered)
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
@@ -398,7 +399,7 @@ class Accumulator:
             self._scaled_step(gradients, factor, self.scaler)
         else:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
-            window.put_back_buffers(only_floating_point=True)
+            window.buffers.put_back(only_floating_point=True)
             self.strategy.drop_gradients()
         sum_norm = norm * self.strategy.sync_divisor / window.scale
         noise = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from distaccum.checkpoints import persistent_buffers
 from distaccum.config import EmaConfig, SwaConfig
 from distaccum.strategies import Strategy, local_parts
+
+logger = logging.getLogger(__name__)
 
 
 class WeightAverage:
@@ -37,16 +40,24 @@ class WeightAverage:
         self._strategy = strategy
         strategy.at_rest()
         module = strategy.module
-        self._live: dict[str, Tensor] = {
-            name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+        self._parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._buffers = {
+            name: module.get_submodule(name.rpartition(".")[0])
+            for name, buffer in persistent_buffers(module)
+            if buffer.is_floating_point()
         }
-        self._live |= {name: buffer for name, buffer in persistent_buffers(module) if buffer.is_floating_point()}
+        """Whose buffers they are: a forward may put another tensor in the place of one."""
         if isinstance(config, EmaConfig):
             assert config.decay is not None
             average_of = get_ema_multi_avg_fn(config.decay)  # type: ignore[no-untyped-call]
         else:
             average_of = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
         self._averaged = AveragedModel(self._weights(), multi_avg_fn=average_of)
+
+    @property
+    def _live(self) -> dict[str, Tensor]:
+        buffers = {name: part.get_buffer(name.rpartition(".")[2]) for name, part in self._buffers.items()}
+        return {**self._parameters, **buffers}
 
     def _weights(self) -> nn.ParameterList:
         """This rank's parts of the weights, in the format they are averaged in. No copies of those that have it."""
@@ -70,6 +81,20 @@ class WeightAverage:
         if since >= 0 and since % self.config.every_updates == 0:
             self._strategy.at_rest()
             self._averaged.update_parameters(self._weights())
+
+    def goes_on_from(self, update: int) -> None:
+        """After its state has been put back as a checkpoint of that update has it.
+
+        What is in it of updates that no longer count is dropped: the average begins anew.
+        """
+        assert self.config.first_update is not None
+        if self.has_begun and self.config.first_update > update:
+            self._averaged.n_averaged.zero_()
+            logger.info(
+                "train.%s.first_update=%d is later than the checkpoint, so the average begins anew there",
+                self.name,
+                self.config.first_update,
+            )
 
     @property
     def has_begun(self) -> bool:

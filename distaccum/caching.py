@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
+from distaccum.buffers import KeptBuffers
 from distaccum.errors import UserError
 from distaccum.gathering import gather_rows, leaves_of, number_of_rows, rebuilt
 from distaccum.loaders import Window
@@ -308,16 +309,12 @@ class _RandomStates:
 @contextmanager
 def _buffers_unchanged(strategy: Strategy) -> Iterator[None]:
     """Puts buffers back to what they were, the same on all ranks if the strategy keeps them so."""
-    buffers = list(strategy.module.buffers())
-    if buffers:
-        strategy.share_buffers()
-    before = [buffer.clone() for buffer in buffers]
+    strategy.share_buffers()
+    before = KeptBuffers(strategy.module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+        before.put_back()
 
 
 def _held_again(window: Iterable[Any], batches: list[Any]) -> Iterable[Any]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from distaccum.buffers import KeptBuffers
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.devices import free_cached_memory, free_memory, is_out_of_memory, tensors_of
 from distaccum.errors import UserError
@@ -264,7 +265,7 @@ class Fitting:
     def _everything_put_back(self) -> Iterator[None]:
         module, device = self._strategy.module, self._device
         generators = random_state(device)
-        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        buffers = KeptBuffers(module)
         gradients = [(p, p.grad if p.grad is None else p.grad.clone()) for p in module.parameters()]
         try:
             yield
@@ -273,9 +274,7 @@ class Fitting:
             self._strategy.at_rest()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            buffers.put_back()
             set_random_state(generators, device)
             free_cached_memory(device)
 

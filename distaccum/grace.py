@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-import torch
 from torch import Tensor
 
+from distaccum.buffers import KeptBuffers
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.interruption import Interruption
 from distaccum.strategies import Strategy
@@ -42,7 +42,7 @@ class Grace:
         self._micro_steps = 0
         self._started = 0.0
         self._random: dict[str, Tensor] | None = None
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._buffers = KeptBuffers()
         self._remembered: dict[str, Tensor] = {}
 
     def is_long(self) -> bool:
@@ -53,10 +53,10 @@ class Grace:
     def begin(self, update: int, micro_steps: int) -> None:
         """Before the window of an update, of which this rank has so many micro-steps."""
         self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
-        self._random, self._buffers, self._remembered = None, [], {}
+        self._random, self._buffers, self._remembered = None, KeptBuffers(), {}
         if self._next_is_long:
             self._random = random_state(self._strategy.device)
-            self._buffers = [(buffer, buffer.clone()) for buffer in self._strategy.module.buffers()]
+            self._buffers = KeptBuffers(self._strategy.module)
             # Leaving a window drops what a strategy remembers of the windows before.
             self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
 
@@ -107,6 +107,4 @@ class Grace:
         assert self._random is not None
         set_random_state(self._random, self._strategy.device)
         self._strategy.load_state_tensors(self._remembered)
-        with torch.no_grad():
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
+        self._buffers.put_back()

@@ -174,6 +174,11 @@ def _evaluation(
         for key, value in wanted.items():
             if value is not None:
                 raise UserError(f"train.{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
+        if config.checkpoint.keep_best:
+            raise UserError(
+                f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluations, and data.evaluation is null: "
+                "leave one out."
+            )
         return None, None
     data = targets.build(config.data.evaluation, "data.evaluation")
     loader = EvaluationLoader(

@@ -347,7 +347,9 @@ class Trainer:
         self._is_ahead_of_save = True
         stopping = self._early_stopping
         metrics = self._evaluator.to_choose_by(self._evaluation.metrics)
-        if stopping is not None and stopping.update(metrics):
+        # An evaluation that an average has no part in yet is no reason to lose patience with it.
+        has_begun = stopping is None or stopping.metric in self._evaluation.metrics or stopping.metric not in metrics
+        if stopping is not None and has_begun and stopping.update(metrics):
             self._stopped_early = stopping.reason
         return self.checkpointer is not None and self.checkpointer.is_among_best(self._totals.updates, metrics)
 
@@ -380,6 +382,8 @@ class Trainer:
         if progress["totals"]["updates"]:
             self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
+        for average in self._averages:
+            average.goes_on_from(checkpoint.update)
         if checkpoint.state["world_size"] != self.strategy.world_size:
             # Not the numbers again that the run has drawn at its start.
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))

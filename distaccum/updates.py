@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from distaccum.buffers import KeptBuffers
 from distaccum.devices import Stopwatch
 from distaccum.micro_gradients import MicroGradients
 
@@ -79,7 +79,8 @@ class OpenWindow:
     backward_end: Any = None
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None
-    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    buffers: KeptBuffers = field(default_factory=KeptBuffers)
+    """The model's, as they were before the window, if it may have to be undone."""
     recovers: bool = False
     """Micro-steps may be taken again: see `distaccum.recovery`."""
     last_gradient: Tensor | None = None
@@ -91,13 +92,6 @@ class OpenWindow:
     """What the strategy remembered of the windows before."""
 
     micro_gradients: MicroGradients | None = None
-
-    def put_back_buffers(self, *, only_floating_point: bool = False) -> None:
-        """The model's buffers, if the window remembers them, as they were before it."""
-        with torch.no_grad():
-            for buffer, before in self.buffers:
-                if buffer.is_floating_point() or not only_floating_point:
-                    buffer.copy_(before)
 
     def micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
         """Time of each micro-step, if it was taken.

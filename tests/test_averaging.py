@@ -11,6 +11,7 @@ import pytest
 import torch
 from command_line import TINY, Ended, evaluations, updates
 from safetensors.torch import load_file
+from test_buffers import Rebinding
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -132,6 +133,16 @@ def test_bfloat16_weights_are_averaged_in_float32() -> None:
         assert module.weight.tolist()[0] == pytest.approx([wanted] * 2, rel=1e-2)
     assert module.weight.tolist() == [[2.0, 2.0]]
     assert average.tensors()["weight"].tolist()[0] == pytest.approx([wanted] * 2, rel=1e-4)
+
+
+def test_buffers_that_a_forward_assigns_anew_are_averaged() -> None:
+    module = Rebinding()
+    average = WeightAverage(SingleStrategy(module), SwaConfig(first_update=1))
+    states = trained(module, average, updates=3)
+    wanted = {name: sum(s[name] for s in states) / 3 for name in states[0]}  # type: ignore[misc]
+    wanted["calls"] = states[-1]["calls"]
+    assert_close(averaged_state(module, average), wanted, tolerance=1e-6)
+    assert_close(state(module), states[-1], tolerance=0.0)
 
 
 def test_frozen_parameters_cost_nothing() -> None:
@@ -262,3 +273,31 @@ def test_an_average_that_is_added_to_a_run_begins_where_it_is_added(
     assert "has no ema, which begins anew" in ended.out + ended.err
     raw, ema = load_file("run/model.safetensors"), load_file("run/model-ema.safetensors")
     assert_close(ema, raw, tolerance=0.0)
+
+
+def test_an_average_whose_beginning_is_put_off_begins_anew(train: Callable[..., Ended]) -> None:
+    more = ["train.epochs=null", "train.swa.every_updates=1"]
+    assert train(*TINY, *more, "run_dir=run", "train.max_updates=3", "train.swa.first_update=1").status == 0
+    ended = train(*TINY, *more, "run_dir=run", "train.max_updates=6", "train.swa.first_update=6")
+    assert ended.status == 0, ended.err
+    assert "train.swa.first_update=6 is later than the checkpoint" in ended.out + ended.err
+    assert_close(load_file("run/model-swa.safetensors"), load_file("run/model.safetensors"), tolerance=0.0)
+
+
+def test_patience_begins_with_the_average(train: Callable[..., Ended]) -> None:
+    more = ["train.epochs=null", "train.max_updates=7", "train.eval_every=1", "train.swa.first_update=6"]
+    stopping = ["train.early_stopping.metric=swa/loss", "train.early_stopping.patience=2"]
+    ended = train(*TINY, *more, *stopping, "run_dir=run")
+    assert ended.status == 0, ended.err
+    assert len(updates(Path("run"))) == 7
+
+
+def test_the_best_by_another_metric_are_chosen_anew(train: Callable[..., Ended]) -> None:
+    saving = ["checkpoint.keep_best=1", "checkpoint.keep_last=1", "train.epochs=null", "train.eval_every=1"]
+    assert train(*TINY, *saving, "run_dir=run", "checkpoint.best_metric=accuracy", "train.max_updates=3").status == 0
+    ended = train(*TINY, *saving, "run_dir=run", "checkpoint.best_metric=loss", "train.max_updates=6")
+    assert ended.status == 0, ended.err
+    assert "chosen by accuracy max, and are from here on by loss min" in ended.out + ended.err
+    losses = {line["update"]: line["eval"]["loss"] for line in evaluations(Path("run")) if line["update"] > 3}
+    kept = {int(path.name.rpartition("-")[2]) for path in Path("run/checkpoints").glob("update-*")}
+    assert kept == {6, min(losses, key=losses.__getitem__)}

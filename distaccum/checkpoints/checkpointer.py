@@ -191,11 +191,19 @@ class Checkpointer:
             )
         value = metrics[name]
         if value == value:
-            goal = self.config.best_goal or (Goal.min if name.rpartition("/")[2] == "loss" else Goal.max)
-            self._best[update] = value if goal is Goal.min else -value
+            self._best[update] = value if self._best_goal is Goal.min else -value
         ranking = sorted(self._best, key=lambda number: (self._best[number], number))
         self._best = {number: self._best[number] for number in ranking[:count]}
         return update in self._best
+
+    @property
+    def _best_goal(self) -> Goal:
+        is_loss = self.config.best_metric.rpartition("/")[2] == "loss"
+        return self.config.best_goal or (Goal.min if is_loss else Goal.max)
+
+    @property
+    def _best_by(self) -> list[str]:
+        return [self.config.best_metric, self._best_goal.name]
 
     # Saving
 
@@ -224,6 +232,7 @@ class Checkpointer:
             "extra": extra_states(self.strategy.module),
             "world_size": self.strategy.world_size,
             "best": {str(number): value for number, value in self._best.items()},
+            "best_by": self._best_by,
         }
         if wait or not self.config.async_save:
             self._write(update, tensors, state)
@@ -341,6 +350,14 @@ class Checkpointer:
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
         best = {int(number): value for number, value in checkpoint.state["best"].items()}
+        if best and (before := checkpoint.state.get("best_by", self._best_by)) != self._best_by:
+            best = {}
+            if self.rank == 0:
+                logger.info(
+                    "the best checkpoints were chosen by %s, and are from here on by %s: the choice begins anew",
+                    " ".join(before),
+                    " ".join(self._best_by),
+                )
         self._best = {number: value for number, value in best.items() if name_of(number) in here}
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]

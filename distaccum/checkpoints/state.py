@@ -3,7 +3,8 @@
     model/<name>                       parameters, and rank 0's persistent buffers
     optimizer/<parameter>/<name>       the optimizer's state of a parameter
     optimizer_number/…                 the same, where it is a Python number and not a tensor
-    also/<kind>/<name>                 further tensors of the run (averages of the weights)
+    also/<kind>/<name>                 further tensors of the run (averages of the weights); as for the model, rank 0's
+                                       where ranks may differ
     rank/<r>/random/<generator>        of one rank alone
     rank/<r>/buffers/<name>            where a strategy lets each rank have buffers of its own
     rank/<r>/strategy/<name>           what the strategy remembers on a rank (PowerSGD's error feedback)
@@ -57,7 +58,12 @@ def state_tensors(
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as the {key} of {name}, and a "
                     "checkpoint holds tensors and numbers only. Set checkpoint.enabled=false, or take another one."
                 )
-    tensors |= named_also(also)
+    parameters = dict(strategy.module.named_parameters())
+    for kind, tensors_of_kind in also.items():
+        # What is neither sharded nor a parameter's may differ between ranks, as BatchNorm's statistics do: rank 0's
+        # count, as they do of the model.
+        own = {n: v for n, v in tensors_of_kind.items() if rank == 0 or n in parameters or isinstance(v, DTensor)}
+        tensors |= named_also({kind: own})
     tensors |= {f"rank/{rank}/random/{name}": value for name, value in random_state(strategy.device).items()}
     return tensors | {f"rank/{rank}/strategy/{name}": value for name, value in strategy.state_tensors().items()}
 

@@ -1,0 +1,33 @@
+"""A module's buffers, kept to be put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class KeptBuffers:
+    """All buffers of a module as they are now; also those that a forward assigns anew (`self.mean = …`).
+
+    Args:
+        module: whose buffers they are. None: nobody's.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._kept = [
+            (part, name, buffer, buffer.clone())
+            for part in (module.modules() if module is not None else ())
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._kept)
+
+    def put_back(self, *, only_floating_point: bool = False) -> None:
+        """Makes them what they were; may be called again."""
+        with torch.no_grad():
+            for part, name, buffer, before in self._kept:
+                if buffer.is_floating_point() or not only_floating_point:
+                    buffer.copy_(before)
+                    part._buffers[name] = buffer
