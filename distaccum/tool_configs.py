@@ -254,6 +254,16 @@ class StudyConfig(TrainConfig):
             f"study tries several batch sizes, and with batch.accumulation_steps={self.batch.accumulation_steps} the "
             "micro-batch would grow with them: give batch.micro_batch_size instead.",
         )
+        require(
+            not self.batch.is_auto,
+            "study can't be had with batch.micro_batch_size=auto, which finds another size for each of its runs: give "
+            "a number.",
+        )
+        require(
+            self.train.early_stopping.metric is None,
+            f"study runs until its target or study.max_samples, and train.early_stopping.metric="
+            f"{self.train.early_stopping.metric} would end its runs before: leave it out.",
+        )
         if self.study.metric is None:
             self.study.metric = "eval/loss" if self.data.evaluation is not None else "train/loss"
         require(

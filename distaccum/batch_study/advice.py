@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distaccum.batch_study.points import ema_of, swa_of
 from distaccum.batch_study.results import DIVERGED, FAILED, LIMIT, MISSING, Result, Study
+from distaccum.config import EmaConfig, SwaConfig
 from distaccum.observers.formatting import duration, number, words
 
 _ALIKE = 1.15
@@ -221,22 +223,31 @@ def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
     return f"{launcher} -m distaccum.train {own}batch.global_batch_size={result.batch_size} optim.lr={result.lr:.4g}"
 
 
-def _followed(config: Mapping[str, Any], batch_size: int) -> dict[str, int]:
+def _followed(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     """What a run of the study had otherwise than the configuration because of its batch size."""
     base, micro_batch_size = config["batch"]["global_batch_size"], config["batch"]["micro_batch_size"]
-    followed = {}
+    of_samples = base / batch_size
+    followed: dict[str, Any] = {}
     if isinstance(micro_batch_size, int) and micro_batch_size > batch_size:
         followed["batch.micro_batch_size"] = batch_size
     for key in ("warmup_updates", "every_updates"):
         if updates := config["schedule"].get(key):
-            followed[f"schedule.{key}"] = max(1, round(updates * base / batch_size))
+            followed[f"schedule.{key}"] = max(1, round(updates * of_samples))
+    averages = config["train"]["ema"], config["train"]["swa"]
+    ema, swa = ema_of(EmaConfig(**averages[0]), of_samples), swa_of(SwaConfig(**averages[1]), of_samples)
+    if ema.decay is not None:
+        followed |= {"train.ema.decay": float(f"{ema.decay:.6g}"), "train.ema.first_update": ema.first_update}
+    if swa.first_update is not None:
+        followed |= {"train.swa.first_update": swa.first_update, "train.swa.every_updates": swa.every_updates}
     return {key: value for key, value in followed.items() if value != _value_of(config, key)}
 
 
 def _value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key of two parts."""
-    section, _, name = key.partition(".")
-    return config[section][name]
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _is_own(override: str) -> bool:

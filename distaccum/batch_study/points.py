@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distaccum.choices import Compression, LrRule
 from distaccum.config import (
@@ -156,8 +156,8 @@ def configuration(
         "train": dataclasses.replace(
             config.train,
             epochs=None,
-            ema=_ema(config.train.ema, of_samples, updates),
-            swa=_swa(config.train.swa, of_samples, updates),
+            ema=_not_after(updates, ema_of(config.train.ema, of_samples)),
+            swa=_not_after(updates, swa_of(config.train.swa, of_samples)),
             max_updates=updates,
             eval_every=every if config.data.evaluation is not None else None,
         ),
@@ -195,25 +195,37 @@ def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> Insight
     return dataclasses.replace(insight, noise_scale=noise_scale or insight.noise_scale, every_updates=every)
 
 
-def _ema(ema: EmaConfig, of_samples: float, updates: int) -> EmaConfig:
-    """With the same memory in samples."""
+def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
+    """The average with the same memory in samples.
+
+    Args:
+        of_samples: updates of this batch size for each of the configured one.
+    """
     if ema.decay is None:
         return ema
-    return dataclasses.replace(
-        ema,
-        decay=ema.decay ** (1 / of_samples),
-        first_update=min(updates, max(1, round(ema.first_update * of_samples))),
-    )
+    first = max(1, round(ema.first_update * of_samples))
+    return dataclasses.replace(ema, decay=ema.decay ** (1 / of_samples), first_update=first)
 
 
-def _swa(swa: SwaConfig, of_samples: float, updates: int) -> SwaConfig:
+def swa_of(swa: SwaConfig, of_samples: float) -> SwaConfig:
+    """The same samples from one that counts to the next."""
     if swa.first_update is None:
         return swa
     return dataclasses.replace(
         swa,
-        first_update=min(updates, max(1, round(swa.first_update * of_samples))),
+        first_update=max(1, round(swa.first_update * of_samples)),
         every_updates=max(1, round(swa.every_updates * of_samples)),
     )
+
+
+Average = TypeVar("Average", EmaConfig, SwaConfig)
+
+
+def _not_after(updates: int, average: Average) -> Average:
+    """Has it begin in the run at least."""
+    if average.first_update is None:
+        return average
+    return dataclasses.replace(average, first_update=min(updates, average.first_update))
 
 
 def _strategy(strategy: StrategyConfig, ranks: int) -> StrategyConfig:

@@ -21,7 +21,7 @@ from distaccum.batch_study.advice import advise
 from distaccum.batch_study.curves import Learning, crossing, read_learning
 from distaccum.batch_study.page import page_of, picture_of
 from distaccum.batch_study.points import Point, configuration, max_samples, measures_noise, points_of
-from distaccum.batch_study.results import Result, Study, chosen_target, conclude, result_of
+from distaccum.batch_study.results import FAILED, Result, Study, chosen_target, conclude, result_of
 from distaccum.batch_study.running import Job, PointFailedError, run
 from distaccum.batch_study.terminal import show
 from distaccum.choices import Goal
@@ -159,6 +159,8 @@ class _Study:
             return status  # the job that ends last concludes
         self._write_all(found)
         show(found, self.path)
+        if all(result.outcome == FAILED for result in results):
+            raise UserError(f"no run of the study could be made. Of {results[0].title}: {results[0].reason}")
         if status:
             over = sum(self._is_over(point, self._learning(point)) for point in self.points)
             console.print(

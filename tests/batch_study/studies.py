@@ -12,6 +12,7 @@ from distaccum.choices import Goal, LrRule
 
 CONFIG: dict[str, Any] = {
     "batch": {"global_batch_size": 64, "micro_batch_size": None},
+    "train": {"ema": {"decay": None}, "swa": {"first_update": None}},
     "data": {"train": {"_target_": "distaccum.data.Digits"}},
     "model": {"_target_": "distaccum.models.CNN"},
     "optim": {"_target_": "torch.optim.AdamW", "lr": 0.002},

@@ -141,6 +141,7 @@ def test_what_is_recommended_is_what_was_run() -> None:
     """Micro-batches no larger than the window, and a warm-up of as many samples."""
     overrides = ["batch.global_batch_size=32", "batch.micro_batch_size=16", "schedule=cosine"]
     overrides += ["schedule.warmup_updates=4", "study.ranks=2", "study.batch_sizes=[8,32]"]
+    overrides += ["train.ema.decay=0.9", "train.swa.first_update=3", "train.swa.every_updates=2"]
     config = composed(*overrides)
     small, large = points_of(config, 256)[0], points_of(config, 256)[-1]
     made = by_hand(*((point, learning(point.batch_size, min_updates=50, critical=20)) for point in (small, large)))
@@ -152,6 +153,9 @@ def test_what_is_recommended_is_what_was_run() -> None:
         assert recommended.batch.global_batch_size == run.batch.global_batch_size == point.batch_size
         assert recommended.batch.micro_batch_size == run.batch.micro_batch_size
         assert recommended.schedule == run.schedule
+        assert recommended.train.swa == run.train.swa
+        assert recommended.train.ema.decay == pytest.approx(run.train.ema.decay, rel=1e-5)
+        assert recommended.train.ema.first_update == run.train.ema.first_update
 
 
 def test_a_study_from_start_to_page_and_again(study: Study) -> None:
@@ -259,6 +263,9 @@ def test_what_diverges_and_what_fails_is_a_row(study: Study) -> None:
         (["study.point=2"], "study.point=2 is impossible: this study has 2 points, 0 to 1"),
         (["study.point=0", "run_dir=null"], "name its folder with run_dir="),
         (["study.rule=linear"], "there is no key study.rule"),
+        (["batch.micro_batch_size=auto"], "study can't be had with batch.micro_batch_size=auto"),
+        (["train.early_stopping.metric=loss"], "train.early_stopping.metric=loss would end its runs before"),
+        (["optim.lr=-1", "study.lr_rules=[none]"], "no run of the study could be made. Of 8"),
         (["study.lr_rules=[cubic]"], "cubic"),
     ],
 )
