@@ -79,6 +79,11 @@ class Ensemble(nn.Module):
         if self._combine is Combination.outputs:
             return wide
         assert self._class_dim is not None
+        if not -wide.ndim <= self._class_dim < wide.ndim:
+            raise UserError(
+                f"class_dim={self._class_dim} is no dimension of outputs of shape {list(wide.shape)}: name the one "
+                "that classes lie along."
+            )
         return wide.log_softmax(self._class_dim)
 
     def _together(self, total: Tensor, part: Tensor) -> Tensor:
@@ -88,13 +93,15 @@ class Ensemble(nn.Module):
 def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
     """One model whose weights are the mean of several models' (a "model soup", Wortsman et al. 2022).
 
-    Buffers that are numbers, as BatchNorm's statistics, are averaged like weights; other buffers are the first model's.
-    Sums are taken in float64.
+    Buffers that are numbers, as BatchNorm's statistics, are averaged like weights; other buffers and extra state are
+    the first model's. Sums are taken in float64.
 
     Raises:
         UserError: the models' weights have other names or shapes.
     """
-    states = [member.state_dict() for member in members]
+    states = [
+        {name: value for name, value in member.state_dict().items() if isinstance(value, Tensor)} for member in members
+    ]
     for number, state in enumerate(states[1:], 2):
         different = sorted(
             name
@@ -109,7 +116,8 @@ def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
             )
     mixed = copy.deepcopy(members[0])
     target = mixed.state_dict()
-    for name, value in target.items():
+    for name in states[0]:
+        value = target[name]
         if value.is_floating_point() or value.is_complex():
             wide = torch.complex128 if value.is_complex() else torch.float64
             total = torch.zeros(value.shape, dtype=wide, device=value.device)

@@ -127,6 +127,11 @@ def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     section, _, name = key.rpartition(".")
     is_section = any(other.startswith(f"{key}.") for other in known)
     is_new_argument = bool(name) and any(other.startswith(f"{section}.") for other in known)
+    if is_section and not isinstance(value, dict) and not (key == "data.evaluation" and value is None):
+        inside = next(other for other in known if other.startswith(f"{key}."))
+        raise UserError(
+            f"{key}={value} says nothing: {key} has keys of its own. Give them one by one, as in {inside}=…"
+        )
     if key in known or is_section:
         return _put(config, key.split("."), value)
     if key.startswith(_OPEN_TO_CHANGE) and is_new_argument and f"{section}._target_" in known:

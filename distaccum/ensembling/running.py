@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +19,7 @@ from torch import nn
 
 from distaccum import targets
 from distaccum.choices import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
+from distaccum.components import SCHEMAS
 from distaccum.config import DataConfig
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
@@ -88,7 +91,7 @@ class _Examination:
 
     def __init__(self, members: Sequence[Member], wishes: Wishes, world: World, device: torch.device) -> None:
         config = members[0].config
-        data = _data_config(config["data"])
+        data = _typed(DataConfig, config["data"], "data")
         if data.evaluation is None:
             raise UserError(
                 "the models were trained without evaluation data (data.evaluation=null): say what to evaluate on, as "
@@ -96,14 +99,14 @@ class _Examination:
             )
         self.members = members
         self.device = device
-        self.precision = resolve_precision(PrecisionName[config["precision"]["name"]], device)
-        self.task = targets.build(config["task"], "task")
+        self.precision = resolve_precision(_precision_name(config["precision"]["name"]), device)
+        self.task = _task(config["task"])
         self.combine = self._combination(wishes)
         options = loader_options(data, device, self.precision)
         dataset = targets.build(data.evaluation, "data.evaluation")
         self.loader = EvaluationLoader(
             dataset,
-            batch_size=config["train"]["eval_batch_size"],
+            batch_size=_batch_size(config["train"]["eval_batch_size"]),
             collate_fn=collate_fn(data),
             rank=world.rank,
             world_size=world.world_size,
@@ -158,9 +161,44 @@ class _Examination:
         return {"loss": loss, **metrics_of(self.task, sums, weight)}
 
 
-def _data_config(section: dict[str, Any]) -> DataConfig:
-    known = {entry.name for entry in dataclasses.fields(DataConfig)}
-    return DataConfig(**{key: value for key, value in section.items() if key in known})
+Schema = TypeVar("Schema")
+
+
+def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
+    """A section as its schema has it; keys that the schema doesn't know are left out.
+
+    Raises:
+        UserError: a value is of another type, or impossible.
+    """
+    known = {entry.name for entry in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    given = {key: value for key, value in section.items() if key in known}
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except OmegaConfBaseException as error:
+        key = f"{name}.{error.full_key}" if error.full_key else name
+        raise UserError(f"{key}: {str(error).splitlines()[0]}.") from error
+    assert isinstance(made, schema)
+    return made
+
+
+def _task(section: dict[str, Any]) -> Any:
+    for schema in SCHEMAS["task"].values():
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(schema)}
+        if defaults["_target_"] == section.get("_target_"):
+            _typed(schema, section, "task")
+    return targets.build(section, "task")
+
+
+def _precision_name(name: Any) -> PrecisionName:
+    if name not in PrecisionName.__members__:
+        raise UserError(f"precision.name={name} is unknown: it must be {', '.join(PrecisionName.__members__)}.")
+    return PrecisionName[name]
+
+
+def _batch_size(size: Any) -> int:
+    if type(size) is not int or size < 1:
+        raise UserError(f"train.eval_batch_size={size} is impossible: it must be a whole number, and at least 1.")
+    return size
 
 
 def _train_data(members: Sequence[Member]) -> list[Any]:
