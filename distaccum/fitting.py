@@ -23,6 +23,7 @@ from distaccum.checkpoints import random_state, set_random_state
 from distaccum.devices import free_cached_memory, free_memory, is_out_of_memory, tensors_of
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
+from distaccum.optim import probe_state
 from distaccum.planning import split_evenly
 from distaccum.recovery import MicroStepOutput
 from distaccum.strategies import Strategy, local_parts
@@ -281,13 +282,8 @@ class Fitting:
 
 def _state_factor(optimizer: torch.optim.Optimizer) -> float:
     """Bytes of an optimizer's state for each byte of parameters, as a step of another one of its kind shows."""
-    probe = nn.Parameter(torch.zeros(1024))
-    probe.grad = torch.zeros_like(probe)
-    try:
-        twin = type(optimizer)([probe], **optimizer.defaults)
-        twin.step()
-        state = [value for value in twin.state[probe].values() if isinstance(value, Tensor)]
-        return sum(value.nbytes for value in state if value.numel() > 1) / probe.nbytes
-    except Exception as error:  # anybody's own optimizer, with arguments of its own
-        logger.debug("the state of %s is taken for twice the parameters: %s", type(optimizer).__name__, error)
+    state = probe_state(optimizer)
+    if state is None:
         return 2.0
+    parts = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+    return sum(value.nbytes for value in parts) / (4 * 1024)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,8 @@ from distaccum.choices import Implementation, LrRule
 from distaccum.components import AdamW8bitConfig, TorchOptimConfig
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LR_POWERS = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}
 """What power of the batch size the learning rate follows."""
@@ -199,3 +202,25 @@ def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             parameter.grad = None
             parameter.grad_dtype = grad_dtype
             parameter.grad = gradient
+
+
+def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> dict[str, Any] | None:
+    """What an optimizer of the same class and settings keeps of a parameter after a step.
+
+    Args:
+        shape: of the parameter.
+
+    Returns:
+        None if no other one can be made: anybody's own may take arguments that its groups don't tell.
+    """
+    probe = nn.Parameter(torch.zeros(*shape))
+    probe.grad = torch.zeros_like(probe)
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key in known and key != "params"}
+    try:
+        twin = type(optimizer)([probe], **settings)
+        twin.step()
+        return dict(twin.state[probe])
+    except Exception as error:
+        logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)
+        return None

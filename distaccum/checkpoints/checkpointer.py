@@ -26,6 +26,7 @@ from distaccum.checkpoints.reading import read_tensors, reasons, without_process
 from distaccum.checkpoints.state import (
     adopt_group_settings,
     check_same_model,
+    check_same_state,
     extra_states,
     group_settings,
     named_also,
@@ -323,6 +324,7 @@ class Checkpointer:
                 f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
                 f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
             )
+        check_same_state(module, self.optimizer, stored)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
         for name, buffer in persistent_buffers(module):
@@ -338,7 +340,10 @@ class Checkpointer:
             if is_same_layout and name.startswith((f"{mine}random/", f"{mine}strategy/"))
         }
         read_tensors(checkpoint, targets | optimizer_state | own_state, self._group)
-        set_optimizer_state(module, self.optimizer, optimizer_state)
+        of_parameters = {
+            name.removeprefix("model/"): dtype for name, (_, dtype) in formats.items() if name.startswith("model/")
+        }
+        set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
         set_extra_states(module, checkpoint.state["extra"])
         adopt_group_settings(self.optimizer, saved["settings"], saved["settings_at_start"])
         if own_state:

@@ -16,7 +16,7 @@ DTensors, of which `torch.distributed.checkpoint` saves and loads each rank's pa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.random_state import random_state
 from distaccum.errors import UserError
+from distaccum.optim import probe_state
 from distaccum.strategies import Strategy
 
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -193,14 +194,54 @@ def _parameter_and_key(path: str) -> tuple[str, str]:
     return name, key
 
 
-def set_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored: Iterable[str]) -> None:
+    """Refuses the state of an optimizer of torch's that has other settings by now, and would miss something in it.
+
+    Args:
+        stored: names of all tensors in the checkpoint.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    optimizer = own_optimizer(optimizer)
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    kept: dict[str, set[str]] = {}
+    for path in stored:
+        if path.startswith(("optimizer/", "optimizer_number/")):
+            name, key = _parameter_and_key(path)
+            kept.setdefault(name, set()).add(key)
+    needed: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters():
+        if name not in kept:
+            continue
+        if parameter.ndim not in needed:
+            found = probe_state(optimizer, (2,) * parameter.ndim) or {}
+            needed[parameter.ndim] = {key for key, value in found.items() if value is not None}
+        if missing := sorted(needed[parameter.ndim] - kept[name]):
+            raise UserError(
+                f"the checkpoint has no {missing[0]} of {name}, which {type(optimizer).__name__} needs with its "
+                "settings now. Configure the optimizer as it was, or begin anew with resume=none and another run_dir."
+            )
+
+
+def set_optimizer_state(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    formats: Mapping[str, torch.dtype],
+) -> None:
     """Gives an optimizer its state back, on the devices where it keeps it, in exactly the formats it was saved in.
+
+    What was of its parameter's format, and that is another one now, follows the parameter.
 
     Args:
         tensors: as `optimizer_targets` names them.
+        formats: that parameters were saved in, by name.
     """
     optimizer = own_optimizer(optimizer)
     names = dict(module.named_parameters())
+    names_of = {parameter: name for name, parameter in names.items()}
     state: dict[nn.Parameter, dict[str, Any]] = {}
     for path, tensor in tensors.items():
         name, key = _parameter_and_key(path)
@@ -213,7 +254,10 @@ def set_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, ten
     for parameter, values in state.items():
         for key, value in values.items():
             placed = optimizer.state[parameter][key]
-            if isinstance(placed, Tensor) and placed.dtype != value.dtype:
+            if not isinstance(placed, Tensor) or placed.dtype == value.dtype:
+                continue
+            follows = formats.get(names_of[parameter]) == value.dtype != parameter.dtype and key != "step"
+            if not follows:
                 # load_state_dict casts to the parameter's format, which would round.
                 optimizer.state[parameter][key] = value.to(placed.device)
 

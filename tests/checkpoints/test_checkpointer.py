@@ -405,3 +405,62 @@ def test_generators_come_back_whatever_they_have_drawn() -> None:
         draw()
         set_random_state(state, torch.device("cpu"))
         assert draw() == first
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"cls": torch.optim.Adam}, {"cls": torch.optim.Adam, "amsgrad": True}, "no max_exp_avg_sq of "),
+        ({"cls": torch.optim.RMSprop}, {"cls": torch.optim.RMSprop, "momentum": 0.9}, "no momentum_buffer of "),
+        ({"cls": torch.optim.SGD}, {"cls": torch.optim.SGD, "momentum": 0.9}, None),  # begins anew by itself
+        ({"cls": torch.optim.Adam, "amsgrad": True}, {"cls": torch.optim.Adam}, None),
+        ({"cls": torch.optim.Adafactor}, {"cls": torch.optim.Adafactor}, None),
+    ],
+)
+def test_settings_that_need_more_state_than_there_is_are_refused(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any], said: str | None
+) -> None:
+    def made(cls: Any, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+        return module, cls(module.parameters(), lr=1e-3, **settings)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        module(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    module, optimizer = made(**before)
+    step(module, optimizer)
+    Checkpointer(tmp_path, module, optimizer).save(1, {}, wait=True)
+    module, optimizer = made(**after)
+    kept = values(module)
+    restoring = Checkpointer(tmp_path, module, optimizer)
+    if said is not None:
+        with pytest.raises(UserError, match=said):
+            restoring.restore(read_checkpoint(checkpoints_in(tmp_path)[0]))
+        assert equal(values(module), kept)
+        return
+    restoring.restore(read_checkpoint(checkpoints_in(tmp_path)[0]))
+    step(module, optimizer)
+
+
+@pytest.mark.parametrize("formats", [("float32", "bfloat16"), ("float32", "float64"), ("float64", "float32")])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_state_follows_its_parameters_into_another_format(tmp_path: Path, formats: tuple[str, str], cls: Any) -> None:
+    def made(dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = nn.Linear(3, 2).to(getattr(torch, dtype))
+        more = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+        return module, cls(module.parameters(), lr=1e-3, **more)
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        module(torch.ones(2, 3, dtype=next(module.parameters()).dtype)).square().sum().backward()
+        optimizer.step()
+
+    module, optimizer = made(formats[0])
+    step(module, optimizer)
+    Checkpointer(tmp_path, module, optimizer).save(1, {}, wait=True)
+    other, following = made(formats[1])
+    Checkpointer(tmp_path, other, following).restore(read_checkpoint(checkpoints_in(tmp_path)[0]))
+    for parameter in other.parameters():
+        for key, value in following.state[parameter].items():
+            assert value is None or value.dtype == (parameter.dtype if key != "step" else torch.float32)
+    step(other, following)
