@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from distaccum import targets
-from distaccum.batch_sizes import BatchSizes
 from distaccum.checkpoints import Checkpoint, Checkpointer, checked, checkpoints_in, newest_whole
 from distaccum.choices import Balance, BatchSchedule, WandbMode
 from distaccum.compilation import CompileClock
@@ -22,11 +21,12 @@ from distaccum.config import (
     as_plain,
     flat,
 )
-from distaccum.continuing import PROGRESS_KEYS
+from distaccum.continuing import PROGRESS_KEYS, updates_ahead
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
 from distaccum.interruption import Interruption
+from distaccum.loaders import WindowLoader
 from distaccum.logs import logging_to
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
@@ -176,7 +176,7 @@ def build_trainer(
     """
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
-        factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader.sizes))
+        factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader, checkpoint))
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
@@ -254,11 +254,13 @@ def _checkpointer(
     )
 
 
-def _scheduled_updates(config: TrainConfig, sizes: BatchSizes) -> int:
+def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:
     """The updates that the learning rate's schedule is laid out for."""
     if config.batch.schedule is BatchSchedule.noise and config.train.max_updates is not None:
         return config.train.max_updates  # how many an epoch will have is not known
-    return total_updates(config.train, sizes)
+    follows_noise = config.batch.schedule is BatchSchedule.noise
+    ahead = updates_ahead(checkpoint.state["progress"], loader) if checkpoint is not None and not follows_noise else 0
+    return total_updates(config.train, loader.sizes, ahead)
 
 
 def _noise_scale(config: InsightConfig) -> NoiseScale | None:

@@ -38,3 +38,22 @@ def position(loader: WindowLoader, epoch: int, next_window: int) -> int:
 def window_at(loader: WindowLoader, epoch: int, position: int) -> int:
     """The first window of an epoch that begins at a position, or later."""
     return sum(start < position for start, _ in loader.sizes.bounds(epoch))
+
+
+def next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
+    """The number in its epoch of the window that a run goes on with.
+
+    Where the windows are others by now, that is the first which begins where the run had come to, or later.
+    """
+    index: int = progress["next_window"]
+    if not different_windows(progress["windows"], loader):
+        return index
+    done = progress.get("position", index * progress["windows"]["batch.global_batch_size"])
+    return window_at(loader, progress["epoch"], done)
+
+
+def updates_ahead(progress: dict[str, Any], loader: WindowLoader) -> int:
+    """How many more updates a run has made than there are windows before its next one: 0, unless its windows have
+    become others on the way."""
+    made: int = progress["totals"]["updates"]
+    return made - loader.number(progress["epoch"], next_window(progress, loader))

@@ -27,7 +27,7 @@ from distaccum.checkpoints import (
 from distaccum.choices import LrRule, OnNonfinite, PrecisionName
 from distaccum.compilation import CompileClock
 from distaccum.config import LoopConfig
-from distaccum.continuing import different_windows, position, window_at, windows_identity
+from distaccum.continuing import different_windows, next_window, position, updates_ahead, windows_identity
 from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
 from distaccum.errors import UserError
@@ -179,6 +179,8 @@ class Trainer:
         )
         self._stopped_early: str | None = None
         self._epoch, self._next_window = 0, 0
+        self._ahead = 0
+        """Updates that the run has made beyond the windows before its next one: see `continuing.updates_ahead`."""
         self._owes_evaluation = False
         self._is_ahead_of_save = False
         self._register_states(scaler)
@@ -223,7 +225,7 @@ class Trainer:
     @property
     def total_updates(self) -> int:
         """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
-        return total_updates(self.loop, self.loader.sizes)
+        return total_updates(self.loop, self.loader.sizes, self._ahead)
 
     def fit(self) -> RunEnd:
         """Trains to the end of the run, or to a signal to stop.
@@ -367,7 +369,7 @@ class Trainer:
         """
         assert self.checkpointer is not None, "a trainer without checkpoints has nothing to go on from"
         progress = checkpoint.state["progress"]
-        self._epoch, self._next_window = progress["epoch"], progress["next_window"]
+        self._epoch = progress["epoch"]
         self.loader.sizes.load_state_dict(checkpoint.state["states"].get("loader", {}))  # they tell the next window
         if different := different_windows(progress["windows"], self.loader):
             if not override:
@@ -376,9 +378,9 @@ class Trainer:
                     "back as it was, or set resume_override=true to go on from there all the same, or begin anew in "
                     "another run_dir."
                 )
-            done = progress.get("position", self._next_window * progress["windows"]["batch.global_batch_size"])
-            self._next_window = window_at(self.loader, self._epoch, done)
             logger.warning("resume_override: saved with %s", different)
+        self._next_window = next_window(progress, self.loader)
+        self._ahead = updates_ahead(progress, self.loader)
         if progress["totals"]["updates"]:
             self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
@@ -497,7 +499,11 @@ class Trainer:
             observer.on_start(start)
 
 
-def total_updates(loop: LoopConfig, sizes: BatchSizes) -> int:
-    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale."""
-    limits = [loop.max_updates, sizes.first_number(loop.epochs) if loop.epochs is not None else None]
+def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:
+    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale.
+
+    Args:
+        ahead: of a run whose windows have become others on the way (see `continuing.updates_ahead`).
+    """
+    limits = [loop.max_updates, sizes.first_number(loop.epochs) + ahead if loop.epochs is not None else None]
     return min(limit for limit in limits if limit is not None)

@@ -468,3 +468,25 @@ def test_a_mended_command_may_take_the_same_folder(train: Train) -> None:
     assert "fit together" in train(*TINY, "run_dir=run", "batch.accumulation_steps=17").message
     assert train(*TINY, "run_dir=run").status == 0
     assert len(updates(Path("run"))) == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(32, 16), (16, 32), (24, 16)])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_epochs_count_to_their_end_after_an_override(
+    train: Callable[..., Ended], before: int, after: int, schedule: str
+) -> None:
+    """Updates of two sizes are no measure of epochs: samples are."""
+    more = [*(entry for entry in TINY if not entry.startswith(("train.max_updates", "batch."))), f"schedule={schedule}"]
+    more += ["schedule.warmup_updates=0", "run_dir=run"]
+    assert train(*more, "train.epochs=3", f"batch.global_batch_size={before}").status == 0
+    first = updates(Path("run"))
+    ended = train(*more, "train.epochs=5", f"batch.global_batch_size={after}", "resume_override=true")
+    assert ended.status == 0, ended.err
+    found = updates(Path("run"))
+    assert found[-1]["samples"] == 5 * 64
+    assert len(found) == len(first) + 2 * -(-64 // after)
+    if schedule == "linear":
+        assert found[-1]["lr"] < found[len(first)]["lr"] / 3, "the schedule ends with the run"
+    again = train(*more, "train.epochs=6", f"batch.global_batch_size={after}")
+    assert again.status == 0, again.err
+    assert updates(Path("run"))[-1]["samples"] == 6 * 64

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distaccum.models import GPT
 from distaccum.tasks import LanguageModeling, TaskOutput
 
-SECONDS_PER_TOKEN = 2e-5
+SECONDS_PER_TOKEN = 6e-5
 TIMES_SLOWER = 3
 
 

@@ -5,12 +5,12 @@ import torch
 
 from distaccum.components import EncoderConfig
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.models import Encoder
-from distaccum.targets import build
 
 
 def test_an_embedding_for_each_image() -> None:
-    model = build(EncoderConfig(input_shape=[1, 8, 8], embedding_size=12), "model")
+    model = build_model(EncoderConfig(input_shape=[1, 8, 8], embedding_size=12), None)
     assert isinstance(model, Encoder)
     assert model(torch.randn(3, 1, 8, 8)).shape == (3, 12)
 

@@ -7,8 +7,8 @@ import torch
 
 from distaccum.components import UNetConfig
 from distaccum.errors import UserError
+from distaccum.model_options import build_model
 from distaccum.models import UNet
-from distaccum.targets import build
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((1, 4, 4), [8]), ((3, 8, 12), [8, 16]), ((1, 16, 8), [8, 16, 24])])
@@ -39,7 +39,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_the_configured_section_fits() -> None:
-    assert isinstance(build(UNetConfig(input_shape=[1, 8, 8], num_classes=2), "model"), UNet)
+    assert isinstance(build_model(UNetConfig(input_shape=[1, 8, 8], num_classes=2), None), UNet)
 
 
 @pytest.mark.parametrize(
