@@ -9,12 +9,12 @@ from distaccum.buffers import KeptBuffers
 class Rebinding(nn.Module):
     """Puts another tensor in the place of a buffer in each forward, as people write it."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = 3) -> None:
         super().__init__()
-        self.linear = nn.Linear(3, 3)
+        self.linear = nn.Linear(features, features)
         self.mean: Tensor
         self.calls: Tensor
-        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,23 @@ def test_it_learns_digits_and_goes_on_bit_for_bit(train: Callable[..., Ended]) -
     found, wanted = ([without_measurements(line) for line in metrics(Path(run))] for run in ("cut", "undisturbed"))
     assert found == wanted
     assert Path("cut/model.safetensors").read_bytes() == Path("undisturbed/model.safetensors").read_bytes()
+
+
+@needs_8bit
+def test_moments_do_not_stay_silently_as_they_were(train: Callable[..., Ended]) -> None:
+    more = [*DIGITS, "train.epochs=null", "run_dir=run"]
+    assert train(*more, "train.max_updates=2").status == 0
+    before = Path("run/model.safetensors").read_bytes()
+    for size, said in (
+        (0, r"in 32 bits, and with optim.min_8bit_size=0 they would be in 8\."),
+        (10**6, "in 8 bits, and"),
+    ):
+        ended = train(*more, "train.max_updates=4", f"optim.min_8bit_size={size}")
+        assert ended.status == 2
+        assert re.search(said, ended.message)
+    assert Path("run/model.safetensors").read_bytes() == before
+    assert train(*more, "train.max_updates=4").status == 0
+    assert len(updates(Path("run"))) == 4
 
 
 @needs_8bit

@@ -204,13 +204,14 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
         UserError: names what is missing.
     """
     optimizer = own_optimizer(optimizer)
-    if not type(optimizer).__module__.startswith("torch.optim."):
-        return
     kept: dict[str, set[str]] = {}
     for path in stored:
         if path.startswith(("optimizer/", "optimizer_number/")):
             name, key = _parameter_and_key(path)
             kept.setdefault(name, set()).add(key)
+    _check_same_bits(module, optimizer, kept)
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
     needed: dict[int, set[str]] = {}
     for name, parameter in module.named_parameters():
         if name not in kept:
@@ -222,6 +223,20 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
             raise UserError(
                 f"the checkpoint has no {missing[0]} of {name}, which {type(optimizer).__name__} needs with its "
                 "settings now. Configure the optimizer as it was, or begin anew with resume=none and another run_dir."
+            )
+
+
+def _check_same_bits(module: nn.Module, optimizer: torch.optim.Optimizer, kept: Mapping[str, set[str]]) -> None:
+    """The same of bitsandbytes' optimizers, which leave moments as they find them, in 8 bits or in 32."""
+    if (least := getattr(getattr(optimizer, "args", None), "min_8bit_size", None)) is None:
+        return
+    for name, parameter in module.named_parameters():
+        was_8bit, is_8bit = "absmax1" in kept.get(name, ()), parameter.numel() >= least
+        if name in kept and was_8bit != is_8bit:
+            raise UserError(
+                f"the checkpoint has the moments of {name} in {8 if was_8bit else 32} bits, and with "
+                f"optim.min_8bit_size={least} they would be in {8 if is_8bit else 32}. Set it as it was, or begin anew "
+                "with resume=none and another run_dir."
             )
 
 

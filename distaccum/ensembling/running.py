@@ -130,6 +130,11 @@ class _Examination:
                 "with each other: they can't be combined. Leave out --combine, and each model is evaluated alone."
             )
         if len(self.members) == 1:
+            if wishes.combine is not None:
+                raise UserError(
+                    f"--combine {wishes.combine.value} needs two models or more, and there is one. Leave it out, or "
+                    "name others too."
+                )
             return None
         return wishes.combine or Combination.probabilities
 

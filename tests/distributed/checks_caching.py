@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from coupled import Embedder, Pairs, one_shot, train_pairs
+from coupled import FEATURES, Embedder, Pairs, one_shot, train_pairs
 from examples import CollectiveCounter, curves, distance, flat, placed
+from test_buffers import Rebinding
 from torch import Tensor, nn
 
 from distaccum import Accumulator, EvaluationLoader, UserError, WindowLoader, accumulate_coupled, evaluate_model
@@ -147,14 +148,21 @@ def check_embeddings_that_are_nan_are_told_where_they_are(world: World) -> None:
 
 
 def check_buffers_change_once_and_stay_the_same_on_all_ranks(world: World) -> None:
-    """Rank 0's, as DDP has it: BatchNorm's statistics after one pass over rank 0's micro-batches."""
-    task, data = Contrastive(temperature=0.3), Pairs()
-
-    def build() -> nn.Module:
+    """Rank 0's, as DDP has it: statistics after one pass over rank 0's micro-batches, also if tensors are replaced."""
+    for statistics in (nn.BatchNorm1d, Rebinding):
         torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double()
+        model = nn.Sequential(statistics(FEATURES), nn.Linear(FEATURES, 4)).double()
+        before = [buffer.clone() for buffer in model.buffers()]
+        found, wanted = _buffers_of_both_ways(world, model)
+        assert any(distance(now, then) > 1e-2 for now, then in zip(wanted, before, strict=True))
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other) < 1e-12, statistics
 
-    strategy, twin = placed(build(), DDPConfig()), build()
+
+def _buffers_of_both_ways(world: World, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """A model's buffers after some coupled windows, and a copy's after rank 0's micro-batches, one by one."""
+    task, data, twin = Contrastive(temperature=0.3), Pairs(), copy.deepcopy(model)
+    strategy = placed(model, DDPConfig())
     accumulator = Accumulator(strategy.model, torch.optim.SGD(strategy.model.parameters(), lr=0.0), strategy=strategy)
     for window in WindowLoader(data, global_batch_size=16, micro_batch_size=3, seed=1):
         held = world.gather(list(window))[0]
@@ -167,8 +175,7 @@ def check_buffers_change_once_and_stay_the_same_on_all_ranks(world: World) -> No
         )
         accumulator.step()
     strategy.share_buffers()
-    for found, wanted in zip(strategy.module.buffers(), twin.buffers(), strict=True):
-        assert distance(found, wanted) < 1e-12
+    return list(strategy.module.buffers()), list(twin.buffers())
 
 
 def check_evaluations_are_the_same_for_any_ranks(world: World) -> None:

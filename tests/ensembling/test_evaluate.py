@@ -136,6 +136,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([runs / "a", "data.evaluation.splt=train"], "unexpected keyword argument 'splt'"),
         ([runs / "a", "--weights", "swa"], "has no swa weights"),
         (["other", "--which", "best"], "has no best checkpoint"),
+        ([runs / "a", "--combine", "outputs"], "--combine outputs needs two models or more, and there is one"),
         ([runs / "a", "--combine", "everything"], "invalid choice: 'everything'"),
         ([runs / "a", "precision=bf16"], "precision has keys of its own. Give them one by one, as in precision.name=…"),
         ([runs / "a", "precision.name=foo"], "precision.name=foo is unknown"),
