@@ -21,7 +21,7 @@ from distaccum.config import (
     as_plain,
     flat,
 )
-from distaccum.continuing import PROGRESS_KEYS, updates_ahead
+from distaccum.continuing import PROGRESS_KEYS, total_updates, updates_ahead
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
@@ -47,7 +47,7 @@ from distaccum.seeding import derived_seed, seed_everything
 from distaccum.sizing import settle_sizes
 from distaccum.strategies import Strategy, place, shards_optimizer
 from distaccum.tasks import CoupledTask
-from distaccum.trainer import Trainer, total_updates
+from distaccum.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
 from distaccum.averaging import WeightAverage
-from distaccum.batch_sizes import BatchSizes, NoiseSizes
+from distaccum.batch_sizes import NoiseSizes
 from distaccum.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -27,7 +25,7 @@ from distaccum.checkpoints import (
 from distaccum.choices import LrRule, OnNonfinite, PrecisionName
 from distaccum.compilation import CompileClock
 from distaccum.config import LoopConfig
-from distaccum.continuing import different_windows, next_window, position, updates_ahead, windows_identity
+from distaccum.continuing import RunProgress
 from distaccum.cut_tuning import CutTuning
 from distaccum.devices import Precision
 from distaccum.errors import UserError
@@ -38,13 +36,13 @@ from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
 from distaccum.memory_line import MemoryLine
 from distaccum.noise_scale import NoiseScale
-from distaccum.observers import EarlyStopping, EvaluationRecord, Observer, RunEnd, RunStart
+from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
 from distaccum.optim import LR_POWERS, Schedule
 from distaccum.recovery import Recovery
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import TaskOutput
-from distaccum.totals import COMPILED, Totals
+from distaccum.totals import COMPILED
 from distaccum.updates import UpdateResult
 from distaccum.updating import Updater
 
@@ -170,18 +168,12 @@ class Trainer:
             compile_clock=compile_clock,
         )
         self._lr_power = LR_POWERS[lr_rule]
-        self._totals = Totals()
-        self._seconds_before, self._started = 0.0, time.perf_counter()
-        self._evaluation: EvaluationRecord | None = None
+        self._progress = RunProgress(loader, loop)
         stopping = loop.early_stopping
         self._early_stopping = (
             EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
         )
         self._stopped_early: str | None = None
-        self._epoch, self._next_window = 0, 0
-        self._ahead = 0
-        """Updates that the run has made beyond the windows before its next one: see `continuing.updates_ahead`."""
-        self._owes_evaluation = False
         self._is_ahead_of_save = False
         self._register_states(scaler)
 
@@ -222,11 +214,6 @@ class Trainer:
         self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
         self.checkpointer.tensors |= {average.name: average.tensors() for average in self._averages}
 
-    @property
-    def total_updates(self) -> int:
-        """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
-        return total_updates(self.loop, self.loader.sizes, self._ahead)
-
     def fit(self) -> RunEnd:
         """Trains to the end of the run, or to a signal to stop.
 
@@ -242,19 +229,19 @@ class Trainer:
             if self.checkpointer is not None:
                 # What ends the run with an error should not cost the checkpoint that is being written.
                 stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
-            self._started = time.perf_counter()
+            self._progress.start_clock()
             self._tell_start()
             interrupted = self._train()
             self._save_at_the_end(is_finished=interrupted is None)
             if interrupted is None:
-                logger.debug("finished after update %d", self._totals.updates)  # for distaccum.report
-            end = self._totals.end(
+                logger.debug("finished after update %d", self._progress.updates)  # for distaccum.report
+            end = self._progress.totals.end(
                 self.strategy,
                 stopped_early=self._stopped_early,
                 interrupted=interrupted,
-                is_saved=self.checkpointer is not None and self.checkpointer.last_saved == self._totals.updates,
-                evaluation=self._evaluation,
-                total_seconds=self._total_seconds(),
+                is_saved=self.checkpointer is not None and self.checkpointer.last_saved == self._progress.updates,
+                evaluation=self._progress.evaluation,
+                total_seconds=self._progress.total_seconds,
                 run_dir=self.run_dir,
             )
             for observer in self.observers:
@@ -270,38 +257,29 @@ class Trainer:
 
     def _make_updates(self) -> str | None:
         """Updates, evaluations and checkpoints, in this order."""
-        if self._owes_evaluation:
+        if self._progress.owes_evaluation:
             self._evaluate()
         if self._has_stopped_early():
             return None
-        for window in self._windows():
-            self._epoch, self._next_window = window.epoch, window.index
+        for window in self._progress.windows():
             result = self._update(window)
-            self._next_window += 1
-            self._owes_evaluation = self._is_evaluation_due(window)
+            self._progress.next_window += 1
+            self._progress.owes_evaluation = self._is_evaluation_due(window)
             if "stop" in result.flags:
                 # An evaluation may take longer than the time that is left: the resumed run makes up for it.
                 return self._agreed_signal()
-            is_best = self._owes_evaluation and self._evaluate()
+            is_best = self._progress.owes_evaluation and self._evaluate()
             if self._has_stopped_early():
                 return None
-            if self.checkpointer and (self.checkpointer.is_due(self._totals.updates, result.flags) or is_best):
+            if self.checkpointer and (self.checkpointer.is_due(self._progress.updates, result.flags) or is_best):
                 self._save()
         return None
 
     def _has_stopped_early(self) -> bool:
         return self._stopped_early is not None
 
-    def _windows(self) -> Iterator[Window]:
-        while self._totals.updates < self.total_updates:
-            for window in self.loader.epoch(self._epoch, self._next_window):
-                yield window
-                if self._totals.updates == self.total_updates:
-                    return
-            self._epoch, self._next_window = self._epoch + 1, 0
-
     def _update(self, window: Window) -> UpdateResult:
-        number = self._totals.updates + 1
+        number = self._progress.updates + 1
         factor = self.loader.sizes.ratio(window.epoch, window.index) ** self._lr_power if self._lr_power else 1.0
         result, lr = self._updater.update(number, window, factor)
         if LIMIT_REPORT in result.reports:
@@ -311,29 +289,29 @@ class Trainer:
                 average.after_update(number)
         self._tell_update(window, result, lr)
         self._memory_line.tell()
-        self._tuning.after_update(self._totals.updates, window, result)
+        self._tuning.after_update(self._progress.updates, window, result)
         self.accumulator.time_micro_steps = self._tuning.needs_times
         return result
 
     def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0
-        self._totals.add(window, result, compile_seconds)
+        self._progress.totals.add(window, result, compile_seconds)
         self._is_ahead_of_save = True
         if result.skipped:
-            number = self._totals.updates
+            number = self._progress.updates
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
         metrics = metrics_of(self.task, result.sums, result.weight)
-        record = self._totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
+        record = self._progress.totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
         for observer in self.observers:
             observer.on_update(record)
 
     def _is_evaluation_due(self, window: Window) -> bool:
         if self.evaluation_loader is None:
             return False
-        updates = self._totals.updates
-        if updates == self.total_updates:
+        updates = self._progress.updates
+        if updates == self._progress.total_updates:
             return True
         if self.loop.eval_every is not None:
             return updates % self.loop.eval_every == 0
@@ -342,18 +320,18 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
         assert self._evaluator is not None
-        self._evaluation = self._evaluator.evaluate(self._totals.updates, self._epoch)
+        evaluation = self._evaluator.evaluate(self._progress.updates, self._progress.epoch)
         for observer in self.observers:
-            observer.on_evaluation(self._evaluation)
-        self._owes_evaluation = False
+            observer.on_evaluation(evaluation)
+        self._progress.evaluation, self._progress.owes_evaluation = evaluation, False
         self._is_ahead_of_save = True
         stopping = self._early_stopping
-        metrics = self._evaluator.to_choose_by(self._evaluation.metrics)
+        metrics = self._evaluator.to_choose_by(evaluation.metrics)
         # An evaluation that an average has no part in yet is no reason to lose patience with it.
-        has_begun = stopping is None or stopping.metric in self._evaluation.metrics or stopping.metric not in metrics
+        has_begun = stopping is None or stopping.metric in evaluation.metrics or stopping.metric not in metrics
         if stopping is not None and has_begun and stopping.update(metrics):
             self._stopped_early = stopping.reason
-        return self.checkpointer is not None and self.checkpointer.is_among_best(self._totals.updates, metrics)
+        return self.checkpointer is not None and self.checkpointer.is_among_best(self._progress.updates, metrics)
 
     # Saving and going on
 
@@ -368,20 +346,8 @@ class Trainer:
             UserError: global batch, seed or length of the training data are others, or the model or optimizer is.
         """
         assert self.checkpointer is not None, "a trainer without checkpoints has nothing to go on from"
-        progress = checkpoint.state["progress"]
-        self._epoch = progress["epoch"]
-        self.loader.sizes.load_state_dict(checkpoint.state["states"].get("loader", {}))  # they tell the next window
-        if different := different_windows(progress["windows"], self.loader):
-            if not override:
-                raise UserError(
-                    f"{checkpoint.path} was saved with {different}: the windows would no longer be the same. Put it "
-                    "back as it was, or set resume_override=true to go on from there all the same, or begin anew in "
-                    "another run_dir."
-                )
-            logger.warning("resume_override: saved with %s", different)
-        self._next_window = next_window(progress, self.loader)
-        self._ahead = updates_ahead(progress, self.loader)
-        if progress["totals"]["updates"]:
+        self._progress.go_on_from(checkpoint, override=override)
+        if self._progress.updates:
             self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
         for average in self._averages:
@@ -390,56 +356,34 @@ class Trainer:
             # Not the numbers again that the run has drawn at its start.
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
-        self._totals = Totals(**progress["totals"])
-        self._seconds_before = progress["total_seconds"]
-        self._owes_evaluation = progress["owes_evaluation"] and self.evaluation_loader is not None
-        self._evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
+        self._progress.owes_evaluation &= self.evaluation_loader is not None
         stopping = self._early_stopping
         if stopping is not None and stopping.is_over:
             self._stopped_early = stopping.reason
 
     def _loss_of_next_window(self) -> Tensor:
-        # An epoch that is over stays the current one until its evaluation, which may be owed, is done.
-        is_over = self._next_window >= self.loader.sizes.count(self._epoch)
-        batch = self.loader.sample_micro_batch(*((self._epoch + 1, 0) if is_over else (self._epoch, self._next_window)))
+        batch = self._progress.sample_micro_batch()
         with self.precision.autocast():
             return self.task(self.model, batch).loss_sum
 
-    def _progress(self) -> dict[str, Any]:
-        """Where the run stands, as JSON has it."""
-        return {
-            "totals": asdict(self._totals),
-            "total_seconds": self._total_seconds(),
-            "epoch": self._epoch,
-            "next_window": self._next_window,
-            "position": position(self.loader, self._epoch, self._next_window),
-            "owes_evaluation": self._owes_evaluation,
-            "evaluation": asdict(self._evaluation) if self._evaluation else None,
-            "windows": windows_identity(self.loader),
-            "config": self.config,
-        }
-
-    def _total_seconds(self) -> float:
-        """How long the run has taken so far, before it was interrupted too."""
-        return self._seconds_before + time.perf_counter() - self._started
-
     def _save(self, *, wait: bool = False) -> None:
         assert self.checkpointer is not None
-        self.checkpointer.save(self._totals.updates, self._progress(), wait=wait)
+        state = self._progress.state_dict() | {"config": self.config}
+        self.checkpointer.save(self._progress.updates, state, wait=wait)
         self._is_ahead_of_save = False
 
     def _save_at_the_end(self, *, is_finished: bool) -> None:
         if self.checkpointer is None:
             return
-        self.heartbeat.doing("saving of the last checkpoint", update=self._totals.updates)
+        self.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
         self.checkpointer.wait()
-        if self._is_ahead_of_save or self.checkpointer.last_saved != self._totals.updates:
+        if self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:
             self._save(wait=True)
         if self.checkpointer.has_lost_touch and self.checkpointer.rank == 0:
             logger.warning(
                 "the state after update %d could not be saved: ranks have waited longer for each other's disks than "
                 "distributed.timeout_seconds",
-                self._totals.updates,
+                self._progress.updates,
             )
         if is_finished and self.run_dir is not None:
             is_main = self.checkpointer.rank == 0
@@ -468,19 +412,20 @@ class Trainer:
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
         follows_noise = isinstance(self.loader.sizes.rule, NoiseSizes)  # how many updates there will be isn't known
-        if self.loop.max_updates is not None and self.total_updates < self.loop.max_updates and not follows_noise:
+        last = self._progress.total_updates
+        if self.loop.max_updates is not None and last < self.loop.max_updates and not follows_noise:
             logger.info(
                 "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
                 self.loop.epochs,
-                self.total_updates,
+                last,
                 self.loop.max_updates,
             )
         for average in self._averages:
             first = average.config.first_update or 1
-            if first > self.total_updates and not follows_noise:
+            if first > last and not follows_noise:
                 raise UserError(
                     f"train.{average.name}.first_update={first} comes after the run's last update, "
-                    f"{self.total_updates}: there would be nothing to average. Set a lower one, or train for longer."
+                    f"{last}: there would be nothing to average. Set a lower one, or train for longer."
                 )
         if not self.strategy.module.training:
             logger.warning(
@@ -489,21 +434,11 @@ class Trainer:
         start = RunStart(
             run_dir=self.run_dir,
             plan=self.loader.explain(),
-            total_updates=self.total_updates,
+            total_updates=last,
             updates_per_epoch=self.loader.sizes.count(0) if self.loader.sizes.is_constant else None,
             config=self.config,
-            resumed_update=self._totals.updates,
-            skipped_updates=self._totals.skipped_updates,
+            resumed_update=self._progress.updates,
+            skipped_updates=self._progress.totals.skipped_updates,
         )
         for observer in self.observers:
             observer.on_start(start)
-
-
-def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:
-    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale.
-
-    Args:
-        ahead: of a run whose windows have become others on the way (see `continuing.updates_ahead`).
-    """
-    limits = [loop.max_updates, sizes.first_number(loop.epochs) + ahead if loop.epochs is not None else None]
-    return min(limit for limit in limits if limit is not None)

@@ -13,13 +13,13 @@ from torch.utils.data import TensorDataset
 
 from distaccum.batch_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
 from distaccum.config import LoopConfig, TrainConfig
+from distaccum.continuing import total_updates
 from distaccum.entry import compose
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.parts import size_rule
 from distaccum.planning import window_bounds
 from distaccum.tool_configs import CompareConfig, StudyConfig, TuneConfig
-from distaccum.trainer import total_updates
 
 SIZES = st.integers(1, 20)
 

@@ -21,6 +21,7 @@ from distaccum.accumulation import Accumulator
 from distaccum.caching import accumulate_coupled
 from distaccum.choices import OnNonfinite, PrecisionName
 from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
+from distaccum.continuing import total_updates
 from distaccum.devices import Stopwatch, peak_memory
 from distaccum.loaders import Window
 from distaccum.measuring.network import time_all_reduces
@@ -30,7 +31,6 @@ from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
 from distaccum.tasks import CoupledTask
-from distaccum.trainer import total_updates
 from distaccum.updates import UpdateResult
 
 
