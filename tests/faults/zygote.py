@@ -6,6 +6,7 @@ ended, and says how. `Zygote` is the other end.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import importlib
@@ -20,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class _Launch:
                 self._look_until(killed_at + _SECONDS_FOR_OTHERS)
                 self._kill(self.processes, signal.SIGKILL)
         self._look_until(self.started + _LIMIT_SECONDS)
-        self._kill(self.processes, signal.SIGABRT)
+        self._abort()
         self._look_until(math.inf)
         os.close(self.reading)
         return {
@@ -176,10 +177,27 @@ class _Launch:
                 if ended:
                     self.statuses[process] = os.waitstatus_to_exitcode(status)
 
+    def _abort(self) -> None:
+        """Ends what hangs; ranks and their data workers say where they were."""
+        left = [process for process in self.processes if process not in self.statuses]
+        for process in [worker for rank in left for worker in _children(rank)]:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGABRT)
+        if left:
+            time.sleep(_SECONDS_FOR_OTHERS)  # for the workers to have said it
+        self._kill(left, signal.SIGABRT)
+
     def _kill(self, processes: list[int], number: signal.Signals) -> None:
         for process in processes:
             if process not in self.statuses:
                 os.kill(process, number)
+
+
+def _children(process: int) -> list[int]:
+    """The processes that any thread of a process has forked."""
+    return [
+        int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
+    ]
 
 
 def _forked(
@@ -194,6 +212,7 @@ def _forked(
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        faulthandler.enable()
         os.chdir(folder)
         if ranks > 1:
             here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
