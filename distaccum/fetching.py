@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.util import Finalize
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
+from distaccum.data_workers import DataWorkers
 from distaccum.errors import UserError
 from distaccum.seeding import DrawDetector, derived_seed, mixed_seed, seed_cpu
 
@@ -161,16 +153,15 @@ class BatchSource:
         self._persistent_workers = persistent_workers
         self._prefetch_factor = prefetch_factor
         self._sampler = _Requests()
-        self._iterator: Any = None
         self._iteration: object | None = None
-        self._loader = self._new_loader()
+        self._workers = DataWorkers(self._new_loader, fetcher.role)
 
     def batches(self, requests: Callable[[], Iterator[Request]]) -> Iterator[Any]:
         """Loads what is requested, in that order.
 
         Raises:
-            UserError: a sample can't be loaded; a worker process has died; there are workers and another iteration has
-                taken them over.
+            UserError: a sample can't be loaded; a worker process has died or can't be started; there are workers and
+                another iteration has taken them over.
         """
         if self._num_workers == 0 and not self._pin_memory:
             # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
@@ -178,11 +169,11 @@ class BatchSource:
             return
         self._sampler.requests = requests
         if self._num_workers == 0:
-            yield from map(_whole, self._loader)
+            yield from map(_whole, self._new_loader())
             return
         if not self._persistent_workers:
-            self._end_workers()
-        iterator = self._started()
+            self.close()
+        self._workers.start()
         self._iteration = iteration = object()
         try:
             while True:
@@ -192,13 +183,13 @@ class BatchSource:
                         "after close(): their workers are the same. Finish one before the next, or make two loaders."
                     )
                 try:
-                    batch = self._guarded(lambda: next(iterator))
+                    batch = self._workers.next()
                 except StopIteration:
                     return
                 yield _whole(batch)
         finally:
             if self._iteration is iteration and not self._persistent_workers:
-                self._end_workers()
+                self.close()
 
     def one(self, request: Request) -> Any:
         """Loads a single micro-batch, as `aside` does."""
@@ -225,9 +216,10 @@ class BatchSource:
 
     def close(self) -> None:
         """Ends the workers. A later iteration starts new ones."""
-        self._end_workers()
+        self._iteration = None
+        self._workers.end()
 
-    def _new_loader(self) -> DataLoader[Any]:
+    def _new_loader(self, begin_worker: Callable[[int], None] | None = None) -> DataLoader[Any]:
         return DataLoader(
             self._fetcher,
             batch_size=None,  # the sampler asks for whole micro-batches
@@ -236,96 +228,10 @@ class BatchSource:
             pin_memory=self._pin_memory,
             persistent_workers=self._persistent_workers,
             prefetch_factor=self._prefetch_factor,
-            worker_init_fn=_begin_worker if self._num_workers else None,
+            worker_init_fn=begin_worker,
             # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
             generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),
         )
-
-    def _started(self) -> Any:
-        iterator = self._guarded(lambda: iter(self._loader))
-        if iterator is not self._iterator:
-            self._iterator = iterator
-            # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
-            Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
-            _hold_back_deaths()
-        return iterator
-
-    def _end_workers(self) -> None:
-        iterator, self._iteration = self._iterator, None
-        if iterator is None:
-            return
-        if self.dead_worker() is not None:
-            # It may have held the lock of the event that torch would now tell the others with, and wait for ever.
-            iterator._workers_done_event = threading.Event()
-            _kill(iterator._workers)
-        try:
-            # torch does this when the iterator is collected, from which the traceback of a failure keeps it.
-            self._watched(iterator._shutdown_workers)
-        except RuntimeError:
-            if self.dead_worker() is None:
-                raise
-        finally:
-            self._iterator = None
-            self._loader = self._new_loader()  # the one before keeps persistent workers for its next iteration
-            _kill(iterator._workers)
-
-    def _guarded(self, step: Callable[[], Any]) -> Any:
-        """Takes a step in which the death of a worker may be noticed, and says what has happened if it is."""
-
-        def checked_step() -> Any:
-            if self.dead_worker() is not None:
-                raise RuntimeError("a data loader's worker had died before")
-            return step()
-
-        try:
-            return self._watched(checked_step)
-        except (RuntimeError, OSError, EOFError) as error:
-            if not isinstance(error, RuntimeError):
-                # The connection to a dying worker breaks a little earlier than the process can be seen to have ended.
-                broken = wait([worker.sentinel for worker in self._workers()], timeout=1)
-                for worker in self._workers():
-                    if worker.sentinel in broken:
-                        worker.join(timeout=1)
-            if self.dead_worker() is None:
-                raise
-            raise self._death() from error
-
-    def _watched(self, step: Callable[[], Any]) -> Any:
-        """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""
-        global _watching
-        before, _watching = _watching, self
-        try:
-            return step()
-        finally:
-            _watching = before
-
-    def _workers(self) -> list[Any]:
-        return self._iterator._workers if self._iterator is not None else []
-
-    def dead_worker(self) -> Any:
-        """A worker process that has ended though nobody asked it to; None if there is none."""
-        return next((worker for worker in self._workers() if worker.exitcode is not None), None)
-
-    def has_killed_worker(self) -> bool:
-        return any(worker.exitcode for worker in self._workers())
-
-    def _death(self) -> UserError:
-        worker = self.dead_worker()
-        status = worker.exitcode
-        self._end_workers()
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return UserError(
-            f"a worker process that loads the {self._fetcher.role} data (pid {worker.pid}) {how}"
-            f"{_DEATHS.get(-status, '')}. Start again: a run with checkpoints goes on from the last one."
-        )
-
-
-_DEATHS = {
-    signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
-    "data.num_workers or data.prefetch_factor, or give the job more memory",
-    signal.SIGBUS: ", which is what happens when shared memory (/dev/shm) runs out. Make it larger, or lower "
-    "data.num_workers or data.prefetch_factor",
-}
 
 
 class _Requests(Sampler[Request]):
@@ -342,66 +248,3 @@ def _whole(batch: Any) -> Any:
     if isinstance(batch, Failure):
         raise batch.error()
     return batch
-
-
-_SECONDS_BETWEEN_LOOKS = 1.0
-"""Of a worker, at whether the training process is still there."""
-
-
-def _begin_worker(worker: int) -> None:
-    training = multiprocessing.parent_process()
-    if training is not None:
-        # torch's worker takes whoever is its parent a moment after this for the training process, and ends with that
-        # one. If the training has been killed before, it would stay for ever, and with it the sockets that the other
-        # ranks wait at.
-        threading.Thread(target=_end_with, args=(training.pid,), daemon=True).start()
-    _ignore_signals(worker)
-
-
-def _end_with(training: int | None) -> None:
-    while os.getppid() == training:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leaves it to the training process what to do about Ctrl-C or a scheduler's signal, which reach workers too.
-
-    It may have a window to finish, and needs its workers for that. They end with it in any case.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        # Not SIG_IGN, which programs that a dataset starts would inherit.
-        signal.signal(number, lambda *_: None)
-
-
-def _kill(workers: list[Any]) -> None:
-    for worker in workers:
-        worker.kill()
-
-
-_watching: BatchSource | None = None
-"""Whose workers are being waited for now."""
-
-
-def _hold_back_deaths() -> None:
-    """Lets the death of a worker be noticed where its micro-batch is waited for.
-
-    torch raises it from a signal handler, wherever the training is at that moment: in an optimizer step, or while it
-    saves. A handler is needed, though: a worker that dies while it writes keeps the reader waiting for ever.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.getsignal(signal.SIGCHLD)
-    if callable(handler) and not isinstance(handler, _OnlyWhereWatched):
-        signal.signal(signal.SIGCHLD, _OnlyWhereWatched(handler))
-
-
-@dataclass(frozen=True, slots=True)
-class _OnlyWhereWatched:
-    handler: Callable[[int, FrameType | None], Any]
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        with suppress(RuntimeError):
-            self.handler(number, frame)
-        if _watching is not None and _watching.has_killed_worker():
-            raise RuntimeError("a data loader's worker was killed")

@@ -23,6 +23,7 @@ FLOORS = {
     "heartbeat": 1,
     "diagnosis": 1,
     "compilation": 1,
+    "data_workers": 1,
     "buffers": 1,
     "devices": 1,
     "files": 1,

@@ -1,0 +1,265 @@
+"""The worker processes of a data loader: begun for certain, watched over, and ended with the training."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.synchronize import Semaphore
+from multiprocessing.util import Finalize
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+
+from distaccum.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BEFORE_FORK = 0.005
+"""For which other threads may run, to finish what the last collective has left to them."""
+
+_SECONDS_TO_BEGIN = (2.0, 10.0, 60.0)
+"""What forked workers may take to come to their own code, at the first attempt and at later ones."""
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+"""Of a worker, at whether the training process is still there."""
+
+_DEATHS = {
+    signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
+    "data.num_workers or data.prefetch_factor, or give the job more memory",
+    signal.SIGBUS: ", which is what happens when shared memory (/dev/shm) runs out. Make it larger, or lower "
+    "data.num_workers or data.prefetch_factor",
+}
+
+
+class DataWorkers:
+    """The worker processes of a data loader, for one iteration after another.
+
+    A worker's death is noticed where its micro-batch is waited for. Workers that a fork leaves hanging are started
+    anew. That happens: CPython before 3.12 waits in the child for a lock that another thread may hold at the moment of
+    the fork (python/cpython#112275), and gloo's threads take it whenever a collective is done. With torch 2.13 on
+    CPython 3.11.7, 29 of 11890 forks right after an all-reduce hung, and none of 17258 that came 5 ms later.
+
+    Args:
+        new_loader: makes the data loader, given the `worker_init_fn` of its workers.
+        role: what the data are for, as messages say it.
+    """
+
+    def __init__(self, new_loader: Callable[[Callable[[int], None]], DataLoader[Any]], role: str) -> None:
+        self._new_loader = new_loader
+        self._role = role
+        self._loader: DataLoader[Any] | None = None
+        self._iterator: Any = None
+        self._begun: Semaphore | None = None
+        """Released by each worker of the loader when it begins."""
+
+    def start(self) -> None:
+        """Begins the loader's next iteration, with its persistent workers or with new ones.
+
+        Raises:
+            UserError: a worker has died, or workers did not begin however often they were started.
+        """
+        _hold_back_deaths()
+        for seconds in _SECONDS_TO_BEGIN:
+            if self._iterator is None:
+                time.sleep(_SECONDS_BEFORE_FORK)
+            iterator = self._guarded(lambda: iter(self._current_loader()))
+            if iterator is self._iterator:
+                return
+            self._iterator = iterator
+            # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
+            Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
+            if self._guarded(functools.partial(self._have_begun, seconds)):
+                return
+            logger.warning(
+                "the worker processes that load the %s data did not begin within %g s of their fork, and are started "
+                "anew. Python 3.12 and later are not known to leave them hanging.",
+                self._role,
+                seconds,
+            )
+            _kill_and_join(iterator._workers)
+            self.end()
+        raise UserError(
+            f"the worker processes that load the {self._role} data were started {len(_SECONDS_TO_BEGIN)} times and "
+            f"never began, in the end within {_SECONDS_TO_BEGIN[-1]:g} s. Set data.num_workers=0 to load without them, "
+            "or use Python 3.12 or later, whose forks are not known to hang."
+        )
+
+    def next(self) -> Any:
+        """The next batch of the iteration.
+
+        Raises:
+            StopIteration: there is none.
+            UserError: a worker has died.
+        """
+        return self._guarded(lambda: next(self._iterator))
+
+    def end(self) -> None:
+        """Ends the workers. A later iteration starts new ones."""
+        iterator = self._iterator
+        if iterator is None:
+            return
+        try:
+            # torch does this when the iterator is collected, from which the traceback of a failure keeps it.
+            if self.dead_worker() is None:
+                self._watched(iterator._shutdown_workers)
+            else:
+                # It may have held the lock of the event that torch would now tell the others with, and wait for ever.
+                iterator._workers_done_event = threading.Event()
+                _kill_and_join(iterator._workers)
+                iterator._shutdown_workers()
+        except RuntimeError:
+            if self.dead_worker() is None:
+                raise
+        finally:
+            self._iterator = None
+            self._loader = None  # it keeps persistent workers for its next iteration
+            _kill_and_join(iterator._workers)
+
+    def dead_worker(self) -> Any:
+        """A worker process that has ended though nobody asked it to; None if there is none."""
+        return next((worker for worker in self._workers() if worker.exitcode is not None), None)
+
+    def has_killed_worker(self) -> bool:
+        return any(worker.exitcode for worker in self._workers())
+
+    def _current_loader(self) -> DataLoader[Any]:
+        if self._loader is None:
+            self._begun = multiprocessing.Semaphore(0)
+            self._loader = self._new_loader(functools.partial(_begin_worker, self._begun))
+        return self._loader
+
+    def _have_begun(self, seconds: float) -> bool:
+        """Waits for all workers to begin; False if some do not, though none has died."""
+        if self._begun is None or multiprocessing.get_start_method() != "fork":
+            return True  # workers of another kind inherit no locks, and import for as long as they have to
+        until = time.monotonic() + seconds
+        missing = len(self._workers())
+        while missing and self.dead_worker() is None:
+            if self._begun.acquire(timeout=0.1):
+                missing -= 1
+            elif time.monotonic() > until:
+                return False
+        return True
+
+    def _guarded(self, step: Callable[[], Any]) -> Any:
+        """Takes a step in which the death of a worker may be noticed, and says what has happened if it is."""
+
+        def checked_step() -> Any:
+            if self.dead_worker() is not None:
+                raise RuntimeError("a data loader's worker had died before")
+            return step()
+
+        try:
+            return self._watched(checked_step)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not isinstance(error, RuntimeError):
+                # The connection to a dying worker breaks a little earlier than the process can be seen to have ended.
+                broken = wait([worker.sentinel for worker in self._workers()], timeout=1)
+                for worker in self._workers():
+                    if worker.sentinel in broken:
+                        worker.join(timeout=1)
+            if self.dead_worker() is None:
+                raise
+            raise self._death() from error
+
+    def _watched(self, step: Callable[[], Any]) -> Any:
+        """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""
+        global _watching
+        before, _watching = _watching, self
+        try:
+            return step()
+        finally:
+            _watching = before
+
+    def _workers(self) -> list[Any]:
+        return self._iterator._workers if self._iterator is not None else []
+
+    def _death(self) -> UserError:
+        worker = self.dead_worker()
+        status = worker.exitcode
+        self.end()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return UserError(
+            f"a worker process that loads the {self._role} data (pid {worker.pid}) {how}"
+            f"{_DEATHS.get(-status, '')}. Start again: a run with checkpoints goes on from the last one."
+        )
+
+
+def _begin_worker(begun: Semaphore, worker: int) -> None:
+    training = multiprocessing.parent_process()
+    if training is not None:
+        # torch's worker takes whoever is its parent a moment after this for the training process, and ends with that
+        # one. If the training has been killed before, it would stay for ever, and with it the sockets that the other
+        # ranks wait at.
+        threading.Thread(target=_end_with, args=(training.pid,), daemon=True).start()
+    _ignore_signals(worker)
+    begun.release()
+
+
+def _end_with(training: int | None) -> None:
+    while os.getppid() == training:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves it to the training process what to do about Ctrl-C or a scheduler's signal, which reach workers too.
+
+    It may have a window to finish, and needs its workers for that. They end with it in any case.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        # Not SIG_IGN, which programs that a dataset starts would inherit.
+        signal.signal(number, lambda *_: None)
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _kill_and_join(workers: list[Any]) -> None:
+    _kill(workers)
+    for worker in workers:
+        worker.join(timeout=1)
+
+
+_watching: DataWorkers | None = None
+"""The workers that are being waited for now."""
+
+
+def _hold_back_deaths() -> None:
+    """Lets the death of a worker be noticed where its micro-batch is waited for.
+
+    torch raises it from a signal handler, wherever the training is at that moment: in an optimizer step, or while it
+    saves. A handler is needed, though: a worker that dies while it writes keeps the reader waiting for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # Now, as torch would do it while it starts the first workers: the death of one of them would be raised right there,
+    # where a loader that is half made can't be ended.
+    signal_handling._set_SIGCHLD_handler()
+    handler = signal.getsignal(signal.SIGCHLD)
+    if callable(handler) and not isinstance(handler, _OnlyWhereWatched):
+        signal.signal(signal.SIGCHLD, _OnlyWhereWatched(handler))
+
+
+@dataclass(frozen=True, slots=True)
+class _OnlyWhereWatched:
+    handler: Callable[[int, FrameType | None], Any]
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        with suppress(RuntimeError):
+            self.handler(number, frame)
+        if _watching is not None and _watching.has_killed_worker():
+            raise RuntimeError("a data loader's worker was killed")

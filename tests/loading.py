@@ -1,0 +1,58 @@
+"""Datasets and micro-batches for the tests of loading."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from distaccum.fetching import BatchSource, MicroBatches, Request
+
+
+class Numbers(Dataset[Any]):
+    """Sample i is i, and the process that loaded it."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return index, os.getpid()
+
+
+class Noisy(Numbers):
+    def __getitem__(self, index: int) -> Any:
+        return index, random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def new_fetcher(dataset: Any, collate_fn: Any = list, seed: int = 1) -> MicroBatches:
+    return MicroBatches(dataset, collate_fn, "training", seed)
+
+
+def new_source(dataset: Any, num_workers: int, *, persistent: bool = True, collate_fn: Any = default_collate) -> Any:
+    return closing(
+        BatchSource(
+            new_fetcher(dataset, collate_fn),
+            num_workers=num_workers,
+            pin_memory=False,
+            persistent_workers=persistent and num_workers > 0,
+            prefetch_factor=None,
+        )
+    )
+
+
+def requests(count: int, size: int = 2) -> Iterator[Request]:
+    return (Request(0, list(range(size * number, size * number + size))) for number in range(count))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
