@@ -17,6 +17,7 @@ from torch import nn
 
 from distaccum import Accumulator, optim, stepping
 from distaccum.checkpoints.folder import checkpoints_in
+from distaccum.checkpoints.state import check_same_state
 from distaccum.components import AdamConfig, AdamW8bitConfig
 from distaccum.entry import compose
 from distaccum.errors import UserError
@@ -83,7 +84,7 @@ def test_moments_do_not_stay_silently_as_they_were(train: Callable[..., Ended]) 
     assert train(*more, "train.max_updates=2").status == 0
     before = Path("run/model.safetensors").read_bytes()
     for size, said in (
-        (0, r"in 32 bits, and with optim.min_8bit_size=0 they would be in 8\."),
+        (0, r"in 32 bits, and with optim_bits=8 and min_8bit_size=0 they would be in 8\."),
         (10**6, "in 8 bits, and"),
     ):
         ended = train(*more, "train.max_updates=4", f"optim.min_8bit_size={size}")
@@ -92,6 +93,43 @@ def test_moments_do_not_stay_silently_as_they_were(train: Callable[..., Ended]) 
     assert Path("run/model.safetensors").read_bytes() == before
     assert train(*more, "train.max_updates=4").status == 0
     assert len(updates(Path("run"))) == 4
+
+
+@needs_8bit
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion", "AdamW8bit"])
+def test_bits_are_each_parameters_own(optimizer: str, train: Callable[..., Ended]) -> None:
+    """All of bitsandbytes' optimizers have a `min_8bit_size`; not all of them have moments in 8 bits."""
+    more = [*DIGITS[1:], "optim=custom", f"optim._target_=bitsandbytes.optim.{optimizer}", "optim.lr=0.001"]
+    more += ["train.epochs=null", "run_dir=run"]
+    assert train(*more, "train.max_updates=2").status == 0
+    ended = train(*more, "train.max_updates=4")
+    assert ended.status == 0, ended.message
+    assert len(updates(Path("run"))) == 4
+
+
+@needs_8bit
+def test_a_parameter_may_be_kept_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for table in ("pid2config", "index2config"):  # it knows parameters by their addresses, for ever
+        monkeypatch.setattr(manager, table, {})
+
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 128))
+        manager.override_config(model[0].weight, "optim_bits", 32)
+        return model, bitsandbytes.optim.AdamW8bit(model.parameters(), min_8bit_size=1024)
+
+    model, optimizer = made()
+    model(torch.ones(2, 128)).sum().backward()
+    optimizer.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    stored = [f"optimizer/{names[parameter]}/{key}" for parameter, state in optimizer.state.items() for key in state]
+    assert sum("absmax1" in path for path in stored) == 1
+    check_same_state(*made(), stored)
+    other = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 128))
+    with pytest.raises(UserError, match=r"moments of 0\.weight in 32 bits, and with optim_bits=8"):
+        check_same_state(other, bitsandbytes.optim.AdamW8bit(other.parameters(), min_8bit_size=1024), stored)
 
 
 @needs_8bit

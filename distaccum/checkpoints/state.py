@@ -226,17 +226,22 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
             )
 
 
-def _check_same_bits(module: nn.Module, optimizer: torch.optim.Optimizer, kept: Mapping[str, set[str]]) -> None:
+def _check_same_bits(module: nn.Module, optimizer: Any, kept: Mapping[str, set[str]]) -> None:
     """The same of bitsandbytes' optimizers, which leave moments as they find them, in 8 bits or in 32."""
-    if (least := getattr(getattr(optimizer, "args", None), "min_8bit_size", None)) is None:
+    if not type(optimizer).__module__.startswith("bitsandbytes."):
         return
+    common = {key: getattr(optimizer.args, key) for key in ("optim_bits", "min_8bit_size")}
     for name, parameter in module.named_parameters():
-        was_8bit, is_8bit = "absmax1" in kept.get(name, ()), parameter.numel() >= least
+        config = {**common, **optimizer.mng.pid2config.get(id(parameter), {})}
+        least = config["min_8bit_size"]
+        was_8bit = "absmax1" in kept.get(name, ())
+        is_8bit = config["optim_bits"] == 8 and parameter.numel() >= least
         if name in kept and was_8bit != is_8bit:
             raise UserError(
                 f"the checkpoint has the moments of {name} in {8 if was_8bit else 32} bits, and with "
-                f"optim.min_8bit_size={least} they would be in {8 if is_8bit else 32}. Set it as it was, or begin anew "
-                "with resume=none and another run_dir."
+                f"optim_bits={config['optim_bits']} and min_8bit_size={least} they would be in "
+                f"{8 if is_8bit else 32}. Configure the optimizer as it was, or begin anew with resume=none and "
+                "another run_dir."
             )
 
 
