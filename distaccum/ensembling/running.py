@@ -120,7 +120,14 @@ class _Examination:
         self.together = self._put_together(wishes)
 
     def _combination(self, wishes: Wishes) -> Combination | None:
-        if isinstance(self.task, CoupledTask) and (wishes.combine is not None or len(self.members) > 1):
+        if len(self.members) == 1:
+            if wishes.combine is not None:
+                raise UserError(
+                    f"--combine {wishes.combine.value} needs two models or more, and there is one. Leave it out, or "
+                    "name others too."
+                )
+            return None
+        if isinstance(self.task, CoupledTask):
             if wishes.combine is Combination.weights:
                 return Combination.weights
             if wishes.combine is None:
@@ -129,13 +136,6 @@ class _Examination:
                 f"{type(self.task).__name__} compares embeddings, and those of different models have nothing to do "
                 "with each other: they can't be combined. Leave out --combine, and each model is evaluated alone."
             )
-        if len(self.members) == 1:
-            if wishes.combine is not None:
-                raise UserError(
-                    f"--combine {wishes.combine.value} needs two models or more, and there is one. Leave it out, or "
-                    "name others too."
-                )
-            return None
         return wishes.combine or Combination.probabilities
 
     def _put_together(self, wishes: Wishes) -> nn.Module | None:

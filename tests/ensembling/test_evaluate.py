@@ -196,6 +196,10 @@ def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Eva
     ended = evaluated("views1", "views2", "--combine", "probabilities")
     assert ended.status == 2
     assert "can't be combined" in ended.err
+    for how in ("weights", "probabilities"):
+        ended = evaluated("views1", "--combine", how)
+        assert ended.status == 2
+        assert f"--combine {how} needs two models or more, and there is one" in ended.err
 
 
 def test_an_average_that_has_not_begun_is_not_evaluated(evaluated: Evaluate, train: Callable[..., Ended]) -> None:
