@@ -497,3 +497,17 @@ def test_a_window_left_in_the_middle_drops_what_it_has_loaded() -> None:
     windows = loader.epoch(0)
     assert next(iter(next(windows)))[1].tolist() == whole[0][0]
     assert [batch[1].tolist() for batch in next(windows)] == whole[1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"num_workers": 2, "prefetch_factor": 0}, "prefetch_factor must be at least 1, got 0"),
+        ({"persistent_workers": True}, "persistent_workers=True needs worker processes, and num_workers is 0"),
+        ({"prefetch_factor": 4}, "prefetch_factor=4 needs worker processes, and num_workers is 0"),
+    ],
+)
+def test_wrong_options_are_one_message(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        LoaderOptions(**wrong)

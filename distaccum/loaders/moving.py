@@ -34,6 +34,22 @@ class LoaderOptions:
     float_dtype: torch.dtype | None = None
     non_blocking: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuses what can't be, which a loader without workers would leave unread.
+
+        Raises:
+            UserError: names the option.
+        """
+        for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise UserError(f"LoaderOptions: {key} must be at least {least}, got {value}.")
+        for key in ("persistent_workers", "prefetch_factor"):
+            if (value := getattr(self, key)) and self.num_workers == 0:
+                raise UserError(
+                    f"LoaderOptions: {key}={value} needs worker processes, and num_workers is 0: set num_workers, or "
+                    f"leave {key} out."
+                )
+
     @property
     def waits_for_loading(self) -> bool:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
