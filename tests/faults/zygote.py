@@ -180,12 +180,11 @@ class _Launch:
     def _abort(self) -> None:
         """Ends what hangs; ranks and their data workers say where they were."""
         left = [process for process in self.processes if process not in self.statuses]
-        for process in [worker for rank in left for worker in _children(rank)]:
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGABRT)
-        if left:
-            time.sleep(_SECONDS_FOR_OTHERS)  # for the workers to have said it
+        workers = [worker for rank in left for worker in _children(rank)]
         self._kill(left, signal.SIGABRT)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGABRT)
 
     def _kill(self, processes: list[int], number: signal.Signals) -> None:
         for process in processes:
@@ -195,9 +194,11 @@ class _Launch:
 
 def _children(process: int) -> list[int]:
     """The processes that any thread of a process has forked."""
-    return [
-        int(child) for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
-    ]
+    children = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            children += [int(child) for child in path.read_text().split()]
+    return children
 
 
 def _forked(
