@@ -85,7 +85,7 @@ class RunProgress:
         return self._loader.sample_micro_batch(*((self.epoch + 1, 0) if is_over else (self.epoch, self.next_window)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes, as JSON has it."""
+        """What `go_on_from` puts back, as JSON has it, but for the sizes of windows, which the loader says itself."""
         done = self._loader.sizes.bounds(self.epoch)[self.next_window - 1][1] if self.next_window else 0
         return {
             "totals": asdict(self.totals),

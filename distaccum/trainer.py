@@ -214,6 +214,11 @@ class Trainer:
         self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
         self.checkpointer.tensors |= {average.name: average.tensors() for average in self._averages}
 
+    @property
+    def total_updates(self) -> int:
+        """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
+        return self._progress.total_updates
+
     def fit(self) -> RunEnd:
         """Trains to the end of the run, or to a signal to stop.
 
