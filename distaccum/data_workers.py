@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from multiprocessing.connection import wait
 from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
@@ -34,6 +35,11 @@ _SECONDS_TO_BEGIN = (2.0, 10.0, 60.0)
 _SECONDS_BETWEEN_LOOKS = 1.0
 """Of a worker, at whether the training process is still there."""
 
+_SECONDS_TO_PIN = 6.0
+"""What the thread that pins memory gets to end; it looks every 5 s."""
+
+_NEWER_PYTHON = "A newer Python, 3.12 or the last 3.11, is not known to leave them hanging"
+
 _DEATHS = {
     signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
     "data.num_workers or data.prefetch_factor, or give the job more memory",
@@ -42,13 +48,24 @@ _DEATHS = {
 }
 
 
+class _Gate(NamedTuple):
+    """Where workers wait until all of them have begun.
+
+    Those that are ended because another one hangs have touched nothing of the dataset.
+    """
+
+    begun: Semaphore
+    opened: Semaphore
+
+
 class DataWorkers:
     """The worker processes of a data loader, for one iteration after another.
 
     A worker's death is noticed where its micro-batch is waited for. Workers that a fork leaves hanging are started
-    anew. That happens: CPython before 3.12 waits in the child for a lock that another thread may hold at the moment of
-    the fork (python/cpython#112275), and gloo's threads take it whenever a collective is done. With torch 2.13 on
-    CPython 3.11.7, 29 of 11890 forks right after an all-reduce hung, and none of 17258 that came 5 ms later.
+    anew. That happens: CPython before 3.12, but for late releases of 3.11, waits in the child for a lock that another
+    thread may hold at the moment of the fork (python/cpython#112275), and gloo's threads take it whenever a collective
+    is done. With torch 2.13 on CPython 3.11.7, 29 of 11890 forks right after an all-reduce hung, and none of 17258 that
+    came 5 ms later.
 
     Args:
         new_loader: makes the data loader, given the `worker_init_fn` of its workers.
@@ -60,8 +77,6 @@ class DataWorkers:
         self._role = role
         self._loader: DataLoader[Any] | None = None
         self._iterator: Any = None
-        self._begun: Semaphore | None = None
-        """Released by each worker of the loader when it begins."""
 
     def start(self) -> None:
         """Begins the loader's next iteration, with its persistent workers or with new ones.
@@ -70,29 +85,25 @@ class DataWorkers:
             UserError: a worker has died, or workers did not begin however often they were started.
         """
         _hold_back_deaths()
-        for seconds in _SECONDS_TO_BEGIN:
-            if self._iterator is None:
-                time.sleep(_SECONDS_BEFORE_FORK)
-            iterator = self._guarded(lambda: iter(self._current_loader()))
-            if iterator is self._iterator:
+        if self._loader is not None and self._loader.persistent_workers:
+            self._guarded(lambda: iter(self._loader))  # type: ignore[arg-type]
+            return
+        self.end()
+        for attempt, seconds in enumerate(_SECONDS_TO_BEGIN, 1):
+            if self._has_started(seconds):
                 return
-            self._iterator = iterator
-            # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
-            Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
-            if self._guarded(functools.partial(self._have_begun, seconds)):
-                return
-            logger.warning(
-                "the worker processes that load the %s data did not begin within %g s of their fork, and are started "
-                "anew. Python 3.12 and later are not known to leave them hanging.",
-                self._role,
-                seconds,
-            )
-            _kill_and_join(iterator._workers)
-            self.end()
+            if attempt < len(_SECONDS_TO_BEGIN):
+                logger.warning(
+                    "the worker processes that load the %s data did not begin within %g s of their fork, and are "
+                    "started anew.%s",
+                    self._role,
+                    seconds,
+                    f" {_NEWER_PYTHON}." if sys.version_info < (3, 12) else "",
+                )
         raise UserError(
             f"the worker processes that load the {self._role} data were started {len(_SECONDS_TO_BEGIN)} times and "
-            f"never began, in the end within {_SECONDS_TO_BEGIN[-1]:g} s. Set data.num_workers=0 to load without them, "
-            "or use Python 3.12 or later, whose forks are not known to hang."
+            f"never began, in the end within {_SECONDS_TO_BEGIN[-1]:g} s. Set data.num_workers=0 to load without "
+            f"them.{f' {_NEWER_PYTHON}.' if sys.version_info < (3, 12) else ''}"
         )
 
     def next(self) -> Any:
@@ -114,10 +125,7 @@ class DataWorkers:
             if self.dead_worker() is None:
                 self._watched(iterator._shutdown_workers)
             else:
-                # It may have held the lock of the event that torch would now tell the others with, and wait for ever.
-                iterator._workers_done_event = threading.Event()
-                _kill_and_join(iterator._workers)
-                iterator._shutdown_workers()
+                _abandon(iterator)
         except RuntimeError:
             if self.dead_worker() is None:
                 raise
@@ -133,20 +141,40 @@ class DataWorkers:
     def has_killed_worker(self) -> bool:
         return any(worker.exitcode for worker in self._workers())
 
-    def _current_loader(self) -> DataLoader[Any]:
-        if self._loader is None:
-            self._begun = multiprocessing.Semaphore(0)
-            self._loader = self._new_loader(functools.partial(_begin_worker, self._begun))
-        return self._loader
+    def _has_started(self, seconds: float) -> bool:
+        """Starts new workers; False if some of them do not begin in that time, and all are ended again."""
+        time.sleep(_SECONDS_BEFORE_FORK)
+        gate = _Gate(multiprocessing.Semaphore(0), multiprocessing.Semaphore(0))
+        loader = self._new_loader(functools.partial(_begin_worker, gate))
+        others = multiprocessing.active_children()
+        try:
+            self._iterator = iterator = self._guarded(lambda: iter(loader))
+        except BaseException:
+            # Those that were started wait at the gate, and nobody knows them.
+            _kill_and_join([child for child in multiprocessing.active_children() if child not in others])
+            raise
+        self._loader = loader
+        # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
+        Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
+        have_begun = False
+        try:
+            # Workers of another kind inherit no locks, and import for as long as they have to.
+            is_forked = multiprocessing.get_start_method() == "fork"
+            have_begun = not is_forked or self._guarded(lambda: self._have_begun(gate, seconds))
+        finally:
+            if not have_begun:
+                _kill_and_join(iterator._workers)
+                self.end()
+        for _ in iterator._workers:
+            gate.opened.release()
+        return have_begun
 
-    def _have_begun(self, seconds: float) -> bool:
+    def _have_begun(self, gate: _Gate, seconds: float) -> bool:
         """Waits for all workers to begin; False if some do not, though none has died."""
-        if self._begun is None or multiprocessing.get_start_method() != "fork":
-            return True  # workers of another kind inherit no locks, and import for as long as they have to
         until = time.monotonic() + seconds
         missing = len(self._workers())
         while missing and self.dead_worker() is None:
-            if self._begun.acquire(timeout=0.1):
+            if gate.begun.acquire(timeout=0.1):
                 missing -= 1
             elif time.monotonic() > until:
                 return False
@@ -196,20 +224,27 @@ class DataWorkers:
         )
 
 
-def _begin_worker(begun: Semaphore, worker: int) -> None:
-    training = multiprocessing.parent_process()
-    if training is not None:
-        # torch's worker takes whoever is its parent a moment after this for the training process, and ends with that
-        # one. If the training has been killed before, it would stay for ever, and with it the sockets that the other
-        # ranks wait at.
-        threading.Thread(target=_end_with, args=(training.pid,), daemon=True).start()
-    _ignore_signals(worker)
-    begun.release()
+def _begin_worker(gate: _Gate, worker: int) -> None:
+    try:
+        training = multiprocessing.parent_process()
+        if training is not None:
+            # torch's worker takes whoever is its parent a moment after this for the training process, and ends with
+            # that one. If the training has been killed before, it would stay for ever, and with it the sockets that the
+            # other ranks wait at.
+            threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+        _ignore_signals(worker)
+    finally:
+        gate.begun.release()  # torch hands an exception over in the place of the first batch
+    gate.opened.acquire()
 
 
-def _end_with(training: int | None) -> None:
-    while os.getppid() == training:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+def _end_with(training: Any) -> None:
+    if multiprocessing.get_start_method() == "fork":
+        # Workers that were forked later hold the other end of what join() waits at.
+        while os.getppid() == training.pid:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    else:
+        training.join()  # the parent may be a server of forks
     os._exit(1)
 
 
@@ -232,6 +267,30 @@ def _kill_and_join(workers: list[Any]) -> None:
     _kill(workers)
     for worker in workers:
         worker.join(timeout=1)
+
+
+def _abandon(iterator: Any) -> None:
+    """Ends what is left of an iterator of which a worker has died.
+
+    torch's own way waits for ever if the worker held the lock of the event that tells the others, or was in the middle
+    of a message to the thread that pins memory.
+    """
+    _kill_and_join(iterator._workers)
+    if iterator._shutdown:
+        return
+    iterator._shutdown = True
+    if hasattr(iterator, "_pin_memory_thread"):
+        iterator._pin_memory_thread_done_event.set()
+        iterator._worker_result_queue.put((None, None))
+        iterator._pin_memory_thread.join(timeout=_SECONDS_TO_PIN)
+        iterator._worker_result_queue.cancel_join_thread()
+        iterator._worker_result_queue.close()
+    for queue in iterator._index_queues:
+        queue.cancel_join_thread()
+        queue.close()
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+        iterator._worker_pids_set = False
 
 
 _watching: DataWorkers | None = None

@@ -171,8 +171,7 @@ class BatchSource:
         if self._num_workers == 0:
             yield from map(_whole, self._new_loader())
             return
-        if not self._persistent_workers:
-            self.close()
+        self._iteration = None
         self._workers.start()
         self._iteration = iteration = object()
         try:

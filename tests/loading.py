@@ -34,12 +34,19 @@ def new_fetcher(dataset: Any, collate_fn: Any = list, seed: int = 1) -> MicroBat
     return MicroBatches(dataset, collate_fn, "training", seed)
 
 
-def new_source(dataset: Any, num_workers: int, *, persistent: bool = True, collate_fn: Any = default_collate) -> Any:
+def new_source(
+    dataset: Any,
+    num_workers: int,
+    *,
+    persistent: bool = True,
+    collate_fn: Any = default_collate,
+    pin_memory: bool = False,
+) -> Any:
     return closing(
         BatchSource(
             new_fetcher(dataset, collate_fn),
             num_workers=num_workers,
-            pin_memory=False,
+            pin_memory=pin_memory,
             persistent_workers=persistent and num_workers > 0,
             prefetch_factor=None,
         )

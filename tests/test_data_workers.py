@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from loading import Numbers, is_alive, new_source, requests
 
 from distaccum import UserError, data_workers
@@ -71,6 +72,98 @@ def test_workers_that_a_fork_leaves_hanging_are_started_anew(
             assert "did not begin within 1 s of their fork, and are started anew" in caplog.text
             assert len(multiprocessing.active_children()) == (2 if persistent else 0)
         assert not multiprocessing.active_children()
+
+
+def test_no_worker_loads_before_all_have_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise those that are ended with the hanging one could leave a file half-written."""
+
+    class Writing(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            (tmp_path / str(os.getpid())).touch()
+            time.sleep(0.01)
+            return index
+
+    monkeypatch.setattr(data_workers, "_SECONDS_TO_BEGIN", (1.0, 30.0))
+    with new_source(Writing(), 2) as source:
+        _after_fork[:] = [int, _hang]
+        assert len(list(source.batches(lambda: requests(6)))) == 6
+        assert {int(path.name) for path in tmp_path.iterdir()} == {
+            child.pid for child in multiprocessing.active_children()
+        }
+
+
+def test_what_a_worker_raises_while_it_begins_is_said() -> None:
+    start = threading.Thread.start
+
+    def failing_once(thread: threading.Thread) -> None:
+        threading.Thread.start = start  # type: ignore[method-assign]
+        raise RuntimeError("can't start new thread")
+
+    def only_in_workers() -> None:
+        threading.Thread.start = failing_once  # type: ignore[method-assign]
+
+    with new_source(Numbers(), 1) as source:
+        _after_fork[:] = [only_in_workers]
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            list(source.batches(lambda: requests(6)))
+        assert time.monotonic() - started < 1.5
+
+
+def test_workers_that_are_started_before_a_fork_fails_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = os.fork
+    left = [fork]
+
+    def failing() -> int:
+        if not left:
+            raise BlockingIOError("Resource temporarily unavailable")
+        return left.pop()()
+
+    monkeypatch.setattr(os, "fork", failing)
+    with new_source(Numbers(), 2) as source:
+        with pytest.raises(BlockingIOError):
+            list(source.batches(lambda: requests(6)))
+        assert not multiprocessing.active_children()
+        monkeypatch.setattr(os, "fork", fork)
+        assert len(list(source.batches(lambda: requests(6)))) == 6
+
+
+def test_an_iteration_does_not_go_on_after_one_that_could_not_begin() -> None:
+    with new_source(Numbers(), 1) as source:
+        one = source.batches(lambda: requests(50))
+        pid = int(next(one)[1][0])
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+        with pytest.raises(UserError, match=f"pid {pid}"):
+            next(source.batches(lambda: requests(50)))
+        with pytest.raises(UserError, match="after another one has begun"):
+            next(one)
+
+
+_START_METHOD = """
+import multiprocessing, sys
+from loading import Numbers, new_source, requests
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    with new_source(Numbers(), 2) as source:
+        for _ in range(2):
+            print(len(list(source.batches(lambda: requests(6)))))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_of_every_kind(method: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_START_METHOD)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), method],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n6\n", "")
 
 
 def test_workers_that_never_begin_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +229,56 @@ def test_workers_killed_at_any_moment() -> None:
             with pytest.raises(UserError, match=f"pid {pid}. was killed by SIGKILL"):
                 list(batches)
             killer.join()
+
+
+@pytest.fixture
+def pinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's thread that pins memory runs on a machine without a GPU too, and pins nothing."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: None)
+    monkeypatch.setattr(torch.utils.data._utils.pin_memory, "pin_memory", lambda data, device: data)
+
+
+class Large(Numbers):
+    """More than a pipe holds: a worker can die in the middle of it."""
+
+    def __getitem__(self, index: int) -> Any:
+        return os.getpid(), bytes(1_000_000)
+
+
+def _has_pinning_thread() -> bool:
+    return any("_pin_memory_loop" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_one_iteration_after_another_with_pinned_memory(persistent: bool, pinning: None) -> None:
+    with new_source(Large(), 2, persistent=persistent, collate_fn=list, pin_memory=True) as source:
+        for _ in range(3):
+            batches = source.batches(lambda: requests(4))
+            next(batches)
+            assert _has_pinning_thread()
+            assert len(list(batches)) == 3
+    assert not _has_pinning_thread()
+
+
+def test_workers_killed_in_the_middle_of_a_message_to_the_thread_that_pins(
+    pinning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_workers, "_SECONDS_TO_PIN", 0.5)
+    chance = random.Random(0)
+    for _ in range(10):
+        with new_source(Large(), 2, collate_fn=list, pin_memory=True) as source:
+            batches = source.batches(lambda: requests(100_000))
+            pid = next(batches)[0][0]
+            killer = threading.Timer(chance.random() / 50, os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            started = time.monotonic()
+            with pytest.raises(UserError, match=f"pid {pid}. was killed by SIGKILL"):
+                list(batches)
+            assert time.monotonic() - started < 20
+            killer.join()
+            assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_leaves() -> None:
