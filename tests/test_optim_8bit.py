@@ -96,11 +96,11 @@ def test_moments_do_not_stay_silently_as_they_were(train: Callable[..., Ended]) 
 
 
 @needs_8bit
-@pytest.mark.parametrize("optimizer", ["AdamW", "Lion", "AdamW8bit"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "Lion", "AdamW8bit", "PytorchLARS"])
 def test_bits_are_each_parameters_own(optimizer: str, train: Callable[..., Ended]) -> None:
     """All of bitsandbytes' optimizers have a `min_8bit_size`; not all of them have moments in 8 bits."""
     more = [*DIGITS[1:], "optim=custom", f"optim._target_=bitsandbytes.optim.{optimizer}", "optim.lr=0.001"]
-    more += ["train.epochs=null", "run_dir=run"]
+    more += ["train.epochs=null", "run_dir=run", *(["+optim.momentum=0.9"] if optimizer == "PytorchLARS" else [])]
     assert train(*more, "train.max_updates=2").status == 0
     ended = train(*more, "train.max_updates=4")
     assert ended.status == 0, ended.message
@@ -127,9 +127,31 @@ def test_a_parameter_may_be_kept_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> 
     stored = [f"optimizer/{names[parameter]}/{key}" for parameter, state in optimizer.state.items() for key in state]
     assert sum("absmax1" in path for path in stored) == 1
     check_same_state(*made(), stored)
+    manager.pid2config.clear()
     other = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 128))
     with pytest.raises(UserError, match=r"moments of 0\.weight in 32 bits, and with optim_bits=8"):
         check_same_state(other, bitsandbytes.optim.AdamW8bit(other.parameters(), min_8bit_size=1024), stored)
+
+
+@needs_8bit
+def test_an_embedding_that_asks_for_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for table, empty in (("pid2config", {}), ("index2config", {}), ("module_weight_config_triple", [])):
+        monkeypatch.setattr(manager, table, empty)
+
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Sequential(bitsandbytes.nn.StableEmbedding(64, 128), torch.nn.Linear(128, 64))
+        return model, bitsandbytes.optim.AdamW8bit(model.parameters(), min_8bit_size=1024)
+
+    model, optimizer = made()
+    model(torch.arange(64)).sum().backward()
+    optimizer.step()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    stored = [f"optimizer/{names[parameter]}/{key}" for parameter, state in optimizer.state.items() for key in state]
+    assert [path for path in stored if "absmax1" in path] == ["optimizer/1.weight/absmax1"]
+    check_same_state(*made(), stored)
 
 
 @needs_8bit

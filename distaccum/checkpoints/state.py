@@ -228,11 +228,14 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
 
 def _check_same_bits(module: nn.Module, optimizer: Any, kept: Mapping[str, set[str]]) -> None:
     """The same of bitsandbytes' optimizers, which leave moments as they find them, in 8 bits or in 32."""
-    if not type(optimizer).__module__.startswith("bitsandbytes."):
+    if not all(hasattr(getattr(optimizer, "args", None), key) for key in ("optim_bits", "min_8bit_size")):
         return
     common = {key: getattr(optimizer.args, key) for key in ("optim_bits", "min_8bit_size")}
+    own = dict(optimizer.mng.pid2config)
+    for layer, attribute, config in optimizer.mng.module_weight_config_triple:
+        own[id(getattr(layer, attribute))] = config  # which bitsandbytes looks at in the first step
     for name, parameter in module.named_parameters():
-        config = {**common, **optimizer.mng.pid2config.get(id(parameter), {})}
+        config = {**common, **own.get(id(parameter), {})}
         least = config["min_8bit_size"]
         was_8bit = "absmax1" in kept.get(name, ())
         is_8bit = config["optim_bits"] == 8 and parameter.numel() >= least
