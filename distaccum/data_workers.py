@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,9 @@ class DataWorkers:
     is done. With torch 2.13 on CPython 3.11.7, 29 of 11890 forks right after an all-reduce hung, and none of 17258 that
     came 5 ms later.
 
+    One death is not noticed: in the middle of a message that a pipe doesn't hold, of a worker that is no child of this
+    process (under forkserver), or while another thread than the main one waits for it.
+
     Args:
         new_loader: makes the data loader, given the `worker_init_fn` of its workers.
         role: what the data are for, as messages say it.
@@ -86,7 +90,11 @@ class DataWorkers:
         """
         _hold_back_deaths()
         if self._loader is not None and self._loader.persistent_workers:
-            self._guarded(lambda: iter(self._loader))  # type: ignore[arg-type]
+            try:
+                self._guarded(lambda: iter(self._loader))  # type: ignore[arg-type]
+            except BaseException:
+                self.end()  # answers that were not waited for would be taken for those of the next attempt
+                raise
             return
         self.end()
         for attempt, seconds in enumerate(_SECONDS_TO_BEGIN, 1):
@@ -113,7 +121,13 @@ class DataWorkers:
             StopIteration: there is none.
             UserError: a worker has died.
         """
-        return self._guarded(lambda: next(self._iterator))
+        try:
+            return self._guarded(lambda: next(self._iterator))
+        except Exception:
+            raise
+        except BaseException:
+            self.end()  # Ctrl-C, which may have come in the middle of a message
+            raise
 
     def end(self) -> None:
         """Ends the workers. A later iteration starts new ones."""
@@ -153,21 +167,22 @@ class DataWorkers:
             # Those that were started wait at the gate, and nobody knows them.
             _kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
-        self._loader = loader
-        # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
-        Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
-        have_begun = False
+        has_started = False
         try:
+            # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
+            Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
             # Workers of another kind inherit no locks, and import for as long as they have to.
-            is_forked = multiprocessing.get_start_method() == "fork"
-            have_begun = not is_forked or self._guarded(lambda: self._have_begun(gate, seconds))
+            limit = seconds if multiprocessing.get_start_method() == "fork" else math.inf
+            if self._guarded(lambda: self._have_begun(gate, limit)):
+                for _ in iterator._workers:
+                    gate.opened.release()
+                self._loader = loader
+                has_started = True
         finally:
-            if not have_begun:
+            if not has_started:
                 _kill_and_join(iterator._workers)
                 self.end()
-        for _ in iterator._workers:
-            gate.opened.release()
-        return have_begun
+        return has_started
 
     def _have_begun(self, gate: _Gate, seconds: float) -> bool:
         """Waits for all workers to begin; False if some do not, though none has died."""
@@ -204,6 +219,8 @@ class DataWorkers:
     def _watched(self, step: Callable[[], Any]) -> Any:
         """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""
         global _watching
+        if threading.current_thread() is not threading.main_thread():
+            return step()  # signals are handled in the main thread, which may be anywhere
         before, _watching = _watching, self
         try:
             return step()
