@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -45,13 +45,19 @@ def write(name: str, question: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     record = {
         "question": question,
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "rows": rows,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _command() -> str:
+    """As it is given in the repository's folder, wherever that is."""
+    script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parent.parent)
+    return " ".join(["python", str(script), *sys.argv[1:]])
 
 
 def machine() -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from launching import ROOT
 
+from benchmarks import common
 from benchmarks.emulated_hosts import why_impossible
 
 
@@ -26,6 +27,19 @@ def _run(name: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_commands_are_those_of_the_repositorys_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert json.loads(path.read_text())["command"].startswith("python benchmarks/"), path.name
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.chdir(tmp_path)
+    for script in (tmp_path / "benchmarks" / "peers.py", "benchmarks/peers.py"):
+        monkeypatch.setattr(sys, "argv", [str(script), "--write"])
+        common.write("peers", "?", [])
+        record = json.loads((tmp_path / "benchmarks" / "results" / "peers.json").read_text())
+        assert record["command"] == "python benchmarks/peers.py --write"
 
 
 def test_exactness() -> None:
