@@ -132,20 +132,7 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._averages = [WeightAverage(self.strategy, config) for config in loop.averages]
-        self._evaluator = (
-            Evaluator(
-                self.strategy,
-                task,
-                evaluation_loader,
-                references=references or {},
-                precision=self.precision,
-                heartbeat=self.heartbeat,
-                grace=self._grace,
-                averages=self._averages,
-            )
-            if evaluation_loader is not None
-            else None
-        )
+        self._evaluator = self._new_evaluator(references or {})
         self._tuning = CutTuning(
             loader,
             self.strategy,
@@ -176,6 +163,20 @@ class Trainer:
         self._stopped_early: str | None = None
         self._is_ahead_of_save = False
         self._register_states(scaler)
+
+    def _new_evaluator(self, references: dict[str, float]) -> Evaluator | None:
+        if self.evaluation_loader is None:
+            return None
+        return Evaluator(
+            self.strategy,
+            self.task,
+            self.evaluation_loader,
+            references=references,
+            precision=self.precision,
+            heartbeat=self.heartbeat,
+            grace=self._grace,
+            averages=self._averages,
+        )
 
     def _new_accumulator(
         self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None, noise_scale: NoiseScale | None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import sys
 import threading
@@ -94,6 +95,13 @@ def _cache_of_its_own(
 ) -> None:
     """What is remembered from one start to the next is kept apart from the user's, and from other tests'."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def collects_garbage() -> Iterator[None]:
+    """What a module's tests have left open is closed before the next one's begin."""
+    yield
+    gc.collect()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,10 +9,21 @@ from contextlib import closing
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from distaccum.fetching import BatchSource, MicroBatches, Request
+
+WITH_WORKERS = [
+    # A worker that dies at a bad moment could make its reader wait for ever.
+    pytest.mark.timeout(60),
+    # multiprocessing and torch leave connections and temporary files behind when a worker dies while they talk to it.
+    pytest.mark.usefixtures("collects_garbage"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+"""Marks of tests that start data workers."""
 
 
 class Numbers(Dataset[Any]):

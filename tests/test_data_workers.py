@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import random
@@ -9,30 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loading import Numbers, is_alive, new_source, requests
+from loading import WITH_WORKERS, Numbers, is_alive, new_source, requests
 
 from distaccum import UserError, data_workers
 
-pytestmark = [
-    # A worker that dies at a bad moment could make its reader wait for ever.
-    pytest.mark.timeout(60),
-    # multiprocessing and torch leave connections and temporary files behind when a worker dies while they talk to it.
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _what_is_left_open_is_collected() -> Iterator[None]:
-    yield
-    gc.collect()
-
+pytestmark = WITH_WORKERS
 
 _after_fork: list[Callable[[], object]] = []
 """What the processes do that are forked next, one after another, before anything else."""
@@ -166,7 +152,7 @@ def test_an_iteration_does_not_go_on_after_one_that_could_not_begin() -> None:
 _START_METHOD = """
 import multiprocessing, sys
 from distaccum import data_workers
-from loading import Numbers, new_source, requests
+from loading import WITH_WORKERS, Numbers, new_source, requests
 
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])

@@ -1,33 +1,19 @@
 from __future__ import annotations
 
-import gc
 import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from loading import Noisy, Numbers, is_alive, new_fetcher, new_source, requests
+from loading import WITH_WORKERS, Noisy, Numbers, is_alive, new_fetcher, new_source, requests
 
 from distaccum import UserError
 from distaccum.fetching import Failure, MicroBatches, Request
 from distaccum.seeding import GlobalStates
 
-pytestmark = [
-    # A worker that dies at a bad moment could make its reader wait for ever.
-    pytest.mark.timeout(60),
-    # multiprocessing and torch leave connections and temporary files behind when a worker dies while they talk to it.
-    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _what_is_left_open_is_collected() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = WITH_WORKERS
 
 
 class Recording(Numbers):
