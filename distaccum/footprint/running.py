@@ -114,17 +114,53 @@ def examine(config: MemoryConfig) -> Report:
         )
 
     wanted = [("", "configured", configured), *_changes(config, configured, parts.module, global_batch_size)]
+    chosen = wanted if config.memory.alternatives else wanted[:1]
+    rows, too_large = _rows(config, parts, device, chosen, micro_batch, measured)
+    return Report(
+        model=type(parts.module).__name__,
+        device=str(device),
+        precision=config.precision.name.value,
+        limit=int(limit),
+        usable=int(usable),
+        share=share,
+        rows=rows,
+        too_large=too_large,
+        can_install_8bit=config.memory.alternatives and _can_be_8bit(configured) and not has_8bit(),
+    )
+
+
+def _rows(
+    config: MemoryConfig,
+    parts: Parts,
+    device: torch.device,
+    wanted: list[tuple[str, str, Setting]],
+    micro_batch: int,
+    measured: Callable[[Setting, list[int]], Footprint],
+) -> tuple[list[Row], list[str]]:
+    """Those that fit, and the labels of those that don't.
+
+    Args:
+        wanted: what is changed, label and setting of each; the first is the configured one, whose cut the others have
+            if nothing of it changes.
+        micro_batch: of the configured one.
+        measured: measures a setting with some sizes of micro-batches.
+
+    Raises:
+        DoesNotFitError: the configured one.
+    """
+    configured = wanted[0][2]
+    global_batch_size, num_samples = parts.loader.plan.global_batch_size, len(parts.train_data)
     rows: list[Row] = []
     too_large = []
     with _progress(config) as tick:
-        for change, label, setting in wanted if config.memory.alternatives else wanted[:1]:
+        for change, label, setting in wanted:
             tick(label)
             steps = setting.accumulation_steps
             size = micro_batch
-            if (steps, setting.world_size) != (accumulation_steps, world_size):
+            if (steps, setting.world_size) != (configured.accumulation_steps, configured.world_size):
                 size = -(-global_batch_size // (setting.world_size * steps))
-            size = min(size, len(parts.train_data))
-            sizes = sizes_to_measure(size, len(parts.train_data), replicas_of(setting.strategy, device))
+            size = min(size, num_samples)
+            sizes = sizes_to_measure(size, num_samples, replicas_of(setting.strategy, device))
             try:
                 footprint = measured(setting, sizes)
             except Exception as error:
@@ -139,17 +175,7 @@ def examine(config: MemoryConfig) -> Report:
                 too_large.append(label)
                 continue
             rows.append(Row(label, change, setting.world_size, steps, size, footprint))
-    return Report(
-        model=type(parts.module).__name__,
-        device=str(device),
-        precision=config.precision.name.value,
-        limit=int(limit),
-        usable=int(usable),
-        share=share,
-        rows=rows,
-        too_large=too_large,
-        can_install_8bit=config.memory.alternatives and _can_be_8bit(configured) and not has_8bit(),
-    )
+    return rows, too_large
 
 
 def _world_size(config: MemoryConfig) -> int:
