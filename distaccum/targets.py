@@ -6,13 +6,15 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from distaccum.errors import UserError
 
 TARGET = "_target_"
+_UNKNOWN = frozenset(("_recursive_", "_convert_"))
 
 
 def locate(path: str, where: str) -> Callable[..., Any]:
@@ -53,12 +55,15 @@ def _resolve(path: str) -> Any:
 def build(section: Any, where: str, *args: Any, defaults_from: object = None) -> Any:
     """Calls what a section names by `_target_` with the section's other keys as keyword arguments.
 
+    As with `hydra.utils.instantiate`, `_args_` lists positional arguments, and `_partial_: true` asks for a
+    `functools.partial` instead of a call.
+
     Args:
         section: a mapping or a dataclass with `_target_`. Values that hold a `_target_` themselves are built first.
         where: the section's configuration key, for messages.
-        args: positional arguments that come before the keywords.
+        args: positional arguments that come before those of `_args_`.
         defaults_from: an object whose attributes stand in for arguments of the same name that the section gives as
-            null, or leaves out although they are required.
+            null (those of a `**kwargs` too), or leaves out although they are required.
 
     Raises:
         UserError: there is no `_target_`, it does not import, or its arguments don't fit. What the component itself
@@ -66,23 +71,38 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
     """
     arguments = _arguments(section, where)
     component = locate(arguments.pop(TARGET), where)
+    is_partial, listed = arguments.pop("_partial_", False), arguments.pop("_args_", [])
+    if not isinstance(is_partial, bool) or not isinstance(listed, list) or not _UNKNOWN.isdisjoint(arguments):
+        raise UserError(
+            f"{where}: of Hydra's own keys there are _args_, a list, and _partial_, true or false. Whatever has a "
+            f"{TARGET} is built, and components get plain dictionaries and lists (as with _convert_=all)."
+        )
+    positional = [*args, *_build_nested(listed, f"{where}._args_")]
     arguments = {key: _build_nested(value, f"{where}.{key}") for key, value in arguments.items()}
     signature = _signature(component)
+    if defaults_from is not None:
+        _fill(arguments, signature, len(positional), where, defaults_from)
     if signature is not None:
-        for name, parameter in signature.parameters.items():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            is_required = parameter.default is parameter.empty
-            wanted = arguments.get(name, parameter.default) is None or (name not in arguments and is_required)
-            if wanted and hasattr(defaults_from, name):
-                arguments[name] = getattr(defaults_from, name)
-            elif wanted and is_required and name in arguments and defaults_from is not None:
-                raise UserError(
-                    f"{where}.{name} is null, and the data doesn't say it: {type(defaults_from).__name__} has no "
-                    f"attribute {name}. Set {where}.{name}=…, or give the dataset that attribute."
-                )
-        _check_arguments(signature, component, where, args, arguments)
-    return component(*args, **arguments)
+        _check_arguments(signature, component, where, positional, arguments, is_partial=is_partial)
+    return partial(component, *positional, **arguments) if is_partial else component(*positional, **arguments)
+
+
+def _fill(
+    arguments: dict[str, Any], signature: inspect.Signature | None, num_positional: int, where: str, source: object
+) -> None:
+    """Takes from `source` what is null, or left out although it is required."""
+    parameters = [] if signature is None else list(signature.parameters.values())[num_positional:]
+    defaults = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for name in [*defaults, *(arguments.keys() - defaults.keys())]:
+        is_required = defaults.get(name) is inspect.Parameter.empty
+        wanted = arguments.get(name, defaults.get(name)) is None or (name not in arguments and is_required)
+        if wanted and hasattr(source, name):
+            arguments[name] = getattr(source, name)
+        elif wanted and is_required and name in arguments:
+            raise UserError(
+                f"{where}.{name} is null, and the data doesn't say it: {type(source).__name__} has no "
+                f"attribute {name}. Set {where}.{name}=…, or give the dataset that attribute."
+            )
 
 
 def _arguments(section: Any, where: str) -> dict[str, Any]:
@@ -117,11 +137,13 @@ def _check_arguments(
     signature: inspect.Signature,
     component: Callable[..., Any],
     where: str,
-    args: tuple[Any, ...],
+    args: Sequence[Any],
     arguments: dict[str, Any],
+    *,
+    is_partial: bool,
 ) -> None:
     try:
-        signature.bind(*args, **arguments)
+        (signature.bind_partial if is_partial else signature.bind)(*args, **arguments)
     except TypeError as error:
         name = getattr(component, "__qualname__", repr(component))
         takes = ", ".join(list(signature.parameters)[len(args) :]) or "nothing"

@@ -38,6 +38,10 @@ class Filled:
         self.rest = rest
 
 
+def collecting(name: str, **rest: Any) -> Any:
+    return name, rest
+
+
 @dataclass
 class Section:
     _target_: str = f"{THIS}.Part"
@@ -228,3 +232,54 @@ def test_a_component_without_a_signature_is_called_as_it_is() -> None:
 def test_an_argument_that_neither_the_section_nor_the_data_gives_is_named() -> None:
     with pytest.raises(UserError, match=r"model.size is null, and the data doesn't say it: SimpleNamespace has no"):
         targets.build({"_target_": f"{THIS}.Part", "size": None}, "model", defaults_from=SimpleNamespace())
+
+
+def test_a_null_of_a_factory_that_collects_keywords_is_filled_too() -> None:
+    """`timm.create_model` drops nulls without a word: they would be the 1000 classes of its own default."""
+    data = SimpleNamespace(num_classes=3, rest={"not": "meant"})
+    built = targets.build(
+        {"_target_": f"{THIS}.collecting", "name": "net", "num_classes": None, "other": None, "rest": None},
+        "model",
+        defaults_from=data,
+    )
+    assert built == ("net", {"num_classes": 3, "other": None, "rest": {"not": "meant"}})
+    assert targets.build({"_target_": f"{THIS}.collecting", "name": "net"}, "model", defaults_from=data)[1] == {}
+    built = targets.build({"_target_": "builtins.dict", "num_classes": None}, "model", defaults_from=data)
+    assert built == {"num_classes": 3}, "without a signature"
+
+
+# Hydra's own keys
+
+
+def test_arguments_by_position_come_after_those_of_the_call() -> None:
+    inner = {"_target_": f"{THIS}.Part", "_args_": [3]}
+    assert targets.build({"_target_": f"{THIS}.Part", "_args_": [7, inner]}, "model").inner.size == 3
+    built = targets.build({"_target_": f"{THIS}.Part", "_args_": [inner], "scale": 2.0}, "model", 7)
+    assert (built.size, built.inner.size, built.scale) == (7, 3, 2.0)
+
+
+def test_an_argument_by_position_is_not_taken_from_the_data() -> None:
+    data = SimpleNamespace(num_classes=10, width=7)
+    built = targets.build({"_target_": f"{THIS}.Filled", "_args_": [2]}, "model", defaults_from=data)
+    assert (built.num_classes, built.width) == (2, 7)
+
+
+def test_a_partial_is_completed_by_its_caller() -> None:
+    section = {"_target_": f"{THIS}.Part", "_partial_": True, "scale": 2.0}
+    assert targets.build({"_target_": f"{THIS}.Part", "size": 1, "inner": section}, "model").inner(5).size == 5
+    made = targets.build(section | {"_args_": [4]}, "model")
+    assert (made().size, made(scale=3.0).scale) == (4, 3.0)
+    assert targets.build(section | {"_partial_": False, "size": 1}, "model").size == 1
+
+
+def test_a_partial_with_an_unknown_argument_is_refused() -> None:
+    assert _message({"_target_": f"{THIS}.Part", "_partial_": True, "sise": 2}) == (
+        "model: Part cannot be called so: got an unexpected keyword argument 'sise'. It takes: size, inner, scale."
+    )
+
+
+@pytest.mark.parametrize("option", [{"_args_": "ab"}, {"_partial_": 1}, {"_recursive_": False}, {"_convert_": "all"}])
+def test_other_uses_of_hydras_keys_are_refused(option: dict[str, Any]) -> None:
+    assert _message({"_target_": f"{THIS}.Part", "size": 1} | option).startswith(
+        "model: of Hydra's own keys there are _args_, a list, and _partial_, true or false. "
+    )
