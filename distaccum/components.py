@@ -39,6 +39,9 @@ class ModelConfig:
     freeze: list[str] = field(default_factory=list)
     """Patterns of parameter names, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters take no gradient, no
     optimizer state and no part in the sync."""
+    init_from: str | None = None
+    """Begin from the weights in a safetensors file, or in the folder of a finished run (its `model.safetensors`), which
+    must be named and shaped as the model's own. Steps, optimizer and schedule begin anew; `resume` goes on with all."""
 
 
 @dataclass(kw_only=True, slots=True)

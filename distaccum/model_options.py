@@ -22,7 +22,7 @@ from distaccum.strategies.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
 
-_KEYS = ("activation_checkpointing", "freeze")
+_KEYS = ("activation_checkpointing", "freeze", "init_from")
 
 
 def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.Module:
@@ -37,7 +37,7 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
     Raises:
         UserError: the section doesn't fit.
     """
-    arguments, options = _options(section)
+    arguments, options = options_of(section)
     module = targets.build(arguments, "model", defaults_from=train_data)
     if not isinstance(module, nn.Module):
         raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
@@ -52,7 +52,7 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
     return module
 
 
-def _options(section: Any) -> tuple[Any, dict[str, Any]]:
+def options_of(section: Any) -> tuple[Any, dict[str, Any]]:
     """A section without the keys that are not the constructor's, and those keys."""
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         section = {entry.name: getattr(section, entry.name) for entry in dataclasses.fields(section)}

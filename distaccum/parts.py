@@ -12,6 +12,7 @@ from torch import nn
 
 from distaccum import targets
 from distaccum.batch_sizes import NoiseSizes, SizeRamp, SizeRule, SizeTable
+from distaccum.checkpoints import load_exported
 from distaccum.choices import BatchSchedule, TableUnit
 from distaccum.compilation import Compilation, resolve_compilation
 from distaccum.config import (
@@ -27,7 +28,7 @@ from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
-from distaccum.model_options import build_model
+from distaccum.model_options import build_model, options_of
 from distaccum.redaction import redacted
 from distaccum.remembered import Remembered, fingerprint
 from distaccum.seeding import derived_seed, seed_everything
@@ -93,7 +94,7 @@ def build_parts(
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
     module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
-    return Parts(
+    parts = Parts(
         precision=precision,
         train_data=train_data,
         loader=loader,
@@ -102,6 +103,10 @@ def build_parts(
         task=task,
         module=module.to(precision.parameter_dtype),
     )
+    if initial := options_of(config.model)[1].get("init_from"):
+        load_exported(parts.module, str(initial), "model.init_from")
+        logger.info("model.init_from: the weights come from %s", initial)
+    return parts
 
 
 def _largest_size(config: BatchConfig, world_size: int) -> int | None:

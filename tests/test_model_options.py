@@ -185,6 +185,11 @@ def test_sections_of_all_kinds() -> None:
     assert "forward" not in vars(build_model(null, None).blocks[0])
 
 
+def test_building_reads_no_weights() -> None:
+    """Whoever builds the model of a checkpoint must not be led to another file by it."""
+    build_model({"_target_": f"{__name__}.Net", "init_from": "nowhere.safetensors"}, None)
+
+
 def test_a_constructor_that_knows_the_key_gets_it() -> None:
     target = {"_target_": f"{__name__}.WithItsOwn"}
     assert build_model({**target, "freeze": "yes", "activation_checkpointing": True}, None).told == ("yes", True)

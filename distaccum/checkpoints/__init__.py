@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
-from distaccum.checkpoints.export import MODEL_FILE, export_model
+from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
 from distaccum.checkpoints.finding import checked, newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
 from distaccum.checkpoints.random_state import random_state, set_random_state
@@ -20,6 +20,7 @@ __all__ = [
     "checkpoints_in",
     "clear_leftovers",
     "export_model",
+    "load_exported",
     "load_model",
     "newest_whole",
     "persistent_buffers",

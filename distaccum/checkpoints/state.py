@@ -138,11 +138,17 @@ def adopt_group_settings(
                         group[key] = tuple(value) if isinstance(group[key], tuple) else value
 
 
-def check_same_model(module: nn.Module, shapes: Mapping[str, list[int]]) -> None:
+def check_same_model(
+    module: nn.Module,
+    shapes: Mapping[str, list[int]],
+    source: str = "the checkpoint",
+    otherwise: str = "begin anew with resume=none and another run_dir",
+) -> None:
     """Refuses a checkpoint of another model.
 
     Args:
         shapes: of all tensors in the checkpoint, by name.
+        source, otherwise: what holds them, and what else can be done, for the message.
 
     Raises:
         UserError: names what is missing, unexpected or of another shape.
@@ -160,8 +166,8 @@ def check_same_model(module: nn.Module, shapes: Mapping[str, list[int]]) -> None
     if problems:
         more = f"; and {len(problems) - 3} more differences" if len(problems) > 3 else ""
         raise UserError(
-            f"the checkpoint holds another model: {'; '.join(sorted(problems)[:3])}{more}. Configure the model that it "
-            "was made of, or begin anew with resume=none and another run_dir."
+            f"{source} holds another model: {'; '.join(sorted(problems)[:3])}{more}. Configure the model that it "
+            f"was made of, or {otherwise}."
         )
 
 
