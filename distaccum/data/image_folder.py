@@ -28,13 +28,14 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Classifies the images of `root/CLASS/**`; a class is the place of its folder in the sorted list of folders.
 
     All files that Pillow can open by their extension count, at any depth; what else there is is counted and logged.
-    Names that begin with a dot are passed over. Without an `evaluation_root`, a part of each class is held out: spread
-    evenly over its sorted files, and at least one file where the class has two. The same files give the same split,
-    whatever the order in which the system lists them.
+    Names that begin with a dot are passed over. Links are followed, and what they lead to counts once in a class; a
+    file of two classes is refused. Without an `evaluation_root`, a part of each class is held out: spread evenly over
+    its sorted files, and at least one file where the class has two. The same files give the same split, whatever the
+    order in which the system lists them.
 
-    A sample is an image, float32 `[3, image_size, image_size]`, and its class, an int. The image is converted to RGB,
-    resized to a square with bilinear interpolation (its proportions are not kept), scaled to [0, 1], and normalised by
-    `(pixel - mean) / std`.
+    A sample is an image, float32 `[3, image_size, image_size]`, and its class, an int. The image is turned as its EXIF
+    orientation says, converted to RGB, resized to a square with bilinear interpolation (its proportions are not kept),
+    scaled to [0, 1], and normalised by `(pixel - mean) / std`.
 
     Args:
         split: `train` or `evaluation`.
@@ -80,11 +81,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
         if evaluation_root is not None:
             files = _images_by_class(evaluation_root if split == EVALUATION else root, self.classes, log=True)
+            if split == TRAIN:
+                _check_apart(files + _images_by_class(evaluation_root, self.classes, log=False))
         else:
             # Both splits list the same folder; one of them says what was passed over.
             files = _images_by_class(root, self.classes, log=split == TRAIN)
             files = [_part(paths, split, evaluation_fraction) for paths in files]
-        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths]
+        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths.values()]
         if not self.samples:
             raise UserError(
                 f"ImageFolder: the {split} split of {root} is empty with evaluation_fraction={evaluation_fraction:g}. "
@@ -105,13 +108,13 @@ def evenly_spread(length: int, count: int) -> list[int]:
     return [(2 * place + 1) * length // (2 * count) for place in range(count)]
 
 
-def _part(paths: list[Path], split: str, evaluation_fraction: float) -> list[Path]:
+def _part(paths: dict[str, Path], split: str, evaluation_fraction: float) -> dict[str, Path]:
     """One class's files of one split."""
     count = 0
     if evaluation_fraction > 0 and len(paths) >= 2:
         count = min(max(1, round(evaluation_fraction * len(paths))), len(paths) - 1)
     held_out = set(evenly_spread(len(paths), count))
-    return [path for place, path in enumerate(paths) if (place in held_out) == (split == EVALUATION)]
+    return {real: paths[real] for place, real in enumerate(paths) if (place in held_out) == (split == EVALUATION)}
 
 
 def _check_arguments(evaluation_fraction: float, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -150,18 +153,26 @@ def _check_same_classes(root: Path, classes: list[str], evaluation_root: Path) -
         )
 
 
-def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[list[Path]]:
-    """The sorted image files of each class folder; `log` says whether other files are mentioned.
+def _check_apart(folders: Sequence[dict[str, Path]]) -> None:
+    """Refuses a file that is in two of them, by links."""
+    seen: dict[str, Path] = {}
+    for real, path in (item for paths in folders for item in paths.items()):
+        if (other := seen.setdefault(real, path)) is not path:
+            raise UserError(f"ImageFolder: {other} and {path} are the same file, which can't be in both: remove one.")
+
+
+def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[str, Path]]:
+    """The sorted image files of each class folder, by their real paths; `log` says whether other files are mentioned.
 
     Raises:
-        UserError: no images at all, or none in one of the folders.
+        UserError: no images at all, none in one of the folders, or the same one in two.
     """
     extensions = _extensions()
     others = 0
-    files: list[list[Path]] = []
+    files: list[dict[str, Path]] = []
     for name in classes:
         found = _files_below(root / name)
-        images = [path for path in found if path.suffix.lower() in extensions]
+        images = {real: path for real, path in found.items() if path.suffix.lower() in extensions}
         others += len(found) - len(images)
         files.append(images)
     looked_for = f"Looked for files that end in {' '.join(sorted(extensions))}"
@@ -173,18 +184,27 @@ def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[list[
             f"ImageFolder: no images in class folder {', '.join(str(root / name) for name in empty)}. "
             f"Add some or remove the folder. {looked_for}"
         )
+    _check_apart(files)
     if others and log:
         logger.info("%s: %d files that are not images were left out", root, others)
     return files
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """All files at any depth, sorted; links to folders are followed, names that begin with a dot are not."""
-    found: list[Path] = []
+def _files_below(folder: Path) -> dict[str, Path]:
+    """All files at any depth by their real paths, sorted; links are followed, names that begin with a dot are not."""
+    found: dict[str, Path] = {}
+    start, seen = folder.resolve(), set[Path]()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found.extend(Path(parent, name) for name in names if not name.startswith("."))
-    return sorted(found)
+        real = Path(parent).resolve()
+        if real in seen or real in start.parents:  # a link to where we are or have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = os.path.join(parent, name)
+            found.setdefault(os.path.realpath(path) if os.path.islink(path) else f"{real}/{name}", Path(path))
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
 def _pillow_image() -> ModuleType:
@@ -207,12 +227,14 @@ def _extensions() -> set[str]:
 def _read(path: Path, size: int) -> Tensor:
     """An image file as float32 `[3, size, size]` in [0, 1]."""
     image_module = _pillow_image()
+    from PIL import ImageOps
+
     try:
         with image_module.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip them to 255: nearly all of a 16-bit image would turn white without a word.
                 raise ValueError(f"its pixels are of mode {image.mode}; convert them to 8 bits per channel")
-            rgb = image.convert("RGB").resize((size, size), image_module.Resampling.BILINEAR)
+            rgb = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), image_module.Resampling.BILINEAR)
     except Exception as error:  # decoders raise whatever comes to them on a damaged file
         raise UserError(f"ImageFolder: {path} cannot be read as an image: {error}") from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255

@@ -217,3 +217,76 @@ def test_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match=r"needs Pillow.*pip install 'distaccum\[examples\]'"):
         ImageFolder("train", root)
+
+
+# Links
+
+
+def _splits(root: Path, **arguments: Any) -> list[list[tuple[str, int]]]:
+    """What each split has: real paths below the root, and classes."""
+    real = root.resolve()
+    return [
+        [
+            (str(path.resolve().relative_to(real)), label)
+            for path, label in ImageFolder(split, root, **arguments).samples
+        ]
+        for split in ("train", "evaluation")
+    ]
+
+
+@pytest.mark.parametrize(("name", "target"), [("again", "."), ("up", ".."), ("above", "../.."), ("deep/back", "..")])
+def test_links_that_lead_back_change_nothing(tmp_path: Path, name: str, target: str) -> None:
+    root = write_classes(tmp_path / "root", cat=4, dog=4)
+    expected = _splits(root, evaluation_fraction=0.5)
+    (root / "cat" / name).parent.mkdir(exist_ok=True)
+    (root / "cat" / name).symlink_to(target)
+    assert _splits(root, evaluation_fraction=0.5) == expected
+    assert sum(map(len, expected)) == 8
+
+
+def test_each_file_counts_once_however_many_links_lead_to_it(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "root", cat=4)
+    store = write_classes(tmp_path / "store", more=4) / "more"
+    (root / "dog").symlink_to(store)  # of a class, and below one
+    (root / "cat" / "first").symlink_to(write_classes(tmp_path, far=2) / "far")
+    (root / "cat" / "second").symlink_to(tmp_path / "far")
+    (root / "cat" / "copy.png").symlink_to("000.png")
+    found = names(ImageFolder("train", root, evaluation_fraction=0))
+    assert found == [f"{number:03}.png" for number in (0, 1, 2, 3, 0, 1, 0, 1, 2, 3)]
+    train, evaluation = ({path.resolve() for path, _ in ImageFolder(s, root).samples} for s in ("train", "evaluation"))
+    assert (len(train | evaluation), train & evaluation) == (10, set())
+
+
+def test_a_file_of_two_classes_is_refused(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, cat=1, dog=2)
+    (root / "cat" / "other").symlink_to("../dog")
+    with pytest.raises(
+        UserError, match=r"cat/other/000.png and .*dog/000.png are the same file, which can't be in both"
+    ):
+        ImageFolder("train", root)
+
+
+def test_a_file_of_both_splits_is_refused(tmp_path: Path) -> None:
+    root, other = write_classes(tmp_path / "train", a=4), write_classes(tmp_path / "val", a=1)
+    (other / "a" / "x.png").symlink_to(root / "a" / "002.png")
+    with pytest.raises(UserError, match=r"train/a/002.png and .*val/a/x.png are the same file, which can't be in both"):
+        ImageFolder("train", root, other)
+
+
+# Orientation
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (2, 2), (0, 0, 0))
+    upright.putpixel((0, 0), (255, 0, 0))  # above on the left
+    for orientation in range(1, 9):
+        undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL.Image.Transpose, the inverses of those meant
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undone[orientation]))
+        path = tmp_path / "a" / f"{orientation}.png"
+        path.parent.mkdir(exist_ok=True)
+        stored.save(path, exif=exif)
+    data = ImageFolder("train", tmp_path, evaluation_fraction=0, image_size=2, mean=(0, 0, 0), std=(1, 1, 1))
+    assert [image[0].tolist() for image, _ in (data[index] for index in range(8))] == [[[1, 0], [0, 0]]] * 8
+    assert Image.open(tmp_path / "a" / "6.png").getpixel((0, 0)) != (255, 0, 0), "as it is stored"
