@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -62,6 +63,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     is_composing, status = True, 0
+    folders: set[str] = set()
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
     def job(composed: DictConfig) -> None:
@@ -70,6 +72,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
         try:
             _refuse_sweep_on_ranks()
             config = _typed(composed)
+            _refuse_shared_folder(config.run_dir, folders)
         except UserError as error:
             exit_before_ranks_are_joined(error)
         outcome = outcome_of(lambda: run(config))
@@ -142,6 +145,20 @@ def _refuse_sweep_on_ranks() -> None:
             "-m (multirun) under torchrun would make every rank run the whole sweep. Sweep outside: one torchrun for "
             "each point."
         )
+
+
+def _refuse_shared_folder(run_dir: str | None, before: set[str]) -> None:
+    """Points of a sweep in one folder: the second would go on with the first one's finished run, and train nothing."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN or run_dir is None:
+        return
+    folder = os.path.realpath(Path(run_dir).expanduser())
+    # A point's own override is a word of the command line only if all points have it.
+    if folder in before or f"run_dir={run_dir}" in sys.argv:
+        raise UserError(
+            f"run_dir={run_dir} is one folder for several points of -m, which would go on with each other's run. Give "
+            "each its own, as in 'run_dir=sweep/${optim.lr}', or leave run_dir out."
+        )
+    before.add(folder)
 
 
 def _typed(composed: DictConfig) -> TrainConfig:

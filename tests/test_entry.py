@@ -328,6 +328,27 @@ def test_a_sweep_ends_with_its_first_bad_point(train: Callable[..., Ended], tmp_
     assert not list(Path("runs").glob("*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("given", "points_before"),
+    [("run_dir=same", 0), ("run_dir=same/${train.max_updates}", 1), ("run_dir=same,./same", 1)],
+)
+def test_points_of_a_sweep_that_share_a_folder_are_refused(
+    given: str, points_before: int, train: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = train("-m", "optim.lr=0.1,0.2", given, *TINY)
+    assert re.fullmatch(
+        r"run_dir=\S+ is one folder for several points of -m, which would go on with each other's run. Give "
+        r"each its own, as in 'run_dir=sweep/\$\{optim.lr\}', or leave run_dir out.",
+        ended.message,
+    )
+    assert len(list(tmp_path.rglob("metrics.jsonl"))) == points_before
+
+
+def test_points_of_a_sweep_with_folders_of_their_own_are_made(train: Callable[..., Ended], tmp_path: Path) -> None:
+    assert train("-m", "optim.lr=0.1,0.2", "run_dir=sweep/${optim.lr}", *TINY).status == 0
+    assert [len(updates(Path("sweep", lr))) for lr in ("0.1", "0.2")] == [3, 3]
+
+
 def test_a_sweep_among_ranks_is_refused(
     monkeypatch: pytest.MonkeyPatch, train: Callable[..., Ended], tmp_path: Path
 ) -> None:
