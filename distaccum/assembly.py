@@ -46,7 +46,7 @@ from distaccum.run_folder import (
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.sizing import settle_sizes
 from distaccum.strategies import Strategy, place, shards_optimizer
-from distaccum.tasks import CoupledTask
+from distaccum.tasks import CoupledTask, checked_output
 from distaccum.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ def _settled(
 
     def forward(module: nn.Module, batch: Any) -> Any:
         with parts.precision.autocast():
-            return parts.task(module, batch)
+            return checked_output(parts.task(module, batch))
 
     return settle_sizes(config, plain, world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint)
 

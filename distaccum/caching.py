@@ -33,7 +33,7 @@ from distaccum.gathering import gather_rows, leaves_of, number_of_rows, rebuilt
 from distaccum.loaders import Window
 from distaccum.seeding import GlobalStates
 from distaccum.strategies import Strategy
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import TaskOutput, checked_output
 
 Embed = Callable[[Any], Any]
 Loss = Callable[[Any], TaskOutput]
@@ -250,17 +250,13 @@ class _ValueOf(torch.autograd.Function):
 
 
 def _checked(output: Any) -> TaskOutput:
-    if not isinstance(output, TaskOutput):
-        raise UserError(
-            f"the loss of the whole window returned a {type(output).__name__}, not a distaccum.TaskOutput. Return "
-            "TaskOutput(loss_sum=…, weight=…)."
-        )
-    if output.loss_sum.ndim != 0 or not output.loss_sum.requires_grad:
+    found = checked_output(output, "the loss of the whole window")
+    if found.loss_sum.ndim != 0 or not found.loss_sum.requires_grad:
         raise UserError(
             f"loss_sum must be a scalar tensor that depends on the embeddings; got shape "
-            f"{tuple(output.loss_sum.shape)}, requires_grad={output.loss_sum.requires_grad}."
+            f"{tuple(found.loss_sum.shape)}, requires_grad={found.loss_sum.requires_grad}."
         )
-    return output
+    return found
 
 
 def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:

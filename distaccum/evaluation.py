@@ -15,7 +15,7 @@ from distaccum.errors import UserError
 from distaccum.gathering import gather_rows, leaves_of, mapped, rebuilt
 from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
-from distaccum.tasks.base import CoupledTask, TaskOutput
+from distaccum.tasks.base import CoupledTask, TaskOutput, checked_output
 
 
 def evaluate_model(
@@ -90,10 +90,14 @@ class _Evaluation:
         with autocast():
             output = self.task(model, batch)
         if is_counted:
-            self.add(output)
+            self.add(checked_output(output))
 
     def add(self, output: TaskOutput) -> None:
-        parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight), **_prefixed(output.sums)}
+        parts = {
+            "loss": output.loss_sum,
+            "weight": torch.as_tensor(output.weight, dtype=torch.float64),
+            **_prefixed(output.sums),
+        }
         for name, value in parts.items():
             value = value.detach().to(device=self.device, dtype=torch.float64)
             self.totals[name] = self.totals[name] + value if name in self.totals else value
@@ -124,7 +128,7 @@ class _CoupledEvaluation(_Evaluation):
         if leaves:
             step = self.task.evaluation_samples or len(leaves[0])
             for parts in zip(*(torch.split(leaf, step) for leaf in leaves), strict=True):
-                self.add(self.task.window_loss(rebuilt(form, parts)))
+                self.add(checked_output(self.task.window_loss(rebuilt(form, parts))))
         return {name: value.cpu() for name, value in self.totals.items()}
 
     def _whole(self) -> tuple[Any, list[Tensor]]:

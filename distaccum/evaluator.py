@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from distaccum.averaging import WeightAverage
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.devices import Precision
+from distaccum.errors import UserError
 from distaccum.evaluation import evaluate_model
 from distaccum.grace import EvaluationDroppedError, Grace
 from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
-from distaccum.observers import EvaluationRecord
+from distaccum.observers import EvaluationRecord, UpdateRecord
 from distaccum.strategies import Strategy
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import Task, TaskOutput, as_number
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,16 @@ class Evaluator:
 
 
 def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """The task's metrics over a window or an evaluation, of its sums."""
+    """The task's metrics over a window or an evaluation, of its sums.
+
+    Raises:
+        UserError: one is no number, or is named as what the run itself records (`loss`, `lr`, …).
+    """
     if not weight:
         return dict.fromkeys(sums, math.nan)
-    if hasattr(task, "metrics"):
-        return dict(task.metrics(sums, weight))
-    return {name: float(value) / weight for name, value in sums.items()}
+    found = task.metrics(sums, weight) if hasattr(task, "metrics") else Task.metrics(task, sums, weight)
+    if not isinstance(found, Mapping):
+        raise UserError(f"the task's metrics() returned a {type(found).__name__}, not numbers by name.")
+    if taken := found.keys() & UpdateRecord.__dataclass_fields__.keys():
+        raise UserError(f"the task's metric {min(taken)} would hide the run's own {min(taken)}: give it another name.")
+    return {name: as_number(value, f"the task's metric {name}") for name, value in found.items()}

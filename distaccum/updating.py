@@ -20,7 +20,7 @@ from distaccum.interruption import Interruption
 from distaccum.loaders import Window
 from distaccum.memory_line import MemoryLine
 from distaccum.optim import Schedule
-from distaccum.tasks import CoupledTask, TaskOutput
+from distaccum.tasks import CoupledTask, TaskOutput, checked_output
 from distaccum.updates import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Updater:
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
         with self._memory_line.watching(window.sizes[0]), self._precision.autocast():
-            return self._task(self._model, batch)
+            return checked_output(self._task(self._model, batch))
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
         doing = self._heartbeat.doing

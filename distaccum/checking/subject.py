@@ -21,7 +21,7 @@ from distaccum.devices import tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.parts import Parts
 from distaccum.seeding import derived_seed, seed_everything
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import TaskOutput, checked_output
 from distaccum.tool_configs import CheckConfig
 
 NOISE = 1e-9
@@ -177,13 +177,7 @@ class Subject:
     ) -> TaskOutput:
         """One forward. It always draws the same random numbers, or their means if the model is known to draw any."""
         with self.computing(float64=float64, seed=seed, still=still):
-            output = task(model, batch)
-        if not isinstance(output, TaskOutput) or not isinstance(output.loss_sum, Tensor):
-            raise UserError(
-                f"the task returned a {type(output).__name__}, not a distaccum.TaskOutput with a tensor as loss_sum. "
-                "Return TaskOutput(loss_sum=…, weight=…)."
-            )
-        return output
+            return checked_output(task(model, batch))
 
     def probe(
         self,

@@ -72,7 +72,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
         OSError: the disk is full, …
     """
     # Readers as transformers' want to be told that the tensors were torch's.
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _SAFETENSORS_NAMES:
             raise TypeError(f"{name} is of format {tensor.dtype}, for which checkpoints have no name")

@@ -23,7 +23,7 @@ from distaccum.model_options import checkpoint_blocks
 from distaccum.optim import build_optimizer
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import TaskOutput, checked_output
 
 STEP = "optimizer step"
 """The moment of a window that isn't a part of a micro-step."""
@@ -235,7 +235,7 @@ class _Windows:
             for number, micro_batch in enumerate(micro_batches, 1):
                 before = self._meter.now
                 with self._autocast():
-                    output = self._task(self._strategy.model, micro_batch)
+                    output = checked_output(self._task(self._strategy.model, micro_batch))
                 kept = max(kept, self._meter.now - before)
                 lap("forward")
                 self._accumulator.backward(output.loss_sum, output.weight, output.sums)

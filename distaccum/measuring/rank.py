@@ -30,7 +30,7 @@ from distaccum.parts import build_parts, build_scaler, compilation_of
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
-from distaccum.tasks import CoupledTask
+from distaccum.tasks import CoupledTask, checked_output
 from distaccum.updates import UpdateResult
 
 
@@ -141,7 +141,7 @@ class Training:
             with self.accumulator.window(window) as micro_batches:
                 for batch in micro_batches:
                     with self.precision.autocast():
-                        output = self.task(self.strategy.model, batch)
+                        output = checked_output(self.task(self.strategy.model, batch))
                     self.accumulator.backward(output.loss_sum, output.weight, output.sums)
         result = self.accumulator.step()
         if self.syncing is not None:

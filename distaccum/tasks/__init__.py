@@ -1,6 +1,6 @@
 """Tasks: a loss as a sum, what it is averaged over, and metrics. Any callable of the same form can take their place."""
 
-from distaccum.tasks.base import CoupledTask, Task, TaskOutput
+from distaccum.tasks.base import CoupledTask, Task, TaskOutput, as_number, checked_output
 from distaccum.tasks.classification import Classification
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.language_modeling import LanguageModeling
@@ -14,4 +14,6 @@ __all__ = [
     "Segmentation",
     "Task",
     "TaskOutput",
+    "as_number",
+    "checked_output",
 ]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from distaccum.errors import UserError
 
 
 @dataclass(slots=True)
@@ -17,13 +22,57 @@ class TaskOutput:
         loss_sum: sum of the per-element losses, a scalar with a gradient. Never a mean: a mean of means is wrong as
             soon as micro-batches or ranks have unequal numbers of elements.
         weight: number of elements summed (samples, valid tokens, pixels): a number, or a scalar tensor on the device.
-        sums: sums that metrics are made of, by name; detached tensors of any shape, on the device. The same names and
-            shapes in each micro-batch.
+        sums: sums that metrics are made of, by name; detached tensors of any shape, on the device, or numbers. The same
+            names and shapes in each micro-batch.
     """
 
     loss_sum: Tensor
     weight: Tensor | float
     sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+def checked_output(output: Any, what: str = "the task") -> TaskOutput:
+    """What a task has answered, its numbers of any kind as Python's and its sums as tensors. Looks at types alone.
+
+    Raises:
+        UserError: it is no `TaskOutput`, or holds what is neither a tensor nor a number.
+    """
+    if not isinstance(output, TaskOutput):
+        raise UserError(
+            f"{what} returned a {type(output).__name__}, not a distaccum.TaskOutput. Return TaskOutput(loss_sum=…, "
+            "weight=…)."
+        )
+    loss_sum, weight, sums = (getattr(output, name) for name in ("loss_sum", "weight", "sums"))
+    if not isinstance(loss_sum, Tensor) or not isinstance(sums, Mapping):
+        raise UserError(
+            f"{what} returned a {type(loss_sum).__name__} as loss_sum and a {type(sums).__name__} as sums, where a "
+            "tensor and a dictionary are wanted."
+        )
+    if not isinstance(weight, Tensor):
+        output.weight = as_number(weight, f"{what}'s weight")
+    output.sums = {
+        name: value
+        if isinstance(value, Tensor)
+        else torch.tensor(as_number(value, f"{what}'s sum {name}"), dtype=torch.float64)
+        for name, value in sums.items()
+    }
+    return output
+
+
+def as_number(value: Any, what: str) -> float:
+    """A number of Python's or NumPy's, or of a tensor that holds a single one.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    try:
+        number = value.item() if hasattr(value, "item") else value
+    except (RuntimeError, ValueError):  # several
+        number = value
+    if not isinstance(number, Real):
+        shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+        raise UserError(f"{what} is a {type(value).__name__}{shape}, where a number is wanted.")
+    return float(number)
 
 
 class Task(ABC):
@@ -46,7 +95,7 @@ class Task(ABC):
             sums: the added-up `TaskOutput.sums`, float64 on the CPU.
             weight: the added-up `TaskOutput.weight`.
         """
-        return {name: float(value) / weight for name, value in sums.items()}
+        return {name: as_number(value, f"the task's metric {name}") / weight for name, value in sums.items()}
 
 
 class CoupledTask(Task):
