@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -70,9 +69,8 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
         nonlocal is_composing, status
         is_composing = False
         try:
-            _refuse_sweep_on_ranks()
             config = _typed(composed)
-            _refuse_shared_folder(config.run_dir, folders)
+            _check_sweep(config.run_dir, folders)
         except UserError as error:
             exit_before_ranks_are_joined(error)
         outcome = outcome_of(lambda: run(config))
@@ -139,21 +137,18 @@ def _default_strategy() -> str:
     return "ddp" if is_launched else "single"
 
 
-def _refuse_sweep_on_ranks() -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN and "RANK" in os.environ:
+def _check_sweep(run_dir: str | None, before: set[str]) -> None:
+    """Refuses a sweep of ranks, and points in one folder: the second would go on with the first one's finished run."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return
+    if "RANK" in os.environ:
         raise UserError(
             "-m (multirun) under torchrun would make every rank run the whole sweep. Sweep outside: one torchrun for "
             "each point."
         )
-
-
-def _refuse_shared_folder(run_dir: str | None, before: set[str]) -> None:
-    """Points of a sweep in one folder: the second would go on with the first one's finished run, and train nothing."""
-    if HydraConfig.get().mode is not RunMode.MULTIRUN or run_dir is None:
-        return
-    folder = os.path.realpath(Path(run_dir).expanduser())
+    folder = os.path.realpath(os.path.expanduser(run_dir or ""))
     # A point's own override is a word of the command line only if all points have it.
-    if folder in before or f"run_dir={run_dir}" in sys.argv:
+    if run_dir is not None and (folder in before or f"run_dir={run_dir}" in sys.argv):
         raise UserError(
             f"run_dir={run_dir} is one folder for several points of -m, which would go on with each other's run. Give "
             "each its own, as in 'run_dir=sweep/${optim.lr}', or leave run_dir out."

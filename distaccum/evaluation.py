@@ -90,14 +90,12 @@ class _Evaluation:
         with autocast():
             output = self.task(model, batch)
         if is_counted:
-            self.add(checked_output(output))
+            self.add(output)
 
     def add(self, output: TaskOutput) -> None:
-        parts = {
-            "loss": output.loss_sum,
-            "weight": torch.as_tensor(output.weight, dtype=torch.float64),
-            **_prefixed(output.sums),
-        }
+        output = checked_output(output)
+        sums = {f"sum/{name}": value for name, value in output.sums.items()}  # one may be named loss or weight too
+        parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight, dtype=torch.float64), **sums}
         for name, value in parts.items():
             value = value.detach().to(device=self.device, dtype=torch.float64)
             self.totals[name] = self.totals[name] + value if name in self.totals else value
@@ -128,7 +126,7 @@ class _CoupledEvaluation(_Evaluation):
         if leaves:
             step = self.task.evaluation_samples or len(leaves[0])
             for parts in zip(*(torch.split(leaf, step) for leaf in leaves), strict=True):
-                self.add(checked_output(self.task.window_loss(rebuilt(form, parts))))
+                self.add(self.task.window_loss(rebuilt(form, parts)))
         return {name: value.cpu() for name, value in self.totals.items()}
 
     def _whole(self) -> tuple[Any, list[Tensor]]:
@@ -145,11 +143,6 @@ class _CoupledEvaluation(_Evaluation):
         if form is None:
             return None, []
         return form, gather_rows(leaves or [leaf.to(self.device) for leaf in leaves_of(form)], dist.group.WORLD)[0]
-
-
-def _prefixed(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    # A task may call one of its sums "loss" or "weight" too.
-    return {f"sum/{name}": value for name, value in sums.items()}
 
 
 def _over_ranks(totals: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

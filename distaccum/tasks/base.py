@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -37,19 +36,14 @@ def checked_output(output: Any, what: str = "the task") -> TaskOutput:
     Raises:
         UserError: it is no `TaskOutput`, or holds what is neither a tensor nor a number.
     """
-    if not isinstance(output, TaskOutput):
+    if not isinstance(output, TaskOutput) or not isinstance(output.loss_sum, Tensor):
         raise UserError(
-            f"{what} returned a {type(output).__name__}, not a distaccum.TaskOutput. Return TaskOutput(loss_sum=…, "
-            "weight=…)."
+            f"{what} returned a {type(output).__name__}, not a distaccum.TaskOutput with a tensor as loss_sum. Return "
+            "TaskOutput(loss_sum=…, weight=…)."
         )
-    loss_sum, weight, sums = (getattr(output, name) for name in ("loss_sum", "weight", "sums"))
-    if not isinstance(loss_sum, Tensor) or not isinstance(sums, Mapping):
-        raise UserError(
-            f"{what} returned a {type(loss_sum).__name__} as loss_sum and a {type(sums).__name__} as sums, where a "
-            "tensor and a dictionary are wanted."
-        )
-    if not isinstance(weight, Tensor):
-        output.weight = as_number(weight, f"{what}'s weight")
+    if not isinstance(output.weight, Tensor):
+        output.weight = as_number(output.weight, f"{what}'s weight")
+    sums: dict[str, Any] = output.sums
     output.sums = {
         name: value
         if isinstance(value, Tensor)
