@@ -21,20 +21,25 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.finding import newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, name_of, prune
-from distaccum.checkpoints.random_state import set_random_state
-from distaccum.checkpoints.reading import read_tensors, reasons, without_process_warning
-from distaccum.checkpoints.state import (
+from distaccum.checkpoints.optimizer_state import (
     adopt_group_settings,
-    check_same_model,
+    check_optimizer,
     check_same_state,
-    extra_states,
     group_settings,
-    named_also,
     optimizer_targets,
+    outside_parameters,
     own_optimizer,
+    set_optimizer_state,
+)
+from distaccum.checkpoints.random_state import set_random_state
+from distaccum.checkpoints.reading import putting_back, read_tensors, reasons, without_process_warning
+from distaccum.checkpoints.state import (
+    check_same_model,
+    extra_states,
+    named_also,
+    of_python,
     persistent_buffers,
     set_extra_states,
-    set_optimizer_state,
     state_tensors,
 )
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
@@ -48,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """An object whose `state_dict()` is made of dictionaries, lists, strings, numbers and None."""
+    """An object whose `state_dict()` is made of dictionaries, lists, tuples, strings, numbers, None, small tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
@@ -115,18 +120,25 @@ class Checkpointer:
         self.rank = dist.get_rank() if self.strategy.process_group is not None else 0
         self._timeout_seconds = timeout_seconds
         self._group = self._new_group()
-        self._settings_at_start = group_settings(optimizer)
+        self._constant_settings: dict[tuple[int, str], Any] = {}
+        self._settings_at_start = group_settings(optimizer, self._constant_settings)
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
-        self._is_owed = False
+        self._is_owed = self._is_checked = False
         self._best: dict[int, float] = {}
         self.has_lost_touch = False
         """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
         self.last_saved: int | None = None
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
 
-        check_formats(self.strategy.module)
+        check_optimizer(optimizer)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what can't be saved as it is now."""
+        check_formats({**self.strategy.module.state_dict(keep_vars=True), **self._tensors()})
+        self._state({})
 
     def _new_group(self) -> dist.ProcessGroup | None:
         """Ranks talk about a checkpoint in a thread, beside the training's collectives: so in a group of their own."""
@@ -157,6 +169,9 @@ class Checkpointer:
         """
         if "lost touch" in flags:
             self._meet_again()
+        if not self._is_checked:
+            self._check()  # by now the optimizer has its state
+            self._is_checked = True
         every = self.config.every_updates
         self._is_owed |= "save" in flags or (every is not None and update % every == 0)
         if self._is_owed and "saving" in flags:
@@ -221,20 +236,7 @@ class Checkpointer:
         self.wait()
         self._is_owed = False
         self._saved_at = time.monotonic()
-        tensors = state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
-        state = {
-            "progress": progress,
-            "states": {name: entry.state_dict() for name, entry in self.states.items()},
-            "optimizer": {
-                "name": type(own_optimizer(self.optimizer)).__name__,
-                "settings": group_settings(self.optimizer),
-                "settings_at_start": self._settings_at_start,
-            },
-            "extra": extra_states(self.strategy.module),
-            "world_size": self.strategy.world_size,
-            "best": {str(number): value for number, value in self._best.items()},
-            "best_by": self._best_by,
-        }
+        tensors, state = self._tensors(), self._state(progress)
         if wait or not self.config.async_save:
             self._write(update, tensors, state)
             return
@@ -243,6 +245,28 @@ class Checkpointer:
             target=self._write, args=(update, self._stage(tensors), state), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
+
+    def _state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """What is saved besides tensors, as JSON has it."""
+        return {
+            "progress": progress,
+            "states": {
+                name: of_python(entry.state_dict(), f"the state of {name}", "Put large tensors into tensors=")
+                for name, entry in self.states.items()
+            },
+            "optimizer": {
+                "name": type(own_optimizer(self.optimizer)).__name__,
+                "settings": group_settings(self.optimizer, self._constant_settings),
+                "settings_at_start": self._settings_at_start,
+            },
+            "extra": extra_states(self.strategy.module),
+            "world_size": self.strategy.world_size,
+            "best": {str(number): value for number, value in self._best.items()},
+            "best_by": self._best_by,
+        }
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until nothing is being written any more."""
@@ -318,15 +342,10 @@ class Checkpointer:
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
         self.strategy.at_rest()
         check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
-        saved = checkpoint.state["optimizer"]
-        if saved["name"] != (name := type(own_optimizer(self.optimizer)).__name__):
-            raise UserError(
-                f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
-                f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
-            )
-        check_same_state(module, self.optimizer, stored)
+        self._check_same_optimizer(checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
+        targets |= {name: p.detach() for name, p in outside_parameters(module, self.optimizer).items()}
         for name, buffer in persistent_buffers(module):
             own = f"rank/{self.rank}/buffers/{name}"
             targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
@@ -343,15 +362,21 @@ class Checkpointer:
         of_parameters = {
             name.removeprefix("model/"): dtype for name, (_, dtype) in formats.items() if name.startswith("model/")
         }
-        set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
-        set_extra_states(module, checkpoint.state["extra"])
-        adopt_group_settings(self.optimizer, saved["settings"], saved["settings_at_start"])
+        with putting_back(checkpoint, "optimizer"):
+            set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
+            saved = checkpoint.state["optimizer"]
+            settings = saved["settings"], saved["settings_at_start"]
+            adopt_group_settings(self.optimizer, self._settings_at_start, *settings)
+        with putting_back(checkpoint, "model"):
+            set_extra_states(module, checkpoint.state["extra"])
         if own_state:
-            self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
-            set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
+            with putting_back(checkpoint, "random generators"):
+                self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
+                set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
         for name, entry in self.states.items():
             if name in checkpoint.state["states"]:
-                entry.load_state_dict(checkpoint.state["states"][name])
+                with putting_back(checkpoint, name):
+                    entry.load_state_dict(checkpoint.states[name])
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
         best = {int(number): value for number, value in checkpoint.state["best"].items()}
@@ -367,6 +392,28 @@ class Checkpointer:
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress
+
+    def _check_same_optimizer(self, checkpoint: Checkpoint) -> None:
+        own, saved = own_optimizer(self.optimizer), checkpoint.state["optimizer"]
+        if saved["name"] != (name := type(own).__name__):
+            raise UserError(
+                f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
+                f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
+            )
+        if (before := len(saved["settings"])) != (now := len(own.param_groups)):
+            raise UserError(
+                f"the checkpoint {checkpoint.path} holds {before} parameter groups of the optimizer, which has {now}. "
+                "Give it as many; those that add_param_group adds on the way must be there before restoring."
+            )
+        module, stored = self.strategy.module, checkpoint.manifest["tensors"]
+        outside = outside_parameters(module, self.optimizer).keys()
+        if different := outside ^ {name for name in stored if name.startswith("outside/")}:
+            raise UserError(
+                f"the checkpoint {checkpoint.path} and the optimizer don't have the same parameters besides the "
+                f"model's: number {min(different).rpartition('.')[2]} of the optimizer's is in one of them alone. Give "
+                "the optimizer the same parameters in the same order, or begin anew in another folder."
+            )
+        check_same_state(module, self.optimizer, stored)
 
     def _also_in(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Those of the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
