@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum.checkpoints.encoding import decoded
-from distaccum.checkpoints.form import FORMAT, is_file_name, misfit
+from distaccum.checkpoints.form import FORMAT, is_file_name, is_shallow, misfit
 from distaccum.checkpoints.form import MANIFEST as MANIFEST_FORM
 from distaccum.files import open_regular, sync
 
@@ -159,6 +159,9 @@ def _check_form(manifest: Any, folder: str) -> None:
         raise DamagedCheckpointError(f"it is of format {found!r}, and this version reads {FORMAT}")
     if (where := misfit(manifest, MANIFEST_FORM)) is not None:
         raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes: {where.removeprefix('.')}")
+    best = manifest["state"]["best"]
+    if not is_shallow(manifest["state"]) or not all(_NAME.fullmatch(f"{_PREFIX}{number}") for number in best):
+        raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes")
     named = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
     if not named <= manifest["files"].keys() or not all(map(is_file_name, manifest["files"])):
         raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")

@@ -90,10 +90,16 @@ MANIFEST: Form = {
         "optimizer": {"name": is_text, "settings": _is_settings, "settings_at_start": _is_settings},
         "extra": is_dict,
         "world_size": is_natural,
-        "best": lambda value: is_dict(value) and all(k.isdecimal() and is_number(v) for k, v in value.items()),
+        "best": {str: is_number},
         "best_by": lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
     },
 }
+
+
+def is_shallow(value: Any, most: int = 100) -> bool:
+    """Whether values are nested so little that nobody who walks over them comes to a limit."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most > 0 and all(is_shallow(entry, most - 1) for entry in inside)
 
 
 def is_file_name(name: str) -> bool:

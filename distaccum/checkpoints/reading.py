@@ -62,7 +62,8 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
         path = f"also/{average}/{name}"
         targets[path if average is not None and path in stored else f"model/{name}"] = tensor
     read_tensors(checkpoint, targets, None)
-    set_extra_states(module, checkpoint.state["extra"])
+    with putting_back(checkpoint, "model"):
+        set_extra_states(module, checkpoint.state["extra"])
 
 
 def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:

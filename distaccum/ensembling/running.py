@@ -25,7 +25,7 @@ from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.ensembling.ensemble import Ensemble, mean_of_weights
 from distaccum.ensembling.members import Member, find_members, load_weights
-from distaccum.errors import UserError
+from distaccum.errors import UserError, printable
 from distaccum.evaluation import evaluate_model
 from distaccum.evaluator import metrics_of
 from distaccum.files import replacing
@@ -46,6 +46,7 @@ class Wishes:
         overrides: `KEY=VALUE`, changes to what the models were trained with.
         combine: None for each model alone, unless there are several; then `probabilities`.
         output: a file for the same as JSON.
+        trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
     """
 
     paths: Sequence[Path]
@@ -56,6 +57,7 @@ class Wishes:
     class_dim: int | None = None
     device: DeviceChoice = DeviceChoice.auto
     output: Path | None = None
+    trust: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def evaluate(wishes: Wishes) -> int:
     with joined_world() as world:
         device = resolve_device(wishes.device, world.local_rank)
         world.init_process_group(device)
-        members = find_members(wishes.paths, wishes.which, wishes.overrides, world)
+        members = find_members(wishes.paths, wishes.which, wishes.overrides, world, wishes.trust)
         with world.together():
             examination = _Examination(members, wishes, world, device)
         rows = examination.rows()
@@ -241,12 +243,12 @@ def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> Non
         is_all = row.update is None
         cells = [number(row.metrics[name]) for name in names]
         update = "" if is_all else str(row.update)
-        table.add_row(Text(row.name, overflow="fold"), update, *cells, style="bold" if is_all else "")
+        table.add_row(Text(printable(row.name), overflow="fold"), update, *cells, style="bold" if is_all else "")
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     wide.print(table)
     if wishes.output is not None:
         _write(rows, samples, wishes, examination.combine)
-        console.print(f"written: {wishes.output}")
+        console.print(printable(f"written: {wishes.output}"))
 
 
 def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:
