@@ -19,12 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from distaccum.checkpoints.best import BestEvaluations
 from distaccum.checkpoints.finding import newest_whole
-from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, name_of, prune
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
 from distaccum.checkpoints.optimizer_state import (
     adopt_group_settings,
     check_optimizer,
-    check_same_state,
+    check_same_optimizer,
     group_settings,
     optimizer_targets,
     outside_parameters,
@@ -43,7 +44,6 @@ from distaccum.checkpoints.state import (
     state_tensors,
 )
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
-from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
 from distaccum.diagnosis import is_broken_collective
 from distaccum.errors import UserError
@@ -126,7 +126,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
         self._is_owed = self._is_checked = False
-        self._best: dict[int, float] = {}
+        self._best = BestEvaluations(self.config)
         self.has_lost_touch = False
         """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
         self.last_saved: int | None = None
@@ -197,29 +197,7 @@ class Checkpointer:
         Raises:
             UserError: the evaluation doesn't have the metric.
         """
-        name, count = self.config.best_metric, self.config.keep_best
-        if count == 0:
-            return False
-        if name not in metrics:
-            raise UserError(
-                f"checkpoint.best_metric={name} is unknown: the evaluation has {', '.join(sorted(metrics))}. Name one "
-                "of those, or set checkpoint.keep_best=0."
-            )
-        value = metrics[name]
-        if value == value:
-            self._best[update] = value if self._best_goal is Goal.min else -value
-        ranking = sorted(self._best, key=lambda number: (self._best[number], number))
-        self._best = {number: self._best[number] for number in ranking[:count]}
-        return update in self._best
-
-    @property
-    def _best_goal(self) -> Goal:
-        is_loss = self.config.best_metric.rpartition("/")[2] == "loss"
-        return self.config.best_goal or (Goal.min if is_loss else Goal.max)
-
-    @property
-    def _best_by(self) -> list[str]:
-        return [self.config.best_metric, self._best_goal.name]
+        return self._best.is_among(update, metrics)
 
     # Saving
 
@@ -264,8 +242,7 @@ class Checkpointer:
             },
             "extra": extra_states(self.strategy.module),
             "world_size": self.strategy.world_size,
-            "best": {str(number): value for number, value in self._best.items()},
-            "best_by": self._best_by,
+            **self._best.state_dict(),
         }
 
     def wait(self, timeout: float | None = None) -> None:
@@ -315,7 +292,7 @@ class Checkpointer:
 
     def _report_failure(self, update: int, error: BaseException) -> None:
         logger.debug("the checkpoint of update %d failed", update, exc_info=error)
-        self._best.pop(update, None)
+        self._best.drop(update)
         if is_broken_collective(error):
             self.has_lost_touch = True
             return  # if a rank has died, that ends the run, and is spoken of there
@@ -342,7 +319,7 @@ class Checkpointer:
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
         self.strategy.at_rest()
         check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
-        self._check_same_optimizer(checkpoint)
+        check_same_optimizer(module, self.optimizer, checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
         targets |= {name: p.detach() for name, p in outside_parameters(module, self.optimizer).items()}
@@ -379,41 +356,15 @@ class Checkpointer:
                     entry.load_state_dict(checkpoint.states[name])
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
-        best = {int(number): value for number, value in checkpoint.state["best"].items()}
-        if best and (before := checkpoint.state.get("best_by", self._best_by)) != self._best_by:
-            best = {}
-            if self.rank == 0:
-                logger.info(
-                    "the best checkpoints were chosen by %s, and are from here on by %s: the choice begins anew",
-                    " ".join(before),
-                    " ".join(self._best_by),
-                )
-        self._best = {number: value for number, value in best.items() if name_of(number) in here}
+        if (before := self._best.load_state_dict(checkpoint.state, here)) is not None and self.rank == 0:
+            logger.info(
+                "the best checkpoints were chosen by %s, and are from here on by %s: the choice begins anew",
+                before,
+                self._best.by,
+            )
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress
-
-    def _check_same_optimizer(self, checkpoint: Checkpoint) -> None:
-        own, saved = own_optimizer(self.optimizer), checkpoint.state["optimizer"]
-        if saved["name"] != (name := type(own).__name__):
-            raise UserError(
-                f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
-                f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
-            )
-        if (before := len(saved["settings"])) != (now := len(own.param_groups)):
-            raise UserError(
-                f"the checkpoint {checkpoint.path} holds {before} parameter groups of the optimizer, which has {now}. "
-                "Give it as many; those that add_param_group adds on the way must be there before restoring."
-            )
-        module, stored = self.strategy.module, checkpoint.manifest["tensors"]
-        outside = outside_parameters(module, self.optimizer).keys()
-        if different := outside ^ {name for name in stored if name.startswith("outside/")}:
-            raise UserError(
-                f"the checkpoint {checkpoint.path} and the optimizer don't have the same parameters besides the "
-                f"model's: number {min(different).rpartition('.')[2]} of the optimizer's is in one of them alone. Give "
-                "the optimizer the same parameters in the same order, or begin anew in another folder."
-            )
-        check_same_state(module, self.optimizer, stored)
 
     def _also_in(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Those of the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""

@@ -17,6 +17,7 @@ from distaccum.checkpoints.folder import (
     read_checkpoint,
     verify_files,
 )
+from distaccum.checkpoints.form import SAFETENSORS_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +57,17 @@ def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tup
 
 def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
     """Refuses files that don't hold what the manifest says."""
-    wanted: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in names}
+    wanted: dict[str, list[tuple[str, tuple[list[int], str]]]] = {name: [] for name in names}
     for tensor in checkpoint.manifest["tensors"].values():
         for chunk in tensor["chunks"]:
             if chunk["file"] in wanted:
-                wanted[chunk["file"]].append((chunk["key"], chunk["shape"]))
+                wanted[chunk["file"]].append((chunk["key"], (chunk["shape"], SAFETENSORS_NAMES[tensor["dtype"]])))
     for name, pieces in wanted.items():
         try:
             with safe_open(checkpoint.path / name, framework="np") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: (entry.get_shape(), entry.get_dtype()) for key, entry in slices.items()}
         except SafetensorError as error:
             raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from error
-        if any(shapes.get(key) != shape for key, shape in pieces):
+        if any(found.get(key) != piece for key, piece in pieces):
             raise DamagedCheckpointError(f"{name} doesn't hold the tensors that {MANIFEST} names")

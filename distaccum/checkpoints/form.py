@@ -9,7 +9,18 @@ from math import prod
 from typing import Any
 
 FORMAT = 1
-DTYPES = frozenset(["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"])
+SAFETENSORS_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 Form = dict[Any, Any] | Callable[[Any], bool]
 """`{key: form}` for dictionaries that have at least these keys, `{str: form}` for those with any; else what to ask of a
@@ -49,7 +60,7 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) < 64 and all(map(is_natural, value)) and prod(value) < 1 << 53
 
 
-_TENSOR: Form = {"dtype": lambda value: is_text(value) and value in DTYPES, "shape": _is_shape}
+_TENSOR: Form = {"dtype": lambda value: is_text(value) and value in SAFETENSORS_NAMES, "shape": _is_shape}
 _CHUNK: Form = {"offsets": _is_shape, "shape": _is_shape, "file": is_text, "key": is_text}
 
 

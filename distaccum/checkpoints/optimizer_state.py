@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.encoding import decoded, encoded
+from distaccum.checkpoints.folder import Checkpoint
 from distaccum.errors import UserError
 from distaccum.optim import probe_state, twin_of
 
@@ -218,6 +219,33 @@ def optimizer_targets(
 def _parameter_and_key(path: str) -> tuple[str, str]:
     name, _, key = path.split("/", 1)[1].rpartition("/")
     return name, key
+
+
+def check_same_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint of another optimizer, or of one with other groups or parameters.
+
+    Raises:
+        UserError: names what differs.
+    """
+    own, saved, stored = own_optimizer(optimizer), checkpoint.state["optimizer"], checkpoint.manifest["tensors"]
+    if saved["name"] != (name := type(own).__name__):
+        raise UserError(
+            f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
+            f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
+        )
+    if (before := len(saved["settings"])) != (now := len(own.param_groups)):
+        raise UserError(
+            f"the checkpoint {checkpoint.path} holds {before} parameter groups of the optimizer, which has {now}. "
+            "Give it as many; those that add_param_group adds on the way must be there before restoring."
+        )
+    outside = outside_parameters(module, optimizer).keys()
+    if different := outside ^ {name for name in stored if name.startswith("outside/")}:
+        raise UserError(
+            f"the checkpoint {checkpoint.path} and the optimizer don't have the same parameters besides the "
+            f"model's: number {min(different).rpartition('.')[2]} of the optimizer's is in one of them alone. Give "
+            "the optimizer the same parameters in the same order, or begin anew in another folder."
+        )
+    check_same_state(module, optimizer, stored)
 
 
 def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored: Iterable[str]) -> None:

@@ -32,23 +32,12 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from distaccum.checkpoints.folder import Checkpoint, commit, start_writing, write_manifest, writing_path
-from distaccum.checkpoints.form import FORMAT
+from distaccum.checkpoints.form import FORMAT, SAFETENSORS_NAMES
 from distaccum.errors import UserError
 from distaccum.files import open_regular, sync
 
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _SAFETENSORS_NAMES}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SAFETENSORS_NAMES}
+_SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.items()}
 _CHUNK_BYTES = 4 << 20
 
 

@@ -102,7 +102,7 @@ class _Examination:
         self.members = members
         self.device = device
         self.precision = resolve_precision(_precision_name(config["precision"]["name"]), device)
-        self.task = _task(config["task"])
+        self.task = targets.build(_checked(config["task"], "task"), "task")
         self.combine = self._combination(wishes)
         options = loader_options(data, device, self.precision)
         dataset = targets.build(data.evaluation, "data.evaluation")
@@ -188,12 +188,13 @@ def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
     return made
 
 
-def _task(section: dict[str, Any]) -> Any:
-    for schema in SCHEMAS["task"].values():
+def _checked(section: dict[str, Any], group: str) -> dict[str, Any]:
+    """A section `task` or `model`, whose values have the types that its target's schema gives them, if it has one."""
+    for schema in SCHEMAS[group].values():
         defaults = {entry.name: entry.default for entry in dataclasses.fields(schema)}
         if defaults["_target_"] == section.get("_target_"):
-            _typed(schema, section, "task")
-    return targets.build(section, "task")
+            _typed(schema, section, group)
+    return section
 
 
 def _precision_name(name: Any) -> PrecisionName:
@@ -224,7 +225,7 @@ def _train_data(members: Sequence[Member]) -> list[Any]:
 
 def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
     wrap = (member.config.get("strategy") or {}).get("wrap") or ()
-    module = build_model(member.config["model"], train_data, wrap)
+    module = build_model(_checked(member.config["model"], "model"), train_data, wrap)
     module = module.to(device=device, dtype=precision.parameter_dtype)
     load_weights(module, member, weights)
     return module
