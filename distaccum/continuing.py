@@ -156,10 +156,11 @@ class RunProgress:
         self.epoch = progress["epoch"]
         self.next_window = _next_window(progress, self._loader)
         self._ahead = updates_ahead(progress, self._loader)
-        self.totals = Totals(**progress["totals"])
+        with putting_back(checkpoint, "progress"):
+            self.totals = Totals(**progress["totals"])
+            self.evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
         self._seconds_before = progress["total_seconds"]
         self.owes_evaluation = progress["owes_evaluation"]
-        self.evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
 
 
 def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:

@@ -65,13 +65,13 @@ def open_regular(path: Path, most_bytes: int = 1 << 62) -> BinaryIO:
     return path.open("rb")
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads no aliases, a few lines of which can stand for more than there is memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has aliases")
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 def read_plain_yaml(path: Path) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.best import BestEvaluations
+from distaccum.checkpoints.encoding import decoded
 from distaccum.checkpoints.finding import newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
 from distaccum.checkpoints.optimizer_state import (
@@ -341,9 +342,7 @@ class Checkpointer:
         }
         with putting_back(checkpoint, "optimizer"):
             set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
-            saved = checkpoint.state["optimizer"]
-            settings = saved["settings"], saved["settings_at_start"]
-            adopt_group_settings(self.optimizer, self._settings_at_start, *settings)
+            adopt_group_settings(self.optimizer, self._settings_at_start, checkpoint.state["optimizer"])
         with putting_back(checkpoint, "model"):
             set_extra_states(module, checkpoint.state["extra"])
         if own_state:
@@ -353,7 +352,7 @@ class Checkpointer:
         for name, entry in self.states.items():
             if name in checkpoint.state["states"]:
                 with putting_back(checkpoint, name):
-                    entry.load_state_dict(checkpoint.states[name])
+                    entry.load_state_dict(decoded(checkpoint.state["states"][name]))
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
         if (before := self._best.load_state_dict(checkpoint.state, here)) is not None and self.rank == 0:

@@ -53,7 +53,8 @@ def decoded(value: Any, kept: Sequence[Tensor] = (), device: torch.device | None
         return [decoded(entry, kept, device) for entry in value]
     if not isinstance(value, dict):
         return value
-    kind, content = next(iter(value.items()), ("", None))
+    found: tuple[str, Any] = next(iter(value.items()), ("", None))
+    kind, content = found
     match kind.removeprefix("__").removesuffix("__") if kind.startswith("__") else None:
         case "tuple":
             return tuple(decoded(entry, kept, device) for entry in content)

@@ -34,7 +34,7 @@ def misfit(value: Any, form: Form) -> str | None:
     if not isinstance(value, dict):
         return ""
     for key in value if str in form else form:
-        found = misfit(value.get(key), form.get(str, form.get(key)))
+        found = misfit(value.get(key), form[str] if str in form else form[key])
         if found is not None:
             return f".{key}{found}"
     return None

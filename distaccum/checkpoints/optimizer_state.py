@@ -68,6 +68,7 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _tensors_of(state: Iterable[tuple[str, Any]], optimizer_name: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, values in state:
+        value: Any
         for key, value in values.items() if isinstance(values, dict) else [("state", object())]:
             if isinstance(value, DTensor) or type(value) in (Tensor, nn.Parameter):
                 tensors[f"optimizer/{name}/{key}"] = value.detach()
@@ -109,7 +110,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     ]
     if twin is not None:
         before = _attributes(twin)
-        twin.step()
+        with suppress(Exception):  # it is only to show what changes
+            twin.step()
         lost += [name for name, text in _attributes(twin).items() if before.get(name, text) != text]
     if lost:
         raise UserError(
@@ -157,17 +159,15 @@ def group_settings(
 
 
 def adopt_group_settings(
-    optimizer: torch.optim.Optimizer,
-    at_start: list[dict[str, Any]],
-    saved: list[dict[str, Any]],
-    saved_at_start: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer, at_start: list[dict[str, Any]], saved: Mapping[str, Any]
 ) -> None:
-    """Puts settings back as they were saved, but for those that the run had been started with other values of.
+    """Puts settings back as they were saved, but for those that the saved run had been started with other values of.
 
     Args:
         at_start: what this run has been started with.
-        saved_at_start: what the saved one had been.
+        saved: `settings` and `settings_at_start` of the saved one.
     """
+    before = saved["settings_at_start"]
 
     def text(groups: list[dict[str, Any]], number: int, key: str) -> str | None:
         # Lists and tuples are the same here, as they were to earlier versions.
@@ -176,10 +176,10 @@ def adopt_group_settings(
 
     # ZeRO-1 copies the settings of the outer optimizer into that of its shard at each step.
     for groups in (own_optimizer(optimizer).param_groups, optimizer.param_groups):
-        for number, (group, end) in enumerate(zip(groups, saved, strict=True)):
-            is_new = number >= min(len(at_start), len(saved_at_start))
+        for number, (group, end) in enumerate(zip(groups, saved["settings"], strict=True)):
+            is_new = number >= min(len(at_start), len(before))
             for key, value in end.items():
-                if not is_new and text(at_start, number, key) != text(saved_at_start, number, key):
+                if not is_new and text(at_start, number, key) != text(before, number, key):
                     continue  # configured anew since
                 was, value = group.get(key), decoded(value)
                 if isinstance(was, Tensor):
@@ -347,4 +347,4 @@ def set_optimizer_state(
                 optimizer.state[parameter][key] = value.to(placed.device)
             elif not isinstance(value, Tensor):
                 optimizer.state[parameter][key] = value  # of a text it would have made another one
-    optimizer.state.update(others)
+    optimizer.state.update(others)  # type: ignore[arg-type]  # whatever its keys are
