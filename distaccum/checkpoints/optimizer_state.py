@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,33 +43,29 @@ def outside_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return {f"outside/{name}": entry for name, entry in _names(module, optimizer).items() if name.startswith(".")}
 
 
-def _optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
-    names = {id(parameter): name for name, parameter in _names(module, optimizer).items()}
-    own, others = own_optimizer(optimizer), {}
-    for key, values in own.state.items():
-        if id(key) in names:
-            yield names[id(key)], values
-        else:
-            others[key] = values
-    yield _STATE, others
-    if type(own).state_dict is not torch.optim.Optimizer.state_dict:
-        yield _DICT, {key: value for key, value in own.state_dict().items() if key not in ("state", "param_groups")}
-
-
 def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of this rank's optimizer, by its names in a checkpoint.
 
     Raises:
         UserError: it is of a kind that a checkpoint can't hold.
     """
-    return _tensors_of(_optimizer_state(module, optimizer), type(own_optimizer(optimizer)).__name__)
+    names = {id(parameter): name for name, parameter in _names(module, optimizer).items()}
+    return _tensors_of(own_optimizer(optimizer), names)
 
 
-def _tensors_of(state: Iterable[tuple[str, Any]], optimizer_name: str) -> dict[str, Tensor]:
+def _tensors_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    state: dict[str, Any] = {_STATE: {}, _DICT: {}}
+    for owner, values in optimizer.state.items():
+        if id(owner) in names:
+            state[names[id(owner)]] = values if isinstance(values, dict) else {0: values}
+        else:
+            state[_STATE][owner] = values
+    if _has_own_state_dict(optimizer):
+        whole = optimizer.state_dict()
+        state[_DICT] = {key: value for key, value in whole.items() if key not in ("state", "param_groups")}
     tensors: dict[str, Tensor] = {}
-    for name, values in state:
-        value: Any
-        for key, value in values.items() if isinstance(values, dict) else [("state", object())]:
+    for name, values in state.items():
+        for key, value in values.items():
             if isinstance(value, DTensor) or type(value) in (Tensor, nn.Parameter):
                 tensors[f"optimizer/{name}/{key}"] = value.detach()
                 continue
@@ -80,12 +76,16 @@ def _tensors_of(state: Iterable[tuple[str, Any]], optimizer_name: str) -> dict[s
                 text = json.dumps(encoded(value, kept))
             except TypeError as error:
                 raise UserError(
-                    f"{optimizer_name} keeps {error} as the {key} of {name}, and a checkpoint holds tensors, numbers, "
-                    "texts, and lists and dictionaries of them. Set checkpoint.enabled=false, or take another one."
+                    f"{type(optimizer).__name__} keeps {error} as the {key} of {name}, and a checkpoint holds tensors, "
+                    "numbers, texts, and lists and dictionaries of them. Set checkpoint.enabled=false, or take another."
                 ) from error
             tensors[f"optimizer_json/{name}/{key}"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
             tensors |= {f"optimizer/{name}/{key}@{number}": part for number, part in enumerate(kept)}
     return tensors
+
+
+def _has_own_state_dict(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -99,8 +99,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         return
     twin = twin_of(own)
     if twin is not None:
-        _tensors_of([("a parameter", values) for values in twin.state.values()], type(own).__name__)
-    if type(own).state_dict is not torch.optim.Optimizer.state_dict:
+        _tensors_of(twin, {id(parameter): "a parameter" for parameter in twin.param_groups[0]["params"]})
+    if _has_own_state_dict(own):
         return
     lost = [
         name
@@ -129,18 +129,15 @@ def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, str]:
     return found
 
 
-def group_settings(
-    optimizer: torch.optim.Optimizer, constant: dict[tuple[int, str], Any] | None = None
-) -> list[dict[str, Any]]:
+def group_settings(optimizer: torch.optim.Optimizer, constant: dict[tuple[int, str], Any]) -> list[dict[str, Any]]:
     """What the parameter groups say besides their parameters, as JSON has it.
 
     Args:
-        constant: what can't be put so, and is not saved, from the call before.
+        constant: gets what can't be put so, which is not saved, at the first call.
 
     Raises:
         UserError: such a value has changed since.
     """
-    constant = {} if constant is None else constant
     found: list[dict[str, Any]] = []
     for number, group in enumerate(own_optimizer(optimizer).param_groups):
         found.append({})

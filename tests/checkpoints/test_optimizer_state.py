@@ -200,6 +200,7 @@ class Rich(torch.optim.SGD):
     """Keeps values of all kinds, of parameters and of none, and needs each of them."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["steps"] = (self.state["steps"] or 0) + 1  # type: ignore[index, operator]
         shared = self.state["global"]
         shared["updates"] = shared.get("updates", 0) + 1
         shared["mean"] = shared.get("mean", torch.zeros(())) * 0.9 + 0.1
