@@ -21,7 +21,7 @@ from distaccum.config import (
     as_plain,
     flat,
 )
-from distaccum.continuing import PROGRESS_KEYS, total_updates, updates_ahead
+from distaccum.continuing import check_progress, total_updates, updates_ahead
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
@@ -138,11 +138,7 @@ def _check_can_go_on(checkpoint: Checkpoint, config: TrainConfig) -> None:
             f"checkpoint.enabled=false, but there is a checkpoint to go on from, {checkpoint.path}: leave that out, or "
             "begin anew in another run_dir."
         )
-    if missing := PROGRESS_KEYS - checkpoint.state["progress"].keys():
-        raise UserError(
-            f"{checkpoint.path} was not saved by distaccum.train: it doesn't say {', '.join(sorted(missing))}. Go on "
-            "from it in the loop that saved it."
-        )
+    check_progress(checkpoint, "Go on from it in the loop that saved it.")
 
 
 def _named_checkpoint(path: Path, world: World) -> Checkpoint:

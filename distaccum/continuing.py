@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from distaccum.batch_sizes import BatchSizes
-from distaccum.checkpoints import Checkpoint
+from distaccum.checkpoints import Checkpoint, putting_back
+from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, misfit
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
@@ -18,10 +19,43 @@ from distaccum.totals import Totals
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_KEYS = frozenset(
-    ("totals", "total_seconds", "epoch", "next_window", "owes_evaluation", "evaluation", "windows", "config")
-)
+_EVALUATION: Form = {"update": is_natural, "epoch": is_natural, "metrics": {str: is_number}, "seconds": is_number}
+_PROGRESS: Form = {
+    "totals": lambda value: (
+        is_dict(value) and value.keys() <= asdict(Totals()).keys() and misfit(value, {str: is_number}) is None
+    ),
+    "total_seconds": is_number,
+    "epoch": is_natural,
+    "next_window": is_natural,
+    "position": lambda value: value is None or is_natural(value),
+    "owes_evaluation": lambda value: isinstance(value, bool),
+    "evaluation": lambda value: value is None or misfit(value, _EVALUATION) is None,
+    "windows": {
+        "batch.global_batch_size": is_natural,
+        "batch.drop_last": lambda value: isinstance(value, bool),
+        "seed": lambda value: isinstance(value, int),
+        "training samples": is_natural,
+    },
+    "config": is_dict,
+}
 """What a trainer's checkpoint says of where the run stands."""
+
+
+def check_progress(checkpoint: Checkpoint, mend: str) -> None:
+    """Refuses a checkpoint that no trainer has saved.
+
+    Raises:
+        UserError: what it doesn't say as a trainer does.
+    """
+    progress = checkpoint.state["progress"]
+    where = misfit(progress, _PROGRESS)
+    if where is None and progress["totals"].get("updates") != checkpoint.update:
+        where = ".totals.updates"
+    if where is not None:
+        raise UserError(
+            f"{checkpoint.path} was not saved by distaccum.train, which says {where.removeprefix('.')} "
+            f"another way. {mend}"
+        )
 
 
 class RunProgress:
@@ -109,7 +143,8 @@ class RunProgress:
         """
         progress = checkpoint.state["progress"]
         # They tell the next window.
-        self._loader.sizes.load_state_dict(checkpoint.state["states"].get("loader", {}))
+        with putting_back(checkpoint, "loader"):
+            self._loader.sizes.load_state_dict(checkpoint.states.get("loader", {}))
         if different := _different_windows(progress["windows"], self._loader):
             if not override:
                 raise UserError(
@@ -121,10 +156,11 @@ class RunProgress:
         self.epoch = progress["epoch"]
         self.next_window = _next_window(progress, self._loader)
         self._ahead = updates_ahead(progress, self._loader)
-        self.totals = Totals(**progress["totals"])
+        with putting_back(checkpoint, "progress"):
+            self.totals = Totals(**progress["totals"])
+            self.evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
         self._seconds_before = progress["total_seconds"]
         self.owes_evaluation = progress["owes_evaluation"]
-        self.evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
 
 
 def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:

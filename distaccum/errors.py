@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
 
@@ -22,6 +24,17 @@ class UserError(Exception):
 
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""
+
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: what would steer it, or turn the direction of writing, is spelt out.
+
+    File names, what a checkpoint says and the texts of exceptions may be a stranger's.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def require(condition: bool, message: str) -> None:

@@ -46,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--class-dim", type=int, metavar="N", help="dimension of the outputs that classes lie along")
     choice("--device", DeviceChoice, "auto", "auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a class or function of one, that may be called though a checkpoint alone names it; may be "
+        "given several times. What is of distaccum, or stands on the command line, is trusted",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="a file for the same figures")
     return parser
 
@@ -69,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         class_dim=given.class_dim,
         device=DeviceChoice(given.device),
         output=given.out,
+        trust=given.trust,
     )
     leave(outcome_of(lambda: evaluate(wishes)) or 0)
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import logging
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import yaml
 
 logger = logging.getLogger(__name__)
+
+_MOST_BYTES_OF_YAML = 256 << 10
 
 
 @contextmanager
@@ -42,6 +49,40 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path, most_bytes: int = 1 << 62) -> BinaryIO:
+    """Opens a file to read that may be a stranger's: no link out of its folder, no device, no pipe to wait at for ever.
+
+    Raises:
+        OSError: it is one of those, or larger than `most_bytes`, or can't be read.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if status.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {most_bytes} bytes", str(path))
+    return path.open("rb")
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads no aliases, a few lines of which can stand for more than there is memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases")
+        return super().compose_node(parent, index)
+
+
+def read_plain_yaml(path: Path) -> dict[str, Any] | None:
+    """The dictionary in a small YAML file that may be a stranger's; None if there is none that can be read."""
+    try:
+        with open_regular(path, _MOST_BYTES_OF_YAML) as file:
+            found = yaml.load(file, _PlainLoader)
+        json.dumps(found, default=str)  # no number that can't be shown, nothing that is too deep
+    except Exception:  # whatever a wrong tag makes of a wrong value
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class LineFile:

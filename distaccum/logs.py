@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.text import Text
 
-from distaccum.errors import UserError
+from distaccum.errors import UserError, printable
 from distaccum.redaction import redacted_text
 
 LOGGER_NAME = "distaccum"
@@ -68,7 +68,7 @@ class _ConsoleHandler(logging.Handler):
         style = (
             "yellow" if record.levelno == logging.WARNING else "bold red" if record.levelno > logging.WARNING else ""
         )
-        console.print(Text(self.format(record), style=style))
+        console.print(Text(printable(self.format(record)), style=style))
 
 
 class _FileHandler(logging.Handler):
@@ -96,7 +96,7 @@ class _FileHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            lines = [redacted_text(self.format(record), self._hidden)]
+            lines = [printable(redacted_text(self.format(record), self._hidden))]
         except Exception:
             self.handleError(record)  # a message whose arguments don't fit it
             return
@@ -175,7 +175,7 @@ def print_error(message: str) -> None:
     """Writes a user's error to standard error, alone and at once."""
     flush_output()
     with _no_disk_errors():
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {printable(message)}\n")
         sys.stderr.flush()
 
 

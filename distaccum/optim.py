@@ -213,14 +213,24 @@ def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)
     Returns:
         None if no other one can be made: anybody's own may take arguments that its groups don't tell.
     """
-    probe = nn.Parameter(torch.zeros(*shape))
+    twin = twin_of(optimizer, shape)
+    return dict(twin.state[twin.param_groups[0]["params"][0]]) if twin is not None else None
+
+
+def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> torch.optim.Optimizer | None:
+    """An optimizer of the same class and settings that has made a step, over one parameter; None if there can be none.
+
+    Args:
+        shape: of the parameter.
+    """
+    probe = nn.Parameter(torch.zeros(tuple(shape)))
     probe.grad = torch.zeros_like(probe)
     known = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in optimizer.param_groups[0].items() if key in known and key != "params"}
     try:
         twin = type(optimizer)([probe], **settings)
         twin.step()
-        return dict(twin.state[probe])
     except Exception as error:
         logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)
         return None
+    return twin

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from distaccum.errors import EXIT_STATUS, UserError
+from distaccum.errors import EXIT_STATUS, UserError, printable
 from distaccum.logs import console, print_error
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print_error(str(error))
         sys.exit(EXIT_STATUS)
-    console.print(str(path))
+    console.print(printable(str(path)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import yaml
 from distaccum.checkpoints import checkpoints_in, clear_leftovers
 from distaccum.config import flat
 from distaccum.errors import UserError
+from distaccum.files import open_regular, read_plain_yaml
 from distaccum.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ UNFINISHED = "unfinished.json"
 """Left by a run that was asked to stop and has saved; launchers start such a run again."""
 
 _LOCK = "run.lock"
+_MOST_BYTES_OF_LOCK = 1 << 16
 _NOT_THE_RUNS_OWN = frozenset(
     ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
 )
@@ -177,8 +179,9 @@ def _wait_for_lock(file: TextIO, path: Path, patience_seconds: float = 5.0) -> N
 
 def _holder(lock: Path) -> dict[str, Any]:
     try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open_regular(lock, _MOST_BYTES_OF_LOCK) as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -202,11 +205,8 @@ def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, A
 
 
 def _is_same_run(path: Path, plain: dict[str, Any]) -> bool:
-    try:
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return False
-    return isinstance(before, dict) and not changes(before, redacted(plain))
+    before = read_plain_yaml(path / "config.yaml")
+    return before is not None and not changes(before, redacted(plain))
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

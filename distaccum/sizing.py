@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distaccum.checkpoints import Checkpoint
+from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.config import TrainConfig
 from distaccum.distributed import World
 from distaccum.fitting import Fitting
@@ -71,7 +71,8 @@ def settle_sizes(
     loader.set_sizes(sizes)
     if before is not None and checkpoint is not None:
         # Now, as forwards come before the rest is restored.
-        loader.load_state_dict(checkpoint.state["states"]["loader"])
+        with putting_back(checkpoint, "loader"):
+            loader.load_state_dict(checkpoint.states["loader"])
     if world.is_main:
         unit = "samples" if loader.lengths is None else "tokens"
         in_use = sizes if loader.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
@@ -105,8 +106,9 @@ def _found(
 def _sizes_before(checkpoint: Checkpoint | None, world_size: int) -> list[int] | None:
     if checkpoint is None:
         return None
-    sizes = checkpoint.state["states"].get("loader", {}).get("found_sizes")
-    return list(sizes) if sizes is not None and len(sizes) == world_size else None
+    with putting_back(checkpoint, "loader"):
+        sizes = checkpoint.states.get("loader", {}).get("found_sizes")
+        return list(sizes) if sizes is not None and len(sizes) == world_size else None
 
 
 def _fingerprint(plain: dict[str, Any], world: World, strategy: Strategy) -> str:

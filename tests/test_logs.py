@@ -34,6 +34,19 @@ def test_other_ranks_only_warn_and_say_who_they_are(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == "[rank 3] some warning\n"
 
 
+def test_what_is_printed_does_not_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nasty = "a\x1b]0;owned\x07\x1b[2J\x9b1m\r\x08\u202eb\x7f über 日本\tend\nnext line"
+    with logging_to(tmp_path, rank=0):
+        logger.warning("file %s", nasty)
+    print_error(nasty)
+    shown = r"a\x1b]0;owned\x07\x1b[2J\x9b1m\r\x08\u202eb\x7f über 日本" + "\tend\nnext line"
+    out, err = capsys.readouterr()
+    assert out.replace(" " * 4, "\t").endswith("next line\n")
+    assert out.startswith(r"file a\x1b]0;owned\x07\x1b[2J\x9b1m\r\x08\u202eb\x7f über")
+    assert err == f"error: {shown}\n"
+    assert shown in (tmp_path / "logs" / "rank0.log").read_text()
+
+
 def test_each_rank_writes_everything_to_its_file(tmp_path: Path) -> None:
     with logging_to(tmp_path, rank=3):
         _log_all()

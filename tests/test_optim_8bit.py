@@ -17,7 +17,7 @@ from torch import nn
 
 from distaccum import Accumulator, optim, stepping
 from distaccum.checkpoints.folder import checkpoints_in
-from distaccum.checkpoints.state import check_same_state
+from distaccum.checkpoints.optimizer_state import check_same_state
 from distaccum.components import AdamConfig, AdamW8bitConfig
 from distaccum.entry import compose
 from distaccum.errors import UserError

@@ -7,7 +7,7 @@ from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
 from distaccum.checkpoints.finding import checked, newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
 from distaccum.checkpoints.random_state import random_state, set_random_state
-from distaccum.checkpoints.reading import averaged_weights, load_model
+from distaccum.checkpoints.reading import averaged_weights, load_model, putting_back
 from distaccum.checkpoints.state import persistent_buffers
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "newest_whole",
     "persistent_buffers",
+    "putting_back",
     "random_state",
     "set_random_state",
 ]

@@ -19,26 +19,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from distaccum.checkpoints.best import BestEvaluations
+from distaccum.checkpoints.encoding import decoded
 from distaccum.checkpoints.finding import newest_whole
-from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, name_of, prune
-from distaccum.checkpoints.random_state import set_random_state
-from distaccum.checkpoints.reading import read_tensors, reasons, without_process_warning
-from distaccum.checkpoints.state import (
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
+from distaccum.checkpoints.optimizer_state import (
     adopt_group_settings,
-    check_same_model,
-    check_same_state,
-    extra_states,
+    check_optimizer,
+    check_same_optimizer,
     group_settings,
-    named_also,
     optimizer_targets,
+    outside_parameters,
     own_optimizer,
+    set_optimizer_state,
+)
+from distaccum.checkpoints.random_state import set_random_state
+from distaccum.checkpoints.reading import putting_back, read_tensors, reasons, without_process_warning
+from distaccum.checkpoints.state import (
+    check_same_model,
+    extra_states,
+    named_also,
+    of_python,
     persistent_buffers,
     set_extra_states,
-    set_optimizer_state,
     state_tensors,
 )
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
-from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
 from distaccum.diagnosis import is_broken_collective
 from distaccum.errors import UserError
@@ -48,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """An object whose `state_dict()` is made of dictionaries, lists, strings, numbers and None."""
+    """An object whose `state_dict()` is made of dictionaries, lists, tuples, strings, numbers, None, small tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
@@ -115,18 +121,25 @@ class Checkpointer:
         self.rank = dist.get_rank() if self.strategy.process_group is not None else 0
         self._timeout_seconds = timeout_seconds
         self._group = self._new_group()
-        self._settings_at_start = group_settings(optimizer)
+        self._constant_settings: dict[tuple[int, str], Any] = {}
+        self._settings_at_start = group_settings(optimizer, self._constant_settings)
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
-        self._is_owed = False
-        self._best: dict[int, float] = {}
+        self._is_owed = self._is_checked = False
+        self._best = BestEvaluations(self.config)
         self.has_lost_touch = False
         """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
         self.last_saved: int | None = None
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
 
-        check_formats(self.strategy.module)
+        check_optimizer(optimizer)
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what can't be saved as it is now."""
+        check_formats({**self.strategy.module.state_dict(keep_vars=True), **self._tensors()})
+        self._state({})
 
     def _new_group(self) -> dist.ProcessGroup | None:
         """Ranks talk about a checkpoint in a thread, beside the training's collectives: so in a group of their own."""
@@ -157,6 +170,9 @@ class Checkpointer:
         """
         if "lost touch" in flags:
             self._meet_again()
+        if not self._is_checked:
+            self._check()  # by now the optimizer has its state
+            self._is_checked = True
         every = self.config.every_updates
         self._is_owed |= "save" in flags or (every is not None and update % every == 0)
         if self._is_owed and "saving" in flags:
@@ -182,29 +198,7 @@ class Checkpointer:
         Raises:
             UserError: the evaluation doesn't have the metric.
         """
-        name, count = self.config.best_metric, self.config.keep_best
-        if count == 0:
-            return False
-        if name not in metrics:
-            raise UserError(
-                f"checkpoint.best_metric={name} is unknown: the evaluation has {', '.join(sorted(metrics))}. Name one "
-                "of those, or set checkpoint.keep_best=0."
-            )
-        value = metrics[name]
-        if value == value:
-            self._best[update] = value if self._best_goal is Goal.min else -value
-        ranking = sorted(self._best, key=lambda number: (self._best[number], number))
-        self._best = {number: self._best[number] for number in ranking[:count]}
-        return update in self._best
-
-    @property
-    def _best_goal(self) -> Goal:
-        is_loss = self.config.best_metric.rpartition("/")[2] == "loss"
-        return self.config.best_goal or (Goal.min if is_loss else Goal.max)
-
-    @property
-    def _best_by(self) -> list[str]:
-        return [self.config.best_metric, self._best_goal.name]
+        return self._best.is_among(update, metrics)
 
     # Saving
 
@@ -221,20 +215,7 @@ class Checkpointer:
         self.wait()
         self._is_owed = False
         self._saved_at = time.monotonic()
-        tensors = state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
-        state = {
-            "progress": progress,
-            "states": {name: entry.state_dict() for name, entry in self.states.items()},
-            "optimizer": {
-                "name": type(own_optimizer(self.optimizer)).__name__,
-                "settings": group_settings(self.optimizer),
-                "settings_at_start": self._settings_at_start,
-            },
-            "extra": extra_states(self.strategy.module),
-            "world_size": self.strategy.world_size,
-            "best": {str(number): value for number, value in self._best.items()},
-            "best_by": self._best_by,
-        }
+        tensors, state = self._tensors(), self._state(progress)
         if wait or not self.config.async_save:
             self._write(update, tensors, state)
             return
@@ -243,6 +224,27 @@ class Checkpointer:
             target=self._write, args=(update, self._stage(tensors), state), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
+
+    def _state(self, progress: dict[str, Any]) -> dict[str, Any]:
+        """What is saved besides tensors, as JSON has it."""
+        return {
+            "progress": progress,
+            "states": {
+                name: of_python(entry.state_dict(), f"the state of {name}", "Put large tensors into tensors=")
+                for name, entry in self.states.items()
+            },
+            "optimizer": {
+                "name": type(own_optimizer(self.optimizer)).__name__,
+                "settings": group_settings(self.optimizer, self._constant_settings),
+                "settings_at_start": self._settings_at_start,
+            },
+            "extra": extra_states(self.strategy.module),
+            "world_size": self.strategy.world_size,
+            **self._best.state_dict(),
+        }
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until nothing is being written any more."""
@@ -291,7 +293,7 @@ class Checkpointer:
 
     def _report_failure(self, update: int, error: BaseException) -> None:
         logger.debug("the checkpoint of update %d failed", update, exc_info=error)
-        self._best.pop(update, None)
+        self._best.drop(update)
         if is_broken_collective(error):
             self.has_lost_touch = True
             return  # if a rank has died, that ends the run, and is spoken of there
@@ -318,15 +320,10 @@ class Checkpointer:
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
         self.strategy.at_rest()
         check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
-        saved = checkpoint.state["optimizer"]
-        if saved["name"] != (name := type(own_optimizer(self.optimizer)).__name__):
-            raise UserError(
-                f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
-                f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
-            )
-        check_same_state(module, self.optimizer, stored)
+        check_same_optimizer(module, self.optimizer, checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
+        targets |= {name: p.detach() for name, p in outside_parameters(module, self.optimizer).items()}
         for name, buffer in persistent_buffers(module):
             own = f"rank/{self.rank}/buffers/{name}"
             targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
@@ -343,27 +340,27 @@ class Checkpointer:
         of_parameters = {
             name.removeprefix("model/"): dtype for name, (_, dtype) in formats.items() if name.startswith("model/")
         }
-        set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
-        set_extra_states(module, checkpoint.state["extra"])
-        adopt_group_settings(self.optimizer, saved["settings"], saved["settings_at_start"])
+        with putting_back(checkpoint, "optimizer"):
+            set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
+            adopt_group_settings(self.optimizer, self._settings_at_start, checkpoint.state["optimizer"])
+        with putting_back(checkpoint, "model"):
+            set_extra_states(module, checkpoint.state["extra"])
         if own_state:
-            self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
-            set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
+            with putting_back(checkpoint, "random generators"):
+                self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
+                set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
         for name, entry in self.states.items():
             if name in checkpoint.state["states"]:
-                entry.load_state_dict(checkpoint.state["states"][name])
+                with putting_back(checkpoint, name):
+                    entry.load_state_dict(decoded(checkpoint.state["states"][name]))
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
-        best = {int(number): value for number, value in checkpoint.state["best"].items()}
-        if best and (before := checkpoint.state.get("best_by", self._best_by)) != self._best_by:
-            best = {}
-            if self.rank == 0:
-                logger.info(
-                    "the best checkpoints were chosen by %s, and are from here on by %s: the choice begins anew",
-                    " ".join(before),
-                    " ".join(self._best_by),
-                )
-        self._best = {number: value for number, value in best.items() if name_of(number) in here}
+        if (before := self._best.load_state_dict(checkpoint.state, here)) is not None and self.rank == 0:
+            logger.info(
+                "the best checkpoints were chosen by %s, and are from here on by %s: the choice begins anew",
+                before,
+                self._best.by,
+            )
         self.last_saved = checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress

@@ -17,12 +17,9 @@ from distaccum.checkpoints.folder import (
     read_checkpoint,
     verify_files,
 )
-from distaccum.checkpoints.storage import ManifestReader
+from distaccum.checkpoints.form import SAFETENSORS_NAMES
 
 logger = logging.getLogger(__name__)
-
-_STATE = frozenset(("progress", "states", "optimizer", "extra", "world_size", "best"))
-"""What a run saves besides tensors."""
 
 
 def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> Checkpoint | None:
@@ -59,19 +56,18 @@ def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tup
 
 
 def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
-    """Refuses what no run has written: hashes are no signature, anybody can make them."""
-    if missing := sorted(_STATE - checkpoint.state.keys()):
-        raise DamagedCheckpointError(f"{MANIFEST} lacks {', '.join(missing)}")
-    try:
-        ManifestReader(checkpoint).read_metadata()
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST} tells of tensors what can't be ({error!r})") from error
-    chunks = [chunk for tensor in checkpoint.manifest["tensors"].values() for chunk in tensor["chunks"]]
-    for name in names:
+    """Refuses files that don't hold what the manifest says."""
+    wanted: dict[str, list[tuple[str, tuple[list[int], str]]]] = {name: [] for name in names}
+    for tensor in checkpoint.manifest["tensors"].values():
+        for chunk in tensor["chunks"]:
+            if chunk["file"] in wanted:
+                wanted[chunk["file"]].append((chunk["key"], (chunk["shape"], SAFETENSORS_NAMES[tensor["dtype"]])))
+    for name, pieces in wanted.items():
         try:
             with safe_open(checkpoint.path / name, framework="np") as file:
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: (entry.get_shape(), entry.get_dtype()) for key, entry in slices.items()}
         except SafetensorError as error:
             raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from error
-        if any(chunk["file"] == name and shapes.get(chunk["key"]) != chunk["shape"] for chunk in chunks):
+        if any(found.get(key) != piece for key, piece in pieces):
             raise DamagedCheckpointError(f"{name} doesn't hold the tensors that {MANIFEST} names")

@@ -13,22 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distaccum.files import sync
+from distaccum.checkpoints.encoding import decoded
+from distaccum.checkpoints.form import FORMAT, is_file_name, is_shallow, misfit
+from distaccum.checkpoints.form import MANIFEST as MANIFEST_FORM
+from distaccum.files import open_regular, sync
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 
 _PREFIX = "update-"
+_NAME = re.compile(r"update-\d{1,18}", re.ASCII)
 _WRITING = ".writing-"
 _REMOVED = ".removed-"
 _REPLACED = ".replaced-"
 _CHUNK_BYTES = 8 << 20
+_MOST_BYTES_OF_MANIFEST = 256 << 20
 
 
 class DamagedCheckpointError(Exception):
@@ -53,6 +58,12 @@ class Checkpoint:
         return state
 
     @property
+    def states(self) -> dict[str, Any]:
+        """What was saved of further objects, by their names."""
+        states: dict[str, Any] = decoded(self.state["states"])
+        return states
+
+    @property
     def files(self) -> list[str]:
         return sorted(self.manifest["files"])
 
@@ -65,8 +76,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of checkpoints, newest first, as far as names tell. Clocks play no part: the update counts."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()]
-    found = [path for path in found if path.name.startswith(_PREFIX)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in found if not path.is_symlink()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
 
 
@@ -120,10 +131,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint's manifest.
 
     Raises:
-        DamagedCheckpointError: there is none, or not as it was written.
+        DamagedCheckpointError: there is none, or not as a run has written it.
     """
     try:
-        lines = (path / MANIFEST).read_text(encoding="utf-8").splitlines()
+        with open_regular(path / MANIFEST, _MOST_BYTES_OF_MANIFEST) as file:
+            lines = file.read(_MOST_BYTES_OF_MANIFEST).decode("utf-8").splitlines()
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{MANIFEST} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -136,26 +148,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads(text)
     except (ValueError, IndexError, KeyError, TypeError, RecursionError):
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
-    _check_form(manifest)
+    _check_form(manifest, path.name)
     return Checkpoint(path=path, manifest=manifest)
 
 
-def _check_form(manifest: Any) -> None:
+def _check_form(manifest: Any, folder: str) -> None:
     """Refuses what this version would not have written: a hash is no signature, anybody can make one."""
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise DamagedCheckpointError(f"it is of format {found!r}, and this version reads {FORMAT}")
-    try:
-        chunks = [chunk for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]]
-        named = {chunk["file"] for chunk in chunks}
-        known = {name for name, entry in manifest["files"].items() if entry.keys() == {"bytes", "blake2b"}}
-        is_whole = isinstance(manifest["update"], int) and isinstance(manifest["state"], dict)
-    except (KeyError, TypeError, AttributeError):
-        is_whole = False
-    if not is_whole:
+    if (where := misfit(manifest, MANIFEST_FORM)) is not None:
+        raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes: {where.removeprefix('.')}")
+    best = manifest["state"]["best"]
+    if not is_shallow(manifest["state"]) or not all(_NAME.fullmatch(f"{_PREFIX}{number}") for number in best):
         raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes")
-    if not named <= known or any(Path(name).name != name for name in manifest["files"]):
+    named = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
+    if not named <= manifest["files"].keys() or not all(map(is_file_name, manifest["files"])):
         raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")
+    if folder.startswith(_PREFIX) and folder != name_of(manifest["update"]):
+        raise DamagedCheckpointError(f"{MANIFEST} is of update {manifest['update']}, and the folder is {folder}")
 
 
 def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -166,18 +177,17 @@ def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """
     for name in names:
         wanted = checkpoint.manifest["files"][name]
-        digest, size = hashlib.blake2b(digest_size=16), 0
+        digest = hashlib.blake2b(digest_size=16)
         try:
-            with (checkpoint.path / name).open("rb") as file:
+            with open_regular(checkpoint.path / name) as file:
+                if (length := os.fstat(file.fileno()).st_size) != wanted["bytes"]:
+                    raise DamagedCheckpointError(f"{name} has {length} bytes of {wanted['bytes']}")
                 while chunk := file.read(_CHUNK_BYTES):
                     digest.update(chunk)
-                    size += len(chunk)
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{name} is missing") from None
         except OSError as error:
             raise DamagedCheckpointError(f"{name} can't be read ({error.strerror})") from error
-        if size != wanted["bytes"]:
-            raise DamagedCheckpointError(f"{name} has {size} bytes of {wanted['bytes']}")
         if digest.hexdigest() != wanted["blake2b"]:
             raise DamagedCheckpointError(f"{name} is not as it was written: its hash is another")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -60,7 +62,8 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
         path = f"also/{average}/{name}"
         targets[path if average is not None and path in stored else f"model/{name}"] = tensor
     read_tensors(checkpoint, targets, None)
-    set_extra_states(module, checkpoint.state["extra"])
+    with putting_back(checkpoint, "model"):
+        set_extra_states(module, checkpoint.state["extra"])
 
 
 def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
@@ -71,6 +74,22 @@ def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
     count = torch.zeros((), dtype=torch.int64)
     read_tensors(checkpoint, {path: count}, None)
     return int(count)
+
+
+@contextmanager
+def putting_back(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """Has what doesn't take a saved state end with one message.
+
+    Raises:
+        UserError: in the place of what says that values are of another kind.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint.path}: the state of {name} that is in it can't be put back ({_reason(error)}). Configure "
+            "what it was saved of, or begin anew with resume=none and another run_dir."
+        ) from error
 
 
 def reasons(error: BaseException) -> str:

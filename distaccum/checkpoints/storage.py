@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,23 +31,13 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from distaccum.checkpoints.folder import FORMAT, Checkpoint, commit, start_writing, write_manifest, writing_path
+from distaccum.checkpoints.folder import Checkpoint, commit, start_writing, write_manifest, writing_path
+from distaccum.checkpoints.form import FORMAT, SAFETENSORS_NAMES
 from distaccum.errors import UserError
-from distaccum.files import sync
+from distaccum.files import open_regular, sync
 
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _SAFETENSORS_NAMES}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SAFETENSORS_NAMES}
+_SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.items()}
 _CHUNK_BYTES = 4 << 20
 
 
@@ -101,13 +91,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     return size, digest.hexdigest()
 
 
-def check_formats(module: nn.Module) -> None:
-    """Refuses a model that can't be saved, before it is trained.
+def check_formats(tensors: Mapping[str, Any]) -> None:
+    """Refuses what can't be saved, before it is trained.
+
+    Args:
+        tensors: of the model and of the optimizer, by name; anything else among them is passed over.
 
     Raises:
-        UserError: a parameter or a persistent buffer is of a format for which safetensors has no name here.
+        UserError: one is of a format for which safetensors has no name here.
     """
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.dtype not in _SAFETENSORS_NAMES:
             raise UserError(
                 f"{name} of the model is of format {str(tensor.dtype).removeprefix('torch.')}, which checkpoints can't "
@@ -252,6 +245,7 @@ class ManifestReader(StorageReader):
             chunk = self._chunk(item.storage_index)
             by_file.setdefault(chunk["file"], []).append((item, chunk["key"]))
         for name, reads in by_file.items():
+            open_regular(self._path / name).close()
             with safe_open(self._path / name, framework="pt") as file:
                 for item, key in reads:
                     ends = (start + length for start, length in zip(item.storage_offsets, item.lengths, strict=True))

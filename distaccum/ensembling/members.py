@@ -11,10 +11,12 @@ import yaml
 from torch import nn
 
 from distaccum.checkpoints import Checkpoint, averaged_weights, checked, checkpoints_in, load_model, newest_whole
+from distaccum.checkpoints.form import Form, is_dict, misfit
 from distaccum.choices import Weights, WhichCheckpoint
 from distaccum.config import flat
-from distaccum.continuing import PROGRESS_KEYS
+from distaccum.continuing import check_progress
 from distaccum.distributed import World
+from distaccum.ensembling.trust import check_trusted
 from distaccum.errors import UserError
 from distaccum.redaction import REDACTED
 from distaccum.run_folder import CHECKPOINTS
@@ -22,6 +24,14 @@ from distaccum.run_folder import CHECKPOINTS
 _OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
 _IN_COMMON = ("data.evaluation.", "data.collate_fn", "task.")
 """What members must agree on for their figures to be comparable."""
+_CONFIG: Form = {
+    "data": {"train": is_dict},
+    "model": is_dict,
+    "task": is_dict,
+    "precision": is_dict,
+    "train": is_dict,
+    "strategy": lambda value: value is None or (is_dict(value) and isinstance(value.get("wrap") or [], list)),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +50,27 @@ class Member:
         return str(self.checkpoint.path)
 
 
-def find_members(paths: Sequence[Path], which: WhichCheckpoint, overrides: Sequence[str], world: World) -> list[Member]:
+def find_members(
+    paths: Sequence[Path],
+    which: WhichCheckpoint,
+    overrides: Sequence[str],
+    world: World,
+    trust: Sequence[str] = (),
+) -> list[Member]:
     """The checkpoints that are meant, found whole. All ranks call it.
 
     Args:
         paths: folders of runs, or of single checkpoints.
         which: of a run's checkpoints.
         overrides: `KEY=VALUE`, changes to what the models were trained with.
+        trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
 
     Raises:
-        UserError: there is none, one is damaged, it is no training's, or an override names no key.
+        UserError: there is none, one is damaged, it is no training's, an override names no key, or what is to be built
+            is not trusted.
     """
     found = [checkpoint for path in paths for checkpoint in _checkpoints(path, which, world)]
-    members = [Member(checkpoint=entry, config=_configured(entry, overrides)) for entry in found]
+    members = [Member(checkpoint=entry, config=_configured(entry, overrides, trust)) for entry in found]
     if different := _differences(members):
         key, values = different[0]
         more = f" (and {len(different) - 1} more keys)" if len(different) > 1 else ""
@@ -99,16 +117,14 @@ def _nothing_in(path: Path, problem: str) -> list[Checkpoint]:
 
 
 def _of_a_training(checkpoint: Checkpoint) -> Checkpoint:
-    if missing := PROGRESS_KEYS - checkpoint.state["progress"].keys():
-        raise UserError(
-            f"{checkpoint.path} was not saved by distaccum.train: it doesn't say {', '.join(sorted(missing))}. In your "
-            "own loop, restore it and call distaccum.evaluate_model."
-        )
+    check_progress(checkpoint, "In your own loop, restore it and call distaccum.evaluate_model.")
     return checkpoint
 
 
-def _configured(checkpoint: Checkpoint, overrides: Sequence[str]) -> dict[str, Any]:
+def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequence[str]) -> dict[str, Any]:
     config: dict[str, Any] = checkpoint.state["progress"]["config"]
+    if (where := misfit(config, _CONFIG)) is not None:
+        raise UserError(f"{checkpoint.path}: its configuration is not as a run saves it: config{where}.")
     for override in overrides:
         key, _, text = override.partition("=")
         try:
@@ -116,9 +132,11 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str]) -> dict[str, A
         except yaml.YAMLError:
             value = text
         config = _changed(config, key, value)
-    for key, value in flat({name: config.get(name) for name in ("data", "model", "task")}).items():
+    built = {name: config[name] for name in ("data", "model", "task")}
+    for key, value in flat(built).items():
         if value == REDACTED:
             raise UserError(f"{key} is a secret, which is not in the checkpoint: give it again, as in {key}=…")
+    check_trusted(built, [override.partition("=")[0] for override in overrides], trust)
     return config
 
 

@@ -25,7 +25,7 @@ from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.ensembling.ensemble import Ensemble, mean_of_weights
 from distaccum.ensembling.members import Member, find_members, load_weights
-from distaccum.errors import UserError
+from distaccum.errors import UserError, printable
 from distaccum.evaluation import evaluate_model
 from distaccum.evaluator import metrics_of
 from distaccum.files import replacing
@@ -46,6 +46,7 @@ class Wishes:
         overrides: `KEY=VALUE`, changes to what the models were trained with.
         combine: None for each model alone, unless there are several; then `probabilities`.
         output: a file for the same as JSON.
+        trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
     """
 
     paths: Sequence[Path]
@@ -56,6 +57,7 @@ class Wishes:
     class_dim: int | None = None
     device: DeviceChoice = DeviceChoice.auto
     output: Path | None = None
+    trust: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def evaluate(wishes: Wishes) -> int:
     with joined_world() as world:
         device = resolve_device(wishes.device, world.local_rank)
         world.init_process_group(device)
-        members = find_members(wishes.paths, wishes.which, wishes.overrides, world)
+        members = find_members(wishes.paths, wishes.which, wishes.overrides, world, wishes.trust)
         with world.together():
             examination = _Examination(members, wishes, world, device)
         rows = examination.rows()
@@ -100,7 +102,7 @@ class _Examination:
         self.members = members
         self.device = device
         self.precision = resolve_precision(_precision_name(config["precision"]["name"]), device)
-        self.task = _task(config["task"])
+        self.task = targets.build(_checked(config["task"], "task"), "task")
         self.combine = self._combination(wishes)
         options = loader_options(data, device, self.precision)
         dataset = targets.build(data.evaluation, "data.evaluation")
@@ -186,12 +188,13 @@ def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
     return made
 
 
-def _task(section: dict[str, Any]) -> Any:
-    for schema in SCHEMAS["task"].values():
+def _checked(section: dict[str, Any], group: str) -> dict[str, Any]:
+    """A section `task` or `model`, whose values have the types that its target's schema gives them, if it has one."""
+    for schema in SCHEMAS[group].values():
         defaults = {entry.name: entry.default for entry in dataclasses.fields(schema)}
         if defaults["_target_"] == section.get("_target_"):
-            _typed(schema, section, "task")
-    return targets.build(section, "task")
+            _typed(schema, section, group)
+    return section
 
 
 def _precision_name(name: Any) -> PrecisionName:
@@ -222,7 +225,7 @@ def _train_data(members: Sequence[Member]) -> list[Any]:
 
 def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
     wrap = (member.config.get("strategy") or {}).get("wrap") or ()
-    module = build_model(member.config["model"], train_data, wrap)
+    module = build_model(_checked(member.config["model"], "model"), train_data, wrap)
     module = module.to(device=device, dtype=precision.parameter_dtype)
     load_weights(module, member, weights)
     return module
@@ -241,12 +244,12 @@ def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> Non
         is_all = row.update is None
         cells = [number(row.metrics[name]) for name in names]
         update = "" if is_all else str(row.update)
-        table.add_row(Text(row.name, overflow="fold"), update, *cells, style="bold" if is_all else "")
+        table.add_row(Text(printable(row.name), overflow="fold"), update, *cells, style="bold" if is_all else "")
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     wide.print(table)
     if wishes.output is not None:
         _write(rows, samples, wishes, examination.combine)
-        console.print(f"written: {wishes.output}")
+        console.print(printable(f"written: {wishes.output}"))
 
 
 def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:

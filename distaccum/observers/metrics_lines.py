@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distaccum.files import replacing, sync
+from distaccum.files import open_regular, replacing, sync
 
 
 class _Key(NamedTuple):
@@ -74,7 +74,7 @@ def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]
     places: dict[_Key, _Place] = {}
     unreadable = []
     last_wanted = offset = 0
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         for number, line in enumerate(file, start=1):
             key = _key(line)
             if key is None:
@@ -123,7 +123,7 @@ def _copy(source: Path | None, target: Path, places: list[_Place]) -> None:
     with replacing(target) as writing:
         if source is None or not places:
             return
-        with source.open("rb") as reading:
+        with open_regular(source) as reading:
             for place in places:
                 reading.seek(place.offset)
                 line = reading.read(place.num_bytes)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distaccum.files import open_regular
+
 
 @dataclass(kw_only=True, slots=True)
 class Metrics:
@@ -70,7 +72,7 @@ def read_metrics(path: Path) -> Metrics:
     updates: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     metrics = Metrics()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for line in file:
             entry = _parsed(line)
             if entry is None:

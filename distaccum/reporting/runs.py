@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distaccum.config import flat
 from distaccum.errors import UserError
+from distaccum.files import open_regular, read_plain_yaml
 from distaccum.observers.metrics_reading import Metrics, read_metrics
 from distaccum.redaction import redacted
 
 METRICS = "metrics.jsonl"
 _GOES_ON = re.compile(r"going on from .*, update (\d+)$")
 _SECONDS_BETWEEN_FILES = 60.0
+_MOST_BYTES_OF_LOG, _MOST_BYTES_OF_MARKER = 1 << 30, 1 << 16
 _FINISHED = re.compile(r": finished after update (\d+)$")
 _PLAN = re.compile(r": (window \d+ = .*)$")
 
@@ -174,11 +174,8 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        found = None
-    if not isinstance(found, dict):
+    found = read_plain_yaml(run.path / "config.yaml")
+    if found is None:
         run.problems.append("config.yaml is missing or can't be read, so nothing is known of the settings")
         return {}
     plain: dict[str, Any] = redacted(found)  # it is already; what the environment holds now is kept out too
@@ -188,7 +185,8 @@ def _config(run: Run) -> dict[str, Any]:
 def _add_log(run: Run) -> None:
     """What rank 0's log says of starts and of the plan."""
     try:
-        lines = (run.path / "logs" / "rank0.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        with open_regular(run.path / "logs" / "rank0.log", _MOST_BYTES_OF_LOG) as file:
+            lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return
     for line in lines:
@@ -202,9 +200,10 @@ def _add_log(run: Run) -> None:
 
 def _add_end(run: Run) -> None:
     try:
-        marker = json.loads((run.path / "unfinished.json").read_text(encoding="utf-8"))
+        with open_regular(run.path / "unfinished.json", _MOST_BYTES_OF_MARKER) as file:
+            marker = json.load(file)
         run.stopped_by = str(marker.get("signal", "a signal")) if isinstance(marker, dict) else "a signal"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         reached_the_end = run.is_finished or run.configured("train.max_updates") == run.num_updates
         run.is_finished = reached_the_end or _has_model_of_last_update(run.path)
 

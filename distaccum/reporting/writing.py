@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distaccum.errors import UserError
-from distaccum.files import replacing
+from distaccum.errors import UserError, require
+from distaccum.files import open_regular, replacing
 from distaccum.pages import MADE_BY
 from distaccum.reporting.page import page_of
 from distaccum.reporting.runs import read_runs
@@ -28,8 +28,10 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     if path.is_dir():
         path = path / _NAME
     try:
-        if path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]:
-            raise UserError(f"{path} exists already and is no page of distaccum: choose another file with --out.")
+        if path.exists():
+            with open_regular(path) as file:
+                is_a_page = MADE_BY.encode() in file.read(1000)
+            require(is_a_page, f"{path} exists already and is no page of distaccum: choose another file with --out.")
         with replacing(path) as file:
             file.write(page_of(runs).encode())
     except OSError as error:

@@ -211,7 +211,8 @@ def place_fsdp(
     """Shards a module that lies on this rank's device, block by block.
 
     Raises:
-        UserError: there are no other processes, no module has a name of `strategy.wrap`, or the precision is fp16.
+        UserError: there are no other processes, no module has a name of `strategy.wrap`, the precision is fp16, or a
+            parameter is not contiguous.
     """
     if not dist.is_initialized():
         raise UserError(
@@ -220,6 +221,12 @@ def place_fsdp(
         )
     if precision is PrecisionName.fp16:
         raise UserError("precision=fp16 can't be had with strategy=fsdp: its scaler doesn't know shards. Use bf16.")
+    strided = [name for name, parameter in module.named_parameters() if not parameter.is_contiguous()]
+    if strided:
+        raise UserError(
+            f"strategy=fsdp can't shard {strided[0]} of the model, whose memory is in another order (channels_last, or "
+            "transposed). Make it contiguous (`model.to(memory_format=torch.contiguous_format)`), or set strategy=ddp."
+        )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if precision is PrecisionName.bf16_params:

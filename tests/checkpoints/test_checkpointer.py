@@ -227,18 +227,89 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         Checkpointer(tmp_path, model, optimizer).restore(read_checkpoint(checkpoints_in(tmp_path)[0]))
 
 
-def test_an_optimizer_whose_state_is_no_tensor_is_refused_at_once(tmp_path: Path) -> None:
-    model, optimizer = make(0)
-    optimizer.state[model.head.weight]["history"] = [1, 2]
-    with pytest.raises(UserError, match=r"AdamW keeps a list as the history of embedding\.weight, and a checkpoint"):
-        Checkpointer(tmp_path, model, optimizer).save(1, {})
+class _Keeps(torch.optim.SGD):
+    """Keeps something that no checkpoint takes, from its first step on."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sample"] = random.Random(0)
 
 
-def test_extra_state_that_is_not_json_is_refused_at_once(tmp_path: Path) -> None:
+class _KeepsByObject(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.state[random] = {}  # type: ignore[index]
+
+
+class _Counts(torch.optim.SGD):
+    """Has its learning rate follow a count in an attribute."""
+
+    count = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 / self.count
+        super().step(closure)
+
+
+class _Two(torch.optim.Optimizer):
+    """Two optimizers in one: matrices are one's, all else the other's."""
+
+    def __init__(self, params: Any) -> None:
+        parameters = list(params)
+        super().__init__(parameters, {})
+        matrices = [p for p in parameters if p.ndim == 2]
+        rest = [p for p in parameters if p.ndim != 2]
+        self.first = torch.optim.SGD(matrices, lr=0.01, momentum=0.9)
+        self.second = torch.optim.Adam(rest, lr=0.01, fused=True)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.first.step()
+        self.second.step()
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (_Keeps, r"_Keeps keeps a Random as the sample of a parameter, and a checkpoint holds"),
+        (_Counts, r"_Counts keeps what changes from step to step in its attribute count, which its state_dict"),
+        (_Two, r"_Two keeps what changes from step to step in its attribute first, which its state_dict"),
+    ],
+)
+def test_an_optimizer_with_state_that_cannot_be_kept_is_refused_when_the_run_starts(
+    tmp_path: Path, cls: Any, said: str
+) -> None:
+    model = Tied()
+    arguments = {} if cls is _Two else {"lr": 0.1}
+    with pytest.raises(UserError, match=said):
+        Checkpointer(tmp_path, model, cls([p for p in model.parameters() if p.requires_grad], **arguments))
+
+
+def test_what_shows_only_in_the_first_update_is_refused_after_it(tmp_path: Path) -> None:
+    class Hidden(_KeepsByObject):
+        def __init__(self, parameters: Any, learning_rate: float) -> None:  # so that no other one can be made
+            super().__init__(parameters, lr=learning_rate)
+
+    model = Tied()
+    optimizer = Hidden([p for p in model.parameters() if p.requires_grad], 0.1)
+    checkpointer = Checkpointer(tmp_path, model, optimizer)
+    train(model, optimizer, 1)
+    with pytest.raises(UserError, match=r"^Hidden keeps a module, which is no name, as the <module 'random' .*"):
+        checkpointer.is_due(1)
+
+
+def test_extra_state_and_states_that_cannot_be_kept_are_refused_when_the_run_starts(tmp_path: Path) -> None:
     model, optimizer = make(0)
+    counter = Counter()
+    counter.number = {1, 2}  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"^the state of counter can't be put into a checkpoint, .*: it has a set\. "):
+        Checkpointer(tmp_path, model, optimizer, states={"counter": counter})
     model.calls = {1, 2}  # type: ignore[assignment]
-    with pytest.raises(UserError, match=r"the extra state of the model can't be put into a checkpoint"):
-        Checkpointer(tmp_path, model, optimizer).save(1, {})
+    with pytest.raises(UserError, match=r"^the extra state of the model can't be put into a checkpoint"):
+        Checkpointer(tmp_path, model, optimizer)
 
 
 # When

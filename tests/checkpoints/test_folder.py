@@ -23,20 +23,29 @@ from distaccum.checkpoints.folder import (
 )
 
 CONTENT = b"some tensors"
+DATA = "rank-00000.safetensors"
+STATE: dict[str, Any] = {
+    "progress": {"note": "ü"},
+    "states": {},
+    "optimizer": {"name": "SGD", "settings": [{}], "settings_at_start": [{}]},
+    "extra": {},
+    "world_size": 1,
+    "best": {},
+}
 
 
 def make(folder: Path, update: int, **changed: Any) -> Checkpoint:
     """Writes a checkpoint with one file, which is not a real one, and a manifest that fits it."""
     writing = start_writing(folder, update)
-    (writing / "data").write_bytes(CONTENT)
+    (writing / DATA).write_bytes(CONTENT)
     digest = hashlib.blake2b(CONTENT, digest_size=16).hexdigest()
-    chunk = {"file": "data", "key": "a", "offsets": [0], "shape": [3]}
+    chunk = {"file": DATA, "key": "a", "offsets": [0], "shape": [3]}
     manifest = {
         "format": FORMAT,
         "update": update,
-        "state": {"note": "ü"},
+        "state": STATE,
         "tensors": {"a": {"dtype": "float32", "shape": [3], "chunks": [chunk]}},
-        "files": {"data": {"bytes": len(CONTENT), "blake2b": digest}},
+        "files": {DATA: {"bytes": len(CONTENT), "blake2b": digest}},
         **changed,
     }
     write_manifest(writing, manifest)
@@ -50,8 +59,8 @@ def updates_in(folder: Path) -> list[int]:
 def test_a_written_checkpoint_reads_back(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 12)
     assert checkpoint.path == tmp_path / "update-00000012"
-    assert (checkpoint.update, checkpoint.state, checkpoint.files) == (12, {"note": "ü"}, ["data"])
-    verify_files(checkpoint, ["data"])
+    assert (checkpoint.update, checkpoint.state, checkpoint.files) == (12, STATE, [DATA])
+    verify_files(checkpoint, [DATA])
     assert [path.name for path in tmp_path.iterdir()] == ["update-00000012"]
 
 
@@ -65,7 +74,7 @@ def test_the_newest_has_the_highest_update_and_not_the_latest_date(tmp_path: Pat
 
 def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
     writing = start_writing(tmp_path, 5)
-    (writing / "data").write_bytes(CONTENT)
+    (writing / DATA).write_bytes(CONTENT)
     assert updates_in(tmp_path) == []
     clear_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -73,7 +82,7 @@ def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
 
 def test_saving_the_same_update_again_replaces_it(tmp_path: Path) -> None:
     make(tmp_path, 5)
-    assert make(tmp_path, 5, state={"note": "second"}).state == {"note": "second"}
+    assert make(tmp_path, 5, torch="second").manifest["torch"] == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["update-00000005"]
 
 
@@ -81,7 +90,7 @@ def test_a_run_killed_while_it_replaced_a_checkpoint_has_the_old_one(tmp_path: P
     make(tmp_path, 5)
     (tmp_path / "update-00000005").rename(tmp_path / ".replaced-update-00000005")
     clear_leftovers(tmp_path)
-    assert read_checkpoint(tmp_path / "update-00000005").state == {"note": "ü"}
+    assert read_checkpoint(tmp_path / "update-00000005").state == STATE
 
 
 @pytest.mark.parametrize(
@@ -103,9 +112,9 @@ def test_old_checkpoints_go_and_the_best_stay(tmp_path: Path, keep_last: int, be
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: (path / "data").unlink(), "data is missing"),
-        (lambda path: (path / "data").write_bytes(CONTENT[:-1]), "data has 11 bytes of 12"),
-        (lambda path: (path / "data").write_bytes(CONTENT[:-1] + b"S"), "data is not as it was written"),
+        (lambda path: (path / DATA).unlink(), f"{DATA} is missing"),
+        (lambda path: (path / DATA).write_bytes(CONTENT[:-1]), f"{DATA} has 11 bytes of 12"),
+        (lambda path: (path / DATA).write_bytes(CONTENT[:-1] + b"S"), f"{DATA} is not as it was written"),
         (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing"),
         (lambda path: (path / MANIFEST).write_bytes(b"\xff"), "manifest.json can't be read"),
         (lambda path: (path / MANIFEST).write_text(""), "manifest.json is not as it was written"),
@@ -115,7 +124,7 @@ def test_damage_is_noticed_and_named(tmp_path: Path, damage: Any, said: str) -> 
     path = make(tmp_path, 3).path
     damage(path)
     with pytest.raises(DamagedCheckpointError, match=said.replace(".", r"\.")):
-        verify_files(read_checkpoint(path), ["data"])
+        verify_files(read_checkpoint(path), [DATA])
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from command_line import TINY, Ended, evaluations
 from launching import forked
 
 from distaccum import evaluate
-from distaccum.checkpoints.folder import checkpoints_in
+from distaccum.checkpoints.folder import MANIFEST, checkpoints_in, write_manifest
 
 Evaluate = Callable[..., Ended]
 DIGITS = [
@@ -182,7 +182,103 @@ def test_a_secret_is_to_be_given_again(train: Callable[..., Ended], evaluated: E
     assert ended.status == 2
     assert "data.train.api_key is a secret, which is not in the checkpoint: give it again" in ended.err
     again = [f"data.{part}.api_key=sesame-sesame" for part in ("train", "evaluation")]
-    assert evaluated("secret", *again).status == 0
+    assert evaluated("secret", *again, "--trust", "test_evaluate").status == 0
+
+
+# Checkpoints from strangers
+
+CALL = {"_target_": "os.mkdir", "path": "PWNED"}
+WANTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "training data": ("data.train", CALL, "data.train._target_=os.mkdir is what the checkpoint wants"),
+    "evaluation data": ("data.evaluation", CALL, "data.evaluation._target_=os.mkdir is what"),
+    "the task": ("task", CALL, "task._target_=os.mkdir is what"),
+    "collating": ("data.collate_fn", CALL, "data.collate_fn._target_=os.mkdir is what"),
+    "the model": ("model", CALL, "model._target_=os.mkdir is what"),
+    "an argument's part": (
+        "model",
+        {"_target_": "distaccum.models.CNN", "channels": [{"deep": CALL}]},
+        "model.channels.0.deep._target_=os.mkdir is what",
+    ),
+    "a module of one of ours": (
+        "data.train",
+        {**CALL, "_target_": "distaccum.data.image_folder.os.mkdir"},
+        "data.train._target_=distaccum.data.image_folder.os.mkdir is what",
+    ),
+    "what builds": (
+        "data.train",
+        {"_target_": "distaccum.targets.build", "section": {"_target_": "distaccum.data.Digits"}, "where": "x"},
+        "data.train._target_=distaccum.targets.build is what",
+    ),
+    "what is inherited": (
+        "model",
+        {"_target_": "distaccum.models.CNN.apply"},
+        "model._target_=distaccum.models.CNN.apply is what",
+    ),
+    "a module that acts when it is imported": (
+        "data.train",
+        {"_target_": "acting.Data"},
+        "say so: --trust acting.Data, or --trust acting for all of that package",
+    ),
+    "the environment": (
+        "data.evaluation",
+        {"_target_": "distaccum.data.ImageFolder", "root": "${oc.env:HOME}"},
+        "data.evaluation.root=${oc.env:HOME} in the checkpoint is no value that a run has saved",
+    ),
+    "no text": ("data.train", {"_target_": ["os.mkdir"]}, "data.train must name a class or function by _target_"),
+    "no model": ("model", {"_target_": "distaccum.models.CNN", "channels": "x"}, "model.channels: "),
+    "no section": ("task", 5, "its configuration is not as a run saves it: config.task"),  # type: ignore[dict-item]
+}
+
+
+def crafted(source: Path, target: Path, key: str, value: Any) -> Path:
+    """A copy of a run's newest checkpoint whose configuration says something else, with the right hash."""
+    newest = checkpoints_in(source / "checkpoints")[0]
+    shutil.copytree(newest, target / newest.name)
+    content = json.loads((target / newest.name / MANIFEST).read_text())["content"]
+    section = content["state"]["progress"]["config"]
+    *path, name = key.split(".")
+    for part in path:
+        section = section[part]
+    section[name] = value
+    (target / newest.name / MANIFEST).unlink()
+    write_manifest(target / newest.name, content)
+    return target / newest.name
+
+
+def test_what_a_checkpoint_wants_to_be_called_is_not(
+    runs: Path, evaluated: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("acting.py").write_text("import os\nos.mkdir('PWNED')\nfrom distaccum.data import Digits as Data\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, (key, value, said) in enumerate(WANTED.values()):
+        ended = evaluated(crafted(runs / "a", tmp_path / str(number), key, value))
+        assert ended.status == 2, (key, value)
+        assert said in " ".join(ended.err.split()), (said, ended.err)
+        assert "Traceback" not in ended.err
+        assert not Path("PWNED").exists(), (key, value)
+
+
+def test_what_is_trusted_is_called(
+    runs: Path, evaluated: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the tests above would see it."""
+    project = "import os\nfrom distaccum.data import Digits\nclass Data(Digits):\n    pass\nos.makedirs('CALLED')\n"
+    Path("mine.py").write_text(project)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = crafted(runs / "a", tmp_path / "own", "data.evaluation", {"_target_": "mine.Data", "split": "evaluation"})
+    assert evaluated(own).status == 2
+    assert not Path("CALLED").exists()
+    for allowed in (("--trust", "mine"), ("--trust", "mine.Data"), ("data.evaluation._target_=mine.Data",)):
+        ended = evaluated(own, *allowed)
+        assert ended.status == 0, ended.err
+    assert Path("CALLED").exists()
+    alias = crafted(runs / "a", tmp_path / "alias", "data.train", {**CALL, "_target_": "mine.os.mkdir"})
+    ended = evaluated(alias, "--trust", "mine")
+    assert ended.status == 2
+    assert "data.train._target_=mine.os.mkdir is what the checkpoint wants to be called here" in ended.err
+    with pytest.raises(TypeError):  # a folder is no dataset
+        evaluated(alias, "--trust", "mine.os.mkdir")
+    assert Path("PWNED").exists()
 
 
 def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Evaluate) -> None:

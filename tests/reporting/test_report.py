@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from command_line import TINY, Ended
 
+from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import read_metrics
 from distaccum.report import main
 from distaccum.reporting import write_page
@@ -300,6 +302,39 @@ def test_bad_input_ends_with_one_message(
     assert said in message
     assert (tmp_path / "other.html").read_text() == "<p>mine</p>"
     assert not (tmp_path / "good" / "report.html").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_from_a_stranger_does_not_hold_it_up(tmp_path: Path) -> None:
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    bomb += "".join(f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghij"))
+    secret = tmp_path / "secret"
+    secret.write_text("run_dir: of-somebody-else\nseed: 4711\n")
+    cases: list[Callable[[Path], None]] = [
+        lambda path: path.write_text(bomb) and None,
+        lambda path: path.write_text("a: !!timestamp x\nb: !!bool x\n") and None,
+        lambda path: path.write_text("seed: 0x" + "f" * 9000) and None,
+        lambda path: path.write_text("a: " + "[" * 5000) and None,
+        lambda path: path.write_bytes(b"a: " + b"x" * (1 << 20)) and None,
+        lambda path: path.symlink_to(secret),
+        os.mkfifo,
+    ]
+    for number, make in enumerate(cases):
+        folder = run(tmp_path / f"run{number}", usual())
+        (folder / "config.yaml").unlink()
+        make(folder / "config.yaml")
+        for name in ("unfinished.json", "logs/rank0.log"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
+            os.mkfifo(folder / name)
+        shown = page(folder)
+        assert "config.yaml is missing or can" in shown.text
+        assert "4711" not in shown.text
+    folder = run(tmp_path / "piped", usual())
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl can't be read: it is no regular file"):
+        write_page([folder])
 
 
 def test_from_the_command_line_without_torch(tmp_path: Path) -> None:
