@@ -80,7 +80,10 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
         subject = subject.replaced(task=_SummedEmbeddings(subject.task))
     company = trio.company
     if findings := _collation(subject, trio):
-        subject = subject.replaced(samples=RowsOfOne(subject.samples, trio.all))
+        rows = RowsOfOne(subject.samples, trio.all)
+        if not any(tensor.shape[:1] == (1,) for tensor in all_tensors(rows.batch([trio.a], None))):
+            return findings  # what is collated can't be taken apart
+        subject = subject.replaced(samples=rows)
     if not math.isfinite(subject.probe(trio.all, record=False).loss):
         return findings + find_nonfinite(subject, trio.all, float64=True)
     probes = {
@@ -197,40 +200,28 @@ def _collation(subject: Subject, trio: Trio) -> list[Finding]:
     def tensors(*indices: int, draw: int = 0) -> list[Tensor]:
         return all_tensors(subject.samples.batch([*indices, *trio.company], None, draw))
 
-    def finding(kind: str, does: str, what: str, remedy: str) -> Finding:
-        return Finding(
-            kind=kind,
-            severity=Severity.error,
-            because=f"the collate function {does}",
-            what=what,
-            where="data.collate_fn, or the dataset's collate_fn",
-            remedy=remedy,
-        )
-
-    larger = tensors(trio.a, trio.b, trio.c)
+    larger, mixes = tensors(trio.a, trio.b, trio.c), False
     for draw in range(4):  # one that mixes samples at random may leave B alone
         ours, theirs = tensors(trio.a, trio.b, draw=draw), tensors(trio.a, trio.c, draw=draw)
         for mine, yours, more in zip(ours, theirs, larger, strict=False):
             has_rows = mine.shape[:1] == (_SIZE,) and more.shape[:1] == (_SIZE + 1,) and mine.shape == yours.shape
-            if has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0):
-                return [
-                    finding(
-                        "collate_couples_samples",
-                        "mixes the samples of a micro-batch",
-                        "A sample's own row in the micro-batch changes when another sample is replaced.",
-                        "Do what looks at several samples before the windows are cut, in the dataset: normalise with "
-                        "statistics of the whole of it; for mixup, let each sample draw its partner there.",
-                    )
-                ]
-    if all(agree(one, other, 0.0) for one, other in zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)):
+            mixes |= has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0)
+    drawn = zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)
+    if not mixes and all(agree(one, other, 0.0) for one, other in drawn):
         return []
+    does = "mixes the samples of a micro-batch" if mixes else "draws random numbers, others for another cut"
     return [
-        finding(
-            "random_collate",
-            "draws random numbers, others for another cut",
-            "The same samples make another micro-batch with another seed, and the seed follows the first of them.",
-            "Draw in the dataset, sample by sample: the loader seeds each sample by itself. Or take it as part of what "
-            "is learned, as dropout is.",
+        Finding(
+            kind="collate_couples_samples" if mixes else "random_collate",
+            severity=Severity.error,
+            because=f"the collate function {does}",
+            what="A sample's own row in the micro-batch changes when another sample is replaced."
+            if mixes
+            else "The same samples make another micro-batch with another seed, and the seed follows the first of them.",
+            where="data.collate_fn, or the dataset's collate_fn",
+            remedy="Do what draws or looks at several samples before the windows are cut, in the dataset, whose draws "
+            "are seeded sample by sample: normalise with statistics of the whole of it; for mixup, let each sample "
+            "draw its partner there.",
         )
     ]
 

@@ -38,7 +38,9 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
     """A forward in float64, or in the configured precision and the reason why."""
     try:
         with WideCasts() as casts:
-            probe = subject.probe(indices, backward=True)
+            probe = subject.probe(indices)
+            batch = subject.batch(indices)
+            subject.backward(subject.output(subject.fresh_model(), subject.fresh_task(), batch).loss_sum)
         subject.widens = casts.has_widened
         return probe, ""
     except Exception:

@@ -221,7 +221,6 @@ class Subject:
         float64: bool = True,
         watch: bool = False,
         record: bool = True,
-        backward: bool = False,
     ) -> Probe:
         """Forwards a micro-batch through a fresh copy of the model, or through `model`, and records what happened."""
         model = self.fresh_model(float64=float64) if model is None else model
@@ -232,8 +231,6 @@ class Subject:
             if watch and recorded is not None:
                 draws = stack.enter_context(DrawWatch(recorded.running_module))
             output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed, still=still)
-        if backward and output.loss_sum.requires_grad:
-            self.backward(output.loss_sum)
         return Probe(
             loss=float(output.loss_sum.detach()),
             dtype=output.loss_sum.dtype,

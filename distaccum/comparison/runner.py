@@ -175,7 +175,7 @@ class _Comparison:
         contender.is_prepared = True
         exact = contender.case.exact_updates(self.config)
         if self.section.exact_updates <= exact:
-            row.notes.append(f"no error: its first {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
+            row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
         elif self.reference is not None and self.reference.problem is None:
             row.error = self._error_of(contender, None)
             row.error_float64 = self._error_of(contender, "fp64") if contender.session is not None else None

@@ -147,8 +147,8 @@ def measure_here(
     Args:
         has_ranks: False if what its collectives give is what has been in memory by chance.
     """
-    # cuBLAS keeps the workspaces that it takes at its first use, in the thread of forwards and in that of backwards. They
-    # are taken before anything is measured: no setting would be spared them, and the first one alone would show them.
+    # cuBLAS keeps the workspaces that it takes at its first use, in the threads of forwards and of backwards. They are
+    # taken before anything is measured: every setting needs them, and the first one alone would show them.
     ones = torch.ones(8, 8, device=device, requires_grad=True)
     (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
     with ExitStack() as stack:
