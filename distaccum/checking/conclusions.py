@@ -5,6 +5,7 @@ from __future__ import annotations
 from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.measuring import Update
 from distaccum.checking.report import CutRow, Report
+from distaccum.choices import Compression
 from distaccum.config import DDPConfig
 
 
@@ -43,11 +44,13 @@ def too_few_samples(report: Report) -> Finding:
 
 
 def compression(config: DDPConfig) -> Finding:
+    later = f" after update {config.powersgd_start_update}: what was measured is one that is not compressed yet"
     return Finding(
         kind="compression",
         severity=Severity.warning,
         because=f"gradients cross the network as {config.compression.value}",
-        what="What the ranks send is rounded, so an update over ranks is not exact.",
+        what="What the ranks send is rounded, so an update over ranks is not exact"
+        + (f"{later}." if config.compression is Compression.powersgd else "."),
         where=f"strategy.compression={config.compression.value}",
         remedy="strategy.compression=none for exact updates.",
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.numerics import find_nonfinite
 from distaccum.checking.recording import Call, Select, agree, all_tensors, described, first_parting
-from distaccum.checking.subject import Probe, Subject
+from distaccum.checking.subject import Probe, RowsOfOne, Subject
 from distaccum.gathering import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
 
@@ -77,10 +77,15 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     """Layers that mix samples, losses that couple them, means in place of sums, weights that don't add up."""
     if isinstance(subject.task, CoupledTask):
         # Its loss may couple samples, and its embeddings may not.
-        subject = subject.with_task(_SummedEmbeddings(subject.task))
+        subject = subject.replaced(task=_SummedEmbeddings(subject.task))
     company = trio.company
+    if findings := _collation(subject, trio):
+        rows = RowsOfOne(subject.samples, trio.all)
+        if not any(tensor.shape[:1] == (1,) for tensor in all_tensors(rows.batch([trio.a], None))):
+            return findings  # what is collated can't be taken apart
+        subject = subject.replaced(samples=rows)
     if not math.isfinite(subject.probe(trio.all, record=False).loss):
-        return find_nonfinite(subject, trio.all, float64=True)
+        return findings + find_nonfinite(subject, trio.all, float64=True)
     probes = {
         "both": subject.probe([trio.a, trio.b, *company]),
         "other": subject.probe([trio.a, trio.c, *company]),
@@ -93,15 +98,13 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     alone = _alone(subject, trio)
     losses = _sums(subject, {name: probe.loss for name, probe in probes.items()}, [p.loss for p in alone])
     weights = _sums(subject, {name: probe.weight for name, probe in probes.items()}, [p.weight for p in alone])
-    findings = _collation(subject, probes)
-    collated_together = bool(findings)
     module = _mixing_module(subject, probes)
     outputs_move = module is not None and (_root_moves(subject, probes) or not losses.additive)
     if module is not None and outputs_move:
         findings.append(_mixing(subject.model, module))
     if losses.constant and probes["both"].loss != 0:
         findings.append(_mean_loss(subject, probes["both"].loss, probes["twice"].loss))
-    elif not losses.additive and not outputs_move and not collated_together:
+    elif not losses.additive and not outputs_move:
         findings.append(_coupled_loss(subject, probes))
     elif losses.additive and not losses.doubles:
         findings.append(_constant_term(subject, probes))
@@ -191,24 +194,36 @@ def _root_moves(subject: Subject, probes: dict[str, Probe]) -> bool:
     return False
 
 
-def _collation(subject: Subject, probes: dict[str, Probe]) -> list[Finding]:
-    """Does sample A look different in the micro-batch when B is another one?"""
-    ours, theirs, larger = (all_tensors(probes[name].batch) for name in ("both", "other", "larger"))
-    for mine, yours, more in zip(ours, theirs, larger, strict=False):
-        has_rows = mine.ndim > 0 and mine.shape[0] == _SIZE and more.shape[0] == _SIZE + 1 and mine.shape == yours.shape
-        if has_rows and not agree(mine[0], yours[0], 0.0):
-            return [
-                Finding(
-                    kind="collate_couples_samples",
-                    severity=Severity.error,
-                    because="the collate function mixes the samples of a micro-batch",
-                    what="A sample's own row in the micro-batch changes when another sample is replaced.",
-                    where="data.collate_fn, or the dataset's collate_fn",
-                    remedy="Do what looks at several samples before the windows are cut: normalise with statistics of "
-                    "the whole dataset, in the dataset.",
-                )
-            ]
-    return []
+def _collation(subject: Subject, trio: Trio) -> list[Finding]:
+    """Do the rows of other samples look different in the micro-batch when B is another one? Or with another draw?"""
+
+    def tensors(*indices: int, draw: int = 0) -> list[Tensor]:
+        return all_tensors(subject.samples.batch([*indices, *trio.company], None, draw))
+
+    larger, mixes = tensors(trio.a, trio.b, trio.c), False
+    for draw in range(4):  # one that mixes samples at random may leave B alone
+        ours, theirs = tensors(trio.a, trio.b, draw=draw), tensors(trio.a, trio.c, draw=draw)
+        for mine, yours, more in zip(ours, theirs, larger, strict=False):
+            has_rows = mine.shape[:1] == (_SIZE,) and more.shape[:1] == (_SIZE + 1,) and mine.shape == yours.shape
+            mixes |= has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0)
+    drawn = zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)
+    if not mixes and all(agree(one, other, 0.0) for one, other in drawn):
+        return []
+    does = "mixes the samples of a micro-batch" if mixes else "draws random numbers, others for another cut"
+    return [
+        Finding(
+            kind="collate_couples_samples" if mixes else "random_collate",
+            severity=Severity.error,
+            because=f"the collate function {does}",
+            what="A sample's own row in the micro-batch changes when another sample is replaced."
+            if mixes
+            else "The same samples make another micro-batch with another seed, and the seed follows the first of them.",
+            where="data.collate_fn, or the dataset's collate_fn",
+            remedy="Do what draws or looks at several samples before the windows are cut, in the dataset, whose draws "
+            "are seeded sample by sample: normalise with statistics of the whole of it; for mixup, let each sample "
+            "draw its partner there.",
+        )
+    ]
 
 
 def _mixing(model: nn.Module, name: str) -> Finding:
@@ -270,7 +285,7 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
         severity=Severity.error,
         because=f"the loss of the {where} couples the samples of a micro-batch",
         what="The model's outputs for a sample don't depend on the others, but the loss does: sums over micro-batches "
-        f"that hold the same samples are {whole:.6g} and {parts:.6g}.",
+        f"that hold the same samples are {whole:.6g} and {parts:.6g}, {abs(whole - parts):.2g} apart.",
         where=where,
         remedy="A loss over pairs (contrastive), a ratio of sums or a batch statistic has no sum over samples. If it "
         "depends on the model through embeddings of the samples, gradient caching makes it exact for any cut: "
@@ -338,11 +353,11 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
 def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> Finding:
     where = f"weight of the {_task_name(subject)}"
     once, twice = probes["both"].weight, probes["twice"].weight
-    what = f"It is {once:g} for a micro-batch, and {twice:g} when every sample of it is taken twice."
+    what = f"It is {once:.12g} for a micro-batch, and {twice:.12g} when every sample of it is taken twice."
     if subject.close(twice, 2 * once) and alone:
         what = (
-            f"It is {alone[0].weight:g} for one sample, {alone[1].weight:g} for a longer one, and "
-            f"{alone[2].weight:g} for both together: padding is counted."
+            f"It is {alone[0].weight:.12g} for one sample, {alone[1].weight:.12g} for a longer one, and "
+            f"{alone[2].weight:.12g} for both together: padding is counted."
         )
     return Finding(
         kind="wrong_weight",

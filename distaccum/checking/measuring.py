@@ -103,7 +103,7 @@ def _measure_once(
             for indices in cut:
                 batch = subject.batch(indices, float64=float64)
                 output = subject.output(strategy.model, task, batch, float64=float64)
-                with subject.stillness():
+                with subject.stillness(float64=float64):
                     accumulator.backward(output.loss_sum, output.weight)
     update.without_gradient = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -131,7 +131,7 @@ def _accumulate_coupled(
         with subject.computing(float64=float64):
             return task.embed(accumulator.strategy.model, subject.batch(indices, float64=float64))
 
-    with subject.stillness():  # encloses the backwards
+    with subject.stillness(float64=float64):  # encloses the backwards
         accumulate_coupled(accumulator, [list(part) for part in micro_batches], embed=embed, loss=task.window_loss)
 
 

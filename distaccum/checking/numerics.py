@@ -15,9 +15,12 @@ from distaccum.checking.subject import NOISE, Subject
 from distaccum.config import DDPConfig
 from distaccum.devices import tensors_of
 
-_STEPS = (1e-5, 1e-7)
-"""Steps of the central differences, relative to the size of a parameter. Two, because at one of them a kink (ReLU,
-maximum) may lie in between."""
+_STEPS = (1e-5, 1e-7, 1e-8)
+"""Steps of the central differences, relative to the size of a parameter. Several, because kinks (ReLU, maximum) and
+bends (BatchNorm of two samples) may lie in between."""
+_SPREAD = 0.1
+"""Where the last two steps' slopes differ by a larger share of how far they are from the gradient, they have not
+converged, and say nothing."""
 _GRADIENT_TOLERANCE = 1e-3
 _GROUP = 8
 """Parameters that are examined together."""
@@ -184,7 +187,8 @@ class _Slopes:
             if not math.isfinite(slope) or abs(analytic - slope) <= tolerance:
                 return None
             numeric.append(slope)
-        return analytic, numeric[0]
+        has_converged = abs(numeric[-1] - numeric[-2]) <= _SPREAD * abs(analytic - numeric[-1])
+        return (analytic, numeric[-1]) if has_converged else None
 
     def _unit(self, names: Sequence[str]) -> float:
         """The smallest slope of the group that is not zero."""

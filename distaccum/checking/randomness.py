@@ -10,39 +10,56 @@ from torch import Tensor, nn
 
 from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.measuring import Update
-from distaccum.checking.recording import agree, described, first_parting
-from distaccum.checking.subject import NOISE_FLOAT32, Subject
+from distaccum.checking.recording import agree, all_tensors, described, first_parting
+from distaccum.checking.stillness import WideCasts
+from distaccum.checking.subject import LOW_NOISES, Probe, Subject
 from distaccum.devices import tensors_of
 
 
 def find_precision(subject: Subject, indices: Sequence[int]) -> list[Finding]:
-    """Finds out whether the model can be computed in float64; sets `subject.has_float64` and `subject.noise`."""
+    """Finds out whether model and loss can be computed in float64.
+
+    Sets `subject.widens`, `subject.has_float64` and `subject.noise`.
+    """
+    probe, reason = _in_float64(subject, indices)
+    assert probe.recording is not None
+    formats = [*probe.recording.formats(), ("the task", probe.dtype)]
+    name, low = max(formats, key=lambda entry: torch.finfo(entry[1]).eps)
+    if low not in LOW_NOISES:
+        return []
+    subject.noise = LOW_NOISES[low]
+    where, digits = described(subject.model, name), str(low).removeprefix("torch.")
+    if reason:
+        return [_low_precision("the model", digits, f"it can't be computed in float64 ({reason})")]
+    return [_low_precision(where, digits, f"what it gives is {digits} even when all it gets is float64")]
+
+
+def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
+    """A forward in float64, or in the configured precision and the reason why."""
     try:
-        probe = subject.probe(indices)
+        with WideCasts() as casts:
+            probe = subject.probe(indices)
+            batch = subject.batch(indices)
+            subject.backward(subject.output(subject.fresh_model(), subject.fresh_task(), batch).loss_sum)
+        subject.widens = casts.has_widened
+        return probe, ""
+    except Exception:
+        pass  # something insists on the format that it casts to; if it isn't that, it comes up again
+    try:
+        return subject.probe(indices), ""
     except RuntimeError as error:
         if "dtype" not in str(error) and "type" not in str(error):
             raise
         subject.has_float64 = False
-        subject.noise = NOISE_FLOAT32
-        reason = str(error).splitlines()[0]
-        return [_low_precision("the model", f"it can't be computed in float64 ({reason})")]
-    assert probe.recording is not None
-    low = probe.recording.lowest_precision()
-    if low is None:
-        return []
-    subject.noise = NOISE_FLOAT32
-    where = described(subject.model, low[0])
-    return [
-        _low_precision(where, f"its outputs are {str(low[1]).removeprefix('torch.')} even when all it gets is float64")
-    ]
+        return subject.probe(indices), str(error).splitlines()[0]
 
 
-def _low_precision(where: str, why: str) -> Finding:
+def _low_precision(where: str, digits: str, why: str) -> Finding:
     return Finding(
         kind="low_precision",
         severity=Severity.info,
         because=f"{where} computes in low precision",
-        what=f"The proof is as sharp as float32 and no sharper: {why}.",
+        what=f"The proof is as sharp as {digits} and no sharper: {why}.",
         where=where,
         remedy="Make tensors in the dtype of the inputs (x.new_zeros, torch.zeros_like, dtype=x.dtype) for a sharp "
         "proof. Training is not affected.",
@@ -57,8 +74,10 @@ def find_randomness(subject: Subject, indices: Sequence[int]) -> list[Finding]:
     other = next((probe for probe in others if probe.loss != first.loss), others[0])
     findings = []
     if not subject.close(first.loss, again.loss):
+        collated = zip(*(all_tensors(subject.batch(indices)) for _ in range(2)), strict=True)
         name = first_parting(first.calls, again.calls, tolerance=subject.noise)
-        findings.append(_unrepeatable(subject, name))
+        is_collate = not all(agree(one, other, 0.0) for one, other in collated)
+        findings.append(_unrepeatable(subject, "data.collate_fn" if is_collate else name))
     elif first.loss != other.loss and not math.isnan(first.loss):
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]

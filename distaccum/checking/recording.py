@@ -44,13 +44,9 @@ class Recording:
                 return call
         return None
 
-    def lowest_precision(self) -> tuple[str, torch.dtype] | None:
-        """The first module whose outputs have fewer digits than float64, if there is one."""
-        for call in self.calls:
-            for tensor in call.outputs:
-                if tensor.is_floating_point() and torch.finfo(tensor.dtype).eps > torch.finfo(torch.float64).eps:
-                    return call.name, tensor.dtype
-        return None
+    def formats(self) -> list[tuple[str, torch.dtype]]:
+        """Modules, and the floating-point formats of their outputs."""
+        return [(call.name, value.dtype) for call in self.calls for value in call.outputs if value.is_floating_point()]
 
 
 @contextmanager

@@ -80,8 +80,10 @@ class Report:
     def verdict(self) -> str:
         """One line."""
         if not self.is_equal:
-            reasons = [finding.because for finding in self._errors()]
-            return f"NOT EQUAL: {self._how_far()} because {', and because '.join(reasons)}."
+            reasons = ", and because ".join(finding.because for finding in self._errors())
+            if self.rows and all(row.equal for row in self.rows):
+                return f"NOT EQUAL for all samples: the measured windows agree, and others won't, because {reasons}."
+            return f"NOT EQUAL: {self._how_far()} because {reasons}."
         if max(self.windows, default=0) <= 1:
             return "EQUAL: a window of one sample has only one cut."
         worst = max((row.worst_error or 0.0 for row in self.rows if row.precision == "float64"), default=0.0)
@@ -108,22 +110,9 @@ class Report:
         return "the update depends on the cut,"
 
     def as_json(self) -> str:
-        plain: dict[str, Any] = {
-            "verdict": self.verdict,
-            "equal": self.is_equal,
-            "status": self.status,
-            **{
-                entry.name: getattr(self, entry.name)
-                for entry in dataclasses.fields(self)
-                if entry.name not in ("rows", "parameters", "findings")
-            },
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "parameters": [dataclasses.asdict(row) for row in self.parameters],
-            "findings": [
-                {**dataclasses.asdict(finding), "severity": finding.severity.name} for finding in self.findings
-            ],
-        }
-        return json.dumps(_finite(plain), ensure_ascii=False, allow_nan=False)
+        head = {"verdict": self.verdict, "equal": self.is_equal, "status": self.status}
+        plain = _finite({**head, **dataclasses.asdict(self)})
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=lambda severity: severity.name)
 
     def print(self, console: Console, worst: int) -> None:
         """The verdict on the first line, then the tables, then the findings."""

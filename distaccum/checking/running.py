@@ -14,7 +14,7 @@ from distaccum.checking import conclusions, coupling, numerics, randomness
 from distaccum.checking.findings import Finding, Severity
 from distaccum.checking.measuring import Difference, Update, ddp_config, difference, measure
 from distaccum.checking.report import CutRow, ParameterRow, Report
-from distaccum.checking.subject import Subject, cuts_of, quiet_state, split, window_samples
+from distaccum.checking.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
 from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig, as_plain
 from distaccum.devices import resolve_device
@@ -27,8 +27,6 @@ from distaccum.tool_configs import CheckConfig
 TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
 """In each precision, over all parameters together; 5e-2 in those with bfloat16's digits."""
 TOLERANCE_BF16 = 5e-2
-TOLERANCE_LOW_PRECISION = 1e-3
-"""For the float64 measurement of a model that computes in float32 whatever it is given."""
 
 
 def check(config: CheckConfig) -> int:
@@ -74,8 +72,8 @@ def examine(config: CheckConfig, world: World, device: torch.device) -> Report:
         if world.is_main:
             examination.alone()
     # What rank 0 has found out is what the others go by.
-    subject.is_random, subject.has_float64, subject.noise, has_unused = world.from_main(
-        (subject.is_random, subject.has_float64, subject.noise, examination.has_unused)
+    subject.is_random, subject.has_float64, subject.widens, subject.noise, has_unused = world.from_main(
+        (subject.is_random, subject.has_float64, subject.widens, subject.noise, examination.has_unused)
     )
     if world.world_size > 1:
         examination.on_ranks(world, has_unused)
@@ -254,9 +252,8 @@ class _Examination:
     def _is_equal(self, found: Difference, float64: bool) -> bool:
         if not float64:
             return found.gradient <= self.report.tolerance
-        is_low = not self.subject.has_float64 or any(f.kind == "low_precision" for f in self.report.findings)
-        if is_low:
-            return found.gradient <= max(self.report.tolerance_fp64, TOLERANCE_LOW_PRECISION)
+        if self.subject.noise > NOISE:
+            return found.gradient <= max(self.report.tolerance_fp64, self.subject.noise)
         return found.worst <= self.report.tolerance_fp64
 
     def conclude(self) -> None:

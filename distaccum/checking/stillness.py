@@ -1,4 +1,4 @@
-"""Randomness taken out of a computation: every draw replaced by its mean."""
+"""What is taken out of a computation: randomness, every draw replaced by its mean; and casts to lower formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
 _PROBABILITIES = ("dropout_p", "dropout")
 """Names of the arguments by which fused kernels (attention, recurrent layers) are told to drop."""
 
@@ -29,6 +34,25 @@ class StillDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith("aten::"):
             args = _without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+class WideCasts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps in float64 what a model or a loss casts to a lower format, as norms and losses in float32 do.
+
+    In what is rounded to float32, differences of samples can't be told from rounding, nor slopes be measured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.has_widened = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(torch.dtype, self._widened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _widened(self, dtype: torch.dtype) -> torch.dtype:
+        self.has_widened |= dtype in _WIDE
+        return _WIDE.get(dtype, dtype)
 
 
 class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

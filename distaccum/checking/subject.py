@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distaccum import planning, targets
 from distaccum.checking.recording import Call, Recording, recording
-from distaccum.checking.stillness import DrawWatch, StillDraws
+from distaccum.checking.stillness import DrawWatch, StillDraws, WideCasts
 from distaccum.choices import PrecisionName
 from distaccum.data.collate import PadCollate
 from distaccum.devices import tensors_of, to_device
@@ -26,8 +27,8 @@ from distaccum.tool_configs import CheckConfig
 
 NOISE = 1e-9
 """In float64, a relative difference below this is rounding."""
-NOISE_FLOAT32 = 1e-3
-"""The same for models that compute in float32 whatever they are given."""
+LOW_NOISES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The same for models and losses that compute in a lower format whatever they are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,10 @@ class Probe:
     """One forward of a micro-batch."""
 
     loss: float
+    dtype: torch.dtype
+    """Of the loss."""
     weight: float
     calls: list[Call]
-    batch: Any
     recording: Recording | None = None
     drawing_modules: list[str] = field(default_factory=list)
 
@@ -67,10 +69,11 @@ class Samples:
             self._loaded[index] = self.load(index)
         return self._loaded[index]
 
-    def batch(self, indices: Sequence[int], dtype: torch.dtype | None) -> Any:
-        """A micro-batch on the device, its floating-point tensors in `dtype`."""
+    def batch(self, indices: Sequence[int], dtype: torch.dtype | None, draw: int = 0) -> Any:
+        """A micro-batch on the device, its floating-point tensors in `dtype`; `draw` is a seed for what collates it."""
         # Copies, because a collate may pass samples through, and a model may change its inputs.
         samples = [copy.deepcopy(self[index]) for index in indices]
+        seed_everything(derived_seed(self._seed, "collate", indices[0], draw))  # as in a training
         try:
             batch = self.collate(samples)
         except Exception as error:
@@ -87,12 +90,30 @@ class Samples:
         return sum(tensor.numel() for tensor in tensors_of(self[index]))
 
 
+class RowsOfOne(Samples):
+    """Micro-batches that are rows of one, which is collated once: what a collate does to samples stands aside."""
+
+    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
+        vars(self).update(vars(samples))
+        self._whole = samples.batch(indices, None)
+        self._places = {index: place for place, index in enumerate(indices)}
+
+    def batch(self, indices: Sequence[int], dtype: torch.dtype | None, draw: int = 0) -> Any:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor[places] if tensor.ndim > 0 and len(tensor) == len(self._places) else tensor
+
+        places = [self._places[index] for index in indices]
+        return to_device(tree_map_only(Tensor, rows, self._whole), self.device, float_dtype=dtype)
+
+
 class Subject:
     """What is examined.
 
     Attributes:
         is_random: True once it is known that forwards draw random numbers; they are then replaced by their means.
         has_float64: False once it is known that the model can't be computed in float64.
+        widens: True once it is known that it casts to lower formats, which are then taken as float64.
+        noise: the relative difference that is rounding in the lowest format that is left.
     """
 
     def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
@@ -104,6 +125,7 @@ class Subject:
         self.samples = Samples(config, parts.train_data, device)
         self.is_random = False
         self.has_float64 = True
+        self.widens = False
         self.noise = NOISE
         self._module = parts.module.to(device)
         self._seed = derived_seed(config.seed, "check", "forward")
@@ -128,10 +150,10 @@ class Subject:
                 parameter.grad_dtype = torch.float32  # as in a training: gradients are added up in float32
         return model
 
-    def with_task(self, task: Any) -> Subject:
-        """The same model and samples, with another task."""
+    def replaced(self, **attributes: Any) -> Subject:
+        """The same, with another task or other samples."""
         other = copy.copy(self)
-        other.task = task
+        vars(other).update(attributes)
         return other
 
     def fresh_task(self) -> Any:
@@ -154,22 +176,26 @@ class Subject:
         in_double = float64 and self.has_float64
         return self.samples.batch(indices, torch.float64 if in_double else self.precision.input_dtype)
 
-    def stillness(self, still: bool | None = None) -> AbstractContextManager[Any]:
+    @contextmanager
+    def stillness(self, still: bool | None = None, *, float64: bool) -> Iterator[None]:
         """Encloses forwards, and backwards too, which may compute a forward again (activation checkpointing)."""
-        is_still = self.is_random if still is None else still
-        return StillDraws() if is_still else nullcontext()  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            if self.widens and float64:
+                stack.enter_context(WideCasts())
+            if self.is_random if still is None else still:
+                stack.enter_context(StillDraws())  # type: ignore[no-untyped-call]
+            yield
 
     def backward(self, loss_sum: Tensor) -> None:
-        with self.stillness():
+        with self.stillness(float64=loss_sum.dtype == torch.float64):
             loss_sum.backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def computing(self, *, float64: bool, seed: int = 0, still: bool | None = None) -> Iterator[None]:
         """Encloses a forward, which draws the same random numbers each time, or their means."""
         seed_everything(derived_seed(self._seed, seed))
-        with self.stillness(still), ExitStack() as stack:
-            if not float64 or not self.has_float64:
-                stack.enter_context(self.precision.autocast())
+        in_double = float64 and self.has_float64
+        with self.stillness(still, float64=in_double), nullcontext() if in_double else self.precision.autocast():
             yield
 
     def output(
@@ -201,9 +227,9 @@ class Subject:
             output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed, still=still)
         return Probe(
             loss=float(output.loss_sum.detach()),
+            dtype=output.loss_sum.dtype,
             weight=float(output.weight),
             calls=recorded.calls if recorded else [],
-            batch=batch,
             recording=recorded,
             drawing_modules=draws.modules if draws else [],
         )

@@ -153,6 +153,13 @@ class Case:
             batch = dataclasses.replace(batch, micro_batch_size=None, accumulation_steps=self.accumulation_steps)
         return dataclasses.replace(config, batch=batch, strategy=self._strategy(config.strategy))
 
+    def exact_updates(self, config: CompareConfig) -> int:
+        """Updates at the start that are not compressed, though the later ones are."""
+        placed = self._strategy(config.strategy)
+        if isinstance(placed, DDPConfig) and placed.compression is Compression.powersgd:
+            return placed.powersgd_start_update
+        return 0
+
     def _micro_batch_size(self, batch: BatchConfig) -> int:
         assert batch.global_batch_size is not None
         ranks = self.world_size if self.placement.has_ranks else 1

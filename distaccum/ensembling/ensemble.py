@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,20 @@ from torch import Tensor, nn
 
 from distaccum.choices import Combination
 from distaccum.errors import UserError
+
+
+class NotTogetherError(UserError, AttributeError):
+    """Models that can't be one: what their outputs are, or what is asked of them, has no mean."""
+
+
+class _OnlyLogits(dict[str, Tensor]):
+    """What an ensemble of models gives whose outputs have names: an item and attribute `logits`, and nothing else."""
+
+    def __missing__(self, name: object) -> Tensor:
+        raise NotTogetherError(f"of the members' outputs an ensemble has the logits alone, and {name!r} is asked for.")
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
 
 
 class Ensemble(nn.Module):
@@ -24,7 +38,8 @@ class Ensemble(nn.Module):
     No more than two models' outputs are held at a time.
 
     Args:
-        members: take the same arguments, and give one tensor of the same shape each.
+        members: take the same arguments, and give one tensor of the same shape each; or an object or mapping that has
+            it as `logits`: the ensemble then gives one with `logits` alone.
         combine: `probabilities` or `outputs`.
         class_dim: dimension of the outputs that classes lie along, for `probabilities`.
 
@@ -43,7 +58,7 @@ class Ensemble(nn.Module):
         if not members:
             raise UserError("an ensemble needs at least one model, and got none.")
         if combine is Combination.probabilities and class_dim is None:
-            raise UserError(
+            raise NotTogetherError(
                 "to mean probabilities, it must be known along which dimension of the outputs the classes lie: give "
                 "class_dim (--class-dim), or combine the outputs as they are (--combine outputs)."
             )
@@ -53,26 +68,27 @@ class Ensemble(nn.Module):
         self._combine = combine
         self._class_dim = class_dim
 
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         total: Tensor | None = None
         for member in self.members:
             output = member(*arguments, **named)
-            if not isinstance(output, Tensor):
-                raise UserError(
-                    f"an ensemble needs models that give one tensor, and {type(member).__name__} gives a "
-                    f"{type(output).__name__}."
+            own = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+            if not isinstance(own, Tensor):
+                raise NotTogetherError(
+                    f"an ensemble needs models that give one tensor, or one as logits, and {type(member).__name__} "
+                    f"gives a {type(output).__name__}."
                 )
-            part = self._part(output)
+            part = self._part(own)
             if total is not None and part.shape != total.shape:
-                raise UserError(
+                raise NotTogetherError(
                     f"the members' outputs can't be put together: they are of shapes {list(total.shape)} and "
                     f"{list(part.shape)}."
                 )
             total = part if total is None else self._together(total, part)
         assert total is not None
-        if self._combine is Combination.probabilities:
-            return total - math.log(len(self.members))
-        return total / len(self.members)
+        is_probabilities, count = self._combine is Combination.probabilities, len(self.members)
+        mean = total - math.log(count) if is_probabilities else total / count
+        return mean if own is output else _OnlyLogits(logits=mean)
 
     def _part(self, output: Tensor) -> Tensor:
         wide = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -80,7 +96,7 @@ class Ensemble(nn.Module):
             return wide
         assert self._class_dim is not None
         if not -wide.ndim <= self._class_dim < wide.ndim:
-            raise UserError(
+            raise NotTogetherError(
                 f"class_dim={self._class_dim} is no dimension of outputs of shape {list(wide.shape)}: name the one "
                 "that classes lie along."
             )
@@ -109,7 +125,7 @@ def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
             if name not in states[0] or name not in state or states[0][name].shape != state[name].shape
         )
         if different:
-            raise UserError(
+            raise NotTogetherError(
                 f"the weights of models 1 and {number} can't be put together: {different[0]} is not in both with the "
                 "same shape. Weights can only be combined of models of one architecture; combine their outputs or "
                 "probabilities instead."

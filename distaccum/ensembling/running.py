@@ -23,7 +23,7 @@ from distaccum.components import SCHEMAS
 from distaccum.config import DataConfig
 from distaccum.devices import Precision, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
-from distaccum.ensembling.ensemble import Ensemble, mean_of_weights
+from distaccum.ensembling.ensemble import Ensemble, NotTogetherError, mean_of_weights
 from distaccum.ensembling.members import Member, find_members, load_weights
 from distaccum.errors import UserError, printable
 from distaccum.evaluation import evaluate_model
@@ -44,7 +44,7 @@ class Wishes:
     Attributes:
         paths: folders of runs or of checkpoints.
         overrides: `KEY=VALUE`, changes to what the models were trained with.
-        combine: None for each model alone, unless there are several; then `probabilities`.
+        combine: None for each model alone, unless there are several; then `probabilities`, if they can be combined.
         output: a file for the same as JSON.
         trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
     """
@@ -81,7 +81,7 @@ def evaluate(wishes: Wishes) -> int:
         members = find_members(wishes.paths, wishes.which, wishes.overrides, world, wishes.trust)
         with world.together():
             examination = _Examination(members, wishes, world, device)
-        rows = examination.rows()
+        rows = examination.rows(wishes.class_dim)
         with world.together():
             if world.is_main:
                 _tell(rows, examination, wishes)
@@ -119,7 +119,7 @@ class _Examination:
             _model(member, own_data, wishes.weights, self.precision, device)
             for member, own_data in zip(members, train_data, strict=True)
         ]
-        self.together = self._put_together(wishes)
+        self.problem = ""
 
     def _combination(self, wishes: Wishes) -> Combination | None:
         if len(self.members) == 1:
@@ -140,24 +140,25 @@ class _Examination:
             )
         return wishes.combine or Combination.probabilities
 
-    def _put_together(self, wishes: Wishes) -> nn.Module | None:
-        if self.combine is None:
-            return None
-        if self.combine is Combination.weights:
+    def _put_together(self, combine: Combination, class_dim: int | None) -> nn.Module:
+        if combine is Combination.weights:
             return mean_of_weights(self.models)
-        dimension = wishes.class_dim if wishes.class_dim is not None else getattr(self.task, "class_dim", None)
-        return Ensemble(self.models, combine=self.combine, class_dim=dimension)
+        dimension = class_dim if class_dim is not None else getattr(self.task, "class_dim", None)
+        return Ensemble(self.models, combine=combine, class_dim=dimension)
 
-    def rows(self) -> list[Row]:
-        """All ranks call it."""
+    def rows(self, class_dim: int | None) -> list[Row]:
+        """Each model's, and all models' together; `problem` then says why they can't be, if so. All ranks call it."""
         rows = [
             Row(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
             for member, model in zip(self.members, self.models, strict=True)
         ]
-        if self.together is not None:
-            assert self.combine is not None
+        if self.combine is not None:
             name = f"all {len(self.members)}, {self.combine.value}"
-            rows.append(Row(name=name, update=None, metrics=self._metrics(self.together)))
+            try:
+                together = self._put_together(self.combine, class_dim)
+                rows.append(Row(name=name, update=None, metrics=self._metrics(together)))
+            except NotTogetherError as error:  # a matter of what models give, so the same on every rank
+                self.problem, self.combine = str(error), None
         self.loader.close()
         return rows
 
@@ -250,6 +251,10 @@ def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> Non
     if wishes.output is not None:
         _write(rows, samples, wishes, examination.combine)
         console.print(printable(f"written: {wishes.output}"))
+    if examination.problem:
+        if wishes.combine is not None:
+            raise UserError(examination.problem)
+        console.print(Text(printable(f"each alone, and not together: {examination.problem}")))
 
 
 def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -81,6 +82,22 @@ FAULTS: list[tuple[str, dict[str, Any], list[str], str, str]] = [
     ("a running scale", {"model": "WithRunningScale"}, [], "state_in_forward", "layers.1.scale"),
     ("a warm-up in forwards", {"model": "WarmsUp"}, [], "state_in_forward", "WarmsUp"),
     ("noise that no seed reaches", {"model": "Unseeded"}, [], "nondeterministic", "Unseeded"),
+    ("a ratio of batch sums in float32", {"task": "BatchRatioInFloat32"}, [], "loss_couples_samples", "InFloat32"),
+    ("noise of a collate", {}, ["+data.collate_fn._target_=zoo.NoisyCollate"], "random_collate", "collate_fn"),
+    (
+        "mixup of a collate",
+        {"task": "SoftTargets"},
+        ["+data.collate_fn._target_=zoo.Mixup"],
+        "collate_couples_samples",
+        "collate_fn",
+    ),
+    (
+        "mixup of a collate by a generator of its own",
+        {"task": "SoftTargets"},
+        ["+data.collate_fn._target_=zoo.Mixup", "+data.collate_fn.own_generator=true"],
+        "nondeterministic",
+        "collate_fn",
+    ),
     (
         "a collate that mixes",
         {},
@@ -100,7 +117,10 @@ def test_a_fault_is_named_and_fails(build: dict[str, Any], overrides: list[str],
     assert found.severity is Severity.error
     assert found.what
     assert found.remedy
-    assert report.verdict.startswith("NOT EQUAL: ")
+    # A verdict never contradicts its table.
+    is_elsewhere = all(row.equal for row in report.rows)
+    assert report.verdict.startswith("NOT EQUAL for all samples: " if is_elsewhere else "NOT EQUAL: ")
+    assert is_elsewhere is (build.get("model") == "NanForSome")
     assert found.because in report.verdict
     # Nothing that is right is blamed beside it; a running scale does look at all samples.
     errors = {entry.kind for entry in report.findings if entry.severity is Severity.error}
@@ -110,6 +130,14 @@ def test_a_fault_is_named_and_fails(build: dict[str, Any], overrides: list[str],
 
 NAMED_ONLY: list[tuple[str, dict[str, Any], list[str], str, str, Severity]] = [
     ("a wrong backward", {"model": "WrongBackward"}, [], "wrong_gradient", "first.weight", Severity.warning),
+    (
+        "a wrong backward in float32",
+        {"model": "WrongBackwardInFloat32"},
+        [],
+        "wrong_gradient",
+        "first.weight",
+        Severity.warning,
+    ),
     ("a detached part", {"model": "Detached"}, [], "wrong_gradient", "first.weight", Severity.warning),
     (
         "augmentation by the global random state",
@@ -137,6 +165,7 @@ NAMED_ONLY: list[tuple[str, dict[str, Any], list[str], str, str, Severity]] = [
     ),
     ("a count of forwards", {"model": "Counts"}, [], "state_in_forward", "forwards", Severity.info),
     ("float32 whatever comes", {"model": "InFloat32"}, [], "low_precision", "InFloat32", Severity.info),
+    ("a loss that insists on it", {"task": "InsistsOnFloat32"}, [], "low_precision", "the task", Severity.info),
 ]
 
 
@@ -158,6 +187,19 @@ def test_batchnorm_has_three_remedies_and_what_each_fixes() -> None:
     remedy = finding(examined(model="WithBatchNorm"), "mixes_samples").remedy
     assert all(name in remedy for name in ("GroupNorm", "Frozen statistics", "SyncBatchNorm"))
     assert "micro-steps still do" in remedy
+
+
+def test_a_layer_that_mixes_is_found_beside_a_collate_that_does() -> None:
+    report = examined("+data.collate_fn._target_=zoo.Mixup", model="WithBatchNorm", task="SoftTargets")
+    assert kinds(report) == {"collate_couples_samples", "mixes_samples"}
+    assert finding(report, "mixes_samples").where == "layers.1 (BatchNorm1d)"
+    assert "BatchNorm1d" in report.verdict
+
+
+def test_numbers_that_prove_a_difference_differ() -> None:
+    """A loss that couples samples by a hundred-millionth."""
+    what = finding(examined(task="CouplesBarely"), "loss_couples_samples").what
+    assert float(re.findall(r"([-.e\d]+) apart", what)[0]) > 0
 
 
 def test_the_error_of_a_mean_loss_is_its_factor() -> None:

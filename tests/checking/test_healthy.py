@@ -38,6 +38,8 @@ HEALTHY: list[tuple[str, dict[str, Any], list[str], set[str]]] = [
     ("checkpointed dropout", {"model": "Checkpointed"}, [], {"random_forward"}),
     ("noise added by hand", {"model": "AddsNoise"}, [], {"random_forward"}),
     ("outputs in an object", {"model": "ReturnsAnObject", "task": "OfAnObject"}, [], set()),
+    ("a loss in float32", {"task": "LossInFloat32"}, [], set()),
+    ("checkpointed norms in float32", {"model": "NormsInFloat32", "sequences": True}, ["precision=bf16"], set()),
     ("unused parameters", {"model": "PartlyUnused"}, [], {"no_gradient"}),
     ("experts", {"model": "Gated"}, [], {"sometimes_no_gradient"}),
     ("dropout of three kinds", {"model": "Drops"}, [], {"random_forward"}),
@@ -62,6 +64,11 @@ def test_a_healthy_model_passes(build: dict[str, Any], overrides: list[str], wan
     assert kinds(report) == wanted
     in_float64 = [row.worst_error for row in report.rows if row.precision == "float64"]
     assert all(error is not None and error < 1e-12 for error in in_float64)
+
+
+def test_what_is_steep_has_no_wrong_gradient() -> None:
+    small = ["data.train._target_=zoo.Pictures", "check.samples=4", "check.windows=1"]
+    assert kinds(examined(*small, model="ResNet")) == {"mixes_samples"}
 
 
 def test_dropout_is_named_where_it_is() -> None:

@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -97,6 +98,27 @@ class Standardise:
     def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         x = torch.stack([sample[0] for sample in samples])
         return (x - x.mean(0)) / (x.std(0, correction=0) + 0.1), torch.tensor([sample[1] for sample in samples])
+
+
+class Mixup:
+    """Fault: a collate that adds another sample of the micro-batch to each."""
+
+    def __init__(self, own_generator: bool = False) -> None:
+        self.draw: Any = np.random.default_rng() if own_generator else np.random
+
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        x = torch.stack([sample[0] for sample in samples])
+        y = F.one_hot(torch.tensor([sample[1] for sample in samples]), CLASSES).to(x.dtype)
+        share, other = float(self.draw.beta(0.4, 0.4)), torch.from_numpy(self.draw.permutation(len(x)))
+        return share * x + (1 - share) * x[other], share * y + (1 - share) * y[other]
+
+
+class NoisyCollate:
+    """Fault: noise that follows the micro-batch's seed, though no sample sees another."""
+
+    def __call__(self, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        x = torch.stack([sample[0] for sample in samples])
+        return x + 0.1 * torch.randn(x.shape), torch.tensor([sample[1] for sample in samples])
 
 
 def layers(*middle: nn.Module) -> nn.Sequential:
@@ -302,6 +324,17 @@ class Detached(nn.Module):
         return self.last(torch.tanh(self.first(x)).detach())
 
 
+class WrongBackwardInFloat32(WrongBackward):
+    """The same, behind casts and a kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = RootMeanSquareNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(_WrongSquare.apply(self.norm(self.first(x)).float()).to(x.dtype) - 0.5))
+
+
 class Log(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.log(x)
@@ -466,11 +499,86 @@ class Recurrent(nn.Module):
         return self.out(outputs)
 
 
+class RootMeanSquareNorm(nn.Module):
+    """As in language models: in float32, and then back to the format of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class NormsInFloat32(nn.Module):
+    """The norms, a softmax and the logits are cast, as in language models, and computed again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.norms = nn.ModuleList(RootMeanSquareNorm() for _ in range(3))
+        self.linears = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.out = nn.Linear(8, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self._forward, tokens, use_reentrant=False)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for norm, linear in zip(self.norms, self.linears, strict=True):
+            x = x + F.silu(linear(norm(x))) * F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype)
+        return self.out(x).float()
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(out) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+        return F.relu(y + self.norms[2](self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """A small residual network. The BatchNorm of its last layers sees two values a channel, and is steep."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        sizes = [(1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)]
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 7, 2, 3, bias=False),
+            nn.MaxPool2d(3, 2, 1),
+            *(Residual(i * width, o * width, o // i) for i, o in sizes),
+        )
+        self.out = nn.Linear(8 * width, CLASSES)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layers(x).mean((2, 3)))
+
+
+class Pictures(Points):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
 class InFloat32(Plain):
     """Computes in float32 whatever it is given."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).float()
+        logits = super().forward(x)
+        return torch.empty(logits.shape).copy_(logits)
 
 
 # --- tasks ---
@@ -534,6 +642,44 @@ class CountsPadding(LanguageModeling):
 class ConstantWeight(Classification):
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
         return TaskOutput(super().__call__(model, batch).loss_sum, 1.0)
+
+
+class LossInFloat32:
+    """Casts what the model gives, as most training scripts do."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        inputs, targets = batch
+        return TaskOutput(F.cross_entropy(model(inputs).float(), targets, reduction="sum"), len(targets))
+
+
+class InsistsOnFloat32(LossInFloat32):
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        output = super().__call__(model, batch)
+        assert output.loss_sum.dtype == torch.float32
+        return output
+
+
+class CouplesBarely(Classification):
+    """Fault: adds a term that is not the same for parts and whole, and hardly there."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        output = super().__call__(model, batch)
+        return TaskOutput(output.loss_sum + 3e-7 * model(batch[0]).sum() ** 2, output.weight)
+
+
+class BatchRatioInFloat32:
+    """Fault: a ratio of two sums over the micro-batch, in float32."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        return BatchRatio()(lambda inputs: model(inputs).float(), batch)  # type: ignore[arg-type]
+
+
+class SoftTargets:
+    """Healthy: targets are probabilities."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        inputs, targets = batch
+        return TaskOutput(-(model(inputs).log_softmax(1) * targets).sum(), len(inputs))
 
 
 class NoWeight(Classification):

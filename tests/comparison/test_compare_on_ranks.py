@@ -44,9 +44,10 @@ def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
-    placements = "compare.placements=[one_shot,single,ddp_sync_every_step,ddp,ddp_bf16]"
+    placements = "compare.placements=[one_shot,single,ddp_sync_every_step,ddp,ddp_bf16,ddp_powersgd]"
     # The epoch's last window has 18 samples, so 10 micro-steps are too many for a rank of two, and not for one.
-    done = compare(folder, *SMALL, *QUICK, placements, "compare.accumulation_steps=[3,20]", "run_dir=run")
+    placements += " compare.exact_updates=2"  # PowerSGD begins with the third
+    done = compare(folder, *SMALL, *QUICK, *placements.split(), "compare.accumulation_steps=[3,20]", "run_dir=run")
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "said").write_text(done.stdout)
     return folder / "run"
@@ -59,6 +60,9 @@ def test_exact_placements_are_exact_and_compression_is_not(folder: Path) -> None
         assert rows[key]["error"] < 1e-4
     assert rows["one_shot_1x1"]["error_float64"] == 0.0
     assert 1e-6 < rows["ddp_bf16_2x3"]["error_float64"] < 0.1
+    not_compressed_yet = rows["ddp_powersgd_2x3"]
+    assert not_compressed_yet["error"] is not_compressed_yet["error_float64"] is None
+    assert not_compressed_yet["notes"] == ["no error: 2 updates are not compressed yet; compare.exact_updates=3"]
 
 
 def test_collectives_and_bytes(folder: Path) -> None:

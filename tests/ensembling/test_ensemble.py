@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +71,32 @@ def test_what_can_not_be_an_ensemble() -> None:
     tuples = nn.LSTM(2, 2)
     with pytest.raises(UserError, match="LSTM gives a tuple"):
         Ensemble([tuples], combine=Combination.outputs)(torch.zeros(1, 1, 2))
+
+
+class Named(nn.Module):
+    """Gives an object or a mapping with logits and a loss."""
+
+    def __init__(self, logits: Tensor, form: Any) -> None:
+        super().__init__()
+        self.logits, self.form = logits, form
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.form(logits=self.logits, loss=torch.ones(()))
+
+
+@pytest.mark.parametrize("form", [SimpleNamespace, dict, OrderedDict])
+def test_outputs_with_names_are_put_together_by_their_logits(form: Any) -> None:
+    values = [torch.randn(5, 3), torch.randn(5, 3)]
+    wanted = Ensemble([Constant(value) for value in values], class_dim=1)(torch.zeros(1))
+    found = Ensemble([Named(value, form) for value in values], class_dim=1)(torch.zeros(1))
+    assert torch.equal(found.logits, wanted)
+    assert torch.equal(found["logits"], wanted)
+    assert found.get("loss") is None
+    assert not hasattr(found, "loss")
+    with pytest.raises(UserError, match="'loss' is asked for"):
+        found["loss"]
+    with pytest.raises(UserError, match="'loss' is asked for"):
+        _ = found.loss
 
 
 def _network(seed: int, width: int = 4) -> nn.Module:

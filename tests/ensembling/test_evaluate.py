@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from command_line import TINY, Ended, evaluations
 from launching import forked
+from torch import Tensor, nn
 
-from distaccum import evaluate
+from distaccum import TaskOutput, evaluate
 from distaccum.checkpoints.folder import MANIFEST, checkpoints_in, write_manifest
 
 Evaluate = Callable[..., Ended]
@@ -296,6 +299,67 @@ def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Eva
         ended = evaluated("views1", "--combine", how)
         assert ended.status == 2
         assert f"--combine {how} needs two models or more, and there is one" in ended.err
+
+
+@dataclass
+class Output:
+    """What models of other libraries give."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class GivesAnOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor, y: Tensor) -> Output:
+        logits = self.layer(x)
+        return Output(F.cross_entropy(logits, y), logits)
+
+
+class OfLogits:
+    class_dim = 1
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        x, y = batch
+        return TaskOutput(F.cross_entropy(model(x, y).logits, y, reduction="sum"), len(y))
+
+
+class OfTheirLoss(OfLogits):
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        return TaskOutput(model(*batch).loss * len(batch[1]), len(batch[1]))
+
+
+class OfUnknownDimension(OfLogits):
+    class_dim = None  # type: ignore[assignment]
+
+
+def test_outputs_with_names(train: Callable[..., Ended], evaluated: Evaluate) -> None:
+    """Put together by their logits where a task takes those; and otherwise each alone, with the reason."""
+    tiny = [override for override in TINY if not override.startswith("model")]
+    own = ["model=custom", "model._target_=test_evaluate.GivesAnOutput", "task=custom", "precision=fp64"]
+    for seed in (1, 2):
+        named = "task._target_=test_evaluate.OfLogits"
+        assert train(*tiny, *own, named, f"seed={seed}", f"run_dir=run{seed}").status == 0
+    ended = evaluated("run1", "run2", "--out", "out.json")
+    assert ended.status == 0, ended.err
+    one, other, together = (row["loss"] for row in rows_of().values())
+    assert together < (one + other) / 2
+    assert json.loads(Path("out.json").read_text())["combine"] == "probabilities"
+    for task, reason in (("OfTheirLoss", "'loss' is asked for"), ("OfUnknownDimension", "along which dimension")):
+        other_task = f"task._target_=test_evaluate.{task}"
+        ended = evaluated("run1", "run2", other_task, "--out", "out.json")
+        assert ended.status == 0, ended.err
+        assert "each alone, and not together: " in ended.out + ended.err
+        assert reason in " ".join((ended.out + ended.err).split())
+        assert [row["loss"] for row in rows_of().values()] == pytest.approx([one, other])
+        assert json.loads(Path("out.json").read_text())["combine"] is None
+        ended = evaluated("run1", "run2", other_task, "--combine", "probabilities")
+        assert ended.status == 2
+        assert reason in " ".join(ended.message.split())
+        assert ended.out.count("run") >= 2, "each alone is there before it"
 
 
 def test_an_average_that_has_not_begun_is_not_evaluated(evaluated: Evaluate, train: Callable[..., Ended]) -> None:
