@@ -252,7 +252,7 @@ def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> Non
         _write(rows, samples, wishes, examination.combine)
         console.print(printable(f"written: {wishes.output}"))
     if examination.problem:
-        if wishes.combine is not None:
+        if wishes.combine is not None or wishes.class_dim is not None:
             raise UserError(examination.problem)
         console.print(Text(printable(f"each alone, and not together: {examination.problem}")))
 

@@ -343,20 +343,21 @@ def test_outputs_with_names(train: Callable[..., Ended], evaluated: Evaluate) ->
     for seed in (1, 2):
         named = "task._target_=test_evaluate.OfLogits"
         assert train(*tiny, *own, named, f"seed={seed}", f"run_dir=run{seed}").status == 0
-    ended = evaluated("run1", "run2", "--out", "out.json")
+    trust = ["--trust", "test_evaluate"]
+    ended = evaluated("run1", "run2", *trust, "--out", "out.json")
     assert ended.status == 0, ended.err
     one, other, together = (row["loss"] for row in rows_of().values())
     assert together < (one + other) / 2
     assert json.loads(Path("out.json").read_text())["combine"] == "probabilities"
     for task, reason in (("OfTheirLoss", "'loss' is asked for"), ("OfUnknownDimension", "along which dimension")):
         other_task = f"task._target_=test_evaluate.{task}"
-        ended = evaluated("run1", "run2", other_task, "--out", "out.json")
+        ended = evaluated("run1", "run2", *trust, other_task, "--out", "out.json")
         assert ended.status == 0, ended.err
         assert "each alone, and not together: " in ended.out + ended.err
         assert reason in " ".join((ended.out + ended.err).split())
         assert [row["loss"] for row in rows_of().values()] == pytest.approx([one, other])
         assert json.loads(Path("out.json").read_text())["combine"] is None
-        ended = evaluated("run1", "run2", other_task, "--combine", "probabilities")
+        ended = evaluated("run1", "run2", *trust, other_task, "--combine", "probabilities")
         assert ended.status == 2
         assert reason in " ".join(ended.message.split())
         assert ended.out.count("run") >= 2, "each alone is there before it"
