@@ -52,7 +52,7 @@ class SumsOverRanks:
             tensors.append(torch.full((), numbers, dtype=torch.float64, device=device))
         weights = _stacked(tensors, device).double()
         # One below zero would go unseen beside others; NaN does not.
-        weight = torch.where(weights >= 0, weights, math.nan).sum(0, keepdim=True)
+        weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
         return torch.cat([_added_up(window.loss_sums, device), weight, self._answers(differs), *sums])
 
     def _own_sums(self, window: OpenWindow) -> list[Tensor]:
