@@ -15,19 +15,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.buffers import KeptBuffers
 from distaccum.devices import Stopwatch
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require, require_positive
 from distaccum.loaders import Window
 from distaccum.micro_gradients import MicroGradients, measurement, watcher_of
 from distaccum.noise_scale import NoiseScale
-from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
-from distaccum.stepping import Gradients, ScaledStep
+from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun, is_lost_on_any_rank
+from distaccum.stepping import SPARSE, Gradients, ScaledStep
 from distaccum.strategies import Strategy, can_recover, strategy_of
-from distaccum.sums import explain_nonfinite, loss_scale, own_totals, read_totals
+from distaccum.sums import SumsOverRanks, explain_nonfinite, loss_scale, require_weight
 from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 Batch = TypeVar("Batch")
@@ -67,7 +66,8 @@ class Accumulator:
         noise_scale: measure how noisy gradients are, in each update for which it is due.
 
     Raises:
-        UserError: the model is a bare module although there are several ranks.
+        UserError: the model is a bare module although there are several ranks, it makes sparse gradients, `clip_norm`
+            is not above 0, or another accumulator of some of the same parameters has a window open.
     """
 
     def __init__(
@@ -85,6 +85,9 @@ class Accumulator:
         recovery: Recovery | None = None,
         noise_scale: NoiseScale | None = None,
     ) -> None:
+        require_positive(clip_norm=clip_norm)
+        embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        require(not any(part.sparse for part in embeddings), SPARSE)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.scaler = scaler
@@ -102,9 +105,12 @@ class Accumulator:
         self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         """The strategy, if micro-steps may be taken again with it."""
         self._open: OpenWindow | None = None
+        self._is_out_of_step = False
         self._last_weight: float | None = None
         self._stopwatch = Stopwatch(self.strategy.device)
+        self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
         self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
+        self._gradients.begin()
         self.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +150,8 @@ class Accumulator:
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
         forward and backward. If an exception leaves the window, `no_sync` is left too and the window's gradients are
-        dropped, so that the next window starts clean.
+        dropped, so that the next window starts clean; but not if it came in the last backward among several ranks,
+        which may be out of step then.
 
         Args:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
@@ -172,10 +179,14 @@ class Accumulator:
             sizes: of the micro-batches handed out so far, if they may be taken again (see `distaccum.recovery`).
         """
         if self._open is not None:
-            raise RuntimeError("the window before this one has not been brought to its end by accumulator.step()")
+            raise RuntimeError("the last window was not brought to its end by step() or dropped by clear_gradients()")
+        if self._is_out_of_step:
+            raise UserError(
+                "a gradient sync has failed, so ranks may be out of step. Start all ranks again, from a checkpoint."
+            )
         self.require_equal_micro_steps(micro_batches)
         whole = micro_batches if isinstance(micro_batches, Window) else None
-        window = self._open = OpenWindow(
+        window = OpenWindow(
             scale=loss_scale(micro_batches, self._last_weight),
             sizes=whole.sizes if sizes is None and whole is not None else sizes,
             started=time.perf_counter() if started is None else started,
@@ -185,11 +196,15 @@ class Accumulator:
             recovers=sizes is not None,
             micro_gradients=self._watcher(micro_batches),
         )
-        self._remember(window)
+        self._gradients.begin()
+        self._open = window
         micro_steps = self._micro_steps(window, items)
         try:
+            self._remember(window)
             with window.micro_gradients or nullcontext():
                 yield window, micro_steps
+            if not window.micro_steps:
+                self._sums.take_no_part(window, self._model)
             if window.totals is None:
                 raise RuntimeError(
                     f"the window was left after {window.micro_steps} micro-step(s), before the backward of the "
@@ -197,7 +212,7 @@ class Accumulator:
                 )
         except BaseException:
             micro_steps.close()  # leaves no_sync, if a micro-step is inside it
-            self._open = None
+            self._is_out_of_step = window.is_syncing and self.strategy.process_group is not None
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
@@ -205,11 +220,7 @@ class Accumulator:
     def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
         if self.noise_scale is None:
             return None
-        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, self._parameters)
-
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, self._gradients.of_optimizer())
 
     def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
         """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
@@ -251,7 +262,7 @@ class Accumulator:
                 if self.time_micro_steps:
                     window.micro_step_start = self._stopwatch.mark()
                 if window.is_last and window.recovers and self.recoverable is not None:
-                    window.last_gradient = self.recoverable.last_gradient(self._parameters)
+                    window.last_gradient = self.recoverable.last_gradient(self._gradients.of_optimizer())
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
@@ -284,6 +295,7 @@ class Accumulator:
                 f"loss_sum must be a scalar tensor with a gradient; got shape {tuple(loss_sum.shape)}, "
                 f'requires_grad={loss_sum.requires_grad}. Use reduction="sum" on the output of the model.'
             )
+        require_weight(weight)
         window.awaiting_backward = False
         is_placeholder = window.sizes is not None and window.sizes[window.micro_steps - 1] == 0
         if is_placeholder:
@@ -295,12 +307,12 @@ class Accumulator:
         for name, value in (sums or {}).items():
             window.sums.setdefault(name, []).append(value.detach())
         if window.is_last:
-            totals = own_totals(window, self.strategy, self.flags, self.reports)
+            totals = self._sums.own(window)
             if window.recovers and self.recoverable is not None:
                 if window.last_gradient is not None:
                     loss_sum = loss_sum + window.last_gradient.to(loss_sum)
                 self.recoverable.begin_sync(loss_sum)
-                window.is_syncing = True
+            window.is_syncing = True
             window.totals = self.strategy.summed(totals)
         if self.noise_scale is not None:
             num_samples = num_samples if window.sizes is None else window.sizes[window.micro_steps - 1]
@@ -320,6 +332,7 @@ class Accumulator:
             self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         if window.micro_gradients is not None and window.is_last:
             window.micro_gradients.start(1 / self._loss_scale(window))
+        window.is_syncing = False
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
         if self.time_micro_steps:
@@ -343,7 +356,6 @@ class Accumulator:
         window = self._open
         if window is None or window.totals is None:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
-        self._open = None
         self.updates += 1
         try:
             result = self._finish(window, window.totals())
@@ -355,7 +367,7 @@ class Accumulator:
 
     def begin_again(self, window: OpenWindow) -> None:
         """Drops what this rank has accumulated in the open window; the others don't know of it."""
-        self.clear_gradients()
+        self._gradients.clear()
         window.buffers.put_back()
         window.forget_micro_steps()
 
@@ -380,18 +392,26 @@ class Accumulator:
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
         norm = numbers.pop()
-        if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
+        if window.recovers and not math.isfinite(norm) and is_lost_on_any_rank(window, self.strategy):
             window.buffers.put_back()
+            self._gradients.take_back()
             self.strategy.load_state_tensors(window.remembered)
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
-        read = read_totals(numbers, window, self.flags, self.reports, self.strategy.world_size)
-        loss, weight = read.loss, read.weight
+        read = self._sums.read(numbers, window)
+        loss, weight = read["loss"], read["weight"]
         self._last_weight = weight
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
-        skipped = not self._is_sound(window, loss, weight, grad_norm)
+        # All ranks see the same numbers, so all come to the same answer.
+        has_loss = math.isfinite(loss) and 0 < weight < math.inf
+        skipped = not (has_loss and math.isfinite(grad_norm))
+        # An overflow of scaled gradients is the scaler's affair, which lowers its scale.
+        if skipped and not (
+            self.skip_nonfinite or (has_loss and self.scaler is not None and self.scaler.get_scale() >= 1)
+        ):
+            raise UserError(explain_nonfinite(self.updates, window, self.strategy, loss, weight, grad_norm))
         if not skipped:
             if self.clip_norm is not None:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
@@ -399,20 +419,15 @@ class Accumulator:
             self._scaled_step(gradients, factor, self.scaler)
         else:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
-            window.buffers.put_back(only_floating_point=True)
+            window.buffers.put_back()
             self.strategy.drop_gradients()
         sum_norm = norm * self.strategy.sync_divisor / window.scale
-        noise = {}
+        noise: dict[str, Any] = {}
         if self.noise_scale is not None and measured and not skipped:
             noise = self.noise_scale.told(measurement(measured, sum_norm))
         traffic = self.strategy.traffic
         synced = traffic.calls > window.calls_before
         return UpdateResult(
-            loss=loss,
-            weight=weight,
-            sums=read.sums,
-            flags=read.flags,
-            reports=read.reports,
             grad_norm=grad_norm,
             skipped=skipped,
             micro_steps=window.micro_steps,
@@ -422,6 +437,7 @@ class Accumulator:
             data_seconds=window.data_seconds,
             micro_seconds=window.micro_seconds(self._stopwatch, traffic.last_launch if synced else None),
             sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
+            **read,
             **noise,
         )
 
@@ -430,23 +446,7 @@ class Accumulator:
         scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
         return scale if self.scaler is None else self.scaler.scale(scale)
 
-    def _is_lost_on_any_rank(self, window: OpenWindow) -> bool:
-        """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
-        is_lost = torch.tensor(float(window.is_lost), device=self.strategy.device)
-        if self.strategy.process_group is not None:
-            dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
-        return bool(is_lost)
-
-    def _is_sound(self, window: OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
-        """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""
-        if math.isfinite(loss) and math.isfinite(grad_norm) and weight > 0:
-            return True
-        if self.skip_nonfinite:
-            return False
-        if self.scaler is not None and math.isfinite(loss) and weight > 0 and self.scaler.get_scale() >= 1:
-            return False  # an overflow of the scaled gradients: the scaler lowers its scale
-        raise UserError(explain_nonfinite(self.updates, window, self.strategy, loss, weight, grad_norm))
-
     def clear_gradients(self) -> None:
-        """Forgets all gradients. `step()` does so by itself."""
-        self._gradients.clear()
+        """Forgets all gradients, and drops a window whose `step()` has not come. `step()` does so by itself."""
+        self._open = None
+        self._gradients.end()

@@ -24,10 +24,9 @@ class KeptBuffers:
     def __bool__(self) -> bool:
         return bool(self._kept)
 
-    def put_back(self, *, only_floating_point: bool = False) -> None:
+    def put_back(self) -> None:
         """Makes them what they were; may be called again."""
         with torch.no_grad():
             for part, name, buffer, before in self._kept:
-                if buffer.is_floating_point() or not only_floating_point:
-                    buffer.copy_(before)
-                    part._buffers[name] = buffer
+                buffer.copy_(before)
+                part._buffers[name] = buffer

@@ -151,6 +151,11 @@ def _over_ranks(totals: dict[str, Tensor], device: torch.device) -> dict[str, Te
         shapes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
         known = max(shapes, key=len)
+        if other := [names for names in shapes if names and names != known]:
+            raise UserError(
+                f"the ranks' sums differ in an evaluation: {known} and {other[0]}. Give the same names and shapes in "
+                "each micro-step and on each rank."
+            )
         flat = [
             totals.get(name, torch.zeros(shape, device=device, dtype=torch.float64)).reshape(-1)
             for name, shape in known.items()

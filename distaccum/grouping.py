@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,7 +167,7 @@ class Grouping:
     def __init__(
         self, lengths: Sequence[int] | NDArray[np.int64], plan: BatchPlan, num_samples: int, max_tokens: int | None
     ) -> None:
-        self.lengths = _checked_lengths(np.asarray(lengths, dtype=np.int64), num_samples)
+        self.lengths = _checked_lengths(lengths, num_samples)
         self._plan = plan
         if plan.accumulation_steps is not None:
             raise UserError(
@@ -274,7 +274,17 @@ class CostFit:
         return None
 
 
-def _checked_lengths(lengths: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
+def _checked_lengths(given: Any, num_samples: int) -> NDArray[np.int64]:
+    try:
+        with np.errstate(invalid="ignore"):
+            lengths = np.asarray(given).astype(np.int64)
+        is_whole = np.array_equal(given, lengths)
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(
+            f"batch=by_length: the dataset's `lengths` are not whole numbers, one for each sample: {str(given)[:80]}."
+        )
     if lengths.shape != (num_samples,):
         raise UserError(
             f"batch=by_length: the dataset has {num_samples} samples, and its `lengths` have the shape "

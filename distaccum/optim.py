@@ -134,9 +134,9 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
         UserError: the warm-up is longer than the run.
     """
     warmup = config.warmup_updates
-    if warmup >= total_updates and warmup > 0:
+    if warmup > total_updates:
         raise UserError(
-            f"schedule.warmup_updates={warmup} is not shorter than the run, which has {total_updates} updates. "
+            f"schedule.warmup_updates={warmup} is longer than the run, which has {total_updates} updates. "
             "Shorten the warm-up or train longer."
         )
 

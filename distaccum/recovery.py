@@ -19,11 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.strategies import Strategy
 from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 if TYPE_CHECKING:
@@ -61,6 +64,14 @@ class Recovery:
     """
 
     on_smaller: Callable[[int], None] = _nothing
+
+
+def is_lost_on_any_rank(window: OpenWindow, strategy: Strategy) -> bool:
+    """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
+    is_lost = torch.tensor(float(window.is_lost), device=strategy.device)
+    if strategy.process_group is not None:
+        dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=strategy.process_group)
+    return bool(is_lost)
 
 
 class Share:
@@ -206,6 +217,7 @@ class WindowRun:
         if window.is_syncing and strategy is not None and strategy.process_group is not None:
             window.is_lost = True
             strategy.complete_sync()
+            window.is_syncing = False
             if window.micro_gradients is not None:
                 window.micro_gradients.start(1.0)  # the other ranks have; nobody uses what it gives
         elif during == "forward" and not window.buffers:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from distaccum.devices import free_cached_memory, is_out_of_memory
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require
 from distaccum.optim import in_parameter_format
 from distaccum.strategies import local_parts
+
+SPARSE = "sparse gradients can't be had: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
+_of_open_windows: WeakSet[Gradients] = WeakSet()
 
 
 class Gradients:
@@ -30,23 +34,24 @@ class Gradients:
         self._stay = stay
         self._model_parameters = list(parameters)  # walking over the modules takes as long as clearing
         self._seen: set[int] = set()
+        self._seen_first: list[Tensor] = []
 
     def trained(self) -> list[int]:
         """Positions, in the optimizer's groups one after another, of parameters that have had a gradient."""
-        return [number for number, parameter in enumerate(self._of_optimizer()) if id(parameter) in self._seen]
+        return [number for number, parameter in enumerate(self.of_optimizer()) if id(parameter) in self._seen]
 
     def set_trained(self, positions: Iterable[int]) -> None:
         """Puts back what `trained` gave, perhaps in another process."""
-        parameters = list(self._of_optimizer())
+        parameters = self.of_optimizer()
         self._seen = {id(parameters[number]) for number in positions if number < len(parameters)}
 
-    def _of_optimizer(self) -> Iterator[Tensor]:
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
+    def of_optimizer(self) -> list[Tensor]:
+        """The optimizer's parameters, in the order of its groups."""
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def _parameters(self) -> Iterator[Tensor]:
         yield from self._model_parameters
-        yield from self._of_optimizer()
+        yield from self.of_optimizer()
 
     def of_window(self) -> list[Tensor]:
         """Of the optimizer's parameters that have one, or had one in a window before.
@@ -54,6 +59,7 @@ class Gradients:
         The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy.
         """
         gradients = []
+        self._seen_first.clear()
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -63,12 +69,41 @@ class Gradients:
                     # Not always the parameter's own format: see `in_parameter_format`.
                     dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
                     parameter.grad = torch.zeros_like(parameter, dtype=dtype)
-                self._seen.add(id(parameter))
+                if id(parameter) not in self._seen:
+                    require(parameter.grad.layout is torch.strided, SPARSE)
+                    self._seen.add(id(parameter))
+                    self._seen_first.append(parameter)
                 gradients.append(parameter.grad)
         return gradients
 
+    def take_back(self) -> None:
+        """Undoes `of_window`, of a window that is made again: what had no gradient before has none."""
+        for parameter in self._seen_first:
+            parameter.grad = None
+            self._seen.discard(id(parameter))
+
+    def begin(self) -> None:
+        """Before a window.
+
+        Raises:
+            UserError: a window over some of the same parameters is open, whose gradients the two would share.
+        """
+        mine = set(map(id, self._parameters())) if _of_open_windows else set()
+        for other in _of_open_windows:
+            if other is not self and not mine.isdisjoint(map(id, other._parameters())):
+                raise UserError(
+                    "another Accumulator of some of the same parameters has a window open, and its gradients would get "
+                    "lost: call its step() first, or its clear_gradients() to drop them."
+                )
+        _of_open_windows.add(self)
+
+    def end(self) -> None:
+        """After a window, however it ended."""
+        _of_open_windows.discard(self)
+        self.clear()
+
     def clear(self) -> None:
-        """Before the first window, and after each."""
+        """Leaves none, or zeros."""
         if not self._stay:
             for parameter in self._parameters():
                 parameter.grad = None

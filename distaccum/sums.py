@@ -3,99 +3,181 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.strategies import Strategy
+from distaccum.strategies import Strategy, can_recover
+from distaccum.strategies.riding import summed_beside
 from distaccum.updates import OpenWindow
 
+Layout = list[tuple[str, tuple[int, ...]]]
+"""Names and shapes of a window's sums, by name."""
 
-def own_totals(
-    window: OpenWindow,
-    strategy: Strategy,
-    flags: Mapping[str, Callable[[], bool]],
-    reports: Mapping[str, Callable[[], float]],
-) -> Tensor:
-    """This rank's loss, weight, flags, reports and sums, in one vector of float64 on the device."""
-    device = strategy.device
-    weights = [value for value in window.weights if isinstance(value, Tensor)]
-    if len(weights) < len(window.weights):
-        numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-        weights.append(torch.full((), numbers, dtype=torch.float64, device=device))
-    loss_sum, weight, *sums = (
-        _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
-    )
-    return torch.cat([loss_sum, weight, *_own_flags(device, flags), *_own_reports(strategy, reports), *sums])
+
+class SumsOverRanks:
+    """Adds up, over micro-steps and ranks, what a window has besides gradients: one vector of each rank.
+
+    The vectors must be equally long, with each sum in its place. So they have room for the sums that the ranks have
+    agreed on, and say how many ranks have others. Only where one has do the ranks ask each other, which sums they are.
+
+    Args:
+        flags, reports: of the accumulator.
+    """
+
+    def __init__(
+        self, strategy: Strategy, flags: Mapping[str, Callable[[], bool]], reports: Mapping[str, Callable[[], float]]
+    ) -> None:
+        self._strategy = strategy
+        self._flags = flags
+        self._reports = reports
+        self._agreed: Layout = []
+
+    def own(self, window: OpenWindow) -> Tensor:
+        """This rank's numbers, in one vector of float64 on the device."""
+        layout, device = _layout(window), self._strategy.device
+        if self._strategy.process_group is None and not isinstance(layout, str):
+            self._agreed = layout
+        differs = layout != self._agreed
+        room = sum(math.prod(shape) for _, shape in self._agreed)
+        sums = [torch.zeros(room, dtype=torch.float64, device=device)] if differs else self._own_sums(window)
+        tensors = [value for value in window.weights if isinstance(value, Tensor)]
+        if len(tensors) < len(window.weights):
+            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+            tensors.append(torch.full((), numbers, dtype=torch.float64, device=device))
+        weights = _stacked(tensors, device).double()
+        # One below zero would go unseen beside others; NaN does not.
+        weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
+        return torch.cat([_added_up(window.loss_sums, device), weight, self._answers(differs), *sums])
+
+    def _own_sums(self, window: OpenWindow) -> list[Tensor]:
+        return [_added_up(window.sums[name], self._strategy.device) for name in sorted(window.sums)]
+
+    def _answers(self, differs: bool) -> Tensor:
+        """Whether the sums are others; the flags; and the reports, with places for all ranks, this one's filled."""
+        group, ranks = self._strategy.process_group, self._strategy.world_size
+        rank, reports_at = dist.get_rank(group) if group is not None else 0, 1 + len(self._flags)
+        answers: dict[int, float] = {0: differs}
+        answers |= {1 + number: ask() for number, ask in enumerate(self._flags.values())}
+        answers |= {reports_at + number * ranks + rank: ask() for number, ask in enumerate(self._reports.values())}
+        count = reports_at + len(self._reports) * ranks
+        vector = torch.zeros(count, dtype=torch.float64, device=self._strategy.device)
+        for place, answer in answers.items():
+            if answer:
+                vector[place].fill_(answer)  # copying the answers to a GPU would make the host wait
+        return vector
+
+    def read(self, numbers: Sequence[float], window: OpenWindow) -> dict[str, Any]:
+        """Loss, weight, flags, reports and sums of `UpdateResult`, from the vector of `own`, added up over the ranks.
+
+        Raises:
+            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch.
+        """
+        loss_sum, weight, differing, *rest = numbers
+        if differing:
+            self._agree(window)
+        flags, ranks = rest[: len(self._flags)], self._strategy.world_size
+        reports = rest[len(flags) : len(flags) + ranks * len(self._reports)]
+        sums = rest[len(flags) + len(reports) :]
+        if differing:
+            mine = self._own_sums(window)
+            sums = summed_beside(torch.cat(mine), self._strategy.process_group)().tolist() if mine else []
+        sizes = [math.prod(shape) for _, shape in self._agreed]
+        parts = torch.split(torch.tensor(sums, dtype=torch.float64), sizes)
+        shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self._agreed, strict=True)}
+        return {
+            "loss": loss_sum / weight if weight else math.nan,
+            "weight": weight,
+            "flags": frozenset(name for name, raised in zip(self._flags, flags, strict=True) if raised),
+            "reports": {name: tuple(reports[n * ranks : (n + 1) * ranks]) for n, name in enumerate(self._reports)},
+            "sums": {name: shaped[name] for name in window.sums},  # in the order in which the user gave them
+        }
+
+    def _agree(self, window: OpenWindow) -> None:
+        everyone = _gathered(_layout(window), self._strategy)
+        for rank, layout in enumerate(everyone):
+            if isinstance(layout, str):
+                raise UserError(f"rank {rank}: {layout}")
+        other = next((rank for rank, layout in enumerate(everyone) if layout != everyone[0]), 0)
+        if other:
+            first, second = (", ".join(f"{name} {list(shape)}" for name, shape in everyone[n]) for n in (0, other))
+            raise UserError(
+                f"the ranks' sums differ: rank 0 has {first or 'none'}; rank {other} has {second or 'none'}. Give the "
+                "same names and shapes on each rank, zeros where there is nothing to add."
+            )
+        self._agreed = everyone[0]
+
+    def take_no_part(self, window: OpenWindow, module: nn.Module) -> None:
+        """Syncs without having had a micro-batch, where ranks can, so that all of them are told by `read`.
+
+        Raises:
+            UserError: here, where they can't.
+        """
+        strategy = self._strategy
+        if strategy.process_group is None or not can_recover(strategy):
+            raise UserError(_NO_MICRO_BATCH)
+        strategy.begin_window()
+        loss = torch.stack([entry.sum() for entry in module.parameters() if entry.requires_grad]).sum() * 0
+        window.loss_sums, window.weights = [loss.detach()], [0.0]
+        window.totals = strategy.summed(self.own(window))
+        strategy.begin_sync(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if window.micro_gradients is not None:
+            window.micro_gradients.start(1.0)
+
+
+_NO_MICRO_BATCH = (
+    "the window has no micro-batch. Each rank needs one: where none is left, any, with weight 0 and loss_sum * 0, "
+    "as a WindowLoader does by itself."
+)
+
+
+def _layout(window: OpenWindow) -> Layout | str:
+    """Of a window's sums; or what is wrong with it, in words."""
+    for name, parts in window.sums.items():
+        if len(parts) != window.micro_steps or any(part.shape != parts[0].shape for part in parts):
+            return (
+                f"sums[{name!r}] came in {len(parts)} of {window.micro_steps} micro-steps, with the shapes "
+                f"{sorted({tuple(part.shape) for part in parts})}. Give the same names and shapes in each micro-step, "
+                "zeros where there is nothing to add."
+            )
+    named = [(name, tuple(window.sums[name][0].shape)) for name in sorted(window.sums)]
+    return named if window.micro_steps else _NO_MICRO_BATCH
+
+
+def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
+    """On the device; in float64 where formats differ, as whole numbers beside float32 would be rounded to that."""
+    if any(value.device != device or value.dtype != values[0].dtype for value in values):
+        values = [value.to(device, torch.float64, non_blocking=True) for value in values]
+    return torch.stack(values)
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of tensors of one shape, in float64 on the device."""
-    if any(value.device != device for value in values):
-        values = [value.to(device, non_blocking=True) for value in values]
-    return torch.stack(values).sum(0, dtype=torch.float64)
+    """Sum of tensors of one shape, in float64 on the device, as a vector."""
+    return _stacked(values, device).sum(0, dtype=torch.float64).reshape(-1)
 
 
-def _own_flags(device: torch.device, flags: Mapping[str, Callable[[], bool]]) -> list[Tensor]:
-    if not flags:
-        return []
-    raised = torch.zeros(len(flags), dtype=torch.float64, device=device)
-    for number, ask in enumerate(flags.values()):
-        if ask():
-            raised[number].fill_(1.0)  # copying the answers to a GPU would make the host wait
-    return [raised]
+def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
+    """What each rank has. All ranks call it."""
+    everyone = [mine] * strategy.world_size
+    if strategy.process_group is not None:
+        dist.all_gather_object(everyone, mine, group=strategy.process_group)
+    return everyone
 
 
-def _own_reports(strategy: Strategy, reports: Mapping[str, Callable[[], float]]) -> list[Tensor]:
-    """Each report as a vector with a place for every rank, of which this one fills its own."""
-    group, ranks = strategy.process_group, strategy.world_size
-    rank = dist.get_rank(group) if group is not None else 0
-    vectors = []
-    for ask in reports.values():
-        vectors.append(torch.zeros(ranks, dtype=torch.float64, device=strategy.device))
-        vectors[-1][rank].fill_(ask())
-    return vectors
-
-
-@dataclass(frozen=True, slots=True)
-class WindowTotals:
-    """What a window has added up over micro-steps and ranks, on the host."""
-
-    loss: float
-    """Mean; NaN if the weight is zero."""
-    weight: float
-    flags: frozenset[str]
-    reports: dict[str, tuple[float, ...]]
-    sums: dict[str, Tensor]
-
-
-def read_totals(
-    numbers: Sequence[float], window: OpenWindow, flags: Iterable[str], reports: Iterable[str], ranks: int
-) -> WindowTotals:
-    """Reads the vector of `own_totals`, added up over the ranks.
-
-    Args:
-        flags, reports: their names, in the order of `own_totals`.
-    """
-    rest = iter(numbers)
-    loss_sum, weight = next(rest), next(rest)
-    return WindowTotals(
-        loss=loss_sum / weight if weight else math.nan,
-        weight=weight,
-        flags=frozenset([name for name in flags if next(rest)]),
-        reports={name: tuple(islice(rest, ranks)) for name in reports},
-        sums={name: _shaped(rest, parts[0].shape) for name, parts in window.sums.items()},
-    )
-
-
-def _shaped(numbers: Iterator[float], shape: torch.Size) -> Tensor:
-    return torch.tensor(list(islice(numbers, shape.numel())), dtype=torch.float64).reshape(shape)
+def require_weight(weight: Tensor | float) -> None:
+    """Refuses what can be no weight. What a tensor holds is seen where it is read, when the window ends."""
+    if not (weight.ndim == 0 if isinstance(weight, Tensor) else 0 <= weight < math.inf):
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight
+        raise UserError(
+            f"weight must be a scalar tensor, or a finite number of at least 0; got {got}. It is the number of "
+            "elements that loss_sum adds up, as (targets != -100).sum()."
+        )
 
 
 def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float:
@@ -115,10 +197,13 @@ def explain_nonfinite(
     update: int, window: OpenWindow, strategy: Strategy, loss: float, weight: float, grad_norm: float
 ) -> str:
     """What to say of an update that can't be made. Every rank gets here, so it may use a collective."""
-    if weight <= 0:
+    if not math.isfinite(weight):
+        wrong = _where(window.weights, lambda value: 0 <= value < math.inf, strategy)
+        what = f"a weight is negative, infinite or NaN{wrong}"
+    elif weight <= 0:
         what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
     elif not math.isfinite(loss):
-        what = f"the loss is {loss}{_where_nonfinite(window, strategy)}"
+        what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, strategy)}"
     else:
         what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
     return (
@@ -127,17 +212,12 @@ def explain_nonfinite(
     )
 
 
-def _where_nonfinite(window: OpenWindow, strategy: Strategy) -> str:
-    """Names the ranks and micro-steps whose loss went wrong."""
-    flags = ~torch.stack(window.loss_sums).isfinite()
-    mine = [step for step, flag in enumerate(flags.tolist(), 1) if flag]
-    everyone = [mine]
-    if strategy.process_group is not None:
-        everyone = [[] for _ in range(strategy.world_size)]
-        dist.all_gather_object(everyone, mine, group=strategy.process_group)
+def _where(values: Sequence[Tensor | float], is_right: Callable[[float], bool], strategy: Strategy) -> str:
+    """Names the ranks and micro-steps of wrong values."""
+    mine = [step for step, value in enumerate(values, 1) if not is_right(float(value))]
     found = [
         f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
-        for rank, steps in enumerate(everyone)
+        for rank, steps in enumerate(_gathered(mine, strategy))
         if steps
     ]
     return f" ({'; '.join(found)})" if found else ""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distaccum.buffers import KeptBuffers
 from distaccum.devices import Stopwatch
+from distaccum.errors import UserError
 from distaccum.micro_gradients import MicroGradients
 
 Batch = TypeVar("Batch")
@@ -120,11 +121,22 @@ class OpenWindow:
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each item, and whether it is the last one. Looks ahead by one item only where the length is not known."""
+    """Each item, and whether it is the last one. Looks ahead by one item only where the length is not known.
+
+    Raises:
+        UserError: there are more items than their `len()`, or fewer.
+    """
     if isinstance(items, Sized):
-        count = len(items)
+        count, number = len(items), 0
         for number, item in enumerate(items, 1):
+            if number > count:
+                break
             yield item, number == count
+        if number != count:
+            raise UserError(
+                f"the micro-batches (a {type(items).__name__}) have the len() {count}, and there are "
+                f"{'more' if number > count else number}. Give a list, or a generator, which has no len()."
+            )
         return
     iterator = iter(items)
     for item in iterator:

@@ -110,6 +110,12 @@ def test_clipping_acts_on_the_mean_gradient_of_the_window() -> None:
     assert float((flat(model) - before).norm()) == pytest.approx(0.1 * 0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("clip_norm", [0, -1.0, math.nan])
+def test_a_clip_norm_that_is_none_is_refused(clip_norm: float) -> None:
+    with pytest.raises(UserError, match=rf"clip_norm={clip_norm} is impossible"):
+        _accumulator(clip_norm=clip_norm)
+
+
 def test_sums_are_added_up_whatever_their_shape() -> None:
     model, accumulator = _accumulator()
     with accumulator.window(BATCHES) as micro_batches:
@@ -147,14 +153,22 @@ def test_misuse_is_an_error_and_the_next_window_is_clean() -> None:
             for _ in micro_batches:
                 pass
 
+    def longer_than_its_length() -> None:
+        class Longer(list[Tensor]):
+            def __len__(self) -> int:
+                return 2
+
+        _train(model, accumulator, Longer(BATCHES))
+
     for misuse, said in (
         (window_without_backward, "micro-step 1 ended without"),
         (window_left_early, r"left after 1 micro-step"),
         (two_backwards, "once for each micro-batch"),
-        (empty_window, r"left after 0 micro-step"),
+        (empty_window, "the window has no micro-batch"),
+        (longer_than_its_length, r"have the len\(\) 2, and there are more"),
         (accumulator.step, "after a whole window"),
     ):
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises((RuntimeError, UserError), match=said):
             misuse()
     norm = _train(model, accumulator, BATCHES).grad_norm
     twin = nn.Linear(2, 1).double()
@@ -163,7 +177,7 @@ def test_misuse_is_an_error_and_the_next_window_is_clean() -> None:
     with accumulator.window(BATCHES) as micro_batches:
         for batch in micro_batches:
             accumulator.backward(model(batch).sum(), 1)
-    with pytest.raises(RuntimeError, match="has not been brought to its end"), accumulator.window(BATCHES):
+    with pytest.raises(RuntimeError, match="was not brought to its end"), accumulator.window(BATCHES):
         pass
 
 
@@ -318,6 +332,7 @@ def test_a_skipped_window_leaves_no_nan_in_the_statistics() -> None:
     assert _train(model, accumulator, batches).skipped
     assert all(buffer.isfinite().all() for buffer in model.buffers())
     assert torch.equal(model[1].running_mean, torch.zeros(3, dtype=torch.float64))
+    assert model[1].num_batches_tracked == 0, "which weighs the next mean, without a momentum"
 
 
 def test_a_gradient_that_no_scale_mends_stops_a_float16_run() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -133,9 +135,19 @@ def test_new_costs_count_from_the_window_they_are_meant_for() -> None:
     [
         (np.ones((4, 2), np.int64), r"the dataset has 16 samples, and its `lengths` have the shape \(4, 2\)"),
         (np.array([3] * 15 + [0]), r"sample 15 has the length 0, and lengths are at least 1\."),
+        *(
+            ([wrong] * 16, r"`lengths` are not whole numbers, one for each sample: \[")
+            for wrong in (3.7, np.nan, np.inf, "long", "3", None, [1, [2]], 2**70)
+        ),
     ],
 )
-def test_lengths_that_cannot_be(lengths: NDArray[np.int64], said: str) -> None:
+def test_lengths_that_cannot_be(lengths: Any, said: str) -> None:
     plan = resolve_batch(world_size=1, global_batch_size=4)
     with pytest.raises(UserError, match=said):
         Grouping(lengths, plan, 16, None)
+
+
+def test_whole_numbers_of_any_format_are_lengths() -> None:
+    plan = resolve_batch(world_size=1, global_batch_size=4)
+    for lengths in ([2.0, 3.0], np.array([2, 3], np.uint8), torch.tensor([2, 3])):
+        assert Grouping(lengths, plan, 2, None).lengths.tolist() == [2, 3]  # type: ignore[arg-type]

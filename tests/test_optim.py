@@ -82,6 +82,8 @@ def test_schedules_by_hand() -> None:
     assert _factors(DecayScheduleConfig(name="linear", final_factor=0.2), 5) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
     assert _factors(DecayScheduleConfig(name="cosine"), 5) == pytest.approx([1, 0.85355, 0.5, 0.14645, 0], abs=1e-5)
     assert _factors(DecayScheduleConfig(name="linear", warmup_updates=2), 4) == pytest.approx([0.5, 1, 0.5, 0])
+    for as_long in (ScheduleConfig(warmup_updates=2), DecayScheduleConfig(name="cosine", warmup_updates=2)):
+        assert _factors(as_long, 2) == [0.5, 1]
     step = StepScheduleConfig(every_updates=2, factor=0.1)
     assert _factors(step, 5) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     warm_step = StepScheduleConfig(every_updates=2, factor=0.1, warmup_updates=2)
@@ -95,8 +97,8 @@ def test_schedules_of_very_short_runs(total: int) -> None:
 
 
 def test_impossible_schedules_are_refused() -> None:
-    with pytest.raises(UserError, match=r"warmup_updates=10 is not shorter than the run, which has 10 updates"):
-        schedule_factor(ScheduleConfig(warmup_updates=10), 10)
+    with pytest.raises(UserError, match=r"warmup_updates=11 is longer than the run, which has 10 updates"):
+        schedule_factor(ScheduleConfig(warmup_updates=11), 10)
 
 
 def test_a_schedule_sets_every_group() -> None:

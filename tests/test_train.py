@@ -282,10 +282,10 @@ def test_a_bug_in_a_users_own_part_keeps_its_traceback(tmp_path: Path, monkeypat
             id="ddp without torchrun",
         ),
         pytest.param(
-            [*TINY, "schedule.warmup_updates=3"],
-            "schedule.warmup_updates=3 is not shorter than the run, which has 3 updates. Shorten the warm-up or train "
+            [*TINY, "schedule.warmup_updates=4"],
+            "schedule.warmup_updates=4 is longer than the run, which has 3 updates. Shorten the warm-up or train "
             "longer.",
-            id="warm-up as long as the run",
+            id="warm-up longer than the run",
         ),
         pytest.param(
             [*POINTS, "model._target_=nowhere.Net"],

@@ -23,7 +23,7 @@ _SAMPLES_TO_COMPARE = 16
 """Of a remembered scan, to notice when the data has changed under the same name."""
 
 
-def lengths_of(dataset: Any, remembered: Remembered | None = None) -> NDArray[np.int64]:
+def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
     """The dataset's attribute `lengths`, or what loading every sample once shows, with a progress bar.
 
     The length of a sample is the largest first dimension of its tensors that have one. Loading leaves the global random
@@ -34,14 +34,11 @@ def lengths_of(dataset: Any, remembered: Remembered | None = None) -> NDArray[np
             are compared with it each time.
 
     Raises:
-        UserError: a sample has no tensor with a first dimension, or `lengths` are not numbers.
+        UserError: a sample has no tensor with a first dimension.
     """
     known = getattr(dataset, "lengths", None)
     if known is not None:
-        try:
-            return np.asarray(known, dtype=np.int64)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"batch=by_length: the dataset's `lengths` are not whole numbers: {error}.") from error
+        return known
     states = GlobalStates.now()
     try:
         return _scanned(dataset, remembered)

@@ -179,6 +179,5 @@ class Recoverable(Strategy, Protocol):
 
 
 def can_recover(strategy: Strategy) -> TypeGuard[Recoverable]:
-    """Whether a strategy is `Recoverable`: not if its micro-steps hold collectives, or gradients are sparse."""
-    is_sparse = any(getattr(part, "sparse", False) is True for part in strategy.module.modules())
-    return hasattr(strategy, "complete_sync") and not strategy.equal_micro_steps and not is_sparse
+    """Whether a strategy is `Recoverable`: not if its micro-steps hold collectives."""
+    return hasattr(strategy, "complete_sync") and not strategy.equal_micro_steps

@@ -155,7 +155,7 @@ class DDPStrategy:
         # by nobody.
         held = {id(parameter) for parameter in parameters}
         first = next((p for p in self.module.parameters() if p.requires_grad and id(p) in held), None)
-        return with_uniform_gradient(first, 0.0) if first is not None else None
+        return with_uniform_gradient(first, None) if first is not None else None
 
     def begin_sync(self, loss_sum: Tensor) -> None:
         # What DDP does at the end of a forward that is to be synchronised.

@@ -42,21 +42,26 @@ def with_zero_gradients(loss_sum: Tensor) -> Tensor:
 
 
 class _UniformGradient(torch.autograd.Function):
-    """A zero whose gradient for a parameter has one value everywhere, and takes no memory of the parameter's size."""
+    """A zero whose gradient for a parameter has one value everywhere, and takes no memory of the parameter's size.
+
+    With None, the parameter's hooks run, and it gets no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, value: float) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, value: float | None) -> Tensor:
         ctx.value = value
         ctx.save_for_backward(parameter)
         return parameter.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None]:
         (parameter,) = ctx.saved_tensors
+        if ctx.value is None:
+            return None, None
         return parameter.new_full((), ctx.value).expand_as(parameter), None
 
 
-def with_uniform_gradient(parameter: Tensor, value: float) -> Tensor:
-    """A loss of zero whose gradient for the parameter is the value everywhere."""
+def with_uniform_gradient(parameter: Tensor, value: float | None) -> Tensor:
+    """A loss of zero whose gradient for the parameter is the value everywhere, or, with None, isn't there."""
     zero: Tensor = _UniformGradient.apply(parameter, value)  # type: ignore[no-untyped-call]
     return zero

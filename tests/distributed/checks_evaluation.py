@@ -39,6 +39,18 @@ def check_an_evaluation_is_exact_whatever_the_world_size(world: World) -> None:
     assert model.training
 
 
+def check_sums_that_differ_between_ranks_are_refused(world: World) -> None:
+    """Instead of dropping what one of them has alone."""
+
+    def task(module: nn.Module, batch: Any) -> TaskOutput:
+        loss_sum, weight = token_loss(module, batch)
+        return TaskOutput(loss_sum, weight, {"own" if world.rank else "other": torch.ones(2)})
+
+    loader = EvaluationLoader(RaggedTokens(8), batch_size=2)
+    with pytest.raises(UserError, match=r"sum/other.*sum/own"):
+        evaluate_model(TokenClassifier(), task, loader, device=torch.device("cpu"))
+
+
 def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (rank < total % parts) for rank in range(parts)]
 

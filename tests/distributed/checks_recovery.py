@@ -10,6 +10,7 @@ import pytest
 import torch
 from examples import CollectiveCounter, distance, flat, replaced
 from injection import Fragile, Vectors, task
+from torch import nn
 
 from distaccum import Accumulator, LoaderOptions, UpdateResult, UserError, WindowLoader
 from distaccum.choices import Compression
@@ -133,6 +134,21 @@ def check_an_optimizer_of_a_part_of_the_model(world: World) -> None:
         points=[("backward", "begin"), ("backward", "middle")],
         optimizer=lambda parameters: torch.optim.AdamW(parameters[2:], lr=3e-2),
     )
+
+
+def check_an_unused_first_parameter_gets_no_gradient(world: World) -> None:
+    """Neither from what holds the sync open for the last, nor from a sync that is brought to its end."""
+
+    def with_spare(module: Fragile) -> None:
+        module.spare = nn.Parameter(torch.ones(2, dtype=torch.float64))  # a root's own come first
+
+    for views in (True, False):
+        config = DDPConfig(bucket_cap_mb=0.0003, find_unused_parameters=True, gradient_as_bucket_view=views)
+        wanted = _train(world, config=config, prepare=with_spare, recovers=False)
+        for strike in (None, (1, 1, "backward", "middle", 2), (1, STRUCK, "backward", "middle", 2)):
+            found = _train(world, config=config, prepare=with_spare, strike=strike)
+            assert torch.equal(found[1][:2], torch.ones(2, dtype=torch.float64)), (views, strike)
+            _assert_same(found, wanted, strike)
 
 
 def check_by_length_and_with_workers(world: World) -> None:
