@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.buffers import KeptBuffers
@@ -27,7 +26,14 @@ from distaccum.noise_scale import NoiseScale
 from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun
 from distaccum.stepping import Gradients, ScaledStep
 from distaccum.strategies import Strategy, can_recover, strategy_of
-from distaccum.sums import explain_nonfinite, loss_scale, own_totals, read_totals
+from distaccum.sums import (
+    explain_nonfinite,
+    is_lost_on_any_rank,
+    loss_scale,
+    own_totals,
+    read_totals,
+    require_same_norm,
+)
 from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 Batch = TypeVar("Batch")
@@ -89,7 +95,7 @@ class Accumulator:
         self.clip_norm = clip_norm
         self.scaler = scaler
         self.skip_nonfinite = skip_nonfinite
-        self.strategy = strategy or strategy_of(model)
+        self.strategy = strategy_of(model, strategy)
         self.flags = dict(flags or {})
         self.reports = dict(reports or {})
         self.time_micro_steps = time_micro_steps
@@ -98,11 +104,12 @@ class Accumulator:
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
-        self._gradients = Gradients(optimizer, model.parameters(), stay=self.strategy.gradients_stay)
+        self._gradients = Gradients(optimizer, model, self.strategy)
         self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         """The strategy, if micro-steps may be taken again with it."""
         self._open: OpenWindow | None = None
         self._last_weight: float | None = None
+        self._norm_before = 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
         self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
         self.clear_gradients()
@@ -182,6 +189,7 @@ class Accumulator:
             data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
+            norm_before=self._norm_before,
             recovers=sizes is not None,
             micro_gradients=self._watcher(micro_batches),
         )
@@ -346,7 +354,7 @@ class Accumulator:
         self._open = None
         self.updates += 1
         try:
-            result = self._finish(window, window.totals())
+            result = self._finish(window, window.totals)
         finally:
             self.clear_gradients()
         if result is None:
@@ -359,16 +367,14 @@ class Accumulator:
         window.buffers.put_back()
         window.forget_micro_steps()
 
-    def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
-        gradients = self._gradients.of_window()
-        if not gradients:
-            raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
+    def _finish(self, window: OpenWindow, totals: Callable[[], Tensor]) -> UpdateResult | None:
+        gradients = self._gradients.of_window(window.calls_before)
         if self.scaler is None:
-            return self._update(window, totals, gradients)
+            return self._update(window, totals(), gradients)
         self.scaler.unscale_(self.optimizer)
         result, scale = None, None
         try:
-            result = self._update(window, totals, gradients)
+            result = self._update(window, totals(), gradients)
             scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
         finally:
             self.scaler.update(scale)
@@ -380,14 +386,15 @@ class Accumulator:
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
         norm = numbers.pop()
-        if window.recovers and not math.isfinite(norm) and self._is_lost_on_any_rank(window):
+        if window.recovers and not math.isfinite(norm) and is_lost_on_any_rank(window, self.strategy):
             window.buffers.put_back()
             self.strategy.load_state_tensors(window.remembered)
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
         read = read_totals(numbers, window, self.flags, self.reports, self.strategy.world_size)
         loss, weight = read.loss, read.weight
-        self._last_weight = weight
+        require_same_norm(self.updates - 1, window, self.strategy, read.norm_before, raw_norm.dtype)
+        self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
@@ -429,13 +436,6 @@ class Accumulator:
         """What the losses of the window have been multiplied by, in float64 on the device."""
         scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
         return scale if self.scaler is None else self.scaler.scale(scale)
-
-    def _is_lost_on_any_rank(self, window: OpenWindow) -> bool:
-        """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
-        is_lost = torch.tensor(float(window.is_lost), device=self.strategy.device)
-        if self.strategy.process_group is not None:
-            dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
-        return bool(is_lost)
 
     def _is_sound(self, window: OpenWindow, loss: float, weight: float, grad_norm: float) -> bool:
         """Whether the optimizer may step. All ranks see the same numbers, so all come to the same answer."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
 
@@ -22,6 +24,11 @@ class UserError(Exception):
 
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names with commas between them, the first ones of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def require(condition: bool, message: str) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.strategies import Strategy
 from distaccum.updates import OpenWindow
@@ -23,7 +24,7 @@ def own_totals(
     flags: Mapping[str, Callable[[], bool]],
     reports: Mapping[str, Callable[[], float]],
 ) -> Tensor:
-    """This rank's loss, weight, flags, reports and sums, in one vector of float64 on the device."""
+    """This rank's loss, weight, last norm, flags, reports and sums, in one vector of float64 on the device."""
     device = strategy.device
     weights = [value for value in window.weights if isinstance(value, Tensor)]
     if len(weights) < len(window.weights):
@@ -32,7 +33,8 @@ def own_totals(
     loss_sum, weight, *sums = (
         _added_up(values, device).reshape(-1) for values in (window.loss_sums, weights, *window.sums.values())
     )
-    return torch.cat([loss_sum, weight, *_own_flags(device, flags), *_own_reports(strategy, reports), *sums])
+    norm = torch.full((1,), window.norm_before, dtype=torch.float64, device=device)
+    return torch.cat([loss_sum, weight, norm, *_own_flags(device, flags), *_own_reports(strategy, reports), *sums])
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
@@ -70,6 +72,8 @@ class WindowTotals:
     loss: float
     """Mean; NaN if the weight is zero."""
     weight: float
+    norm_before: float
+    """Of the gradient of the window before, on the average of the ranks."""
     flags: frozenset[str]
     reports: dict[str, tuple[float, ...]]
     sums: dict[str, Tensor]
@@ -84,10 +88,11 @@ def read_totals(
         flags, reports: their names, in the order of `own_totals`.
     """
     rest = iter(numbers)
-    loss_sum, weight = next(rest), next(rest)
+    loss_sum, weight, norm_before = next(rest), next(rest), next(rest) / ranks
     return WindowTotals(
         loss=loss_sum / weight if weight else math.nan,
         weight=weight,
+        norm_before=norm_before,
         flags=frozenset([name for name in flags if next(rest)]),
         reports={name: tuple(islice(rest, ranks)) for name in reports},
         sums={name: _shaped(rest, parts[0].shape) for name, parts in window.sums.items()},
@@ -96,6 +101,26 @@ def read_totals(
 
 def _shaped(numbers: Iterator[float], shape: torch.Size) -> Tensor:
     return torch.tensor(list(islice(numbers, shape.numel())), dtype=torch.float64).reshape(shape)
+
+
+def require_same_norm(update: int, window: OpenWindow, strategy: Strategy, mean: float, dtype: torch.dtype) -> None:
+    """Refuses to go on if the gradient of the update before had another norm on this rank than on the average of all.
+
+    It crosses the network with the sums of the next window, so that of a run's last update is never compared.
+
+    Args:
+        dtype: of the norms, which different devices may round differently.
+
+    Raises:
+        UserError: the norm was another one.
+    """
+    mine = window.norm_before
+    if abs(mine - mean) > mean * max(1e-5, 4 * torch.finfo(dtype).eps):
+        raise UserError(
+            f"update {update}: the gradient's norm was {mine:.9g} on rank {dist.get_rank()}, {mean:.9g} on the average "
+            "of the ranks, so their parameters differ since then. Look for what changes gradients after the sync, or "
+            "the optimizer's parameters, on some ranks alone; and go on from a checkpoint before that update."
+        )
 
 
 def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float:
@@ -109,6 +134,14 @@ def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float
     if weight is None:
         weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
     return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
+
+
+def is_lost_on_any_rank(window: OpenWindow, strategy: Strategy) -> bool:
+    """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
+    is_lost = torch.tensor(float(window.is_lost), device=strategy.device)
+    if strategy.process_group is not None:
+        dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=strategy.process_group)
+    return bool(is_lost)
 
 
 def explain_nonfinite(
