@@ -26,7 +26,7 @@ from distaccum.noise_scale import NoiseScale
 from distaccum.recovery import MicroStepOutput, Recovery, Tell, WindowRun, is_lost_on_any_rank
 from distaccum.stepping import SPARSE, Gradients, ScaledStep
 from distaccum.strategies import Strategy, can_recover, strategy_of
-from distaccum.sums import SumsOverRanks, explain_nonfinite, loss_scale, require_weight
+from distaccum.sums import SumsOverRanks, explain_nonfinite, loss_scale, require_same_norm, require_weight
 from distaccum.updates import OpenWindow, UpdateResult, with_last
 
 Batch = TypeVar("Batch")
@@ -92,7 +92,7 @@ class Accumulator:
         self.clip_norm = clip_norm
         self.scaler = scaler
         self.skip_nonfinite = skip_nonfinite
-        self.strategy = strategy or strategy_of(model)
+        self.strategy = strategy_of(model, strategy)
         self.flags = dict(flags or {})
         self.reports = dict(reports or {})
         self.time_micro_steps = time_micro_steps
@@ -101,12 +101,13 @@ class Accumulator:
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
-        self._gradients = Gradients(optimizer, model.parameters(), stay=self.strategy.gradients_stay)
+        self._gradients = Gradients(optimizer, model, self.strategy)
         self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         """The strategy, if micro-steps may be taken again with it."""
         self._open: OpenWindow | None = None
         self._is_out_of_step = False
         self._last_weight: float | None = None
+        self._norm_before = 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
         self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
@@ -193,6 +194,7 @@ class Accumulator:
             data_seconds=data_seconds,
             calls_before=self.strategy.traffic.calls,
             bytes_before=self.strategy.traffic.bytes,
+            norm_before=self._norm_before,
             recovers=sizes is not None,
             micro_gradients=self._watcher(micro_batches),
         )
@@ -358,7 +360,7 @@ class Accumulator:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
         self.updates += 1
         try:
-            result = self._finish(window, window.totals())
+            result = self._finish(window, window.totals)
         finally:
             self.clear_gradients()
         if result is None:
@@ -371,16 +373,14 @@ class Accumulator:
         window.buffers.put_back()
         window.forget_micro_steps()
 
-    def _finish(self, window: OpenWindow, totals: Tensor) -> UpdateResult | None:
-        gradients = self._gradients.of_window()
-        if not gradients:
-            raise UserError("no parameter of the optimizer got a gradient: does the loss depend on them?")
+    def _finish(self, window: OpenWindow, totals: Callable[[], Tensor]) -> UpdateResult | None:
+        gradients = self._gradients.of_window(window.calls_before)
         if self.scaler is None:
-            return self._update(window, totals, gradients)
+            return self._update(window, totals(), gradients)
         self.scaler.unscale_(self.optimizer)
         result, scale = None, None
         try:
-            result = self._update(window, totals, gradients)
+            result = self._update(window, totals(), gradients)
             scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
         finally:
             self.scaler.update(scale)
@@ -399,8 +399,9 @@ class Accumulator:
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
         read = self._sums.read(numbers, window)
-        loss, weight = read["loss"], read["weight"]
-        self._last_weight = weight
+        loss, weight, norm_before = read["loss"], read["weight"], read.pop("norm_before")
+        require_same_norm(self.updates - 1, window, norm_before, raw_norm.dtype)
+        self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor

@@ -189,14 +189,14 @@ class _WholeWindow:
         mine = [torch.cat(parts) for parts in zip(*first.leaves, strict=True)]
         self._leaves, self._start = gather_rows(mine, first.strategy.process_group)
         for leaf in self._leaves:
-            leaf.requires_grad_(leaf.is_floating_point())
+            leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
         with torch.enable_grad():
             self._output = _checked(loss(rebuilt(first.form, self._leaves)))
         _refuse_parameters(self._output.loss_sum, self._leaves)
         # Total loss and weight are known as a whole, and are told by one micro-step of all ranks.
         steps_with_rows = [number for number, rows in enumerate(first.rows) if rows]
         self._teller = steps_with_rows[0] if self._start == 0 and steps_with_rows else None
-        finite = [leaf.isfinite().all() for leaf in self._leaves if leaf.is_floating_point()]
+        finite = [leaf.isfinite().all() for leaf in self._leaves if leaf.requires_grad]
         # Embeddings that are not finite are told where they are, so that the message names the right rank.
         self._told = torch.where(torch.stack(finite).all(), self._output.loss_sum.detach(), 0.0)
         self._cached = self._gradients()
@@ -217,7 +217,7 @@ class _WholeWindow:
         rows = self._rows[number]  # none of a placeholder, whose loss the accumulator replaces
         # A leaf that the loss doesn't use gets a gradient of zero, so that the model's parameters all get one.
         products = [
-            (leaf * (gradient if gradient is not None and rows else 0.0)).sum()
+            (leaf * (gradient.conj() if gradient is not None and rows else 0.0)).sum().real
             for leaf, gradient in zip(embeddings, self._cached[number], strict=True)
             if leaf.requires_grad
         ]

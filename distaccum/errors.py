@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
@@ -35,6 +36,11 @@ def printable(text: str) -> str:
     File names, what a checkpoint says and the texts of exceptions may be a stranger's.
     """
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names with commas between them, the first ones of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def require(condition: bool, message: str) -> None:

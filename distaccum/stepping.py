@@ -8,12 +8,12 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError, require
 from distaccum.optim import in_parameter_format
-from distaccum.strategies import local_parts
+from distaccum.strategies import Strategy, local_parts
 
 SPARSE = "sparse gradients can't be had: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
 _of_open_windows: WeakSet[Gradients] = WeakSet()
@@ -23,18 +23,19 @@ class Gradients:
     """The gradients of an optimizer's parameters, at the end of a window and between windows.
 
     Args:
-        parameters: of the model, some of which may not be the optimizer's.
-        stay: they are cleared in place, for a strategy whose buckets are their home. Else they are dropped: the first
+        model: some of whose parameters may not be the optimizer's.
+        strategy: if its buckets are gradients' home, they are cleared in place. Else they are dropped: the first
             micro-step's gradients then take their place as they are, which saves two passes over them, and no memory is
             held until then.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], *, stay: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, strategy: Strategy) -> None:
         self._optimizer = optimizer
-        self._stay = stay
-        self._model_parameters = list(parameters)  # walking over the modules takes as long as clearing
+        self._strategy = strategy
+        self._model_parameters = list(model.parameters())  # walking over the modules takes as long as clearing
         self._seen: set[int] = set()
         self._seen_first: list[Tensor] = []
+        self._checked: set[int] = set()
 
     def trained(self) -> list[int]:
         """Positions, in the optimizer's groups one after another, of parameters that have had a gradient."""
@@ -44,6 +45,7 @@ class Gradients:
         """Puts back what `trained` gave, perhaps in another process."""
         parameters = self.of_optimizer()
         self._seen = {id(parameters[number]) for number in positions if number < len(parameters)}
+        self._checked.clear()
 
     def of_optimizer(self) -> list[Tensor]:
         """The optimizer's parameters, in the order of its groups."""
@@ -53,27 +55,35 @@ class Gradients:
         yield from self._model_parameters
         yield from self.of_optimizer()
 
-    def of_window(self) -> list[Tensor]:
+    def of_window(self, calls_before: int) -> list[Tensor]:
         """Of the optimizer's parameters that have one, or had one in a window before.
 
-        The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy.
+        The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy, until
+        the parameter is frozen.
+
+        Raises:
+            UserError: there is none; or as `Strategy.require_sync`, whose `calls_before` is given.
         """
-        gradients = []
-        self._seen_first.clear()
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    was_trained = id(parameter) in self._seen or self._optimizer.state.get(parameter)
-                    if not was_trained or not parameter.requires_grad:
-                        continue
-                    # Not always the parameter's own format: see `in_parameter_format`.
-                    dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-                    parameter.grad = torch.zeros_like(parameter, dtype=dtype)
-                if id(parameter) not in self._seen:
-                    require(parameter.grad.layout is torch.strided, SPARSE)
-                    self._seen.add(id(parameter))
-                    self._seen_first.append(parameter)
-                gradients.append(parameter.grad)
+        gradients, new = [], []
+        for parameter in self.of_optimizer():
+            if not parameter.requires_grad:
+                parameter.grad = None  # has stayed in DDP's buckets, where the optimizer would still see it
+                continue
+            if parameter.grad is None:
+                if id(parameter) not in self._seen and not self._optimizer.state.get(parameter):
+                    continue
+                # Not always the parameter's own format: see `in_parameter_format`.
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+            if id(parameter) not in self._checked:
+                require(parameter.grad.layout is torch.strided, SPARSE)
+                new.append(parameter)
+            gradients.append(parameter.grad)
+        require(bool(gradients), "no parameter of the optimizer got a gradient: does the loss depend on them?")
+        self._strategy.require_sync(calls_before, new)
+        self._checked.update(map(id, new))
+        self._seen_first = [parameter for parameter in new if id(parameter) not in self._seen]
+        self._seen.update(map(id, new))
         return gradients
 
     def take_back(self) -> None:
@@ -104,7 +114,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Leaves none, or zeros."""
-        if not self._stay:
+        if not self._strategy.gradients_stay:
             for parameter in self._parameters():
                 parameter.grad = None
             return

@@ -53,17 +53,18 @@ class SumsOverRanks:
         weights = _stacked(tensors, device).double()
         # One below zero would go unseen beside others; NaN does not.
         weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
-        return torch.cat([_added_up(window.loss_sums, device), weight, self._answers(differs), *sums])
+        answers = self._answers(differs, window.norm_before)
+        return torch.cat([_added_up(window.loss_sums, device), weight, answers, *sums])
 
     def _own_sums(self, window: OpenWindow) -> list[Tensor]:
         return [_added_up(window.sums[name], self._strategy.device) for name in sorted(window.sums)]
 
-    def _answers(self, differs: bool) -> Tensor:
-        """Whether the sums are others; the flags; and the reports, with places for all ranks, this one's filled."""
+    def _answers(self, differs: bool, norm_before: float) -> Tensor:
+        """Whether the sums are others; the last norm; the flags; the reports, with a place for each rank's."""
         group, ranks = self._strategy.process_group, self._strategy.world_size
-        rank, reports_at = dist.get_rank(group) if group is not None else 0, 1 + len(self._flags)
-        answers: dict[int, float] = {0: differs}
-        answers |= {1 + number: ask() for number, ask in enumerate(self._flags.values())}
+        rank, reports_at = dist.get_rank(group) if group is not None else 0, 2 + len(self._flags)
+        answers: dict[int, float] = {0: differs, 1: norm_before}
+        answers |= {2 + number: ask() for number, ask in enumerate(self._flags.values())}
         answers |= {reports_at + number * ranks + rank: ask() for number, ask in enumerate(self._reports.values())}
         count = reports_at + len(self._reports) * ranks
         vector = torch.zeros(count, dtype=torch.float64, device=self._strategy.device)
@@ -75,10 +76,12 @@ class SumsOverRanks:
     def read(self, numbers: Sequence[float], window: OpenWindow) -> dict[str, Any]:
         """Loss, weight, flags, reports and sums of `UpdateResult`, from the vector of `own`, added up over the ranks.
 
+        And `norm_before`: the norm of the window before, on the average of the ranks.
+
         Raises:
             UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch.
         """
-        loss_sum, weight, differing, *rest = numbers
+        loss_sum, weight, differing, norm_before, *rest = numbers
         if differing:
             self._agree(window)
         flags, ranks = rest[: len(self._flags)], self._strategy.world_size
@@ -93,6 +96,7 @@ class SumsOverRanks:
         return {
             "loss": loss_sum / weight if weight else math.nan,
             "weight": weight,
+            "norm_before": norm_before / ranks,
             "flags": frozenset(name for name, raised in zip(self._flags, flags, strict=True) if raised),
             "reports": {name: tuple(reports[n * ranks : (n + 1) * ranks]) for n, name in enumerate(self._reports)},
             "sums": {name: shaped[name] for name in window.sums},  # in the order in which the user gave them
@@ -177,6 +181,26 @@ def require_weight(weight: Tensor | float) -> None:
         raise UserError(
             f"weight must be a scalar tensor, or a finite number of at least 0; got {got}. It is the number of "
             "elements that loss_sum adds up, as (targets != -100).sum()."
+        )
+
+
+def require_same_norm(update: int, window: OpenWindow, mean: float, dtype: torch.dtype) -> None:
+    """Refuses to go on if the gradient of the update before had another norm on this rank than on the average of all.
+
+    It crosses the network with the sums of the next window, so that of a run's last update is never compared.
+
+    Args:
+        dtype: of the norms, which different devices may round differently.
+
+    Raises:
+        UserError: the norm was another one.
+    """
+    mine = window.norm_before
+    if abs(mine - mean) > mean * max(1e-5, 4 * torch.finfo(dtype).eps):
+        raise UserError(
+            f"update {update}: the gradient's norm was {mine:.9g} on rank {dist.get_rank()}, {mean:.9g} on the average "
+            "of the ranks, so their parameters differ since then. Look for what changes gradients after the sync, or "
+            "the optimizer's parameters, on some ranks alone; and go on from a checkpoint before that update."
         )
 
 

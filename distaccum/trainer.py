@@ -119,7 +119,7 @@ class Trainer:
         self.loop = loop
         self.schedule = schedule
         self.evaluation_loader = evaluation_loader
-        self.strategy = strategy or strategy_of(model)
+        self.strategy = strategy_of(model, strategy)
         self.precision = precision or Precision(PrecisionName.fp32, self.strategy.device.type)
         self.observers = observers
         self.run_dir = run_dir

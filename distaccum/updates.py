@@ -68,6 +68,8 @@ class OpenWindow:
     started: float
     calls_before: int
     bytes_before: int
+    norm_before: float = 0.0
+    """Of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
     micro_steps: int = 0
     seed: Tensor | None = None
     is_last: bool = False

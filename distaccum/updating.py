@@ -14,6 +14,7 @@ from distaccum.accumulation import Accumulator
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.compilation import CompileClock
 from distaccum.devices import Precision
+from distaccum.errors import UserError
 from distaccum.grace import Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
@@ -100,8 +101,22 @@ class Updater:
         return self._accumulator.run(window, partial(self._forward, window), partial(self._begin_phase, number))
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
-        with self._memory_line.watching(window.sizes[0]), self._precision.autocast():
-            return checked_output(self._task(self._model, batch))
+        with self._memory_line.watching(window.sizes[0]):
+            return checked_output(self._asked(self._task, batch))
+
+    def _asked(self, ask: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        try:
+            with self._precision.autocast():
+                return ask(self._model, batch)
+        except AttributeError as error:
+            strategy = self._accumulator.strategy
+            if error.obj is not strategy.model or not hasattr(strategy.module, error.name or ""):
+                raise
+            raise UserError(
+                f"the task asks the model for .{error.name}, and {type(strategy.model).__name__} has none: gradients "
+                "cross the network only where the model itself is called, as in model(inputs). Let its forward do that "
+                f"(an argument can ask for it); getattr(model, 'module', model).{error.name} is for settings."
+            ) from error
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
         doing = self._heartbeat.doing
@@ -118,10 +133,6 @@ class Updater:
             doing(how, update=number, micro_step=micro_step, waits=is_last)
 
     def _coupled(self, task: CoupledTask, window: Window, number: int) -> UpdateResult:
-        def embed(batch: Any) -> Any:
-            with self._precision.autocast():
-                return task.embed(self._model, batch)
-
         def between(stage: Stage, step: int) -> None:
             # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
             # takes about three times as long.
@@ -130,6 +141,8 @@ class Updater:
             self._heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
 
         self._begin_phase(number, "loading", 1, is_last=False)
-        accumulate_coupled(self._accumulator, window, embed=embed, loss=task.window_loss, between=between)
+        accumulate_coupled(
+            self._accumulator, window, embed=partial(self._asked, task.embed), loss=task.window_loss, between=between
+        )
         self._begin_phase(number, "step", len(window), is_last=True)
         return self._accumulator.step()

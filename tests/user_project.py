@@ -69,12 +69,34 @@ class Curve(Line):
         super().__init__(degree)
 
 
+class Spare(Line):
+    """Has a part that is not used: on one rank, or on none."""
+
+    def __init__(self, num_features: int, unused_on: int | None = None) -> None:
+        super().__init__(num_features)
+        self.spare = nn.Linear(num_features, 1)
+        self.is_used = unused_on is not None and os.environ.get("RANK") != str(unused_on)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.spare(x).squeeze(-1) if self.is_used else 0.0)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.linear(x).squeeze(-1)
+
+
 class SquaredDistance:
     """A task that is no subclass of `distaccum.Task`: any callable will do."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
         errors = model(batch["x"]) - batch["y"]
         return TaskOutput(errors.square().sum(), len(errors), {"absolute_error": errors.detach().abs().sum()})
+
+
+class EncodedDistance:
+    """Calls another method of the model than its forward."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
+        return TaskOutput((model.encode(batch["x"]) - batch["y"]).square().sum(), len(batch["x"]))  # type: ignore[operator]
 
 
 class NanAt(SquaredDistance):

@@ -109,7 +109,7 @@ class Checkpointer:
         self.folder = folder
         self.config = config or CheckpointConfig()
         self.optimizer = optimizer
-        self.strategy = strategy or strategy_of(model)
+        self.strategy = strategy_of(model, strategy)
         self.states = dict(states or {})
         self.tensors = dict(tensors or {})
         self.files = files

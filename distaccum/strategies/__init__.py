@@ -79,18 +79,30 @@ def place(
     return SingleStrategy(module)
 
 
-def strategy_of(model: nn.Module) -> Strategy:
+def strategy_of(model: nn.Module, given: Strategy | None = None) -> Strategy:
     """The strategy that a model in somebody's own loop is placed by already.
 
+    Args:
+        given: what the user says that it is.
+
     Raises:
-        UserError: a bare model among several ranks, whose gradients would never meet.
+        UserError: a bare model among several ranks, whose gradients would never meet; or given is one of other ranks.
     """
+    own: Strategy | None = None
     if isinstance(model, DistributedDataParallel):
-        return DDPStrategy(model)
-    if any(parent.__name__ == "FSDPModule" for parent in type(model).__mro__):  # what fully_shard makes of a class
+        own = DDPStrategy(model)
+    elif any(parent.__name__ == "FSDPModule" for parent in type(model).__mro__):  # what fully_shard makes of a class
         from distaccum.strategies.fsdp import FSDPStrategy
 
-        return FSDPStrategy(model, next(model.parameters()).device)
+        own = FSDPStrategy(model, next(model.parameters()).device)
+    if own is not None and given is not None and own.world_size != given.world_size:
+        raise UserError(
+            f"strategy={type(given).__name__}(…) is of {given.world_size} rank(s), and the model is a "
+            f"{type(model).__name__} of {own.world_size}, which adds up their gradients. Leave strategy= out; or pass "
+            "the module inside as the model, if each rank is meant to train its own."
+        )
+    if found := given or own:
+        return found
     if dist.is_initialized() and (world_size := dist.get_world_size()) > 1:
         raise UserError(
             f"the model is a bare {type(model).__name__}, but there are {world_size} ranks: their gradients would "

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distaccum.errors import UserError, listed
+
 
 class Traffic:
     """Counts the collectives that carry gradients, on this rank.
@@ -34,6 +36,26 @@ class Traffic:
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's shards of sharded tensors; other tensors as they are. Shares memory with them."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def refuse_unsynced(strategy: Strategy, calls_before: int, lost: Sequence[Tensor]) -> None:
+    """Raises what `Strategy.require_sync` does, given the parameters that are not synchronised."""
+    if strategy.world_size == 1:
+        return
+    kind = type(strategy.model).__name__
+    if strategy.traffic.calls == calls_before:
+        raise UserError(
+            "no gradient of this window has crossed the network, so each rank would train a model of its own: the "
+            f"window's last micro-step must call the {kind} itself, not the module inside it."
+        )
+    if lost:
+        names = {id(parameter): name for name, parameter in strategy.module.named_parameters()}
+        what = [names.get(id(entry), f"one outside the model, of shape {list(entry.shape)}") for entry in lost]
+        raise UserError(
+            f"parameters whose gradients never cross the network would differ between ranks: {listed(what)}. All that "
+            f"the optimizer steps must be in the {kind} (those of a loss too), and require a gradient when it is made: "
+            "unfreeze them before, or wrap the module anew."
+        )
 
 
 class Strategy(Protocol):
@@ -82,6 +104,18 @@ class Strategy(Protocol):
 
         Returns:
             What waits for the sum and gives it, to be called after that backward.
+        """
+        ...
+
+    def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
+        """Refuses a window that has not been synchronised as a whole; before anybody waits for its sums.
+
+        Args:
+            calls_before: of the traffic, at the window's start.
+            parameters: of the optimizer, that have a gradient for the first time.
+
+        Raises:
+            UserError: it is one, on this rank at least.
         """
         ...
 

@@ -7,7 +7,7 @@ import atexit
 import functools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,16 +29,27 @@ Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
 @dataclass(slots=True)
 class HookState:
-    """What a hook needs to know of its model."""
+    """What a hook needs to know of its model, with which it is kept: all strategies of a model share it."""
 
     process_group: dist.ProcessGroup
     divisor: int
     traffic: Traffic
     passengers: Passengers | None
     mark: Callable[[], Any]
+    compression: Compression
+    powersgd_state: powersgd.PowerSGDState | None = None
+    graph_is_known: bool = True
+    synced: set[int] = field(default_factory=set)
+    """Ids of the parameters in DDP's buckets, of which DDP tells nobody but its hook."""
+    is_learning: bool = True
+
+    def learn(self, bucket: GradBucket) -> None:
+        if self.is_learning:
+            self.synced.update(map(id, bucket.parameters()))
 
 
 def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
+    state.learn(bucket)
     buffer = bucket.buffer()
     sent = buffer if dtype is None else buffer.to(dtype)
     if state.divisor != 1:
@@ -110,14 +121,14 @@ class _CountedDistributed:
         return dist.all_reduce(tensor, *args, **kwargs)
 
 
-def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSGDState, Hook]:
-    """State and hook of PowerSGD (Vogels, Karimireddy and Jaggi 2019), torch's own implementation, counted.
+def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
+    """The hook of PowerSGD (Vogels, Karimireddy and Jaggi 2019), torch's own implementation, counted.
 
     The process group in `state` must be one that nothing but this model's gradients uses.
     """
     _counted_groups[state.process_group] = state
     powersgd.dist = _CountedDistributed()  # type: ignore[attr-defined, assignment]
-    powersgd_state = powersgd.PowerSGDState(
+    state.powersgd_state = remembered = powersgd.PowerSGDState(
         process_group=state.process_group,
         matrix_approximation_rank=config.powersgd_rank,
         start_powerSGD_iter=config.powersgd_start_update,
@@ -125,7 +136,8 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
 
     last: list[Future[torch.Tensor]] = []
 
-    def counted_powersgd_hook(remembered: powersgd.PowerSGDState, bucket: GradBucket) -> Future[torch.Tensor]:
+    def counted_powersgd_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+        state.learn(bucket)
         if last and bucket.buffer().device.type == "cpu":
             # torch starts a bucket's second and third all-reduce in gloo's threads, when the one before has ended, and
             # waits for them there. Two buckets at a time would do so in another order on each rank, and take up all of
@@ -138,7 +150,7 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> tuple[powersgd.PowerSG
         last[:] = [powersgd.powerSGD_hook(remembered, bucket)]
         return last[0]
 
-    return powersgd_state, counted_powersgd_hook
+    return counted_powersgd_hook
 
 
 _POWERSGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")

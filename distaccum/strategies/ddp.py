@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,15 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig
 from distaccum.devices import Stopwatch
-from distaccum.errors import UserError
-from distaccum.strategies.base import Traffic
+from distaccum.errors import UserError, listed
+from distaccum.strategies.base import Traffic, refuse_unsynced
 from distaccum.strategies.compression import (
     HookState,
     communication_hook,
@@ -28,16 +28,22 @@ from distaccum.strategies.compression import (
     powersgd_hook,
     powersgd_tensors,
 )
-from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients
+from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients, zero_with_gradients
 from distaccum.strategies.riding import Passengers, summed_beside
 
 
 class DDPStrategy:
     """A `DistributedDataParallel` model, made by `place_ddp` or by the user's own loop.
 
+    Several strategies of one model are one: what they need to know is kept with its communication hook.
+
     Args:
-        model: the wrapped model. If it has no communication hook yet, one is registered that does what DDP does by
+        model: the wrapped model, without a communication hook of its own: one is registered that does what DDP does by
             itself (all-reduce) and counts it.
+        config: how gradients are compressed.
+
+    Raises:
+        UserError: the model has another hook.
     """
 
     def __init__(self, model: DistributedDataParallel, config: DDPConfig | None = None) -> None:
@@ -46,32 +52,39 @@ class DDPStrategy:
         self.device: torch.device = next(model.parameters()).device
         self.process_group: dist.ProcessGroup | None = model.process_group
         self.world_size = dist.get_world_size(model.process_group)
-        self.traffic = Traffic()
         self._has_sync_batchnorm = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         self.equal_micro_steps = self.world_size > 1 and (model.static_graph or self._has_sync_batchnorm)
         self.gradients_stay: bool = model.gradient_as_bucket_view
         self.shares_buffers = self.world_size == 1 or model.broadcast_buffers
-        self._graph_is_known = not model.static_graph
-        self._powersgd: PowerSGDState | None = None
-        compression = config.compression if config is not None else Compression.none
-        # The mean would take one more pass over the gradients than the sum. A static graph needs it (see no_sync), and
-        # float16 has room for little more.
-        is_own_hook = compression is not Compression.powersgd and not model._comm_hooks
-        is_sum = is_own_hook and not model.static_graph and compression is not Compression.fp16
-        self.sync_divisor = 1 if is_sum else self.world_size
-        is_on_cpu = self.device.type == "cpu"
+        self._state = _hook_state_of(model, config) or self._registered(config or DDPConfig())
+        self.traffic, self._passengers = self._state.traffic, self._state.passengers
+        self._powersgd = self._state.powersgd_state
+        self._names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def _registered(self, config: DDPConfig) -> HookState:
+        compression, is_on_cpu = config.compression, self.device.type == "cpu"
         if is_on_cpu:
             give_threads_time_at_exit()
-        self._passengers = Passengers(model.process_group) if is_own_hook and is_on_cpu else None
-        mark = Stopwatch(self.device).mark
-        state = HookState(model.process_group, self.sync_divisor, self.traffic, self._passengers, mark)
-        self._hook_state = state
-        if compression is Compression.powersgd:
-            assert config is not None
-            self._powersgd, hook = powersgd_hook(state, config)
-            model.register_comm_hook(self._powersgd, hook)
-        elif not model._comm_hooks:
-            model.register_comm_hook(state, communication_hook(compression))
+        # The mean would take one more pass over the gradients than the sum. A static graph needs it (see no_sync),
+        # float16 has room for little more, and PowerSGD knows nothing else.
+        is_mean = self.model.static_graph or compression in (Compression.fp16, Compression.powersgd)
+        group, has_powersgd = self.model.process_group, compression is Compression.powersgd
+        state = HookState(
+            process_group=group,
+            divisor=self.world_size if is_mean else 1,
+            traffic=Traffic(),
+            passengers=Passengers(group) if is_on_cpu and not has_powersgd else None,
+            mark=Stopwatch(self.device).mark,
+            compression=compression,
+            graph_is_known=not self.model.static_graph,
+        )
+        hook = powersgd_hook(state, config) if has_powersgd else communication_hook(compression)
+        self.model.register_comm_hook(state, hook)
+        return state
+
+    @property
+    def sync_divisor(self) -> int:
+        return self._state.divisor
 
     def take_mean(self) -> None:
         """Has the sync take the mean over the ranks, for a loop that syncs more than once in a window.
@@ -79,11 +92,11 @@ class DDPStrategy:
         Gradients that are the mean already, the same on every rank, stay what they are in a later mean; a sum would
         count them again.
         """
-        self.sync_divisor = self._hook_state.divisor = self.world_size
+        self._state.divisor = self.world_size
 
     def no_sync(self) -> AbstractContextManager[None]:
-        if not self._graph_is_known:
-            self._graph_is_known = True
+        if not self._state.graph_is_known:
+            self._state.graph_is_known = True
             # DDP learns a static graph in the first backward it synchronises, and trips over an internal assertion if
             # an unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients
             # that are equal on all ranks is what they are already.
@@ -94,8 +107,29 @@ class DDPStrategy:
         return self._passengers.board(numbers) if self._passengers else summed_beside(numbers, self.process_group)
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
-        # SyncBatchNorm's backward holds a collective, so its part of the graph can't be left out.
-        return loss_sum * 0 if self._has_sync_batchnorm else with_zero_gradients(loss_sum)
+        # SyncBatchNorm's backward holds a collective, and a static graph counts gradients and starts its sync from the
+        # model's output, so the model's part of the graph can't be left out.
+        if self._has_sync_batchnorm or self.model.static_graph:
+            return loss_sum * 0
+        if self.model.find_unused_parameters:
+            return with_zero_gradients(loss_sum)  # DDP waits for no others
+        # Of all, as reentrant checkpointing hides parameters from the graph.
+        return zero_with_gradients([parameter for parameter in self.module.parameters() if parameter.requires_grad])
+
+    def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
+        try:
+            self.model.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            numbers = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
+            names = [self._names[int(number)] for number in numbers[1].split()] if numbers else ["some parameters"]
+            how = "Set strategy.find_unused_parameters=true (DistributedDataParallel has it too)"
+            how = "Leave static_graph out" if self.model.static_graph else how
+            raise UserError(
+                f"the loss of the window's last micro-step doesn't reach {listed(names)} on rank {dist.get_rank()}, "
+                f"and DDP waits for their gradients. {how}; or freeze what is never used before the model is wrapped."
+            ) from error
+        self._state.is_learning = False  # a whole sync has been seen
+        refuse_unsynced(self, calls_before, [entry for entry in parameters if id(entry) not in self._state.synced])
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return get_total_norm(gradients)
@@ -140,7 +174,8 @@ class DDPStrategy:
         # With a static graph it does so after the second one.
         for _ in range(2 if self.model.static_graph else 1):
             (forward() * 0).backward()  # type: ignore[no-untyped-call]
-        self._graph_is_known = True
+            self.require_sync(-1, ())
+        self._state.graph_is_known = True
 
     def begin_window(self) -> None:
         # What DDP does at the start of a window's first forward.
@@ -180,6 +215,20 @@ class DDPStrategy:
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         if self._powersgd is not None and state:
             load_powersgd_tensors(self._powersgd, state, self.device)
+
+
+def _hook_state_of(model: DistributedDataParallel, config: DDPConfig | None) -> HookState | None:
+    """What the hook of an earlier strategy knows; None if there is no hook yet."""
+    if not model._comm_hooks:
+        return None
+    hook, state = model._comm_hooks[0]
+    if isinstance(state, HookState) and (config is None or config.compression is state.compression):
+        return state
+    raise UserError(
+        f"the model has the communication hook {getattr(hook, '__qualname__', hook)} already: it can't be exchanged, "
+        "and of a foreign one nobody can tell whether it takes the sum or the mean over the ranks. Have it registered "
+        "by DDPStrategy(model, DDPConfig(compression=…)), made once and passed on as strategy=."
+    )
 
 
 def place_ddp(

@@ -21,7 +21,7 @@ from distaccum.compilation import Compilation
 from distaccum.config import FSDPConfig
 from distaccum.devices import Stopwatch
 from distaccum.errors import UserError
-from distaccum.strategies.base import Traffic, local_parts
+from distaccum.strategies.base import Traffic, local_parts, refuse_unsynced
 from distaccum.strategies.blocks import blocks_to_wrap
 from distaccum.strategies.riding import summed_beside
 
@@ -48,18 +48,20 @@ class FSDPStrategy:
         self.device = device
         self.process_group = dist.group.WORLD
         self.world_size = self.sync_divisor = dist.get_world_size()
-        self.traffic = Traffic()
         self.equal_micro_steps = self.world_size > 1
         self.gradients_stay = False
         self.shares_buffers = self.world_size == 1
-        self._reshard_in_window = reshard_in_window
         self._root: FSDPModule = model
+        # Kept with the model, so that several strategies of it are one.
+        made = _CountedReduceScatter(Stopwatch(device))
+        self._counted = counted = model.__dict__.setdefault("_distaccum_reduce_scatter", made)
+        counted.reshard_in_window &= reshard_in_window
+        self.traffic = counted.traffic
         if self.world_size > 1:
-            counted = _CountedReduceScatter(self.traffic, Stopwatch(device))
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.set_custom_reduce_scatter(counted)
-        if not reshard_in_window:
+        if not counted.reshard_in_window:
             model.set_reshard_after_forward(False)
 
     @contextmanager
@@ -75,11 +77,14 @@ class FSDPStrategy:
         # Not set_is_last_backward(sync): FSDP would keep its record of the forwards across micro-steps, and prefetch
         # from it a block that is done with: one all-gather more an update. There is no reduction to wait for anyway.
         self._root.set_requires_gradient_sync(sync)
-        if not self._reshard_in_window:
+        if not self._counted.reshard_in_window:
             self._root.set_reshard_after_backward(sync)
 
     def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
         return summed_beside(numbers, self.process_group)
+
+    def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
+        refuse_unsynced(self, calls_before, [entry for entry in parameters if not isinstance(entry, DTensor)])
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
         # FSDP's collectives are in the backward of the model's own graph, so it can't be left out. A placeholder is a
@@ -185,8 +190,9 @@ def _groups_of(module: FSDPModule) -> Sequence[Any]:
 class _CountedReduceScatter(ReduceScatter):
     """The collective that FSDP makes by itself, counted."""
 
-    def __init__(self, traffic: Traffic, stopwatch: Stopwatch) -> None:
-        self._traffic = traffic
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.traffic = Traffic()
+        self.reshard_in_window = True
         self._stopwatch = stopwatch
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -195,8 +201,8 @@ class _CountedReduceScatter(ReduceScatter):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        self._traffic.count(input_tensor)
-        self._traffic.last_launch = self._stopwatch.mark()
+        self.traffic.count(input_tensor)
+        self.traffic.last_launch = self._stopwatch.mark()
         work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         return work
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,11 @@ def with_zero_gradients(loss_sum: Tensor) -> Tensor:
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
+    return zero_with_gradients(leaves)
+
+
+def zero_with_gradients(leaves: Sequence[Tensor]) -> Tensor:
+    """A loss of zero that has a gradient of zero for each of the leaves."""
     zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
     return zero
 

@@ -13,7 +13,15 @@ from examples import CollectiveCounter, curves, distance, flat, placed
 from test_buffers import Rebinding
 from torch import Tensor, nn
 
-from distaccum import Accumulator, EvaluationLoader, UserError, WindowLoader, accumulate_coupled, evaluate_model
+from distaccum import (
+    Accumulator,
+    EvaluationLoader,
+    TaskOutput,
+    UserError,
+    WindowLoader,
+    accumulate_coupled,
+    evaluate_model,
+)
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.distributed import World
 from distaccum.tasks import Contrastive
@@ -78,6 +86,36 @@ def check_a_learned_temperature(world: World) -> None:
     for config in (DDPConfig(), FSDPConfig()):
         _, parameters = train_pairs(config, micro_batch_size=2, **options, **_here(world))
         assert distance(parameters, wanted) < 1e-12, config
+
+
+class _Waves(nn.Module):
+    """Embeddings of which one is real and one is complex, with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.real, self.parts = nn.Linear(FEATURES, 3).double(), nn.Linear(FEATURES, 6).double()
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.real(inputs), torch.view_as_complex(self.parts(inputs).unflatten(1, (3, 2)))
+
+
+def check_complex_embeddings_have_their_gradient(world: World) -> None:
+    def loss(embeddings: tuple[Tensor, Tensor]) -> TaskOutput:
+        real, waves = embeddings
+        coupled = (waves @ waves.mH * (1 + 2j)).real + (real @ real.T)
+        return TaskOutput(coupled.tanh().sum(), len(real))
+
+    model, twin = placed(_Waves(), DDPConfig()), _Waves()
+    accumulator = Accumulator(model.model, torch.optim.SGD(model.model.parameters(), lr=0.1), strategy=model)
+    batches = [Pairs().views[start : start + 3, 0] for start in range(0, 6 * world.world_size, 3)]
+    output = loss(twin(torch.cat(batches)))
+    (output.loss_sum / output.weight).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    accumulate_coupled(accumulator, batches[2 * world.rank :][:2], embed=model.model, loss=loss)
+    assert distance(accumulator.step().loss, output.loss_sum.detach() / output.weight) < 1e-12
+    assert distance(flat(model.module), flat(twin)) < 1e-12
+    assert distance(flat(twin.parts), flat(_Waves().parts)) > 1e-2, "it has one"
 
 
 def check_one_sync_per_update_whatever_the_steps(world: World) -> None:

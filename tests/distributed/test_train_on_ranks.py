@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,33 @@ def test_a_nan_loss_on_one_rank_stops_all() -> None:
         "learning rate, or leave such updates out with train.on_nonfinite=skip."
     )
     assert [line["update"] for line in updates(Path("run"))] == [1]
+
+
+@pytest.mark.parametrize("unused_on", ["null", "1"])
+def test_a_parameter_that_the_loss_does_not_reach_is_named(unused_on: str) -> None:
+    spare = ["model._target_=user_project.Spare", f"+model.unused_on={unused_on}"]
+    done = forked(2, "-m", "distaccum.train", *POINTS, *spare)
+    rank = "1" if unused_on == "1" else r"\d"
+    assert re.fullmatch(
+        rf"the loss of the window's last micro-step doesn't reach spare\.weight, spare\.bias on rank {rank}, and DDP "
+        r"waits for their gradients\. Set strategy\.find_unused_parameters=true .*",
+        message_of_ranks(done),
+    )
+    assert not updates(Path("run")), "nothing has moved"
+
+
+def test_a_task_that_calls_another_method_of_the_model_is_told_what_ddp_needs() -> None:
+    done = forked(
+        2,
+        "-m",
+        "distaccum.train",
+        *POINTS,
+        "model._target_=user_project.Spare",
+        "task._target_=user_project.EncodedDistance",
+    )
+    assert message_of_ranks(done).startswith(
+        "the task asks the model for .encode, and DistributedDataParallel has none: gradients cross the network only "
+    )
 
 
 def test_a_bug_keeps_its_traceback_on_one_rank() -> None:
