@@ -28,6 +28,6 @@ class KeptBuffers:
         """Makes them what they were; may be called again."""
         with torch.no_grad():
             for part, name, buffer, before in self._kept:
-                if buffer.is_floating_point() or not only_floating_point:
+                if buffer.is_floating_point() or buffer.is_complex() or not only_floating_point:
                     buffer.copy_(before)
                     part._buffers[name] = buffer

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from distaccum import targets
@@ -41,6 +42,12 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
     module = targets.build(arguments, "model", defaults_from=train_data)
     if not isinstance(module, nn.Module):
         raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"model: {name} has no shape before the first forward (nn.Lazy…), and the run lays out memory before "
+                "that. Give the layer its sizes, or build the model in a function that calls it once with a sample."
+            )
     if patterns := options.get("freeze"):
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise UserError(f"model.freeze={patterns!r} must be a list of patterns, as in model.freeze=[embedding.*].")

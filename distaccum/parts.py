@@ -24,7 +24,7 @@ from distaccum.config import (
     as_plain,
 )
 from distaccum.data.lengths import lengths_of
-from distaccum.devices import Precision, resolve_precision
+from distaccum.devices import Precision, cast, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.model_options import build_model
@@ -100,7 +100,7 @@ def build_parts(
         evaluation_data=evaluation_data,
         evaluation_loader=evaluation_loader,
         task=task,
-        module=module.to(precision.parameter_dtype),
+        module=cast(module, precision.parameter_dtype),
     )
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from distaccum.accumulation import Accumulator
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.compilation import CompileClock
-from distaccum.devices import Precision
+from distaccum.devices import Precision, tensors_of
+from distaccum.errors import UserError
 from distaccum.grace import Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
@@ -100,8 +101,23 @@ class Updater:
         return self._accumulator.run(window, partial(self._forward, window), partial(self._begin_phase, number))
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
-        with self._memory_line.watching(window.sizes[0]), self._precision.autocast():
-            return self._task(self._model, batch)
+        with self._memory_line.watching(window.sizes[0]):
+            return self._computed(self._task, batch)
+
+    def _computed(self, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        with self._precision.autocast():
+            try:
+                return forward(self._model, batch)
+            except RuntimeError as error:
+                wanted = self._precision.parameter_dtype
+                others = {t.dtype for t in tensors_of(batch) if t.is_floating_point() and t.dtype != wanted}
+                if not others or not ("dtype" in str(error) or "scalar type" in str(error)):
+                    raise
+                raise UserError(
+                    f"the micro-batches have tensors of {', '.join(sorted(map(str, others)))} and the model's "
+                    f"parameters are {wanted}, which don't go together: {error}. Have the dataset give {wanted}, or "
+                    "set precision."
+                ) from error
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
         doing = self._heartbeat.doing
@@ -119,8 +135,7 @@ class Updater:
 
     def _coupled(self, task: CoupledTask, window: Window, number: int) -> UpdateResult:
         def embed(batch: Any) -> Any:
-            with self._precision.autocast():
-                return task.embed(self._model, batch)
+            return self._computed(task.embed, batch)
 
         def between(stage: Stage, step: int) -> None:
             # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then

@@ -17,7 +17,7 @@ from distaccum.checking.recording import Call, Recording, recording
 from distaccum.checking.stillness import DrawWatch, StillDraws
 from distaccum.choices import PrecisionName
 from distaccum.data.collate import PadCollate
-from distaccum.devices import tensors_of, to_device
+from distaccum.devices import cast, tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.parts import Parts
 from distaccum.seeding import derived_seed, seed_everything
@@ -122,7 +122,7 @@ class Subject:
         """A copy of the model in the state in which it was built."""
         model = self._copied(self._module)
         if float64 and self.has_float64:
-            return model.double()
+            return cast(model, torch.float64)
         if self.precision.name is PrecisionName.bf16_params:
             for parameter in model.parameters():
                 parameter.grad_dtype = torch.float32  # as in a training: gradients are added up in float32

@@ -103,12 +103,13 @@ def check_formats(module: nn.Module) -> None:
     """Refuses a model that can't be saved, before it is trained.
 
     Raises:
-        UserError: a parameter or a persistent buffer is of a format for which safetensors has no name here.
+        UserError: a parameter or a persistent buffer is sparse, or of a format for which safetensors has no name here.
     """
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and tensor.dtype not in _SAFETENSORS_NAMES:
+        if isinstance(tensor, Tensor) and (tensor.dtype not in _SAFETENSORS_NAMES or tensor.layout != torch.strided):
+            kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise UserError(
-                f"{name} of the model is of format {str(tensor.dtype).removeprefix('torch.')}, which checkpoints can't "
+                f"{name} of the model is of format {kind}, which checkpoints can't "
                 "hold. Make it a buffer with persistent=False if it need not be saved, or set checkpoint.enabled=false."
             )
 

@@ -21,7 +21,7 @@ from distaccum import targets
 from distaccum.choices import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
 from distaccum.components import SCHEMAS
 from distaccum.config import DataConfig
-from distaccum.devices import Precision, resolve_device, resolve_precision
+from distaccum.devices import Precision, cast, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.ensembling.ensemble import Ensemble, mean_of_weights
 from distaccum.ensembling.members import Member, find_members, load_weights
@@ -223,7 +223,7 @@ def _train_data(members: Sequence[Member]) -> list[Any]:
 def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
     wrap = (member.config.get("strategy") or {}).get("wrap") or ()
     module = build_model(member.config["model"], train_data, wrap)
-    module = module.to(device=device, dtype=precision.parameter_dtype)
+    module = cast(module.to(device), precision.parameter_dtype)
     load_weights(module, member, weights)
     return module
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from distaccum.accumulation import Accumulator
 from distaccum.averaging import WeightAverage
@@ -264,11 +265,10 @@ class _Windows:
         module = self._strategy.module
         parameters: list[Tensor] = list(module.parameters())
         inner = getattr(self._optimizer, "optim", self._optimizer)
-        states = [value for values in inner.state.values() for value in values.values()]
         buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
         # Buckets that several gradients are views of are counted once.
-        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(states)
+        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(tree_iter(list(inner.state.values())))
         found.averages = sum(held_bytes(average.tensors().values()) for average in self._averages)
         # Those that have no home in buckets are dropped between windows.
         known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer
