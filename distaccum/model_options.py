@@ -1,4 +1,4 @@
-"""What can be said of any model in its section, whatever its class: activation checkpointing and frozen parameters."""
+"""What can be said of any model, whatever its class: activation checkpointing, frozen parameters, modes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
@@ -75,6 +76,51 @@ def _options(section: Any) -> tuple[Any, dict[str, Any]]:
     # What is null, false or empty says nothing, to a constructor neither.
     rest = {str(key): value for key, value in section.items() if key not in _KEYS or (key in own and value)}
     return rest, options
+
+
+def into_training_mode(module: nn.Module) -> list[str]:
+    """Puts a module into training mode, as its own `train()` has it; returns the names of parts that were not in it."""
+    were = [name for name, part in module.named_modules() if not part.training]
+    module.train()
+    return [name for name in were if module.get_submodule(name).training]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode and each part back into its own: what is frozen by eval() comes back so."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
+    """What a user should know of a model before it trains, in lines of the log.
+
+    Args:
+        is_cut: windows are more than one micro-batch on one rank.
+    """
+    still = [name for name, part in module.named_modules() if not part.training]
+    if tops := [name for name in still if not name or name.rpartition(".")[0] not in still]:
+        yield (
+            f"in evaluation mode throughout the training, without dropout and with fixed statistics: {some_of(tops)}; "
+            "call train() on the model where it is built if that is not meant"
+        )
+    norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    if norms and is_cut:
+        yield (
+            f"BatchNorm ({some_of(norms)}) computes with the statistics of each micro-batch, so updates depend on how "
+            "windows are cut; GroupNorm and LayerNorm don't, and python -m distaccum.check measures how much"
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of modules, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name or "the model" for name in names[:3]) + more
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:

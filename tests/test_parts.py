@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import Ended, updates
+from command_line import Ended, evaluations, updates
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distaccum import TaskOutput
+from distaccum import EvaluationLoader, TaskOutput, UserError, evaluate_model
 from distaccum.checking.subject import Subject
 from distaccum.entry import compose
 from distaccum.parts import build_parts
@@ -72,6 +72,39 @@ class Lazy(nn.Module):
         self.layer = nn.LazyLinear(1)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs).squeeze(1)
+
+
+class Modes(nn.Module):
+    """As `from_pretrained` gives it (`whole`), or with one part in evaluation mode; `held` stays in it by itself."""
+
+    def __init__(self, whole: bool = True, held: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.held = held
+        (self if whole else self.layers[2]).eval()
+
+    def train(self, mode: bool = True) -> Modes:
+        super().train(mode)
+        if self.held:
+            self.layers[1].eval()
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs).sum(1)
+
+
+class Hungry(nn.Module):
+    """Has memory for so many samples."""
+
+    def __init__(self, most: int = 3) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.most = most
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > self.most:
+            raise torch.OutOfMemoryError(f"out of memory with {len(inputs)} samples")
         return self.layer(inputs).squeeze(1)
 
 
@@ -180,3 +213,80 @@ def test_sparse_buffers_don_t_end_a_run(train: Train) -> None:
     ended = train(*run("WithSparseBuffers", run_dir="saved"), "+model.persistent=true")
     assert "graph of the model is of format sparse_coo, which checkpoints can't hold" in ended.message
     assert "memory: parameters" in Path("run/logs/rank0.log").read_text()
+
+
+def log_of(run_dir: str = "run") -> str:
+    return Path(run_dir, "logs", "rank0.log").read_text()
+
+
+def test_pretrained_models_train_in_training_mode(train: Train) -> None:
+    losses = []
+    for keep, seed in (("false", 0), ("true", 0), ("true", 1)):
+        run_dir = f"{keep}{seed}"
+        ended = train(*run("Modes", run_dir=run_dir), f"train.keep_modes={keep}", f"seed={seed}", "train.max_updates=1")
+        assert ended.status == 0, ended.err
+        losses.append(updates(Path(run_dir))[0]["loss"])
+    assert losses[0] != losses[1], "dropout and BatchNorm are at work"
+    said = log_of("false0")
+    assert "built in evaluation mode and trains in training mode (the model, layers, layers.0 and 2 more)" in said
+    assert "throughout the training" not in said
+    kept = log_of("true0")
+    assert "in evaluation mode throughout the training, without dropout and with fixed statistics: the model;" in kept
+    assert "trains in training mode" not in kept
+
+
+def test_parts_that_stay_in_evaluation_mode_are_named(train: Train) -> None:
+    for number, (arguments, said) in enumerate(
+        (
+            (["+model.whole=false", "train.keep_modes=true"], "layers.2;"),
+            (["+model.whole=false", "+model.held=true"], "layers.1;"),
+        )
+    ):
+        assert train(*run("Modes", run_dir=str(number)), *arguments, "train.max_updates=1").status == 0
+        assert f"with fixed statistics: {said}" in log_of(str(number))
+
+
+def test_batchnorm_is_named_where_windows_are_cut(train: Train) -> None:
+    assert train(*run("Modes"), "train.max_updates=1").status == 0
+    assert "BatchNorm (layers.1) computes with the statistics of each micro-batch" in log_of()
+    whole = run("Modes", run_dir="whole", **{"batch.micro_batch_size": "8"})
+    for arguments in (whole, [*run("Modes", run_dir="held"), "+model.held=true"]):
+        assert train(*arguments, "train.max_updates=1").status == 0
+    assert not any("BatchNorm (" in log_of(run_dir) for run_dir in ("whole", "held"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size"),
+    [
+        ([], 4),
+        (["train.eval_batch_size=7"], 7),
+        (["batch.micro_batch_size=null", "batch.accumulation_steps=3"], 3),
+        (["batch=by_length", "batch.micro_batch_size=3"], 3),
+    ],
+)
+def test_evaluations_take_as_many_samples_as_micro_batches_do(overrides: list[str], size: int) -> None:
+    config = compose([*run("Hungry"), f"+data.evaluation._target_={__name__}.Points", *overrides], "train")
+    loader = build_parts(config, CPU).evaluation_loader
+    assert loader is not None
+    assert max(loader.sizes) == size
+    assert sum(loader.sizes) == 16
+
+
+def test_an_evaluation_goes_on_in_smaller_batches_when_memory_runs_out(train: Train) -> None:
+    sizes = {"1": "whole", "13": "halved"}
+    found = []
+    for size, run_dir in sizes.items():
+        own = [f"+data.evaluation._target_={__name__}.Points", f"train.eval_batch_size={size}"]
+        ended = train(*run("Hungry", run_dir=run_dir), *own, "batch.micro_batch_size=2", "data.num_workers=1")
+        assert ended.status == 0, ended.err
+        found.append([line["eval"]["loss"] for line in evaluations(Path(run_dir))])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    said = log_of("halved")
+    assert "out of memory in an evaluation: its batches are 6 samples from here on" in said
+    assert "its batches are 3 samples from here on" in said
+    loader = EvaluationLoader(Points(), batch_size=1)
+    with pytest.raises(UserError, match=r"with a batch of 1 samples: .*set a lower train.eval_batch_size"):
+        evaluate_model(Hungry(0), squared, loader, device=CPU)
+    together = EvaluationLoader(Points(), batch_size=8, equal_batches=True, rank=0, world_size=2)
+    with pytest.raises(UserError, match="Forwards hold collectives"):
+        evaluate_model(Hungry(), squared, together, device=CPU)

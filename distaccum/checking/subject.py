@@ -98,6 +98,7 @@ class Subject:
     def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
         self.config = config
         self.precision = parts.precision
+        self.woken = parts.woken
         self.device = device
         self.loader = parts.loader
         self.task = parts.task

@@ -34,6 +34,7 @@ from distaccum.logs import console
 from distaccum.model_options import build_model
 from distaccum.observers.formatting import number
 from distaccum.parts import collate_fn, loader_options
+from distaccum.planning import DEFAULT_MICRO_BATCH_SIZE
 from distaccum.tasks import CoupledTask
 
 
@@ -106,7 +107,7 @@ class _Examination:
         dataset = targets.build(data.evaluation, "data.evaluation")
         self.loader = EvaluationLoader(
             dataset,
-            batch_size=_batch_size(config["train"]["eval_batch_size"]),
+            batch_size=_batch_size(config["train"]["eval_batch_size"], config["batch"]["micro_batch_size"]),
             collate_fn=collate_fn(data),
             rank=world.rank,
             world_size=world.world_size,
@@ -200,7 +201,9 @@ def _precision_name(name: Any) -> PrecisionName:
     return PrecisionName[name]
 
 
-def _batch_size(size: Any) -> int:
+def _batch_size(size: Any, micro_batch_size: Any) -> int:
+    if size is None:
+        return micro_batch_size if type(micro_batch_size) is int else DEFAULT_MICRO_BATCH_SIZE
     if type(size) is not int or size < 1:
         raise UserError(f"train.eval_batch_size={size} is impossible: it must be a whole number, and at least 1.")
     return size

@@ -20,14 +20,15 @@ from distaccum.config import DPConfig, EmaConfig, StrategyConfig, SwaConfig
 from distaccum.devices import Precision, is_out_of_memory, tensors_of
 from distaccum.footprint.fake_ranks import fake_ranks
 from distaccum.live_memory import Meter, held_bytes, metered
-from distaccum.model_options import checkpoint_blocks
+from distaccum.model_options import checkpoint_blocks, evaluation_mode
 from distaccum.optim import build_optimizer
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
 from distaccum.tasks import TaskOutput
 
 STEP = "optimizer step"
-"""The moment of a window that isn't a part of a micro-step."""
+EVALUATION = "evaluation"
+"""The moments that aren't a part of a micro-step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +43,8 @@ class Setting:
     activation_checkpointing: bool
     wrap: Sequence[str] = ()
     averages: Sequence[EmaConfig | SwaConfig] = ()
+    evaluation_batch_of: Callable[[int], Any] | None = None
+    """Makes the batch of an evaluation that goes with micro-batches of so many samples."""
 
 
 @dataclass(slots=True)
@@ -184,6 +187,7 @@ def _footprint(
             break
         found.batches[size] = held_bytes(tensors_of(batch))
         found.peaks[size], found.activations[size] = peaks, activations
+        found.peaks[size] |= windows.evaluate(size)
     return found
 
 
@@ -216,6 +220,7 @@ class _Windows:
             self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
         )
         self._task = task
+        self._evaluation_batch_of = setting.evaluation_batch_of
         self._has_ranks = has_ranks
         self._meter = meter
         self._autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
@@ -250,6 +255,17 @@ class _Windows:
             average.after_update(average.config.first_update or 1)
         lap(STEP)
         return peaks, kept
+
+    def evaluate(self, size: int) -> dict[str, int]:
+        """The peak of a forward of the evaluation, if there is one."""
+        if self._evaluation_batch_of is None:
+            return {}
+        self._meter.lap()
+        module = self._strategy.module
+        with evaluation_mode(module), torch.no_grad(), self._autocast():
+            self._task(module, self._evaluation_batch_of(size))
+        self._strategy.at_rest()
+        return {EVALUATION: self._meter.lap()}
 
     def _make_finite(self) -> None:
         """What would have come from ranks that aren't there is what has been in memory by chance."""

@@ -98,7 +98,12 @@ def examine(config: MemoryConfig) -> Report:
     )
     limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(device)
     usable = limit * (1 - config.memory.headroom)
-    batch_of = _batches(config, parts, device)
+    batch_of = _batches(config, parts.train_data, parts, device)
+    if (data := parts.evaluation_data) is not None:
+        of_evaluation, fixed = _batches(config, data, parts, device), config.train.eval_batch_size
+        configured = dataclasses.replace(
+            configured, evaluation_batch_of=lambda size: of_evaluation(min(fixed or size, len(data)))
+        )
 
     def measured(setting: Setting, sizes: list[int]) -> Footprint:
         return measure(
@@ -242,9 +247,8 @@ def _can_be_8bit(configured: Setting) -> bool:
     return isinstance(configured.optim, AdamConfig) and not isinstance(configured.strategy, FSDPConfig)
 
 
-def _batches(config: MemoryConfig, parts: Parts, device: torch.device) -> Callable[[int], Any]:
+def _batches(config: MemoryConfig, data: Any, parts: Parts, device: torch.device) -> Callable[[int], Any]:
     """Makes micro-batches of the costliest samples there are: the longest, where the dataset says its lengths."""
-    data = parts.train_data
     lengths = getattr(data, "lengths", None)
     order = sorted(range(len(data)), key=lambda index: -int(lengths[index])) if lengths is not None else None
     collate = collate_fn(config.data) or getattr(data, "collate_fn", None) or PadCollate()
