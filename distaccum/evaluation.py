@@ -33,7 +33,7 @@ def evaluate_model(
     """Sums loss, weight and the task's sums over this rank's batches and over all ranks of the process group.
 
     Each rank may have any number of batches, none included. The model is put into evaluation mode and back. Where
-    memory runs out, the rest of an `EvaluationLoader` comes in batches of half the size.
+    memory runs out, it begins again with an `EvaluationLoader`'s batches of half the size.
 
     Args:
         model: the module to call; the bare one if ranks take unequal numbers of forwards.
@@ -50,29 +50,23 @@ def evaluate_model(
     Raises:
         UserError: the total weight is zero, or memory has run out and batches can't be smaller.
     """
-    if isinstance(task, CoupledTask):
-        evaluation: _Evaluation = _CoupledEvaluation(task, device)
-    else:
-        evaluation = _Evaluation(task, device)
     doing = (heartbeat or Heartbeat(0, 1)).doing
-    number = 0
-    with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
-            between(False)
-            doing("forward of an evaluation", micro_step=number + 1)
-            is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
-            try:
-                evaluation.forward(model, batch, autocast, is_counted=is_counted)
-                number += 1
-                continue
-            except Exception as error:
-                if not isinstance(batches, EvaluationLoader) or not is_out_of_memory(error):
-                    raise
-                said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            # Outside of the block above: the exception's traceback holds on to what the forward has computed.
-            del batch
-            free_cached_memory(device)
-            batches.halve(number, said)
+    while True:
+        evaluation = _CoupledEvaluation(task, device) if isinstance(task, CoupledTask) else _Evaluation(task, device)
+        try:
+            with evaluation_mode(model), torch.no_grad():
+                for number, batch in enumerate(batches):
+                    between(False)
+                    doing("forward of an evaluation", micro_step=number + 1)
+                    is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
+                    evaluation.forward(model, batch, autocast, is_counted=is_counted)
+            break
+        except Exception as error:
+            if not isinstance(batches, EvaluationLoader) or not is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        free_cached_memory(device)  # not before: the exception's traceback held what the forward had computed
+        batches.halve(said)
     between(True)
     doing("end of an evaluation", waits=True)
     totals = evaluation.totals_over_ranks()

@@ -80,9 +80,12 @@ def _options(section: Any) -> tuple[Any, dict[str, Any]]:
 
 def into_training_mode(module: nn.Module) -> list[str]:
     """Puts a module into training mode, as its own `train()` has it; returns the names of parts that were not in it."""
-    were = [name for name, part in module.named_modules() if not part.training]
+    names = [name for name, part in module.named_modules() if not part.training]
     module.train()
-    return [name for name in were if module.get_submodule(name).training]
+    names = [name for name in names if module.get_submodule(name).training]
+    if names:
+        logger.info("built in evaluation mode, but trained (see train.keep_modes): %s", _some_of(names))
+    return names
 
 
 @contextmanager
@@ -105,20 +108,16 @@ def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
     """
     still = [name for name, part in module.named_modules() if not part.training]
     if tops := [name for name in still if not name or name.rpartition(".")[0] not in still]:
-        yield (
-            f"in evaluation mode throughout the training, without dropout and with fixed statistics: {some_of(tops)}; "
-            "call train() on the model where it is built if that is not meant"
-        )
+        yield f"trained in evaluation mode, so without dropout and with fixed statistics: {_some_of(tops)}"
     norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
     if norms and is_cut:
         yield (
-            f"BatchNorm ({some_of(norms)}) computes with the statistics of each micro-batch, so updates depend on how "
-            "windows are cut; GroupNorm and LayerNorm don't, and python -m distaccum.check measures how much"
+            f"BatchNorm computes with the statistics of each micro-batch, so updates depend on how windows are cut "
+            f"({_some_of(norms)}); python -m distaccum.check measures it and says what helps"
         )
 
 
-def some_of(names: Sequence[str]) -> str:
-    """The first names of modules, and how many more there are."""
+def _some_of(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(name or "the model" for name in names[:3]) + more
 

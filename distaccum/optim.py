@@ -132,17 +132,14 @@ def has_8bit() -> bool:
 def _implementation_arguments(
     target: str, implementation: Implementation, device: torch.device, trainable: Sequence[Tensor]
 ) -> dict[str, bool]:
-    lacks = ""
-    if device.type not in _FUSED_DEVICES.get(target, ()):
-        lacks = f"on {device.type}"
-    elif target not in _FUSED_SHARDED and any(isinstance(parameter, DTensor) for parameter in trainable):
+    lacks = "" if device.type in _FUSED_DEVICES.get(target, ()) else f"on {device.type}"
+    if target not in _FUSED_SHARDED and any(isinstance(parameter, DTensor) for parameter in trainable):
         lacks = "for the sharded parameters of strategy=fsdp"
-    elif any(parameter.is_complex() for parameter in trainable):
+    if any(parameter.is_complex() for parameter in trainable):
         lacks = "for complex parameters"
-    has_fused = not lacks
     if implementation is Implementation.fused and lacks:
         raise UserError(f"optim.implementation=fused: torch has no fused {target} {lacks}. Use auto.")
-    if implementation is Implementation.fused or (implementation is Implementation.auto and has_fused):
+    if implementation is Implementation.fused or (implementation is Implementation.auto and not lacks):
         return {"fused": True}
     return {"foreach": implementation is not Implementation.forloop}
 

@@ -27,7 +27,7 @@ from distaccum.data.lengths import lengths_of
 from distaccum.devices import Precision, cast, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
-from distaccum.model_options import build_model, into_training_mode, some_of
+from distaccum.model_options import build_model, into_training_mode
 from distaccum.redaction import redacted
 from distaccum.remembered import Remembered, fingerprint
 from distaccum.seeding import derived_seed, seed_everything
@@ -97,11 +97,6 @@ def build_parts(
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
     module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
     woken = into_training_mode(module) if not config.train.keep_modes else []
-    if woken:
-        logger.info(
-            "the model was built in evaluation mode and trains in training mode (%s); train.keep_modes=true leaves it",
-            some_of(woken),
-        )
     return Parts(
         precision=precision,
         train_data=train_data,

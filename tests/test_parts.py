@@ -228,18 +228,20 @@ def test_pretrained_models_train_in_training_mode(train: Train) -> None:
         losses.append(updates(Path(run_dir))[0]["loss"])
     assert losses[0] != losses[1], "dropout and BatchNorm are at work"
     said = log_of("false0")
-    assert "built in evaluation mode and trains in training mode (the model, layers, layers.0 and 2 more)" in said
-    assert "throughout the training" not in said
+    assert (
+        "built in evaluation mode, but trained (see train.keep_modes): the model, layers, layers.0 and 2 more" in said
+    )
+    assert "trained in evaluation mode" not in said
     kept = log_of("true0")
-    assert "in evaluation mode throughout the training, without dropout and with fixed statistics: the model;" in kept
-    assert "trains in training mode" not in kept
+    assert "trained in evaluation mode, so without dropout and with fixed statistics: the model\n" in kept
+    assert "but trained" not in kept
 
 
 def test_parts_that_stay_in_evaluation_mode_are_named(train: Train) -> None:
     for number, (arguments, said) in enumerate(
         (
-            (["+model.whole=false", "train.keep_modes=true"], "layers.2;"),
-            (["+model.whole=false", "+model.held=true"], "layers.1;"),
+            (["+model.whole=false", "train.keep_modes=true"], "layers.2\n"),
+            (["+model.whole=false", "+model.held=true"], "layers.1\n"),
         )
     ):
         assert train(*run("Modes", run_dir=str(number)), *arguments, "train.max_updates=1").status == 0
@@ -248,11 +250,12 @@ def test_parts_that_stay_in_evaluation_mode_are_named(train: Train) -> None:
 
 def test_batchnorm_is_named_where_windows_are_cut(train: Train) -> None:
     assert train(*run("Modes"), "train.max_updates=1").status == 0
-    assert "BatchNorm (layers.1) computes with the statistics of each micro-batch" in log_of()
+    assert "BatchNorm computes with the statistics of each micro-batch" in log_of()
+    assert "are cut (layers.1);" in log_of()
     whole = run("Modes", run_dir="whole", **{"batch.micro_batch_size": "8"})
     for arguments in (whole, [*run("Modes", run_dir="held"), "+model.held=true"]):
         assert train(*arguments, "train.max_updates=1").status == 0
-    assert not any("BatchNorm (" in log_of(run_dir) for run_dir in ("whole", "held"))
+    assert not any("BatchNorm computes" in log_of(run_dir) for run_dir in ("whole", "held"))
 
 
 @pytest.mark.parametrize(
@@ -282,11 +285,11 @@ def test_an_evaluation_goes_on_in_smaller_batches_when_memory_runs_out(train: Tr
         found.append([line["eval"]["loss"] for line in evaluations(Path(run_dir))])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     said = log_of("halved")
-    assert "out of memory in an evaluation: its batches are 6 samples from here on" in said
-    assert "its batches are 3 samples from here on" in said
+    assert "out of memory in an evaluation: it begins again with batches of 6 samples" in said
+    assert "it begins again with batches of 3 samples" in said
     loader = EvaluationLoader(Points(), batch_size=1)
-    with pytest.raises(UserError, match=r"with a batch of 1 samples: .*set a lower train.eval_batch_size"):
+    with pytest.raises(UserError, match=r"with batches of 1: out of memory with 1 samples. Take a smaller model"):
         evaluate_model(Hungry(0), squared, loader, device=CPU)
     together = EvaluationLoader(Points(), batch_size=8, equal_batches=True, rank=0, world_size=2)
-    with pytest.raises(UserError, match="Forwards hold collectives"):
+    with pytest.raises(UserError, match=r"with batches of 8: .*Set a lower train.eval_batch_size"):
         evaluate_model(Hungry(), squared, together, device=CPU)

@@ -26,7 +26,6 @@ class EvaluationLoader:
         equal_batches: give all ranks the same number of batches, by placeholders of size 0 (see `Window`).
 
     Attributes:
-        batch_size: as given; an iteration that begins takes it as it is then. The same on all ranks with equal batches.
         sizes: samples of each of this rank's batches.
     """
 
@@ -47,56 +46,39 @@ class EvaluationLoader:
         start = sum(shares[:rank])
         self._share = range(start, start + shares[rank])
         self._largest_share = shares[0] if equal_batches else 0
-        self.batch_size = batch_size
-        self._cut([])
+        self.set_batch_size(batch_size)
         self._options = options or LoaderOptions()
         self._source = batch_source(dataset, collate_fn, "evaluation", self._options, seed=0)
 
-    def _cut(self, taken: list[range]) -> None:
-        """Lays out batches for the samples that come after those taken."""
-        size, share = self.batch_size, self._share
-        left = range(taken[-1].stop if taken else share.start, share.stop)
-        self._batches = taken + [range(begin, min(begin + size, share.stop)) for begin in left[::size]]
-        self._batches += [range(0)] * (-(-self._largest_share // size) - len(self._batches))
+    def set_batch_size(self, batch_size: int) -> None:
+        """Cuts iterations to come into batches of so many samples; with equal batches, all ranks the same way."""
+        share = self._share
+        self._batches = [range(begin, min(begin + batch_size, share.stop)) for begin in share[::batch_size]]
+        self._batches += [range(0)] * (-(-self._largest_share // batch_size) - len(self._batches))
         self.sizes = [len(batch) for batch in self._batches]
 
-    def __iter__(self) -> Iterator[Any]:
-        self._cut([])
-        number = 0
-        while number < len(self._batches):
-            batches = self._batches[number:]
-            sizes = self.sizes
-
-            # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
-            def requests(batches: list[range] = batches) -> Iterator[Request]:
-                return (Request(0, list(batch) or [0]) for batch in batches)
-
-            for batch in on_device(self._source.batches(requests), self._options):
-                yield batch
-                if self.sizes is not sizes:  # `halve`: what was given comes again, in parts
-                    break
-                number += 1
-
-    def halve(self, number: int, said: str) -> None:
-        """Has the batch that was just given and those after it come in half the size, as memory has run out.
+    def halve(self, said: str) -> None:
+        """Has iterations to come take batches of half the size, as memory has run out.
 
         Args:
-            number: of that batch, from 0.
             said: by whom memory was asked for, for the message.
 
         Raises:
-            UserError: it is of one sample, or ranks take their forwards together.
+            UserError: batches are of one sample, or ranks take their forwards together.
         """
-        size = len(self._batches[number])
+        size = max(self.sizes)
         if size < 2 or self._largest_share:
-            why = "No batch is smaller" if size < 2 else "Forwards hold collectives, so ranks can't go on by themselves"
-            raise UserError(
-                f"out of memory in an evaluation, with a batch of {size} samples: {said}. {why}: set a lower "
-                f"train.eval_batch_size, which is {self.batch_size}, or take a smaller model or number format."
-            )
-        self.batch_size = size // 2
-        logger.warning("out of memory in an evaluation: its batches are %d samples from here on", self.batch_size)
-        self._cut(self._batches[:number])
+            mend = "Take a smaller model, sample or number format."
+            if size > 1:
+                mend = "Set a lower train.eval_batch_size: ranks take their forwards together, so none can do so alone."
+            raise UserError(f"out of memory in an evaluation with batches of {size}: {said}. {mend}")
+        self.set_batch_size(size // 2)
+        logger.warning("out of memory in an evaluation: it begins again with batches of %d samples", size // 2)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._batches
+        # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
+        return on_device(self._source.batches(lambda: (Request(0, list(b) or [0]) for b in batches)), self._options)
 
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""
