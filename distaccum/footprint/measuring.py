@@ -181,13 +181,13 @@ def _footprint(
         batch = batch_of(size)
         try:
             peaks, activations = windows.run(batch)
+            peaks |= windows.evaluate(size)
         except Exception as error:
             if not found.peaks or not is_out_of_memory(error):
                 raise
             break
         found.batches[size] = held_bytes(tensors_of(batch))
         found.peaks[size], found.activations[size] = peaks, activations
-        found.peaks[size] |= windows.evaluate(size)
     return found
 
 
