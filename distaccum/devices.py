@@ -71,7 +71,8 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     `module.to(dtype)` would drop the imaginary parts.
     """
-    return module._apply(lambda tensor: tensor.to(_own_kind(tensor, dtype)))
+    module._apply(lambda tensor: tensor.to(_own_kind(tensor, dtype)))  # type: ignore[no-untyped-call]
+    return module
 
 
 def _own_kind(tensor: Tensor, float_dtype: torch.dtype) -> torch.dtype:

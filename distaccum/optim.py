@@ -248,7 +248,7 @@ def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)
 def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
     known = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in known and key != "params"}
-    return type(optimizer)([parameter], **settings)  # type: ignore[arg-type]
+    return type(optimizer)([parameter], **settings)
 
 
 def check_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -260,6 +260,7 @@ def check_steps(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         UserError: it evaluates the loss itself, or steps sharded parameters otherwise than whole ones.
     """
+    optimizer = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -281,8 +282,12 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
     mesh = like.device_mesh
     shape = (2 * mesh.size() + 1, *[3] * (like.ndim - 1))  # shards of unequal size
     start = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=mesh.device_type).reshape(shape)
-    ends: list[Tensor] = []
-    for place in (torch.clone, lambda tensor: distribute_tensor(tensor.clone(), mesh, [Shard(0)], src_data_rank=None)):
+
+    def sharded(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor.clone(), mesh, [Shard(0)], src_data_rank=None)
+
+    ends: list[Any] = []
+    for place in (torch.clone, sharded):
         probe = nn.Parameter(place(start))
         try:
             twin = _twin(optimizer, group, probe)
@@ -295,7 +300,7 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         except Exception as error:
             return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         ends.append(probe.detach())
-    whole = place(ends[0]).to_local()
-    error = ((ends[1].to_local() - whole).norm() / (ends[0] - start).norm()).double()
-    dist.all_reduce(error, dist.ReduceOp.MAX, group=mesh.get_group())
-    return f"its steps of shards are others than of the whole, by {float(error):.1e} of them" if error > 1e-5 else ""
+    difference = (ends[1].to_local() - sharded(ends[0]).to_local()).norm()
+    part = (difference / (ends[0] - start).norm()).double()
+    dist.all_reduce(part, dist.ReduceOp.MAX, group=mesh.get_group())
+    return f"its steps of shards are others than of the whole, by {float(part):.1e} of them" if part > 1e-5 else ""

@@ -102,7 +102,8 @@ class Updater:
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
         with self._memory_line.watching(window.sizes[0]):
-            return self._computed(self._task, batch)
+            output: TaskOutput = self._computed(self._task, batch)
+            return output
 
     def _computed(self, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         with self._precision.autocast():
