@@ -182,6 +182,8 @@ def build_trainer(
     recovery = None
     if config.batch.is_auto:
         recovery = _settled(config, redacted(plain), world, parts, strategy, optimizer, checkpoint)
+        if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
+            parts.evaluation_loader.set_batch_size(parts.loader.micro_batch_size)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     return Trainer(

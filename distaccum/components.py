@@ -218,7 +218,8 @@ class TorchOptimConfig(OptimConfig):
     weight_decay: float = 0.0
     """Weight decay (decoupled in adamw, added to the gradient elsewhere)."""
     implementation: Implementation = Implementation.auto
-    """`fused`, `foreach` or `forloop`; `auto`: fused where torch has it for the device, else foreach."""
+    """`fused`, `foreach` or `forloop`; `auto`: fused where torch has it for the device and for such
+    parameters (under FSDP, for Adam alone), else foreach."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distaccum.choices import DeviceChoice, PrecisionName
 from distaccum.errors import UserError
@@ -48,12 +48,12 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, f
     Args:
         batch: a tensor, or tuples, lists and mappings of tensors; an object with a `to` method of its own is moved by
             that, anything else stays as it is.
-        float_dtype: floating-point tensors are cast to it; None leaves them as they are.
+        float_dtype: floating-point tensors are cast to it, complex ones to its counterpart; None leaves them.
     """
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            dtype = float_dtype if float_dtype is not None and value.is_floating_point() else None
+            dtype = _own_kind(value, float_dtype) if float_dtype is not None else None
             return value.to(device=device, dtype=dtype, non_blocking=non_blocking)
         if isinstance(value, dict) or (isinstance(value, Mapping) and not hasattr(value, "to")):
             return _rebuilt(value, {key: move(entry) for key, entry in value.items()})
@@ -64,6 +64,21 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, f
         return value.to(device) if hasattr(value, "to") else value
 
     return move(batch)
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts a module's floating-point parameters and buffers in place, complex ones to the format's counterpart.
+
+    `module.to(dtype)` would drop the imaginary parts.
+    """
+    module._apply(lambda tensor: tensor.to(_own_kind(tensor, dtype)))  # type: ignore[no-untyped-call]
+    return module
+
+
+def _own_kind(tensor: Tensor, float_dtype: torch.dtype) -> torch.dtype:
+    if tensor.is_complex():
+        return float_dtype.to_complex()
+    return float_dtype if tensor.is_floating_point() else tensor.dtype
 
 
 def _rebuilt(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:

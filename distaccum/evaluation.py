@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.caching import in_float32
+from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError
 from distaccum.gathering import gather_rows, leaves_of, mapped, rebuilt
 from distaccum.heartbeat import Heartbeat
 from distaccum.loaders import EvaluationLoader
+from distaccum.model_options import evaluation_mode
 from distaccum.tasks.base import CoupledTask, TaskOutput, checked_output
 
 
@@ -30,7 +32,8 @@ def evaluate_model(
 ) -> tuple[float, float, dict[str, Tensor]]:
     """Sums loss, weight and the task's sums over this rank's batches and over all ranks of the process group.
 
-    Each rank may have any number of batches, none included. The model is put into evaluation mode and back.
+    Each rank may have any number of batches, none included. The model is put into evaluation mode and back. Where
+    memory runs out, it begins again with an `EvaluationLoader`'s batches of half the size.
 
     Args:
         model: the module to call; the bare one if ranks take unequal numbers of forwards.
@@ -45,26 +48,25 @@ def evaluate_model(
         The mean loss, the total weight, and the sums (float64 on the CPU). The same on every rank.
 
     Raises:
-        UserError: the total weight is zero.
+        UserError: the total weight is zero, or memory has run out and batches can't be smaller.
     """
-    if isinstance(task, CoupledTask):
-        evaluation: _Evaluation = _CoupledEvaluation(task, device)
-    else:
-        evaluation = _Evaluation(task, device)
-    # Each module's own mode: a layer that is frozen by eval() must come back frozen.
     doing = (heartbeat or Heartbeat(0, 1)).doing
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                between(False)
-                doing("forward of an evaluation", micro_step=number + 1)
-                is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
-                evaluation.forward(model, batch, autocast, is_counted=is_counted)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    while True:
+        evaluation = _CoupledEvaluation(task, device) if isinstance(task, CoupledTask) else _Evaluation(task, device)
+        try:
+            with evaluation_mode(model), torch.no_grad():
+                for number, batch in enumerate(batches):
+                    between(False)
+                    doing("forward of an evaluation", micro_step=number + 1)
+                    is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
+                    evaluation.forward(model, batch, autocast, is_counted=is_counted)
+            break
+        except Exception as error:
+            if not isinstance(batches, EvaluationLoader) or not is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        free_cached_memory(device)  # not before: the exception's traceback held what the forward had computed
+        batches.halve(said)
     between(True)
     doing("end of an evaluation", waits=True)
     totals = evaluation.totals_over_ranks()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -101,8 +101,7 @@ class LiveStorages:
     def see(self, tensors: Iterable[Any], *, made: bool) -> None:
         """Counts storages that are new: those of an operator's results, but not those it was given."""
         for value in tensors:
-            for tensor in plain_tensors(value):
-                storage = tensor.untyped_storage()
+            for storage in storages_of(value):
                 if storage.device.type == "cpu":  # that of a fake tensor, which only says that it is there, is meta
                     self._see(storage, made=made)
 
@@ -168,22 +167,28 @@ def _is_wrapper(kind: type) -> bool:
     return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
 
 
-def plain_tensors(value: Any) -> Iterator[Tensor]:
-    """A tensor, or the tensors that one of a subclass is made of (shards, quantised values and their scales)."""
-    if isinstance(value, Tensor) and _is_wrapper(type(value)):
-        parts: Any = value
+def storages_of(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Storages of a tensor, or of those that it is made of (shards, quantised values and scales, sparse indices)."""
+    parts: Any = value
+    if not isinstance(value, Tensor):
+        return
+    if _is_wrapper(type(value)):
         for name in parts.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(parts, name))
-    elif isinstance(value, Tensor):
-        yield value
+            yield from storages_of(getattr(parts, name))
+    elif value.layout is torch.sparse_coo:
+        yield from (part.untyped_storage() for part in (value._indices(), value._values()))
+    else:
+        # A parameter without a shape has none, and other sparse layouts show none.
+        with suppress(NotImplementedError, RuntimeError, ValueError):
+            yield value.untyped_storage()
 
 
 def held_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of the storages of some tensors, each storage once; subclasses are looked into."""
     storages = {}
     for value in tensors:
-        for tensor in plain_tensors(value):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        for storage in storages_of(value):
+            storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -197,7 +202,7 @@ class KeptForBackward:
     """
 
     def __init__(self, apart: Iterable[Tensor]) -> None:
-        self._apart = {tensor.untyped_storage()._cdata for value in apart for tensor in plain_tensors(value)}
+        self._apart = {storage._cdata for value in apart for storage in storages_of(value)}
         self._kept: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -209,10 +214,9 @@ class KeptForBackward:
         self._hooks.__exit__(*exception)
 
     def _pack(self, value: Tensor) -> Tensor:
-        for tensor in plain_tensors(value):
-            key = tensor.untyped_storage()._cdata
-            if key not in self._apart:
-                self._kept[key] = tensor.untyped_storage().nbytes()
+        for storage in storages_of(value):
+            if storage._cdata not in self._apart:
+                self._kept[storage._cdata] = storage.nbytes()
         return value
 
     @property

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_iter
 
 from distaccum.averaging import WeightAverage
 from distaccum.devices import peak_memory
@@ -63,7 +64,7 @@ class MemoryLine:
         parts = {
             "parameters": held_bytes(module.parameters()),
             "gradients": sum(_gradient_bytes(p) for p in module.parameters() if p.requires_grad),
-            "optimizer": held_bytes(value for values in inner.state.values() for value in values.values()),
+            "optimizer": held_bytes(tree_iter(list(inner.state.values()))),
         }
         if self._averages:
             parts["averages"] = sum(held_bytes(average.tensors().values()) for average in self._averages)

@@ -1,4 +1,4 @@
-"""What can be said of any model in its section, whatever its class: activation checkpointing and frozen parameters."""
+"""What can be said of any model, whatever its class: activation checkpointing, frozen parameters, modes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from distaccum import targets
@@ -41,6 +43,12 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
     module = targets.build(arguments, "model", defaults_from=train_data)
     if not isinstance(module, nn.Module):
         raise UserError(f"model built a {type(module).__name__}, not a torch.nn.Module.")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(
+                f"model: {name} has no shape before the first forward (nn.Lazy…), and the run lays out memory before "
+                "that. Give the layer its sizes, or build the model in a function that calls it once with a sample."
+            )
     if patterns := options.get("freeze"):
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise UserError(f"model.freeze={patterns!r} must be a list of patterns, as in model.freeze=[embedding.*].")
@@ -68,6 +76,50 @@ def options_of(section: Any) -> tuple[Any, dict[str, Any]]:
     # What is null, false or empty says nothing, to a constructor neither.
     rest = {str(key): value for key, value in section.items() if key not in _KEYS or (key in own and value)}
     return rest, options
+
+
+def into_training_mode(module: nn.Module) -> list[str]:
+    """Puts a module into training mode, as its own `train()` has it; returns the names of parts that were not in it."""
+    names = [name for name, part in module.named_modules() if not part.training]
+    module.train()
+    names = [name for name in names if module.get_submodule(name).training]
+    if names:
+        logger.info("built in evaluation mode, but trained (see train.keep_modes): %s", _some_of(names))
+    return names
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into evaluation mode and each part back into its own: what is frozen by eval() comes back so."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
+    """What a user should know of a model before it trains, in lines of the log.
+
+    Args:
+        is_cut: windows are more than one micro-batch on one rank.
+    """
+    still = [name for name, part in module.named_modules() if not part.training]
+    if tops := [name for name in still if not name or name.rpartition(".")[0] not in still]:
+        yield f"trained in evaluation mode, so without dropout and with fixed statistics: {_some_of(tops)}"
+    norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.training]
+    if norms and is_cut:
+        yield (
+            f"BatchNorm computes with the statistics of each micro-batch, so updates depend on how windows are cut "
+            f"({_some_of(norms)}); python -m distaccum.check measures it and says what helps"
+        )
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name or "the model" for name in names[:3]) + more
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:

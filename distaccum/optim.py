@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distaccum import targets
 from distaccum.choices import Implementation, LrRule
@@ -32,6 +33,7 @@ _FUSED_DEVICES: dict[str, tuple[str, ...]] = {
     "torch.optim.AdamW": ("cpu", "cuda"),
     "torch.optim.Adagrad": ("cpu",),
 }
+_FUSED_SHARDED = ("torch.optim.Adam", "torch.optim.AdamW")
 
 
 def build_optimizer(
@@ -52,8 +54,16 @@ def build_optimizer(
     if shard:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        def of_a_shard(shard_parameters: Any, **_: Any) -> torch.optim.Optimizer:
-            return _build(config, shard_parameters, device)
+        def of_a_shard(groups: list[dict[str, Any]], **_: Any) -> torch.optim.Optimizer:
+            # A rank may be left without a parameter, and optimizers want one to look at.
+            own = groups[0]["params"] or [nn.Parameter(trainable[0].detach().new_empty((0,) * trainable[0].ndim))]
+            optimizer = _build(config, own, device)
+            if len(optimizer.param_groups) > 1:
+                raise UserError(
+                    f"optim makes {len(optimizer.param_groups)} parameter groups, and strategy.shard_optimizer=true "
+                    "can have one. Leave that out, or set strategy=fsdp."
+                )
+            return optimizer
 
         # The learning rate is named so that it stands in the parameter groups, where the schedule sets it.
         return ZeroRedundancyOptimizer(trainable, optimizer_class=of_a_shard, lr=_learning_rate(config))  # type: ignore[arg-type]
@@ -71,10 +81,15 @@ def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> 
         optimizer = targets.build(config, "optim", trainable)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+        if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):  # schedule-free ones
+            raise UserError(
+                f"optim={type(optimizer).__name__} has two sets of weights, which train() and eval() exchange, and a "
+                "run evaluates, saves and exports one. Take another optimizer, and train.ema or train.swa beside it."
+            )
         return optimizer
     arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
     target = arguments[targets.TARGET]
-    arguments |= _implementation_arguments(target, config.implementation, device)
+    arguments |= _implementation_arguments(target, config.implementation, device, trainable)
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     try:
@@ -114,11 +129,17 @@ def has_8bit() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _implementation_arguments(target: str, implementation: Implementation, device: torch.device) -> dict[str, bool]:
-    has_fused = device.type in _FUSED_DEVICES.get(target, ())
-    if implementation is Implementation.fused and not has_fused:
-        raise UserError(f"optim.implementation=fused: torch has no fused {target} on {device.type}. Use auto.")
-    if implementation is Implementation.fused or (implementation is Implementation.auto and has_fused):
+def _implementation_arguments(
+    target: str, implementation: Implementation, device: torch.device, trainable: Sequence[Tensor]
+) -> dict[str, bool]:
+    lacks = "" if device.type in _FUSED_DEVICES.get(target, ()) else f"on {device.type}"
+    if target not in _FUSED_SHARDED and any(isinstance(parameter, DTensor) for parameter in trainable):
+        lacks = "for the sharded parameters of strategy=fsdp"
+    if any(parameter.is_complex() for parameter in trainable):
+        lacks = "for complex parameters"
+    if implementation is Implementation.fused and lacks:
+        raise UserError(f"optim.implementation=fused: torch has no fused {target} {lacks}. Use auto.")
+    if implementation is Implementation.fused or (implementation is Implementation.auto and not lacks):
         return {"fused": True}
     return {"foreach": implementation is not Implementation.forloop}
 
@@ -225,12 +246,71 @@ def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) ->
     """
     probe = nn.Parameter(torch.zeros(tuple(shape)))
     probe.grad = torch.zeros_like(probe)
-    known = inspect.signature(type(optimizer)).parameters
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key in known and key != "params"}
     try:
-        twin = type(optimizer)([probe], **settings)
+        twin: torch.optim.Optimizer = _twin(optimizer, optimizer.param_groups[0], probe)
         twin.step()
     except Exception as error:
         logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)
         return None
     return twin
+
+
+def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in group.items() if key in known and key != "params"}
+    return type(optimizer)([parameter], **settings)
+
+
+def check_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses optimizers whose step can't be that of a window's gradient. All ranks call it.
+
+    With sharded parameters, steps of a small one are tried beside those of a whole one: an optimizer that looks at more
+    than one number at a time (norms of a tensor, factored moments) may see the shard alone, and say nothing.
+
+    Raises:
+        UserError: it evaluates the loss itself, or steps sharded parameters otherwise than whole ones.
+    """
+    optimizer = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{name} evaluates the loss itself, as often as it likes, and an update here has one gradient, that of its "
+            "window. Take another optimizer."
+        )
+    groups = {parameter.ndim: (group, parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group, parameter in groups.values():
+        if isinstance(parameter, DTensor) and (difference := _sharded_difference(optimizer, group, parameter)):
+            raise UserError(
+                f"{name} can't be had with strategy=fsdp: {difference}. Set strategy=ddp "
+                "strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters, or take "
+                "another optimizer."
+            )
+
+
+def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: DTensor) -> str:
+    mesh = like.device_mesh
+    shape = (2 * mesh.size() + 1, *[3] * (like.ndim - 1))  # shards of unequal size
+    start = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=mesh.device_type).reshape(shape)
+
+    def sharded(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor.clone(), mesh, [Shard(0)], src_data_rank=None)
+
+    ends: list[Any] = []
+    for place in (torch.clone, sharded):
+        probe = nn.Parameter(place(start))
+        try:
+            twin = _twin(optimizer, group, probe)
+        except Exception:  # anybody's own may take arguments that its groups don't tell
+            return ""
+        try:
+            for times in (1, 2):
+                probe.grad = place(start.cos() * times)
+                twin.step()
+        except Exception as error:
+            return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        ends.append(probe.detach())
+    difference = (ends[1].to_local() - sharded(ends[0]).to_local()).norm()
+    part = (difference / (ends[0] - start).norm()).double()
+    dist.all_reduce(part, dist.ReduceOp.MAX, group=mesh.get_group())
+    return f"its steps of shards are others than of the whole, by {float(part):.1e} of them" if part > 1e-5 else ""

@@ -25,10 +25,10 @@ from distaccum.config import (
     as_plain,
 )
 from distaccum.data.lengths import lengths_of
-from distaccum.devices import Precision, resolve_precision
+from distaccum.devices import Precision, cast, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
-from distaccum.model_options import build_model, options_of
+from distaccum.model_options import build_model, into_training_mode, options_of
 from distaccum.redaction import redacted
 from distaccum.remembered import Remembered, fingerprint
 from distaccum.seeding import derived_seed, seed_everything
@@ -49,6 +49,8 @@ class Parts:
     task: Any
     module: nn.Module
     """On the CPU, in the precision's parameter format."""
+    woken: list[str]
+    """Names of its parts that were built in evaluation mode and have been put into training mode."""
 
 
 def build_parts(
@@ -89,11 +91,13 @@ def build_parts(
             "updates it is cut into two; the update is the same but for rounding",
             config.insight.every_updates,
         )
-    evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size)
+    size = config.train.eval_batch_size or loader.micro_batch_size
+    evaluation_data, evaluation_loader = _evaluation(config, options, rank, world_size, size)
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
     module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
+    woken = into_training_mode(module) if not config.train.keep_modes else []
     parts = Parts(
         precision=precision,
         train_data=train_data,
@@ -101,7 +105,8 @@ def build_parts(
         evaluation_data=evaluation_data,
         evaluation_loader=evaluation_loader,
         task=task,
-        module=module.to(precision.parameter_dtype),
+        module=cast(module, precision.parameter_dtype),
+        woken=woken,
     )
     if initial := options_of(config.model)[1].get("init_from"):
         load_exported(parts.module, str(initial), "model.init_from")
@@ -172,7 +177,7 @@ def loader_options(config: DataConfig, device: torch.device, precision: Precisio
 
 
 def _evaluation(
-    config: TrainConfig, options: LoaderOptions, rank: int, world_size: int
+    config: TrainConfig, options: LoaderOptions, rank: int, world_size: int, batch_size: int
 ) -> tuple[Any, EvaluationLoader | None]:
     if config.data.evaluation is None:
         wanted = {"early_stopping.metric": config.train.early_stopping.metric, "eval_every": config.train.eval_every}
@@ -188,7 +193,7 @@ def _evaluation(
     data = targets.build(config.data.evaluation, "data.evaluation")
     loader = EvaluationLoader(
         data,
-        batch_size=config.train.eval_batch_size,
+        batch_size=batch_size,
         collate_fn=collate_fn(config.data),
         rank=rank,
         world_size=world_size,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distaccum.devices import free_cached_memory, is_out_of_memory
 from distaccum.errors import UserError, require
-from distaccum.optim import in_parameter_format
+from distaccum.optim import check_steps, in_parameter_format
 from distaccum.strategies import Strategy, local_parts
 
 SPARSE = "sparse gradients can't be had: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
@@ -132,9 +132,13 @@ class ScaledStep:
 
     Args:
         tries_again: free memory and step once more, if it runs out while the optimizer makes its state.
+
+    Raises:
+        UserError: the optimizer can't step so (see `check_steps`).
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, tries_again: bool = False) -> None:
+        check_steps(optimizer)
         self._optimizer = optimizer
         self._tries_again = tries_again
         self._divisors: dict[torch.device, Tensor] = {}

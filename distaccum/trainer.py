@@ -35,6 +35,7 @@ from distaccum.heartbeat import Heartbeat
 from distaccum.interruption import Interruption
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
 from distaccum.memory_line import MemoryLine
+from distaccum.model_options import remarks
 from distaccum.noise_scale import NoiseScale
 from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
 from distaccum.optim import LR_POWERS, Schedule
@@ -433,10 +434,8 @@ class Trainer:
                     f"train.{average.name}.first_update={first} comes after the run's last update, "
                     f"{last}: there would be nothing to average. Set a lower one, or train for longer."
                 )
-        if not self.strategy.module.training:
-            logger.warning(
-                "the model is in evaluation mode, so it trains without dropout: call train() on it if not meant"
-            )
+        for remark in remarks(self.strategy.module, is_cut=not self.loader.plan.is_one_shot):
+            logger.info("%s", remark)
         start = RunStart(
             run_dir=self.run_dir,
             plan=self.loader.explain(),

@@ -13,7 +13,7 @@ from torch import nn
 from distaccum.accumulation import Accumulator
 from distaccum.caching import Stage, accumulate_coupled
 from distaccum.compilation import CompileClock
-from distaccum.devices import Precision
+from distaccum.devices import Precision, tensors_of
 from distaccum.errors import UserError
 from distaccum.grace import Grace, WindowDroppedError
 from distaccum.heartbeat import Heartbeat
@@ -102,12 +102,12 @@ class Updater:
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
         with self._memory_line.watching(window.sizes[0]):
-            return checked_output(self._asked(self._task, batch))
+            return checked_output(self._computed(self._task, batch))
 
-    def _asked(self, ask: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+    def _computed(self, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         try:
             with self._precision.autocast():
-                return ask(self._model, batch)
+                return forward(self._model, batch)
         except AttributeError as error:
             strategy = self._accumulator.strategy
             if error.obj is not strategy.model or not hasattr(strategy.module, error.name or ""):
@@ -116,6 +116,16 @@ class Updater:
                 f"the task asks the model for .{error.name}, and {type(strategy.model).__name__} has none: gradients "
                 "cross the network only where the model itself is called, as in model(inputs). Let its forward do that "
                 f"(an argument can ask for it); getattr(model, 'module', model).{error.name} is for settings."
+            ) from error
+        except RuntimeError as error:
+            wanted = self._precision.parameter_dtype
+            others = {t.dtype for t in tensors_of(batch) if t.is_floating_point() and t.dtype != wanted}
+            if not others or not ("dtype" in str(error) or "scalar type" in str(error)):
+                raise
+            raise UserError(
+                f"the micro-batches have tensors of {', '.join(sorted(map(str, others)))} and the model's "
+                f"parameters are {wanted}, which don't go together: {error}. Have the dataset give {wanted}, or "
+                "set precision."
             ) from error
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
@@ -142,7 +152,7 @@ class Updater:
 
         self._begin_phase(number, "loading", 1, is_last=False)
         accumulate_coupled(
-            self._accumulator, window, embed=partial(self._asked, task.embed), loss=task.window_loss, between=between
+            self._accumulator, window, embed=partial(self._computed, task.embed), loss=task.window_loss, between=between
         )
         self._begin_phase(number, "step", len(window), is_last=True)
         return self._accumulator.step()

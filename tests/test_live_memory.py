@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from distaccum.live_memory import KeptForBackward, held_bytes, metered
 from distaccum.models import CNN, GPT
@@ -80,3 +82,15 @@ def test_what_autograd_keeps() -> None:
 def test_a_storage_counts_once() -> None:
     tensor = torch.zeros(100)
     assert held_bytes([tensor, tensor[:5], tensor.view(10, 10), 3, None]) == 400
+
+
+def test_tensors_of_every_kind_are_counted_or_passed_over() -> None:
+    assert held_bytes([torch.eye(4).to_sparse()]) == 2 * 4 * 8 + 4 * 4
+    with warnings.catch_warnings(action="ignore"):  # of a beta state
+        compressed = torch.eye(4).to_sparse_csr()
+    assert held_bytes([compressed, torch.zeros(2)]) == 8
+    assert held_bytes([nn.LazyLinear(2).weight, torch.zeros(2)]) == 8
+    weight = torch.ones(4, requires_grad=True)
+    with KeptForBackward([]) as kept:
+        (torch.eye(4).to_sparse() @ weight[:, None]).sum()
+    assert kept.bytes > 0

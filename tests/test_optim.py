@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from distaccum import Accumulator
 from distaccum.choices import Implementation
 from distaccum.components import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
@@ -62,6 +63,19 @@ def test_anybodys_own_optimizer() -> None:
     assert optimizer.defaults["momentum_decay"] == 0.1
     with pytest.raises(UserError, match="optim built a list"):
         build_optimizer({"_target_": "builtins.list"}, _parameters(), CPU)
+
+
+class ScheduleFree(torch.optim.SGD):
+    def train(self) -> None: ...
+    def eval(self) -> None: ...
+
+
+def test_optimizers_that_a_window_has_no_step_for_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(UserError, match="LBFGS evaluates the loss itself"):
+        Accumulator(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(UserError, match="optim=ScheduleFree has two sets of weights"):
+        build_optimizer({"_target_": f"{__name__}.ScheduleFree", "lr": 0.1}, model.parameters(), CPU)
 
 
 def test_what_cannot_be_optimized_is_refused() -> None:

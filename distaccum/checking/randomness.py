@@ -233,25 +233,22 @@ def _is_batchnorm_statistic(model: nn.Module, name: str) -> bool:
 
 
 def find_lost_eval_mode(subject: Subject) -> list[Finding]:
-    """Modules in evaluation mode that the first evaluation would put back into training mode."""
-    model = subject.fresh_model()
-    were_eval = [name for name, module in model.named_modules() if not module.training]
-    model.eval()
-    model.train(True)
-    lost = [name for name in were_eval if model.get_submodule(name).training]
-    lost = [name for name in lost if not list(model.get_submodule(name).children())]
-    if not lost or subject.config.data.evaluation is None:
+    """Modules that were built in evaluation mode, and train in training mode."""
+    lost = [name for name in subject.woken if not list(subject.model.get_submodule(name).children())]
+    if not lost:
         return []
-    where = ", ".join(described(model, name) for name in lost[:6])
+    is_whole = "" in subject.woken  # as pretrained models come
+    where = ", ".join(described(subject.model, name) for name in lost[:6])
     return [
         Finding(
             kind="eval_mode_lost",
-            severity=Severity.warning,
+            severity=Severity.info if is_whole else Severity.warning,
             because=f"{where} won't stay in evaluation mode",
-            what="It was built in evaluation mode (frozen), but model.train(), as after each evaluation, puts it into "
-            "training mode.",
+            what="It was built in evaluation mode, and the training begins with train(), which puts it into training "
+            "mode: with dropout, and BatchNorm's statistics move.",
             where=where,
-            remedy="Override train() in your model: call super().train(mode), then .eval() on what is to stay frozen.",
+            remedy="If it is to stay frozen, set train.keep_modes=true, or override train() in your model: call "
+            "super().train(mode), then .eval() on what is to stay.",
         )
     ]
 

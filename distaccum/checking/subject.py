@@ -18,7 +18,7 @@ from distaccum.checking.recording import Call, Recording, recording
 from distaccum.checking.stillness import DrawWatch, StillDraws, WideCasts
 from distaccum.choices import PrecisionName
 from distaccum.data.collate import PadCollate
-from distaccum.devices import tensors_of, to_device
+from distaccum.devices import cast, tensors_of, to_device
 from distaccum.errors import UserError
 from distaccum.parts import Parts
 from distaccum.seeding import derived_seed, seed_everything
@@ -119,6 +119,7 @@ class Subject:
     def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
         self.config = config
         self.precision = parts.precision
+        self.woken = parts.woken
         self.device = device
         self.loader = parts.loader
         self.task = parts.task
@@ -144,7 +145,7 @@ class Subject:
         """A copy of the model in the state in which it was built."""
         model = self._copied(self._module)
         if float64 and self.has_float64:
-            return model.double()
+            return cast(model, torch.float64)
         if self.precision.name is PrecisionName.bf16_params:
             for parameter in model.parameters():
                 parameter.grad_dtype = torch.float32  # as in a training: gradients are added up in float32

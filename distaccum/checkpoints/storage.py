@@ -98,12 +98,13 @@ def check_formats(tensors: Mapping[str, Any]) -> None:
         tensors: of the model and of the optimizer, by name; anything else among them is passed over.
 
     Raises:
-        UserError: one is of a format for which safetensors has no name here.
+        UserError: one is sparse, or of a format for which safetensors has no name here.
     """
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.dtype not in _SAFETENSORS_NAMES:
+        if isinstance(tensor, Tensor) and (tensor.dtype not in _SAFETENSORS_NAMES or tensor.layout != torch.strided):
+            kind = str(tensor.dtype if tensor.layout == torch.strided else tensor.layout).removeprefix("torch.")
             raise UserError(
-                f"{name} of the model is of format {str(tensor.dtype).removeprefix('torch.')}, which checkpoints can't "
+                f"{name} of the model is of format {kind}, which checkpoints can't "
                 "hold. Make it a buffer with persistent=False if it need not be saved, or set checkpoint.enabled=false."
             )
 

@@ -137,8 +137,12 @@ class LoopConfig:
     """Largest norm of the window's mean gradient, over all parameters together. `null`: no clipping."""
     eval_every: int | None = None
     """Updates between two evaluations. `null`: at the end of each epoch. The end of the run has one in any case."""
-    eval_batch_size: int = 256
-    """Samples per forward in an evaluation."""
+    eval_batch_size: int | None = None
+    """Samples per forward in an evaluation. `null`: as many as in the largest micro-batch. Halved when memory runs
+    out."""
+    keep_modes: bool = False
+    """Leave each part of the model in the mode in which it was built. `false`: training mode for all of it, but for
+    parts whose own `train()` does otherwise; `from_pretrained` of Hugging Face builds models in evaluation mode."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """A window whose loss or gradient is NaN or infinite: `stop` the run with a message, or `skip` the update on all
     ranks alike and count it."""

@@ -21,7 +21,7 @@ from distaccum import targets
 from distaccum.choices import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
 from distaccum.components import SCHEMAS
 from distaccum.config import DataConfig
-from distaccum.devices import Precision, resolve_device, resolve_precision
+from distaccum.devices import Precision, cast, resolve_device, resolve_precision
 from distaccum.distributed import World, joined_world
 from distaccum.ensembling.ensemble import Ensemble, NotTogetherError, mean_of_weights
 from distaccum.ensembling.members import Member, find_members, load_weights
@@ -34,6 +34,7 @@ from distaccum.logs import console
 from distaccum.model_options import build_model
 from distaccum.observers.formatting import number
 from distaccum.parts import collate_fn, loader_options
+from distaccum.planning import DEFAULT_MICRO_BATCH_SIZE
 from distaccum.tasks import CoupledTask
 
 
@@ -108,7 +109,7 @@ class _Examination:
         dataset = targets.build(data.evaluation, "data.evaluation")
         self.loader = EvaluationLoader(
             dataset,
-            batch_size=_batch_size(config["train"]["eval_batch_size"]),
+            batch_size=_batch_size(config["train"]["eval_batch_size"], config["batch"]["micro_batch_size"]),
             collate_fn=collate_fn(data),
             rank=world.rank,
             world_size=world.world_size,
@@ -204,7 +205,9 @@ def _precision_name(name: Any) -> PrecisionName:
     return PrecisionName[name]
 
 
-def _batch_size(size: Any) -> int:
+def _batch_size(size: Any, micro_batch_size: Any) -> int:
+    if size is None:
+        return micro_batch_size if type(micro_batch_size) is int else DEFAULT_MICRO_BATCH_SIZE
     if type(size) is not int or size < 1:
         raise UserError(f"train.eval_batch_size={size} is impossible: it must be a whole number, and at least 1.")
     return size
@@ -227,7 +230,7 @@ def _train_data(members: Sequence[Member]) -> list[Any]:
 def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
     wrap = (member.config.get("strategy") or {}).get("wrap") or ()
     module = build_model(_checked(member.config["model"], "model"), train_data, wrap)
-    module = module.to(device=device, dtype=precision.parameter_dtype)
+    module = cast(module.to(device), precision.parameter_dtype)
     load_weights(module, member, weights)
     return module
 

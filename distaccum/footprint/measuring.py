@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from distaccum.accumulation import Accumulator
 from distaccum.averaging import WeightAverage
@@ -19,14 +20,15 @@ from distaccum.config import DPConfig, EmaConfig, StrategyConfig, SwaConfig
 from distaccum.devices import Precision, is_out_of_memory, tensors_of
 from distaccum.footprint.fake_ranks import fake_ranks
 from distaccum.live_memory import Meter, held_bytes, metered
-from distaccum.model_options import checkpoint_blocks
+from distaccum.model_options import checkpoint_blocks, evaluation_mode
 from distaccum.optim import build_optimizer
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
 from distaccum.tasks import TaskOutput, checked_output
 
 STEP = "optimizer step"
-"""The moment of a window that isn't a part of a micro-step."""
+EVALUATION = "evaluation"
+"""The moments that aren't a part of a micro-step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,8 @@ class Setting:
     activation_checkpointing: bool
     wrap: Sequence[str] = ()
     averages: Sequence[EmaConfig | SwaConfig] = ()
+    evaluation_batch_of: Callable[[int], Any] | None = None
+    """Makes the batch of an evaluation that goes with micro-batches of so many samples."""
 
 
 @dataclass(slots=True)
@@ -181,6 +185,7 @@ def _footprint(
         batch = batch_of(size)
         try:
             peaks, activations = windows.run(batch)
+            peaks |= windows.evaluate(size)
         except Exception as error:
             if not found.peaks or not is_out_of_memory(error):
                 raise
@@ -219,6 +224,7 @@ class _Windows:
             self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
         )
         self._task = task
+        self._evaluation_batch_of = setting.evaluation_batch_of
         self._has_ranks = has_ranks
         self._meter = meter
         self._autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
@@ -254,6 +260,17 @@ class _Windows:
         lap(STEP)
         return peaks, kept
 
+    def evaluate(self, size: int) -> dict[str, int]:
+        """The peak of a forward of the evaluation, if there is one."""
+        if self._evaluation_batch_of is None:
+            return {}
+        self._meter.lap()
+        module = self._strategy.module
+        with evaluation_mode(module), torch.no_grad(), self._autocast():
+            self._task(module, self._evaluation_batch_of(size))
+        self._strategy.at_rest()
+        return {EVALUATION: self._meter.lap()}
+
     def _make_finite(self) -> None:
         """What would have come from ranks that aren't there is what has been in memory by chance."""
         if not self._has_ranks:
@@ -268,11 +285,10 @@ class _Windows:
         module = self._strategy.module
         parameters: list[Tensor] = list(module.parameters())
         inner = getattr(self._optimizer, "optim", self._optimizer)
-        states = [value for values in inner.state.values() for value in values.values()]
         buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
         # Buckets that several gradients are views of are counted once.
-        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(states)
+        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(tree_iter(list(inner.state.values())))
         found.averages = sum(held_bytes(average.tensors().values()) for average in self._averages)
         # Those that have no home in buckets are dropped between windows.
         known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer

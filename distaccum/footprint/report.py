@@ -67,8 +67,8 @@ class Report:
     usable: int
     share: int
     rows: list[Row]
-    too_large: list[str] = field(default_factory=list)
-    """Other settings for which this device has run out of memory."""
+    left_out: list[str] = field(default_factory=list)
+    """Other settings that can't be had, and why: for some, this device has run out of memory."""
     can_install_8bit: bool = False
     """The 8-bit optimizer was left out, as its package isn't there."""
 
@@ -111,8 +111,8 @@ class Report:
             best = min(fitting, key=lambda other: (other.world_size > row.world_size, other.peak))
             said.append(f"With micro-batches of {best.micro_batch}, this fits: {best.change} ({byte_size(best.peak)}).")
         said.append(self._what_first())
-        if self.too_large:
-            said.append(f"Not measured, as memory ran out: {'; '.join(self.too_large)}.")
+        if self.left_out:
+            said.append(f"Not measured: {'; '.join(self.left_out)}.")
         if self.can_install_8bit:
             said.append('8-bit AdamW (optim=adamw8bit) was not measured: pip install "distaccum[adam8bit]" for that.')
         return said

@@ -98,7 +98,12 @@ def examine(config: MemoryConfig) -> Report:
     )
     limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(device)
     usable = limit * (1 - config.memory.headroom)
-    batch_of = _batches(config, parts, device)
+    batch_of = _batches(config, parts.train_data, parts, device)
+    if (data := parts.evaluation_data) is not None:
+        of_evaluation, fixed = _batches(config, data, parts, device), config.train.eval_batch_size
+        configured = dataclasses.replace(
+            configured, evaluation_batch_of=lambda size: of_evaluation(min(fixed or size, len(data)))
+        )
 
     def measured(setting: Setting, sizes: list[int]) -> Footprint:
         return measure(
@@ -115,7 +120,7 @@ def examine(config: MemoryConfig) -> Report:
 
     wanted = [("", "configured", configured), *_changes(config, configured, parts.module, global_batch_size)]
     chosen = wanted if config.memory.alternatives else wanted[:1]
-    rows, too_large = _rows(config, parts, device, chosen, micro_batch, measured)
+    rows, left_out = _rows(config, parts, device, chosen, micro_batch, measured)
     return Report(
         model=type(parts.module).__name__,
         device=str(device),
@@ -124,7 +129,7 @@ def examine(config: MemoryConfig) -> Report:
         usable=int(usable),
         share=share,
         rows=rows,
-        too_large=too_large,
+        left_out=left_out,
         can_install_8bit=config.memory.alternatives and _can_be_8bit(configured) and not has_8bit(),
     )
 
@@ -137,7 +142,7 @@ def _rows(
     micro_batch: int,
     measured: Callable[[Setting, list[int]], Footprint],
 ) -> tuple[list[Row], list[str]]:
-    """Those that fit, and the labels of those that don't.
+    """Those that can be had, and the labels of those that can't, with the reasons.
 
     Args:
         wanted: what is changed, label and setting of each; the first is the configured one, whose cut the others have
@@ -151,7 +156,7 @@ def _rows(
     configured = wanted[0][2]
     global_batch_size, num_samples = parts.loader.plan.global_batch_size, len(parts.train_data)
     rows: list[Row] = []
-    too_large = []
+    left_out = []
     with _progress(config) as tick:
         for change, label, setting in wanted:
             tick(label)
@@ -164,6 +169,9 @@ def _rows(
             try:
                 footprint = measured(setting, sizes)
             except Exception as error:
+                if isinstance(error, UserError) and rows:
+                    left_out.append(f"{label} ({str(error).partition('. ')[0]})")
+                    continue
                 if not is_out_of_memory(error):
                     raise
                 if not rows:
@@ -172,10 +180,10 @@ def _rows(
                         "that was tried. Lower batch.micro_batch_size, or take a smaller model, precision=bf16, "
                         "model.activation_checkpointing=true, or strategy=fsdp on several devices."
                     ) from error
-                too_large.append(label)
+                left_out.append(f"{label} (memory ran out)")
                 continue
             rows.append(Row(label, change, setting.world_size, steps, size, footprint))
-    return rows, too_large
+    return rows, left_out
 
 
 def _world_size(config: MemoryConfig) -> int:
@@ -242,9 +250,8 @@ def _can_be_8bit(configured: Setting) -> bool:
     return isinstance(configured.optim, AdamConfig) and not isinstance(configured.strategy, FSDPConfig)
 
 
-def _batches(config: MemoryConfig, parts: Parts, device: torch.device) -> Callable[[int], Any]:
+def _batches(config: MemoryConfig, data: Any, parts: Parts, device: torch.device) -> Callable[[int], Any]:
     """Makes micro-batches of the costliest samples there are: the longest, where the dataset says its lengths."""
-    data = parts.train_data
     lengths = getattr(data, "lengths", None)
     order = sorted(range(len(data)), key=lambda index: -int(lengths[index])) if lengths is not None else None
     collate = collate_fn(config.data) or getattr(data, "collate_fn", None) or PadCollate()

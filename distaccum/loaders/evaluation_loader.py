@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from distaccum import planning
+from distaccum.errors import UserError
 from distaccum.fetching import Request
 from distaccum.loaders.moving import LoaderOptions, batch_source, on_device, placement, size_of
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationLoader:
@@ -40,18 +44,41 @@ class EvaluationLoader:
         rank, world_size = placement(rank, world_size)
         shares = planning.split_evenly(self.num_samples, world_size)
         start = sum(shares[:rank])
-        stop = start + shares[rank]
-        batches = [range(begin, min(begin + batch_size, stop)) for begin in range(start, stop, batch_size)]
-        if equal_batches:
-            batches += [range(0)] * (-(-shares[0] // batch_size) - len(batches))
-        self.sizes = [len(batch) for batch in batches]
-        # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
-        self._requests = lambda: (Request(0, list(batch) or [0]) for batch in batches)
+        self._share = range(start, start + shares[rank])
+        self._largest_share = shares[0] if equal_batches else 0
+        self.set_batch_size(batch_size)
         self._options = options or LoaderOptions()
         self._source = batch_source(dataset, collate_fn, "evaluation", self._options, seed=0)
 
+    def set_batch_size(self, batch_size: int) -> None:
+        """Cuts iterations to come into batches of so many samples; with equal batches, all ranks the same way."""
+        share = self._share
+        self._batches = [range(begin, min(begin + batch_size, share.stop)) for begin in share[::batch_size]]
+        self._batches += [range(0)] * (-(-self._largest_share // batch_size) - len(self._batches))
+        self.sizes = [len(batch) for batch in self._batches]
+
+    def halve(self, said: str) -> None:
+        """Has iterations to come take batches of half the size, as memory has run out.
+
+        Args:
+            said: by whom memory was asked for, for the message.
+
+        Raises:
+            UserError: batches are of one sample, or ranks take their forwards together.
+        """
+        size = max(self.sizes)
+        if size < 2 or self._largest_share:
+            mend = "Take a smaller model, sample or number format."
+            if size > 1:
+                mend = "Set a lower train.eval_batch_size: ranks take their forwards together, so none can do so alone."
+            raise UserError(f"out of memory in an evaluation with batches of {size}: {said}. {mend}")
+        self.set_batch_size(size // 2)
+        logger.warning("out of memory in an evaluation: it begins again with batches of %d samples", size // 2)
+
     def __iter__(self) -> Iterator[Any]:
-        return on_device(self._source.batches(self._requests), self._options)
+        batches = self._batches
+        # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
+        return on_device(self._source.batches(lambda: (Request(0, list(b) or [0]) for b in batches)), self._options)
 
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""

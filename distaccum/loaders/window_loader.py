@@ -156,6 +156,13 @@ class WindowLoader:
         """Size that this rank's micro-batches have come down to because memory ran out; None if it never did."""
         return self._limit.changes[-1][1]
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of the largest micro-batch; where windows are cut by length, of the longest that fit into one."""
+        if self.grouping is not None:
+            return max(1, self.grouping.max_tokens // int(self.grouping.lengths.max()))
+        return max(size for sizes in self.plan.cut(self.plan.global_batch_size).sizes for size in sizes)
+
     def set_sizes(self, sizes: Sequence[int]) -> None:
         """Sets the largest micro-batch of each rank, in place of `micro_batch_size` or `max_tokens`, before any window.
 

@@ -62,18 +62,20 @@ class GPT(nn.Module):
         self._initialise(residual_std=INITIAL_STD / math.sqrt(2 * num_layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, vocab_size]` of tokens, int64 `[B, T]`: at each place those of the token that follows it.
+        """Logits `[B, T, vocab_size]` of tokens, integers `[B, T]`: at each place those of the token that follows it.
 
         Raises:
-            UserError: tokens of another number of dimensions, or T above `max_length`.
+            UserError: tokens of another number of dimensions or no integers, or T above `max_length`.
         """
+        if tokens.is_floating_point() or tokens.is_complex():
+            raise UserError(f"GPT: tokens must be integers, and they are {tokens.dtype}. Mend the dataset.")
         if tokens.dim() != 2 or tokens.shape[1] > self.max_length:
             raise UserError(
                 f"GPT: tokens of shape {list(tokens.shape)} do not fit: the shape must be [samples, length], with a "
                 f"length of at most model.max_length={self.max_length}."
             )
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        stream: Tensor = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        stream: Tensor = self.dropout(self.token_embedding(tokens.long()) + self.position_embedding(positions))
         for block in self.blocks:
             stream = block(stream)
         logits: Tensor = F.linear(self.norm(stream), self.token_embedding.weight)

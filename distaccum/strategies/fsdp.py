@@ -43,6 +43,15 @@ class FSDPStrategy:
                 "the model is not sharded over all ranks alike: every parameter must be, on one mesh dimension of "
                 f"{dist.get_world_size()} ranks (no HSDP, no sub-mesh, no ignored parameters)."
             )
+        for block in (module for module in model.modules() if isinstance(module, FSDPModule)):
+            for group in _groups_of(block):
+                formats = {str(p.sharded_param.dtype) for p in group.fsdp_params if p.sharded_param.requires_grad}
+                if len(formats) > 1:
+                    raise UserError(
+                        f"{type(block).__name__.removeprefix('FSDP')} has parameters of {' and '.join(sorted(formats))}"
+                        " in one block, which FSDP gathers in one format. Cast them to one, shard them as blocks of "
+                        "their own (strategy.wrap), or set strategy=ddp."
+                    )
         self.model: nn.Module = model
         self.module: nn.Module = model
         self.device = device
@@ -217,8 +226,8 @@ def place_fsdp(
     """Shards a module that lies on this rank's device, block by block.
 
     Raises:
-        UserError: there are no other processes, no module has a name of `strategy.wrap`, the precision is fp16, or a
-            parameter is not contiguous.
+        UserError: there are no other processes, no module has a name of `strategy.wrap`, the precision is fp16, or
+            parameters are such as FSDP can't shard.
     """
     if not dist.is_initialized():
         raise UserError(
@@ -227,12 +236,17 @@ def place_fsdp(
         )
     if precision is PrecisionName.fp16:
         raise UserError("precision=fp16 can't be had with strategy=fsdp: its scaler doesn't know shards. Use bf16.")
-    strided = [name for name, parameter in module.named_parameters() if not parameter.is_contiguous()]
-    if strided:
-        raise UserError(
-            f"strategy=fsdp can't shard {strided[0]} of the model, whose memory is in another order (channels_last, or "
-            "transposed). Make it contiguous (`model.to(memory_format=torch.contiguous_format)`), or set strategy=ddp."
-        )
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0 or parameter.numel() == 0:
+            raise UserError(
+                f"strategy=fsdp can't shard {name}, a parameter of shape {list(parameter.shape)}. Give it one "
+                "dimension and one number at least, or set strategy=ddp strategy.shard_optimizer=true."
+            )
+        if not parameter.is_contiguous():
+            raise UserError(
+                f"strategy=fsdp can't shard {name}, whose memory is in another order (channels_last, or transposed). "
+                "Make it contiguous (`model.to(memory_format=torch.contiguous_format)`), or set strategy=ddp."
+            )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if precision is PrecisionName.bf16_params:

@@ -12,7 +12,7 @@ from distaccum.errors import UserError
 
 
 def inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """The two tensors of a micro-batch.
+    """The two tensors of a micro-batch, the targets as int64.
 
     Raises:
         UserError: the micro-batch is anything else, or the targets are no integers.
@@ -25,7 +25,7 @@ def inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
     inputs, targets = batch
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise UserError(f"{task} needs integers as targets, and got {targets.dtype}.")
-    return inputs, targets
+    return inputs, targets.long()  # an unsigned format has no place for an ignore_index of -100
 
 
 def summed_cross_entropy(
@@ -48,7 +48,7 @@ def summed_cross_entropy(
         logits = logits.float()  # a sum over many elements overflows float16 and loses digits in bfloat16
     try:
         return F.cross_entropy(
-            logits, targets.long(), reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
+            logits, targets, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
         )
     except IndexError as error:
         raise UserError(

@@ -64,5 +64,5 @@ def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:
     """How many of the chosen pixels each class has, `[classes]`."""
     # Not bincount, whose result has a size that the host waits for.
     counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels.device)
-    places = torch.where(chosen, labels.long(), classes)
+    places = torch.where(chosen, labels, classes)
     return counts.scatter_add_(0, places, torch.ones_like(places))[:classes]

@@ -155,14 +155,6 @@ NAMED_ONLY: list[tuple[str, dict[str, Any], list[str], str, str, Severity]] = [
         "PythonAugmentedPoints",
         Severity.warning,
     ),
-    (
-        "frozen until the first evaluation",
-        {"model": "EvalModeIsLost"},
-        ["+data.evaluation._target_=zoo.Points"],
-        "eval_mode_lost",
-        "layers.1 (BatchNorm1d)",
-        Severity.warning,
-    ),
     ("a count of forwards", {"model": "Counts"}, [], "state_in_forward", "forwards", Severity.info),
     ("float32 whatever comes", {"model": "InFloat32"}, [], "low_precision", "InFloat32", Severity.info),
     ("a loss that insists on it", {"task": "InsistsOnFloat32"}, [], "low_precision", "the task", Severity.info),
@@ -181,6 +173,16 @@ def test_what_does_not_change_the_update_is_named_and_passes(
     assert found.severity is severity
     assert report.status == 0
     assert report.verdict.startswith("EQUAL")
+
+
+def test_what_was_built_in_evaluation_mode_is_examined_as_it_trains() -> None:
+    report = examined(model="EvalModeIsLost")
+    found = finding(report, "eval_mode_lost")
+    assert (found.where, found.severity) == ("layers.1 (BatchNorm1d)", Severity.warning)
+    assert report.status == 1, "BatchNorm is at work"
+    kept = examined("train.keep_modes=true", model="EvalModeIsLost")
+    assert kept.status == 0
+    assert "eval_mode_lost" not in kinds(kept)
 
 
 def test_batchnorm_has_three_remedies_and_what_each_fixes() -> None:

@@ -152,7 +152,33 @@ def test_a_setting_that_does_not_fit_is_an_answer(
         assert said.err.startswith("error: it does not fit: memory ran out on cpu with micro-batches of 1, ")
         assert "Traceback" not in said.err
     else:
-        assert "Not measured, as memory ran out: activation checkpointing on." in said.out
+        assert "Not measured: activation checkpointing on (memory ran out)." in said.out
+
+
+class Scaled(nn.Module):
+    """With a parameter of no dimension, which FSDP can't shard."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens.long()) * self.scale
+
+
+def test_placements_that_a_model_cannot_have_are_left_out_and_evaluations_count() -> None:
+    small = composed("model=custom", f"model._target_={__name__}.Scaled", "train.eval_batch_size=64")
+    report = examine(small)
+    assert report.configured.moment == "evaluation"
+    assert report.configured.footprint.peaks[4]["evaluation"] > 4 * report.configured.footprint.peaks[4]["forward"] / 3
+    assert "Not measured: fsdp, 2 ranks (strategy=fsdp can't shard scale, a parameter of shape []);" in " ".join(
+        report.words()
+    )
+    assert {"configured", "ddp, 2 ranks"} <= {row.label for row in report.rows}
+    small.train.eval_batch_size = None
+    small.memory.alternatives = False
+    assert examine(small).configured.moment != "evaluation"
 
 
 @pytest.mark.parametrize(
