@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distaccum.errors import UserError
-from distaccum.files import replacing
+from distaccum.files import write_text
 from distaccum.pages import MADE_BY
 from distaccum.reporting.page import page_of
 from distaccum.reporting.runs import read_runs
@@ -30,8 +30,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     try:
         if path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]:
             raise UserError(f"{path} exists already and is no page of distaccum: choose another file with --out.")
-        with replacing(path) as file:
-            file.write(page_of(runs).encode())
+        write_text(path, page_of(runs))
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another with --out.") from error
     return path
