@@ -16,7 +16,7 @@ from distaccum.config import flat
 from distaccum.continuing import PROGRESS_KEYS
 from distaccum.distributed import World
 from distaccum.errors import UserError
-from distaccum.redaction import REDACTED
+from distaccum.redaction import REDACTED, hide
 from distaccum.run_folder import CHECKPOINTS
 
 _OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
@@ -117,8 +117,9 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str]) -> dict[str, A
             value = text
         config = _changed(config, key, value)
     for key, value in flat({name: config.get(name) for name in ("data", "model", "task")}).items():
-        if value == REDACTED:
+        if REDACTED in str(value):
             raise UserError(f"{key} is a secret, which is not in the checkpoint: give it again, as in {key}=…")
+    hide(config)
     return config
 
 

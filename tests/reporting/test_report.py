@@ -18,6 +18,7 @@ import yaml
 from command_line import TINY, Ended
 
 from distaccum.observers.metrics_reading import read_metrics
+from distaccum.pages import MADE_BY
 from distaccum.report import main
 from distaccum.reporting import write_page
 from distaccum.reporting.runs import differences, read_runs
@@ -300,6 +301,29 @@ def test_bad_input_ends_with_one_message(
     assert said in message
     assert (tmp_path / "other.html").read_text() == "<p>mine</p>"
     assert not (tmp_path / "good" / "report.html").exists()
+
+
+def test_what_is_printed_and_cannot_be_is_told(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", usual(3))
+    command = [sys.executable, "-m", "distaccum.report"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, str(folder)], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: standard output can't be written: No space left on device.\n")
+    with subprocess.Popen([*command, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as helping:
+        assert helping.stdout is not None
+        assert helping.stderr is not None
+        helping.stdout.close()
+        assert helping.stderr.read() == b""
+    assert helping.returncode == 0
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
+    folder, precious = run(tmp_path / "run", usual(3)), tmp_path / "precious"
+    precious.write_text(MADE_BY)
+    for name in (".report.html.writing", "report.html"):
+        (folder / name).symlink_to(precious)
+    assert "<html" in write_page([folder]).read_text()
+    assert precious.read_text() == MADE_BY
 
 
 def test_from_the_command_line_without_torch(tmp_path: Path) -> None:
