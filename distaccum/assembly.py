@@ -33,7 +33,7 @@ from distaccum.observers import MetricsFile, Observer, Progress, RunEnd, Wandb
 from distaccum.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.parts import Parts, build_parts, build_scaler, compilation_of
 from distaccum.recovery import Recovery
-from distaccum.redaction import redacted, secrets_in
+from distaccum.redaction import hide, redacted
 from distaccum.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -62,16 +62,16 @@ def train(config: TrainConfig) -> RunEnd:
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device, config.distributed.timeout_seconds)
         plain = as_plain(config)
+        hide(plain)
         check_same_config(world, plain)
         with world.together():
             made = stack.enter_context(held_run_folder(config.run_dir, config.resume, plain)) if world.is_main else None
         folder = world.from_main(made)
         assert folder is not None
-        hidden = secrets_in(plain)
-        with world.together(), logging_to(folder.path, world.rank, hidden):
+        with world.together(), logging_to(folder.path, world.rank):
             pass  # every rank can write its log, or all stop here
         interruption = Interruption(world)
-        with logging_to(folder.path, world.rank, hidden), interruption.listening():
+        with logging_to(folder.path, world.rank), interruption.listening():
             world.heartbeat.log_to(folder.path / "logs" / f"rank{world.rank}.log")
             checkpoint = find_checkpoint(config, folder, world)
             trainer = build_trainer(config, world, device, folder, plain, checkpoint, interruption)
@@ -181,7 +181,7 @@ def build_trainer(
     )
     recovery = None
     if config.batch.is_auto:
-        recovery = _settled(config, redacted(plain), world, parts, strategy, optimizer, checkpoint)
+        recovery = _settled(config, plain, world, parts, strategy, optimizer, checkpoint)
         if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
             parts.evaluation_loader.set_batch_size(parts.loader.micro_batch_size)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.

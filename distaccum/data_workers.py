@@ -269,7 +269,7 @@ def _ignore_signals(worker: int) -> None:
 
     It may have a window to finish, and needs its workers for that. They end with it in any case.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         # Not SIG_IGN, which programs that a dataset starts would inherit.
         signal.signal(number, lambda *_: None)
 

@@ -28,11 +28,13 @@ from omegaconf.errors import (
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
+from omegaconf.resolvers import oc
 
 from distaccum.components import SCHEMAS
-from distaccum.config import TrainConfig, conf_dir
+from distaccum.config import TrainConfig, as_plain, conf_dir
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
-from distaccum.logs import flush_output, print_error
+from distaccum.logs import check_printed, flush_output, make_output_safe, print_error, tell_launcher
+from distaccum.redaction import hide, hide_variable
 from distaccum.tool_configs import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
 
 ROOTS: dict[str, type[TrainConfig]] = {
@@ -58,6 +60,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
     `run` returns becomes the exit status; of the points of a sweep, the largest one.
     """
+    make_output_safe()
     _register()
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -73,7 +76,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
             _check_sweep(config.run_dir, folders)
         except UserError as error:
             exit_before_ranks_are_joined(error)
-        outcome = outcome_of(lambda: run(config))
+        outcome = outcome_of(lambda: run(config), prints=config_name != "train")
         if outcome in (EXIT_INTERRUPTED, EXIT_UNFINISHED):
             leave(outcome)  # a sweep stops too
         if isinstance(outcome, int):
@@ -94,16 +97,22 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     leave(status)
 
 
-def outcome_of(run: Callable[[], int | None]) -> int | None:
+def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | None:
     """Runs what ranks do together. Bad input ends the process, with one message from the rank that has something to
-    say."""
+    say; so does, if it `prints` what it is run for, that there is no room for that."""
     try:
-        return run()
+        outcome = run()
+        if prints:
+            check_printed()
+        return outcome
     except OtherRankFailedError:
         # Leaving first would have the launcher stop the rank that is about to say why.
         time.sleep(_SECONDS_TO_BE_STOPPED)
     except UserError as error:
         print_error(str(error))
+    except Exception as error:
+        tell_launcher(f"{type(error).__name__}: {error}")
+        raise
     leave(EXIT_STATUS)
     return EXIT_STATUS
 
@@ -130,6 +139,13 @@ def _register() -> None:
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("distaccum.default_strategy", _default_strategy, replace=True)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _environment(name: str, *default: Any) -> str | None:
+    """`${oc.env:NAME}`, whose value is kept out of what is written: it would be in the configuration otherwise."""
+    hide_variable(name)
+    return oc.env(name, *default)
 
 
 def _default_strategy() -> str:
@@ -165,6 +181,7 @@ def _typed(composed: DictConfig) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise UserError(explain_composition_error(error)) from error
     assert isinstance(config, TrainConfig)
+    hide(as_plain(config))
     return config
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from distaccum.choices import Combination, DeviceChoice, Weights, WhichCheckpoint
 from distaccum.entry import exit_before_ranks_are_joined, leave, outcome_of
 from distaccum.errors import UserError
+from distaccum.logs import make_output_safe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit status: 0, or 2 for bad input."""
+    make_output_safe()
     given = _parser().parse_intermixed_args(arguments)
     overrides = [text for text in given.argument if "=" in text and not Path(text).exists()]
     paths = [Path(text) for text in given.argument if text not in overrides]

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -16,8 +17,12 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from distaccum.errors import UserError
+
 logger = logging.getLogger(__name__)
 
+WRITING = ".writing"
+"""End of the names of files that are not complete; a process that is killed leaves them."""
 _MOST_BYTES_OF_YAML = 256 << 10
 
 
@@ -25,12 +30,17 @@ _MOST_BYTES_OF_YAML = 256 << 10
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when it is complete and on the disk; until then nothing changes.
 
+    Where `path` is a symbolic link, the file takes the place of the link. Whoever can write in the folder can't choose
+    what else is written: the name that the file has until then can't be guessed, and it must be new.
+
     Raises:
-        OSError: it can't be written; nothing is left of it.
+        OSError: it can't be written, or what is there is neither a file nor a link; nothing is left of it.
     """
-    aside = path.with_name(f".{path.name}.writing")
+    if path.exists() and not path.is_symlink() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    aside = path.with_name(f".{secrets.token_hex(8)}{WRITING}")
     try:
-        with aside.open("wb") as file:
+        with aside.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -40,6 +50,41 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_result(path: Path, text: str, mend: str) -> None:
+    """Writes a whole file that the user has asked for.
+
+    Raises:
+        UserError: it can't be written; ends with how to `mend` it.
+    """
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}. {mend}") from error
+
+
+def opened(path: str | Path, flags: int) -> int:
+    """Opens a file for appending (an `opener` for `open`), which must not be a symbolic link.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """True if an open file is still the one of that name: it was not removed, and no other took its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def sync(path: Path) -> None:
@@ -91,6 +136,9 @@ class LineFile:
     A line that can't be written (the disk is full, a quota is used up, a server is gone) stays in memory, and so do
     those after it: all are tried again with each next line. A warning says so once, and a message when they have been
     written. What there was room for of such a line is taken back, so that the file ends with a whole line.
+
+    If the file is removed, or another takes its place (as when an editor saves it), the next line goes to the file that
+    then has the name, behind those that were written before, as far as that file is how they begin; a warning says so.
     """
 
     def __init__(self, path: Path, *, new: bool) -> None:
@@ -109,7 +157,7 @@ class LineFile:
         self._size = os.fstat(self._descriptor).st_size
 
     def _open(self, flags: int = 0) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o666)
+        return opened(self.path, os.O_RDWR | os.O_APPEND | flags)
 
     def append(self, line: str) -> None:
         """Writes a line, now or when it can be written."""
@@ -146,8 +194,7 @@ class LineFile:
     def _write_pending(self) -> OSError | None:
         num_lines = len(self.pending)
         try:
-            if self._descriptor is None:
-                self._descriptor = self._open()
+            self._descriptor = self._current()
             while self.pending:
                 self._write(self._descriptor, self.pending[0])
                 self.pending.popleft()
@@ -165,6 +212,26 @@ class LineFile:
             logger.info("%s can be written again, and has the %d lines that waited.", self.path, num_lines)
         return None
 
+    def _current(self) -> int:
+        """The file that has the name now, opened. Lines that it lacks are pending again, if they are known."""
+        before = self._descriptor
+        after = before if before is not None and is_at(before, self.path) else self._open(os.O_CREAT)
+        self._descriptor, size = after, os.fstat(after).st_size
+        if before in (None, after) and (size == self._size or self._torn):
+            return after
+        missing, outcome = b"", "may lack lines that were written before"
+        if before is not None and before != after:
+            written, found = _content(before)[: self._size], _content(after)
+            if written.startswith(found):
+                missing, outcome = written[len(found) :], "has all its lines again"
+            os.close(before)
+        if not missing and size and os.pread(after, 1, size - 1) != b"\n":
+            missing = b"\n"
+        self._size, self._torn = size, False
+        self.pending.extendleft(reversed(missing.splitlines(keepends=True)))
+        logger.warning("%s was changed, replaced or removed while the run writes it, and %s.", self.path, outcome)
+        return after
+
     def _write(self, descriptor: int, line: bytes) -> None:
         self._take_back(descriptor)
         self._torn = True  # until it is whole, also if something (Ctrl-C) ends this in between
@@ -181,3 +248,9 @@ class LineFile:
             if size > self._size:
                 os.ftruncate(descriptor, self._size)
             self._torn = False
+
+
+def _content(descriptor: int) -> bytes:
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        return file.read()

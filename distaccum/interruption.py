@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
@@ -16,8 +16,11 @@ from distaccum.distributed import World
 
 Fate = Literal["finish", "drop"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; what launchers and SLURM send before they kill; what SLURM sends ahead of that when asked to."""
+_HANG_UP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *_HANG_UP)
+"""Ctrl-C; what launchers and SLURM send before they kill; what SLURM sends ahead of that when asked to; what a terminal
+that is closed sends, unless the run was started to outlive it (`nohup`)."""
 
 
 class Interruption:
@@ -57,7 +60,8 @@ class Interruption:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if self._world is None or not self._world.launched:
                 # Not by print: the signal may have come in the middle of one.
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _CTRL_C_SEEN)
+                with suppress(OSError):
+                    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _CTRL_C_SEEN)
 
     def is_requested(self) -> bool:
         """True once a signal has come to this rank."""

@@ -4,38 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 
 from rich.console import Console
 from rich.text import Text
 
 from distaccum.errors import UserError, printable
+from distaccum.files import is_at, opened
 from distaccum.redaction import redacted_text
 
 LOGGER_NAME = "distaccum"
 
 
-class _StandardOutput:
-    """Standard output, whatever it is at the time, without the errors of a full disk.
+class _Descriptor(io.FileIO):
+    """An open file that takes all that is written, and drops what it can't write: a batch job's output is often on the
+    disk that the run fills; who reads it may have gone; its terminal may be closed."""
 
-    A batch job's output is a file, often on the disk that the run fills.
+    lost: ClassVar[OSError | None] = None
+    """Why something of standard output was dropped, if not because nobody reads it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                _Descriptor.lost = error
+            return memoryview(data).nbytes
+
+
+class _ErrorOutput(io.TextIOWrapper):
+    def write(self, text: str) -> int:
+        return super().write(redacted_text(text))
+
+
+def make_output_safe() -> None:
+    """Has this process print to streams that never fail: for want of room, of a reader or of a character in their
+    encoding, or because they were closed. What goes to standard error, tracebacks too, is without secrets.
+
+    To be called first in a program. Streams that somebody has replaced stay as they are.
     """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # in the place of one that was closed, where the next file would get what is printed
+    os.close(descriptor)
+    for number, name, kind in ((1, "stdout", io.TextIOWrapper), (2, "stderr", _ErrorOutput)):
+        before = getattr(sys, name)
+        if before is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(AttributeError, OSError):  # None has nothing to flush
+                before.flush()
+            raw = _Descriptor(os.open(os.devnull, os.O_WRONLY) if before is None else number, "w", closefd=False)
+            encoding = getattr(before, "encoding", "utf-8")
+            setattr(sys, name, kind(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True))
+
+
+class _StandardOutput:
+    """Standard output, whatever it is at the time, without secrets and without errors."""
 
     def write(self, text: str) -> int:
-        with _no_disk_errors():
-            self._stream.write(text)
+        with contextlib.suppress(OSError):
+            self._stream.write(redacted_text(text))
         return len(text)
 
     def flush(self) -> None:
-        with _no_disk_errors():
+        with contextlib.suppress(OSError):
             self._stream.flush()
 
     @property
@@ -45,16 +84,6 @@ class _StandardOutput:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@contextmanager
-def _no_disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # whoever read the output has gone, and ends the run that way
-    except OSError:
-        pass
 
 
 console = Console(file=cast(IO[str], _StandardOutput()), highlight=False, soft_wrap=True)
@@ -78,14 +107,17 @@ class _FileHandler(logging.Handler):
     A line tells where a process begins: the runs of a folder that go on from one another share the file.
     """
 
-    def __init__(self, path: Path, rank: int, hidden: Sequence[str]) -> None:
+    def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
+        self._path = path
         self._rank = rank
-        self._hidden = list(hidden)
-        self._file = path.open("ab+", buffering=0)
+        self._file = self._open()
         self._dropped = 0
         self._begun = False
         self._in_line = self._ends_in_line()
+
+    def _open(self) -> io.FileIO:
+        return open(self._path, "ab+", buffering=0, opener=opened)
 
     def _ends_in_line(self) -> bool:
         """Whether the last process that wrote was killed in the middle of a line."""
@@ -96,7 +128,7 @@ class _FileHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            lines = [printable(redacted_text(self.format(record), self._hidden))]
+            lines = [printable(redacted_text(self.format(record)))]
         except Exception:
             self.handleError(record)  # a message whose arguments don't fit it
             return
@@ -113,6 +145,10 @@ class _FileHandler(logging.Handler):
             self._begun, self._dropped = True, 0
 
     def _write(self, text: str) -> None:
+        if not is_at(self._file.fileno(), self._path):  # it was removed, or put aside as logs are at times
+            before, self._file = self._file, self._open()
+            before.close()
+            self._in_line = self._ends_in_line()
         rest = memoryview((("\n" if self._in_line else "") + text).encode("utf-8", "backslashreplace"))
         while rest:
             written = self._file.write(rest)
@@ -126,15 +162,12 @@ class _FileHandler(logging.Handler):
 
 
 @contextmanager
-def logging_to(run_dir: Path, rank: int, hidden: Sequence[str] = ()) -> Iterator[logging.Logger]:
+def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
     """Sends the package's messages to `run_dir/logs/rank<rank>.log`, and to the console.
 
     Rank 0's console shows everything from INFO up; the other ranks' only warnings, with their rank in front. Files hold
     details too (DEBUG), and the traceback of an error that ends the run; a run that goes on from another one in the
     same folder goes on with its files. While the disk is full, files miss messages; the run and its console go on.
-
-    Args:
-        hidden: secrets besides those in the environment, which files are not to show.
 
     Raises:
         UserError: the file can't be written.
@@ -143,7 +176,7 @@ def logging_to(run_dir: Path, rank: int, hidden: Sequence[str] = ()) -> Iterator
     path = run_dir / "logs" / f"rank{rank}.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = _FileHandler(path, rank, hidden)
+        to_file = _FileHandler(path, rank)
     except OSError as error:
         raise UserError(
             f"the log {path} can't be written: {error.strerror or error}. Choose another folder with run_dir=…"
@@ -172,22 +205,37 @@ def logging_to(run_dir: Path, rank: int, hidden: Sequence[str] = ()) -> Iterator
 
 
 def print_error(message: str) -> None:
-    """Writes a user's error to standard error, alone and at once."""
+    """Writes a user's error to standard error, alone and at once; torchrun's report gets it too."""
+    message = redacted_text(message)
+    tell_launcher(message)
     flush_output()
-    with _no_disk_errors():
+    with contextlib.suppress(OSError):
         sys.stderr.write(f"error: {printable(message)}\n")
         sys.stderr.flush()
 
 
-def flush_output() -> None:
-    """Writes out what is left for standard output and error, or lets go of it where there is no room.
+def tell_launcher(reason: str) -> None:
+    """Has torchrun's report, which is the last that is printed, say why this rank has failed."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = redacted_text(reason).strip()
+        about = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": about}}), encoding="utf-8")
 
-    To be called before a process ends: Python's own flush would turn its exit status into 120.
-    """
+
+def flush_output() -> None:
+    """Writes out what is left for standard output and error, as far as there is room."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError):
             stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+
+
+def check_printed() -> None:
+    """To be called when all has been printed that a program was started for.
+
+    Raises:
+        UserError: not all of it could be written.
+    """
+    flush_output()
+    if _Descriptor.lost is not None:
+        raise UserError(f"standard output can't be written: {_Descriptor.lost.strerror}.")

@@ -29,7 +29,6 @@ from distaccum.devices import Precision, cast, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.model_options import build_model, into_training_mode, options_of
-from distaccum.redaction import redacted
 from distaccum.remembered import Remembered, fingerprint
 from distaccum.seeding import derived_seed, seed_everything
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps
@@ -156,7 +155,7 @@ def _grouping_arguments(config: TrainConfig, data: Any, rank: int) -> dict[str, 
     if not isinstance(config.batch, ByLengthBatchConfig):
         return {}
     # A file for each rank, as ranks of one host write at the same time.
-    name = f"lengths-{fingerprint([redacted(as_plain(config.data.train)), type(data).__qualname__])}-rank{rank}"
+    name = f"lengths-{fingerprint([as_plain(config.data.train), type(data).__qualname__])}-rank{rank}"
     return {"lengths": lengths_of(data, Remembered(name)), "max_tokens": config.batch.max_tokens}
 
 

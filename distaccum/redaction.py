@@ -11,51 +11,84 @@ REDACTED = "<redacted>"
 _OF_A_TOKENIZER = "".join(
     f"(?<!{kind}_)" for kind in ("pad", "eos", "bos", "unk", "mask", "sep", "cls", "start", "end", "image")
 )
-_SECRET_NAME = re.compile(
-    rf"((api|access|secret|private|auth|signing)_?keys?|{_OF_A_TOKENIZER}token|secrets?|passwords?|passwd|passphrase|"
-    r"credentials?)$",
+_NAME = (
+    rf"(?:(?:api|access|secret|private|auth|signing)[_-]?keys?|{_OF_A_TOKENIZER}token|secrets?|passwords?|passwd|"
+    r"passphrase|credentials?|authorization|signature|pwd|(?<![a-z])(?:auth|pat|sig))"
+)
+_SECRET_NAME = re.compile(f"{_NAME}$", re.IGNORECASE)
+_VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|(?:(?:basic|bearer|digest|token) +)?[^\s"'&,;})\]…]+)"""
+_CREDENTIALS = re.compile(
+    rf"""(?<=://)[^\s"'/?#]+(?=@)|"""  # of a URL
+    rf"""(?P<name>{_NAME}["']?(?:=|: ?)){_VALUE}|(?P<kind>\bbearer +)[\w.~+/=-]{{8,}}""",
     re.IGNORECASE,
 )
 
+_READ = "DISTACCUM_SECRET_VARIABLES"
+"""Environment variable with the names of those that `hide_variable` was told of."""
+
+_known: set[str] = set()
+
+
+def hide_variable(name: str) -> None:
+    """Makes secret what an environment variable holds, here and in processes that this one starts."""
+    os.environ[_READ] = ",".join(sorted({*os.environ.get(_READ, "").split(","), name} - {""}))
+
+
+def hide(value: Any, key: str = "") -> None:
+    """Makes texts secret that a configuration has under keys whose names say so."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            hide(entry, key if _SECRET_NAME.search(key) else str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            hide(entry, key)
+    elif value is not None and _SECRET_NAME.search(key):
+        _known.add(str(value))
+
 
 def secrets() -> list[str]:
-    """What the environment's variables hold whose names say that it is secret."""
-    return [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8]
+    """What must not be shown, the longest first: what was hidden, and what the environment's variables hold whose names
+    say that it is secret. Not paths, nor what is shorter than 8 characters, which would be found everywhere."""
+    read = os.environ.get(_READ, "").split(",")
+    named = {
+        value
+        for name, value in os.environ.items()
+        if (_SECRET_NAME.search(name) or name in read) and not _is_path(value)
+    }
+    return sorted((value for value in named | _known if len(value) >= 8), key=len, reverse=True)
 
 
-def secrets_in(value: Any, key: str = "") -> list[str]:
-    """Texts in a configuration whose keys say that they are secret."""
-    if isinstance(value, dict):
-        return [secret for name, entry in value.items() for secret in secrets_in(entry, str(name))]
-    if isinstance(value, list):
-        return [secret for entry in value for secret in secrets_in(entry, key)]
-    return [value] if isinstance(value, str) and len(value) >= 8 and _SECRET_NAME.search(key) else []
+def _is_path(text: str) -> bool:
+    return text.startswith("/") and os.path.exists("/" + text.split("/")[1])
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """A configuration without secrets: texts under a name like `api_key`, or that an environment variable of such a
-    name holds (`${oc.env:…}`)."""
+    """A configuration without secrets: what is under a name like `api_key`, what holds one of `secrets()`, credentials
+    in URLs and the like."""
     if isinstance(value, dict):
-        return {name: redacted(entry, str(name)) for name, entry in value.items()}
+        return {name: redacted(entry, key if _SECRET_NAME.search(key) else str(name)) for name, entry in value.items()}
     if isinstance(value, list):
         return [redacted(entry, key) for entry in value]
-    if isinstance(value, str) and value and (_SECRET_NAME.search(key) or any(s in value for s in secrets())):
+    if not value or isinstance(value, bool | float) or key == "_target_":
+        return value
+    text = str(value)
+    is_secret = isinstance(value, str) or len(text) >= 8  # a shorter number may be a token's index
+    if is_secret and (_SECRET_NAME.search(key) or any(secret in text for secret in secrets())):
         return REDACTED
-    return value
+    return redacted_text(value) if isinstance(value, str) else value
 
 
-def redacted_text(text: str, hidden: list[str]) -> str:
-    """A text without the environment's secrets, and without others that are `hidden`."""
-    for secret in (*secrets(), *hidden):
+def redacted_text(text: str) -> str:
+    """A text without `secrets()`, and without what stands where credentials do: `token=…`, `https://…@host`, …"""
+    for secret in secrets():
         text = text.replace(secret, REDACTED)
-    return text
+    return _CREDENTIALS.sub(lambda found: (found["name"] or found["kind"] or "") + REDACTED, text)
 
 
 def redacted_arguments(arguments: list[str]) -> list[str]:
     """A command line without secrets."""
-    texts = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        is_secret = bool(equals and value and _SECRET_NAME.search(name))
-        texts.append(f"{name}={REDACTED}" if is_secret else redacted_text(argument, []))
-    return texts
+    parts = (argument.partition("=") for argument in arguments)
+    return [
+        f"{name}={REDACTED}" if value and _SECRET_NAME.search(name) else redacted_text(f"{name}{equals}{value}")
+        for name, equals, value in parts
+    ]

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distaccum.files import replacing
+from distaccum.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ class Remembered:
         """Remembers a value in place of the one before."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
-                file.write(json.dumps(value).encode())
+            write_text(self.path, json.dumps(value))
         except OSError as error:
             logger.debug("%s can't be written: %s", self.path, error)

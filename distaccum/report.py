@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distaccum.errors import EXIT_STATUS, UserError, printable
-from distaccum.logs import console, print_error
+from distaccum.logs import check_printed, console, make_output_safe, print_error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,6 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit status: 0, or 2 for bad input."""
+    make_output_safe()
     parser = _Parser(
         prog="python -m distaccum.report",
         description="Writes one page that needs nothing else: how one run went, or how several compare.",
@@ -37,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from distaccum.reporting import write_page
 
     try:
-        path = write_page(given.run_dir, given.out)
+        console.print(printable(str(write_page(given.run_dir, given.out))))
+        check_printed()
     except UserError as error:
         print_error(str(error))
         sys.exit(EXIT_STATUS)
-    console.print(printable(str(path)))
 
 
 if __name__ == "__main__":

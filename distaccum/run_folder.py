@@ -20,7 +20,7 @@ import yaml
 from distaccum.checkpoints import checkpoints_in, clear_leftovers
 from distaccum.config import flat
 from distaccum.errors import UserError
-from distaccum.files import open_regular, read_plain_yaml
+from distaccum.files import WRITING, open_regular, opened, read_plain_yaml, write_text
 from distaccum.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
             path = _folder(run_dir)
             is_relaunch = stack.enter_context(_locked(path)) == _launch() and _is_relaunched()
             clear_leftovers(path / CHECKPOINTS)
+            for leftover in path.glob(f".*{WRITING}"):
+                leftover.unlink()
             # torchrun has started the same command again: its own results are no reason to refuse it.
             is_restart = _is_restart(path, run_dir, "auto" if is_relaunch else resume, plain)
             folder = RunFolder(path, is_restart)
@@ -90,7 +92,7 @@ def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
     """
     try:
         text = yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True)
-        (folder.path / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(folder.path / "config.yaml", text)
         (folder.path / UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(folder.path, error) from error
@@ -150,7 +152,7 @@ def _locked(path: Path) -> Iterator[str | None]:
     Gives the launch that held it before.
     """
     before = _holder(path / _LOCK).get("launch")  # opening the file again later would let go of the lock
-    with (path / _LOCK).open("a+", encoding="utf-8") as file:
+    with open(path / _LOCK, "a+", encoding="utf-8", opener=opened) as file:
         _wait_for_lock(file, path)
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launch": _launch()}, file)
@@ -221,6 +223,6 @@ def leave_marker(path: Path, update: int, signal_name: str) -> None:
     """Says that the run is not finished and wants to be started again."""
     content = {"update": update, "signal": signal_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
-        (path / UNFINISHED).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_text(path / UNFINISHED, json.dumps(content) + "\n")
     except OSError as error:
         logger.warning("%s can't be written: %s", path / UNFINISHED, error.strerror or error)

@@ -65,6 +65,8 @@ def message_of_ranks(done: subprocess.CompletedProcess[str]) -> str:
     ends = re.findall(r"^Traceback .*\n(?:[ ].*\n)+(.*)$", done.stdout + done.stderr, re.MULTILINE)
     assert len(ends) == (done.stdout + done.stderr).count("Traceback (most recent call last)")
     assert all(end.startswith("torch.distributed.elastic.") for end in ends), done.stderr
+    # What torchrun prints last, when it was the one that started them, has it again.
+    assert f"traceback : {said[0]}\n====" in done.stderr or "Root Cause" not in done.stderr
     return str(said[0])
 
 

@@ -103,6 +103,7 @@ NEIGHBOURS = {
     ("distributed", "diagnosis"),
     ("distributed", "heartbeat"),
     ("distributed", "logs"),
+    ("logs", "files"),
     ("heartbeat", "diagnosis"),
     ("interruption", "distributed"),
     ("grouping", "planning"),

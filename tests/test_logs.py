@@ -102,12 +102,10 @@ def test_a_full_disk_costs_messages_of_the_file_only(tmp_path: Path, capfd: pyte
     assert lines[3] == "==== missing here, as they could not be written: 2 messages ===="
 
 
-def test_a_disk_that_stays_full_is_no_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank0.log").symlink_to("/dev/full")
-    with logging_to(tmp_path, rank=0):
+def test_a_disk_that_stays_full_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with disks.no_larger_files(than=0), logging_to(tmp_path, rank=0):
         _log_all()
-    assert capfd.readouterr() == ("some news\nsome warning\n", "")
+    assert capsys.readouterr() == ("some news\nsome warning\n", "")
 
 
 def test_a_message_that_does_not_fit_its_arguments_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +120,39 @@ def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank1.log").read_text().endswith("a path: /\\udcff\n")
 
 
+def test_a_log_that_is_put_aside_is_begun_anew(tmp_path: Path) -> None:
+    with logging_to(tmp_path, rank=0):
+        logger.debug("first")
+        (tmp_path / "logs" / "rank0.log").rename(tmp_path / "old")
+        logger.debug("second")
+    assert _last_word((tmp_path / "old").read_text().splitlines()[-1]) == "first"
+    assert [_last_word(line) for line in _lines(tmp_path)] == ["second"]
+
+
+def test_a_log_is_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="can't be written: Too many levels of symbolic links"):
+        logging_to(tmp_path, rank=0).__enter__()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_output_shows_a_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
+    with logging_to(tmp_path, rank=0):
+        logger.warning("with hunter2hunter2 at https://me:it@host")
+    print_error("with hunter2hunter2")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("with <redacted> at https://<redacted>@host\n", "error: with <redacted>\n")
+    assert _lines(tmp_path)[-1].endswith("with <redacted> at https://<redacted>@host")
+
+
 _CHILD = """
-import sys; from pathlib import Path; from distaccum.logs import console, flush_output, logging_to, print_error
+import sys; from pathlib import Path
+from distaccum.logs import console, flush_output, logging_to, make_output_safe, print_error
+make_output_safe()
 with logging_to(Path(sys.argv[1]), rank=0) as logger:
     for number in range(2000):
         logger.info("message %d", number)
@@ -149,13 +178,44 @@ def test_standard_error_on_a_full_disk_stops_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_a_reader_that_has_gone_ends_the_run(tmp_path: Path) -> None:
+def test_a_reader_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     """As in `… | head`."""
-    with subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
         assert child.stdout is not None
         child.stdout.close()
-    assert child.returncode == 1
-    assert not _lines(tmp_path)[-1].endswith("message 1999")
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+    assert child.returncode == 0
+    assert _lines(tmp_path)[-1].endswith("message 1999")
+
+
+_PRINTER = """
+import sys; from distaccum.logs import check_printed, make_output_safe
+make_output_safe()
+print("1 × 2")
+print("1 × 2", file=sys.stderr)
+check_printed()
+file = open(sys.argv[1], "w")
+assert file.fileno() > 2
+raise KeyError("password=hunter2")
+"""
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_and_characters_that_they_lack(tmp_path: Path, closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", _PRINTER, str(tmp_path / "file")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert (tmp_path / "file").read_text() == "", "nothing is printed into it"
+    assert done.stdout == ("1 \\xd7 2\n" if closed in ("", "2>&-") else "")
+    assert done.stderr.startswith("1 \\xd7 2\nTraceback" if closed in ("", ">&-") else "")
+    assert "hunter2" not in done.stderr.partition("KeyError")[2]
 
 
 def _lines(run_dir: Path) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, Ended, evaluations, files_below, start, updates
+from command_line import TESTS, TINY, Ended, evaluations, files_below, start, updates
 from PIL import Image
 
 Train = Callable[..., Ended]
@@ -490,3 +493,31 @@ def test_epochs_count_to_their_end_after_an_override(
     again = train(*more, "train.epochs=6", f"batch.global_batch_size={after}")
     assert again.status == 0, again.err
     assert updates(Path("run"))[-1]["samples"] == 6 * 64
+
+
+def test_a_run_needs_nobody_who_reads_it(tmp_path: Path) -> None:
+    """Nor characters that it can print, nor standard error."""
+    command = [sys.executable, "-m", "distaccum.train", *TINY, "run_dir=run"]
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$@" 2>&- | head -1', "bash", *command],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "plan           window 16 = 1 rank \\xd7 1 micro-step \\xd7 16; no sync needed; 4 windows an epoch\n"
+    )
+    assert [line["update"] for line in updates(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_help_needs_nobody_who_reads_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distaccum.train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=TESTS.parent) as helping:
+        assert helping.stdout is not None
+        assert helping.stderr is not None
+        helping.stdout.close()
+        assert helping.stderr.read() == b""
+    assert helping.returncode == 0

@@ -28,7 +28,8 @@ from distaccum.choices import Goal
 from distaccum.comparison.report import environment
 from distaccum.config import as_plain
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
-from distaccum.files import replacing
+from distaccum.files import write_result, write_text
+from distaccum.interruption import SIGNALS
 from distaccum.logs import console, logging_to
 from distaccum.observers.formatting import duration, number
 from distaccum.redaction import redacted, redacted_arguments
@@ -43,7 +44,7 @@ _MAY_CHANGE = ("batch_sizes", "lr_rules", "metric", "goal", "target", "smoothing
 
 
 class _StoppedError(Exception):
-    """SIGTERM: save, leave, and say that this wants to be started again."""
+    """SIGTERM or SIGHUP: save, leave, and say that this wants to be started again."""
 
 
 def study(config: StudyConfig) -> int:
@@ -83,7 +84,7 @@ def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> in
         if not (path / "config.yaml").exists():
             plain = as_plain(config)
             plain["study"]["point"] = None
-            _write(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
+            write_text(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise UserError(f"run_dir={path} can't be written: {error.strerror or error}.") from error
     point = points[index]
@@ -234,7 +235,7 @@ class _Study:
             # What the run says of a number that is not finite ends with how to go on all the same.
             diverged = "train.on_nonfinite=skip" in str(failure)
             run_dir.mkdir(parents=True, exist_ok=True)
-            _write(run_dir / _OUTCOME, json.dumps({"reason": str(failure), "diverged": diverged}) + "\n")
+            write_text(run_dir / _OUTCOME, json.dumps({"reason": str(failure), "diverged": diverged}) + "\n")
             logger.warning("%s: %s", point.title, failure)
             return
         logger.info("%s: %s", point.title, self._in_words(learning))
@@ -311,15 +312,11 @@ class _Study:
                 )
 
     def _write_all(self, found: Study) -> None:
-        entries = dataclasses.asdict(found)
-        try:
-            _write(self.path / "study.json", json.dumps(_finite(entries), indent=1, allow_nan=False) + "\n")
-            _write(self.path / "study.html", page_of(found))
-            picture = picture_of(found)
-            if picture:
-                _write(self.path / "study.svg", picture)
-        except OSError as error:
-            raise UserError(f"{self.path} can't be written: {error.strerror or error}.") from error
+        entries = json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
+        texts = {"study.json": entries, "study.html": page_of(found), "study.svg": picture_of(found)}
+        for name, text in texts.items():
+            if text:
+                write_result(self.path / name, text, "Mend that, and start the same command again.")
 
 
 def _evaluation_names(path: Path) -> list[str]:
@@ -342,18 +339,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     def raise_stop(*_: Any) -> None:
         raise _StoppedError
 
-    before = signal.signal(signal.SIGTERM, raise_stop)
+    before = {number: signal.signal(number, raise_stop) for number in {signal.SIGTERM, signal.SIGHUP} & {*SIGNALS}}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

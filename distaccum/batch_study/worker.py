@@ -17,7 +17,7 @@ import torch
 
 from distaccum.assembly import train
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
-from distaccum.logs import flush_output, print_error
+from distaccum.logs import flush_output, make_output_safe, print_error
 from distaccum.measuring.portable import from_portable
 
 _SECONDS_TO_BE_STOPPED = 5.0
@@ -40,6 +40,7 @@ def _status(job_file: str) -> int:
 
 
 if __name__ == "__main__":
+    make_output_safe()
     status = _status(sys.argv[1])
     logging.shutdown()
     flush_output()

@@ -30,6 +30,7 @@ from distaccum.comparison.results import (
 from distaccum.comparison.terminal import show
 from distaccum.config import as_plain
 from distaccum.errors import UserError
+from distaccum.files import write_result
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable
 from distaccum.measuring.sessions import Job, PlacementFailedError, Session
@@ -60,8 +61,9 @@ def compare(config: CompareConfig) -> Report:
         started = time.monotonic()
         report = _Comparison(config, run_dir).run()
         report.seconds = time.monotonic() - started
-        _write(run_dir / "compare.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
-        _write(run_dir / "compare.html", page_of(report))
+        found = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+        for name, text in (("compare.json", found), ("compare.html", page_of(report))):
+            write_result(run_dir / name, text, "Choose another run_dir.")
         show(report, run_dir)
     return report
 
@@ -245,10 +247,3 @@ def _available_memory() -> float:
             if line.startswith("MemAvailable:"):
                 return float(line.split()[1]) * 1024
     return float("inf")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another run_dir.") from error

@@ -18,7 +18,7 @@ from distaccum.continuing import check_progress
 from distaccum.distributed import World
 from distaccum.ensembling.trust import check_trusted
 from distaccum.errors import UserError
-from distaccum.redaction import REDACTED
+from distaccum.redaction import REDACTED, hide
 from distaccum.run_folder import CHECKPOINTS
 
 _OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
@@ -134,9 +134,10 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequenc
         config = _changed(config, key, value)
     built = {name: config[name] for name in ("data", "model", "task")}
     for key, value in flat(built).items():
-        if value == REDACTED:
+        if REDACTED in str(value):
             raise UserError(f"{key} is a secret, which is not in the checkpoint: give it again, as in {key}=…")
     check_trusted(built, [override.partition("=")[0] for override in overrides], trust)
+    hide(config)
     return config
 
 

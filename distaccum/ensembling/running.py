@@ -28,7 +28,7 @@ from distaccum.ensembling.members import Member, find_members, load_weights
 from distaccum.errors import UserError, printable
 from distaccum.evaluation import evaluate_model
 from distaccum.evaluator import metrics_of
-from distaccum.files import replacing
+from distaccum.files import write_result
 from distaccum.loaders import EvaluationLoader
 from distaccum.logs import console
 from distaccum.model_options import build_model
@@ -268,10 +268,4 @@ def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combinati
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     assert wishes.output is not None
-    try:
-        with replacing(wishes.output) as file:
-            file.write((json.dumps(found, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            f"{wishes.output} can't be written: {error.strerror or error}. Choose another with --out."
-        ) from error
+    write_result(wishes.output, json.dumps(found, indent=2) + "\n", "Choose another with --out.")

@@ -20,13 +20,15 @@ import torch
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
+from distaccum.logs import make_output_safe
 from distaccum.measuring.portable import from_portable
 from distaccum.measuring.rank import Measuring
+from distaccum.redaction import hide, redacted_text
 
 
 def explain_failure(error: BaseException) -> tuple[str, str]:
     """What kind of failure it is (`user`, `memory` or `bug`), and one line that says what happened."""
-    line = " ".join(str(error).split())
+    line = redacted_text(" ".join(str(error).split()))
     if isinstance(error, UserError):
         return "user", line
     is_full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line
@@ -76,7 +78,9 @@ def _measuring(world: World, job: dict[str, Any]) -> Measuring:
 
 def main(job_file: str) -> None:
     """Works through one job, whose file says where the tool is to be found."""
+    make_output_safe()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    hide(job["config"])
     torch.set_num_threads(job["threads"])
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(job["socket"])

@@ -59,7 +59,7 @@ def keep_lines(source: Path | None, target: Path, last_update: int) -> KeptLines
     kept.last_evaluated = max((key.update for key in keys if key.is_evaluation), default=-1)
     wanted = [places[key] for key in keys]
     end = _end_of_prefix(wanted)
-    if source is not None and source == target and end is not None:
+    if source is not None and source == target and end is not None and not target.is_symlink():
         # What is to stay is how the file begins: cutting it takes no room, and there may be none.
         if end != target.stat().st_size:
             os.truncate(target, end)

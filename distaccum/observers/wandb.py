@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distaccum.choices import WandbMode
 from distaccum.errors import UserError
-from distaccum.files import replacing
+from distaccum.files import write_text
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.redaction import redacted_arguments
 
@@ -94,8 +94,7 @@ class Wandb(Observer):
             logger.warning("%s holds no id of a wandb run: this one gets a new id", path)
         path.parent.mkdir(exist_ok=True)
         run_id = secrets.token_hex(4)  # of the length of wandb's own
-        with replacing(path) as file:
-            file.write(f"{run_id}\n".encode())
+        write_text(path, f"{run_id}\n")
         return run_id
 
     def _failure(self, error: Exception) -> UserError:

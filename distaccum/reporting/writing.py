@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distaccum.errors import UserError, require
-from distaccum.files import open_regular, replacing
+from distaccum.files import write_text
 from distaccum.pages import MADE_BY
 from distaccum.reporting.page import page_of
 from distaccum.reporting.runs import read_runs
@@ -28,12 +28,11 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     if path.is_dir():
         path = path / _NAME
     try:
-        if path.exists():
-            with open_regular(path) as file:
+        if path.is_file() and not path.is_symlink():  # a link is replaced, whatever it leads to
+            with path.open("rb") as file:
                 is_a_page = MADE_BY.encode() in file.read(1000)
             require(is_a_page, f"{path} exists already and is no page of distaccum: choose another file with --out.")
-        with replacing(path) as file:
-            file.write(page_of(runs).encode())
+        write_text(path, page_of(runs))
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another with --out.") from error
     return path

@@ -19,6 +19,7 @@ from distaccum.choices import DeviceChoice
 from distaccum.comparison.report import environment
 from distaccum.config import SingleConfig, TrainConfig, as_plain
 from distaccum.errors import UserError
+from distaccum.files import write_text
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable
 from distaccum.measuring.sessions import Job, PlacementFailedError, Session
@@ -144,6 +145,6 @@ def _write_experiment(path: Path, setting: Setting, report: Report) -> None:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another path.") from error

@@ -143,5 +143,6 @@ def test_a_bug_keeps_its_traceback_on_one_rank() -> None:
     assert done.returncode != 0
     # torchrun adds one of its own.
     assert done.stderr.count("Traceback (most recent call last)") == 2
-    assert done.stderr.count("TypeError: ") == 1
+    assert len(re.findall(r"^(?:\[rank\d\]: )?TypeError: ", done.stderr, re.MULTILINE)) == 1
+    assert re.search("traceback : TypeError: .+\n====", done.stderr), "what torchrun prints last has it again"
     assert "user_project.py" in done.stderr

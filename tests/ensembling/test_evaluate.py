@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import TINY, Ended, evaluations
+from command_line import TESTS, TINY, Ended, evaluations
 from launching import forked
 from torch import Tensor, nn
 
@@ -373,3 +375,16 @@ def test_an_average_that_has_not_begun_is_not_evaluated(evaluated: Evaluate, tra
     early = evaluated("late", "--weights", "swa", "--which", "all")
     assert early.status == 2
     assert "has no swa weights: the average begins later than update" in early.err
+
+
+def test_a_table_that_cannot_be_printed_is_told(runs: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "distaccum.evaluate", str(runs / "a")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=TESTS.parent,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: standard output can't be written: No space left on device.\n")

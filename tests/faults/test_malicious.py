@@ -213,7 +213,15 @@ VARIABLES = {
     "DB_PASSWORD": "correct horse battery",
     "MY_API_KEY": KEY,
 }
-OBSERVED = ["+observers.mine._target_=troubles.Boastful", "+observers.mine.api_key=${oc.env:MY_API_KEY}"]
+READ = {"MINE": "value-of-no-telling-name"}
+"""What the configuration reads, although neither the variable nor the key says that it is a secret."""
+OBSERVED = [
+    "+observers.mine._target_=troubles.Boastful",
+    "+observers.mine.api_key=${oc.env:MY_API_KEY}",
+    "+observers.mine.mail={user: '${oc.env:MINE}', url: 'smtp://me:in-a-url-0816@host/', headers: "
+    "{Authorization: 'Basic aW4tYS1oZWFkZXI='}, auth: [me, in-a-list-0817], pwd: and-pwd-0818}",
+]
+WRITTEN_OUT = ("in-a-url-0816", "aW4tYS1oZWFkZXI=", "in-a-list-0817", "and-pwd-0818")
 
 
 def holders(folder: Path, text: str) -> list[str]:
@@ -227,14 +235,16 @@ def holders(folder: Path, text: str) -> list[str]:
 def test_secrets_are_in_no_file_of_a_run(runs: Starter) -> None:
     settings = [*OBSERVED, "wandb.mode=offline", "checkpoint.async_save=false"]
     settings = [*(entry for entry in RUN if not entry.startswith("wandb")), *settings]
-    broken = runs.run(*settings, "+observers.mine.fails_at=5", **VARIABLES)
+    variables = {**VARIABLES, **READ}
+    broken = runs.run(*settings, "+observers.mine.fails_at=5", **variables)
     assert broken.statuses == [1], broken
     assert "RuntimeError: can't log in with" in Path("run/logs/rank0.log").read_text()
-    stopped = runs.run(*settings, troubles=[trouble("forward", "SIGTERM", nth=STEPS)], **VARIABLES)
+    assert "RuntimeError: can't log in with" in broken.err
+    stopped = runs.run(*settings, troubles=[trouble("forward", "SIGTERM", nth=STEPS)], **variables)
     assert stopped.statuses == [75], stopped
-    assert runs.run(*settings, ranks=2, **VARIABLES).statuses == [0, 0]
-    for value in VARIABLES.values():
-        assert holders(Path("run"), value) == []
+    assert runs.run(*settings, ranks=2, **variables).statuses == [0, 0]
+    for value in (*variables.values(), *WRITTEN_OUT):
+        assert holders(Path(), value) == [], "the output of the processes is in there, too"
     assert holders(Path("run"), "troubles.Boastful"), "what is to be found is found"
     assert any("offline-run" in path for path in holders(Path("run"), "grad_norm"))
 

@@ -54,7 +54,7 @@ def in_update(number: int, step: int, ranks: int = 1) -> int:
     return (number - 1) * (STEPS // ranks) + step
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
 def test_the_window_is_finished_and_saved(runs: Starter, name: str, status: int) -> None:
     again = [trouble("forward", "SIGTERM", nth=in_update(4, 4))] if name == "SIGTERM" else []
     ended = runs.run(*RUN, troubles=[trouble("forward", name, nth=in_update(4, 3)), *again])

@@ -139,12 +139,14 @@ class Boastful(Observer):
     Args:
         api_key: what must not be seen.
         fails_at: number of that update; 0 for none.
+        mail: more of that kind.
     """
 
-    def __init__(self, api_key: str, fails_at: int = 0) -> None:
+    def __init__(self, api_key: str, fails_at: int = 0, mail: Any = None) -> None:
         self.api_key = api_key
         self.fails_at = fails_at
+        self.mail = mail
 
     def on_update(self, record: UpdateRecord) -> None:
         if record.update == self.fails_at:
-            raise RuntimeError(f"can't log in with {self.api_key}")
+            raise RuntimeError(f"can't log in with {self.api_key}, {self.mail}")

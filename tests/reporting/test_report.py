@@ -20,6 +20,7 @@ from command_line import TINY, Ended
 
 from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import read_metrics
+from distaccum.pages import MADE_BY
 from distaccum.report import main
 from distaccum.reporting import write_page
 from distaccum.reporting.runs import differences, read_runs
@@ -335,6 +336,29 @@ def test_a_folder_from_a_stranger_does_not_hold_it_up(tmp_path: Path) -> None:
     os.mkfifo(folder / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl can't be read: it is no regular file"):
         write_page([folder])
+
+
+def test_what_is_printed_and_cannot_be_is_told(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", usual(3))
+    command = [sys.executable, "-m", "distaccum.report"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, str(folder)], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: standard output can't be written: No space left on device.\n")
+    with subprocess.Popen([*command, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as helping:
+        assert helping.stdout is not None
+        assert helping.stderr is not None
+        helping.stdout.close()
+        assert helping.stderr.read() == b""
+    assert helping.returncode == 0
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
+    folder, precious = run(tmp_path / "run", usual(3)), tmp_path / "precious"
+    precious.write_text(MADE_BY)
+    for name in (".report.html.writing", "report.html"):
+        (folder / name).symlink_to(precious)
+    assert "<html" in write_page([folder]).read_text()
+    assert precious.read_text() == MADE_BY
 
 
 def test_from_the_command_line_without_torch(tmp_path: Path) -> None:
