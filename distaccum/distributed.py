@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import ipaddress
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -60,7 +60,6 @@ class World:
             self._store = PrefixStore(_attempt(), self._find_store())
             _end_with_launcher()
         self._shared = self._store  # what ranks tell each other, besides torch's own
-        self._holds_store = self.rank == 0 and not _launcher_holds_store()
         self.heartbeat = Heartbeat(self.rank, self.world_size)
 
     def _find_store(self) -> Any:
@@ -102,15 +101,16 @@ class World:
         except RuntimeError as error:
             raise UserError(_explain_connecting(error)) from error
         if self.world_size > 1:
-            # A store that outlives a restart of the ranks still has what they wrote before.
-            self._shared = PrefixStore(self.from_main(uuid.uuid4().hex), self._store)
-            self.heartbeat.start(
-                self._shared,
-                timeout_seconds,
-                holder=None if _launcher_holds_store() else 0,
-                is_said_here=_is_said_here,
-                on_stuck=self._end_stuck if on_cuda else None,
-            )
+            self._shared = self._own_store()
+            on_stuck = self._end_stuck if on_cuda else None
+            self.heartbeat.start(self._shared, timeout_seconds, is_said_here=_is_said_here, on_stuck=on_stuck)
+
+    def _own_store(self) -> dist.TCPStore:
+        """A store on rank 0: the launcher's ends with the launcher, and knows what ranks wrote before a restart."""
+        patience = timedelta(seconds=_SECONDS_TO_START)
+        store = dist.TCPStore(_own_address(), 0, None, True, patience, False) if self.is_main else None
+        host, port = self.from_main((store.host, store.port) if store is not None else ("", 0))
+        return dist.TCPStore(host, port, None, False, patience) if store is None else store
 
     def _await_all(self) -> None:
         keys = [f"started/{rank}" for rank in range(self.world_size)]
@@ -230,7 +230,7 @@ class World:
     def leave(self, *, failed: bool) -> None:
         """Leaves the other ranks: in good order, or after a failure in haste."""
         on_several_hosts = self.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if failed and (self._holds_store or self._speaks_for_host or on_several_hosts):
+        if failed and (self.is_main or self._speaks_for_host or on_several_hosts):
             # Who has not heard of the failure before the store goes away would think that this rank was killed.
             self.heartbeat.let_others_hear()
         self.heartbeat.stop()
@@ -261,6 +261,18 @@ def _end_with_launcher() -> None:
 
 def _word_name() -> str:
     return f"\0distaccum {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} {_attempt()}"
+
+
+def _own_address() -> str:
+    """Where the ranks of all hosts find this one: its end of the way to the launcher's store.
+
+    A way that ends within the host can only be named as the launcher has named it.
+    """
+    to = socket.getaddrinfo(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], type=socket.SOCK_DGRAM)[0]
+    with socket.socket(*to[:2]) as probe:
+        probe.connect(to[4])
+        address: str = probe.getsockname()[0]
+    return os.environ["MASTER_ADDR"] if ipaddress.ip_address(address).is_loopback else address
 
 
 def _is_said_here() -> bool:
