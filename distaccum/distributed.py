@@ -22,8 +22,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distaccum.diagnosis import is_broken_collective
-from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
+from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError, asked_to_exit
 from distaccum.heartbeat import Heartbeat, answer
+from distaccum.launcher import launch
 from distaccum.logs import print_error
 
 T = TypeVar("T")
@@ -41,22 +42,21 @@ class World:
 
     Attributes:
         rank, local_rank, world_size: as in torch.distributed; 0, 0 and 1 without a launcher.
+        ranks_on_host: how many of them this host has.
         launched: True under torchrun, or any launcher that sets the same environment.
         heartbeat: tells the other ranks what this one is doing.
 
     Raises:
-        UserError: a launcher has set only a part of what the ranks need to find each other.
+        UserError: a launcher has set only a part of what the ranks need to find each other, or what can't be.
     """
 
     def __init__(self) -> None:
-        self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        told = launch()
+        self.launched, self.rank, self.local_rank = told.is_launched, told.rank, told.local_rank
+        self.world_size, self.ranks_on_host = told.world_size, told.local_world_size
         self._store: Any = None  # a torch.distributed.Store
         self._speaks_for_host = False
         if self.launched:
-            self.rank = int(os.environ["RANK"])
-            self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            self.world_size = int(os.environ["WORLD_SIZE"])
             self._store = PrefixStore(_attempt(), self._find_store())
             _end_with_launcher()
         self._shared = self._store  # what ranks tell each other, besides torch's own
@@ -229,7 +229,7 @@ class World:
 
     def leave(self, *, failed: bool) -> None:
         """Leaves the other ranks: in good order, or after a failure in haste."""
-        on_several_hosts = self.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        on_several_hosts = self.world_size > self.ranks_on_host
         if failed and (self.is_main or self._speaks_for_host or on_several_hosts):
             # Who has not heard of the failure before the store goes away would think that this rank was killed.
             self.heartbeat.let_others_hear()
@@ -315,9 +315,9 @@ def joined_world() -> Iterator[World]:
             # Leaving while another rank still reads from this one's sockets aborts that rank.
             world.heartbeat.doing("end of the run", waits=True)
             dist.barrier()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failed = True
-        explained = world.explain(error)
+        explained = world.explain(asked_to_exit(error) if isinstance(error, SystemExit) else error)
         if explained is error:
             raise
         raise explained from error

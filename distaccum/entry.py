@@ -31,7 +31,15 @@ from omegaconf.errors import (
 
 from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, conf_dir
-from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
+from distaccum.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STATUS,
+    EXIT_UNFINISHED,
+    OtherRankFailedError,
+    UserError,
+    asked_to_exit,
+)
+from distaccum.launcher import launch
 from distaccum.logs import flush_output, print_error
 from distaccum.tool_configs import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
 
@@ -58,7 +66,11 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
     `run` returns becomes the exit status; of the points of a sweep, the largest one.
     """
-    _register()
+    try:
+        _register()
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(EXIT_STATUS)
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     is_composing, status = True, 0
@@ -103,6 +115,8 @@ def outcome_of(run: Callable[[], int | None]) -> int | None:
         time.sleep(_SECONDS_TO_BE_STOPPED)
     except UserError as error:
         print_error(str(error))
+    except SystemExit as error:
+        print_error(str(asked_to_exit(error)))
     leave(EXIT_STATUS)
     return EXIT_STATUS
 
@@ -122,6 +136,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
 
 
 def _register() -> None:
+    launch()  # whose variables decide on defaults
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(group=f"schema/{name}", name=name, node=root)
@@ -132,8 +147,7 @@ def _register() -> None:
 
 
 def _default_strategy() -> str:
-    is_launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return "ddp" if is_launched else "single"
+    return "ddp" if launch().world_size > 1 else "single"
 
 
 def _refuse_sweep_on_ranks() -> None:
@@ -187,6 +201,8 @@ def explain_composition_error(error: BaseException) -> str:
             return _explain_unknown_key(cause, message.split("'")[1])
         case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
             return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
+        case ConfigCompositionException() if given := re.match(r"Error resolving interpolation '(.*?)'", message):
+            return f"{given[1]} can't be what a group is given: name one of its options, as in data=digits."
         case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
             group = group_given[1]
             return f"{group} is given more than once. Choose one option: {group}=…, without +."
@@ -202,7 +218,7 @@ def explain_composition_error(error: BaseException) -> str:
         case yaml.YAMLError():
             return f"a configuration file can't be read: {' '.join(str(error).split())}."
         case ValueError() if message.startswith("Config group override"):
-            return f"{message}. A group is given by the name of one of its options, as in data=digits."
+            return f"{message}: a group, as in {{', '.join(groups)}}, is given by the name of one of its options."
     return f"{message}."
 
 
@@ -290,7 +306,7 @@ def exit_before_ranks_are_joined(error: UserError) -> NoReturn:
     Rank 0 speaks. The others wait to be stopped by the launcher, as they are when rank 0 fails; one that is still
     here after a while failed alone (it was started with other arguments), and speaks for itself.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_BE_STOPPED)
     print_error(str(error))
     sys.exit(EXIT_STATUS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
 
@@ -22,6 +24,15 @@ class UserError(Exception):
 
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""
+
+
+def asked_to_exit(error: SystemExit) -> UserError:
+    """What to raise in place of an exit that a user's own code has asked for, and nobody else."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return UserError(
+        f"{place.filename}:{place.lineno} has asked to end the process, by sys.exit({error.code!r}), and the run is "
+        'not done. Take that out; in a module that is a script too, put it under `if __name__ == "__main__":`.'
+    )
 
 
 def require(condition: bool, message: str) -> None:
