@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -17,13 +19,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from distaccum.errors import UserError
+from distaccum.launcher import signal_when_parent_ends
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,14 @@ _SECONDS_TO_PIN = 6.0
 """What the thread that pins memory gets to end; it looks every 5 s."""
 
 _NEWER_PYTHON = "A newer Python, 3.12 or the last 3.11, is not known to leave them hanging"
+
+_SHORTAGES = {
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+    errno.ENFILE: "Have the system allow more open files",
+    errno.ENOSPC: "Make room in shared memory (/dev/shm)",
+    errno.ENOMEM: "Give the job more memory",
+    errno.EAGAIN: "Allow more processes (ulimit -u)",
+}
 
 _DEATHS = {
     signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
@@ -97,8 +108,13 @@ class DataWorkers:
             return
         self.end()
         for attempt, seconds in enumerate(_SECONDS_TO_BEGIN, 1):
-            if self._has_started(seconds):
-                return
+            try:
+                if self._has_started(seconds):
+                    return
+            except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:
+                if (reason := self._cannot_start(error)) is None:
+                    raise
+                raise UserError(reason) from error
             if attempt < len(_SECONDS_TO_BEGIN):
                 logger.warning(
                     "the worker processes that load the %s data did not begin within %g s of their fork, and are "
@@ -158,7 +174,9 @@ class DataWorkers:
         """Starts new workers; False if some of them do not begin in that time, and all are ended again."""
         time.sleep(_SECONDS_BEFORE_FORK)
         gate = _Gate(multiprocessing.Semaphore(0), multiprocessing.Semaphore(0))
-        loader = self._new_loader(functools.partial(_begin_worker, gate))
+        # The kernel goes by the thread that starts them, which may end before the training does.
+        in_main = threading.current_thread() is threading.main_thread()
+        loader = self._new_loader(functools.partial(_begin_worker, gate, in_main))
         others = multiprocessing.active_children()
         try:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
@@ -182,6 +200,19 @@ class DataWorkers:
                 _kill_and_join(iterator._workers)
                 self.end()
         return has_started
+
+    def _cannot_start(self, error: Exception) -> str | None:
+        """Why starting workers has failed; None if that is neither for the system nor for the dataset."""
+        what = f"the worker processes that load the {self._role} data can't be started"
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _SHORTAGES:
+            return f"{what}: {os.strerror(number)}. {_SHORTAGES[number]}, or lower data.num_workers."
+        if isinstance(error, OSError) or multiprocessing.get_start_method() == "fork":
+            return None
+        return (
+            f"{what}, as the dataset or its collate_fn can't be handed to them: {error}. Define what it holds at the "
+            "top of a module (no lambda, no open file), or set data.num_workers=0."
+        )
 
     def _have_begun(self, gate: _Gate, seconds: float) -> bool:
         """Waits for all workers to begin; False if some do not, though none has died."""
@@ -240,8 +271,11 @@ class DataWorkers:
         )
 
 
-def _begin_worker(gate: _Gate, worker: int) -> None:
+def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
     try:
+        if ends_with_parent:
+            signal_when_parent_ends(signal.SIGKILL)  # also if it is stopped then, and no thread of its own runs
+        sys.excepthook = _say_unless_broken_off
         training = multiprocessing.parent_process()
         if training is not None:
             # torch's worker takes whoever is its parent a moment after this for the training process, and ends with
@@ -252,6 +286,12 @@ def _begin_worker(gate: _Gate, worker: int) -> None:
     finally:
         gate.begun.release()  # torch hands an exception over in the place of the first batch
     gate.opened.acquire()
+
+
+def _say_unless_broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Keeps quiet of a tensor that is being handed over when the training is killed: that is spoken of elsewhere."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with(training: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import ipaddress
 import os
@@ -24,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from distaccum.diagnosis import is_broken_collective
 from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError, asked_to_exit
 from distaccum.heartbeat import Heartbeat, answer
-from distaccum.launcher import launch
+from distaccum.launcher import launch, signal_when_parent_ends
 from distaccum.logs import print_error
 
 T = TypeVar("T")
@@ -32,7 +31,6 @@ T = TypeVar("T")
 _FAILURES = "failures"
 _SECONDS_TO_START = 300.0
 """How long ranks wait for each other's start, which takes as long as the slowest disk needs to load libraries."""
-_PR_SET_PDEATHSIG = 1
 _NCCL_PATIENCE = 60.0
 """How much longer NCCL's own watchdog waits, which aborts the process with a page of C++."""
 
@@ -255,8 +253,8 @@ def _end_with_launcher() -> None:
 
     The rank saves and leaves. Otherwise it would go on, unseen, and keep the run folder from the next torchrun.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_when_parent_ends(signal.SIGTERM)
 
 
 def _word_name() -> str:

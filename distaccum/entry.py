@@ -68,6 +68,10 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     """
     try:
         _register()
+        os.getcwd()
+    except FileNotFoundError:
+        print_error("the current folder is no longer there. Change to one that is: cd PATH.")
+        sys.exit(EXIT_STATUS)
     except UserError as error:
         print_error(str(error))
         sys.exit(EXIT_STATUS)
@@ -96,7 +100,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     except _COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
-        exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
+        exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
@@ -132,7 +136,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return _typed(hydra.compose(config_name, list(overrides)))
     except _COMPOSITION_ERRORS as error:
-        raise UserError(explain_composition_error(error)) from error
+        raise UserError(explain_composition_error(error, overrides)) from error
 
 
 def _register() -> None:
@@ -185,7 +189,7 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
     return strays
 
 
-def explain_composition_error(error: BaseException) -> str:
+def explain_composition_error(error: BaseException, overrides: Sequence[str] = ()) -> str:
     """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
     cause = error.__cause__ or error.__context__
     message = _first_line(error)
@@ -218,8 +222,14 @@ def explain_composition_error(error: BaseException) -> str:
         case yaml.YAMLError():
             return f"a configuration file can't be read: {' '.join(str(error).split())}."
         case ValueError() if message.startswith("Config group override"):
-            return f"{message}: a group, as in {{', '.join(groups)}}, is given by the name of one of its options."
+            wrong = [text for text in overrides if text.partition("=")[0] in SCHEMAS and not _is_choice(text)]
+            said = f"{', '.join(wrong)} names no option" if wrong else message
+            return f"{said}. A group is given by the name of one of its options, as in data=digits."
     return f"{message}."
+
+
+def _is_choice(override: str) -> bool:
+    return isinstance(yaml.safe_load(override.partition("=")[2]), str | list)
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,6 +35,12 @@ def asked_to_exit(error: SystemExit) -> UserError:
     )
 
 
+def not_importable(who: str, package: str, error: BaseException) -> UserError:
+    """What to raise where an example's package is missing, or can't be loaded although it is there."""
+    mend = " Install it: pip install 'distaccum[examples]'" if isinstance(error, ModuleNotFoundError) else ""
+    return UserError(f"{who} needs {package}, which cannot be imported ({type(error).__name__}: {error}).{mend}")
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

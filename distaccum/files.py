@@ -11,7 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from distaccum.errors import UserError
+
 logger = logging.getLogger(__name__)
+
+
+def without_tilde(path: str) -> Path:
+    """A path that a user has given, with their home in place of `~`.
+
+    Raises:
+        UserError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} can't be found: {error}. Give the whole path.") from error
 
 
 @contextmanager

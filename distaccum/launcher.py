@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 from distaccum.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
 
 _STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 """Who starts several processes without telling them what torchrun tells: the number of them → its name."""
@@ -42,6 +46,12 @@ def launch() -> Launch:
     rank, local_rank = _number("RANK", below=world_size), _number("LOCAL_RANK", "0", below=world_size)
     here = _number("LOCAL_WORLD_SIZE", "1", least=1)
     return Launch(is_launched=True, rank=rank, local_rank=local_rank, world_size=world_size, local_world_size=here)
+
+
+def signal_when_parent_ends(number: int) -> None:
+    """Has the kernel send this process a signal when the thread that started it has ended. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _number(name: str, default: str = "", *, least: int = 0, below: int | None = None) -> int:

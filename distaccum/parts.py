@@ -24,7 +24,7 @@ from distaccum.config import (
     as_plain,
 )
 from distaccum.data.lengths import lengths_of
-from distaccum.devices import Precision, resolve_precision
+from distaccum.devices import Precision, is_out_of_memory, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.model_options import build_model
@@ -92,7 +92,15 @@ def build_parts(
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
+    try:
+        module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) and "overflow" not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the model is too large to be built: {reason}. Give it smaller sizes (model.…, data.…)."
+        ) from error
     return Parts(
         precision=precision,
         train_data=train_data,

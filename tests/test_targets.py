@@ -228,3 +228,9 @@ def test_a_component_without_a_signature_is_called_as_it_is() -> None:
 def test_an_argument_that_neither_the_section_nor_the_data_gives_is_named() -> None:
     with pytest.raises(UserError, match=r"model.size is null, and the data doesn't say it: SimpleNamespace has no"):
         targets.build({"_target_": f"{THIS}.Part", "size": None}, "model", defaults_from=SimpleNamespace())
+
+
+def test_a_module_that_ends_the_process_says_so(tmp_path: Path) -> None:
+    (tmp_path / "targets_package" / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    said = _message({"_target_": "targets_package.ends.Net"})
+    assert said.startswith("model._target_=targets_package.ends.Net cannot be imported: SystemExit: 0. ")
