@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distaccum.errors import UserError
 from distaccum.launcher import signal_when_parent_ends
@@ -112,7 +114,7 @@ class DataWorkers:
                 if self._has_started(seconds):
                     return
             except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:
-                if (reason := self._cannot_start(error)) is None:
+                if (reason := self._what_is_lacking(error)) is None:
                     raise
                 raise UserError(reason) from error
             if attempt < len(_SECONDS_TO_BEGIN):
@@ -180,7 +182,10 @@ class DataWorkers:
         others = multiprocessing.active_children()
         try:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
-        except BaseException:
+        except BaseException as error:
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                    half_made._shutdown = True  # it can't do that itself when it is collected
             # Those that were started wait at the gate, and nobody knows them.
             _kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
@@ -201,13 +206,15 @@ class DataWorkers:
                 self.end()
         return has_started
 
-    def _cannot_start(self, error: Exception) -> str | None:
-        """Why starting workers has failed; None if that is neither for the system nor for the dataset."""
-        what = f"the worker processes that load the {self._role} data can't be started"
+    def _what_is_lacking(self, error: Exception) -> str | None:
+        """Why workers can't start or go on; None if that is neither for the system nor for the dataset."""
+        what = f"the worker processes that load the {self._role} data can't work"
         number = error.errno if isinstance(error, OSError) else None
+        if "Too many open files" in str(error):
+            number = errno.EMFILE  # torch makes a RuntimeError of it
         if number in _SHORTAGES:
             return f"{what}: {os.strerror(number)}. {_SHORTAGES[number]}, or lower data.num_workers."
-        if isinstance(error, OSError) or multiprocessing.get_start_method() == "fork":
+        if isinstance(error, OSError | RuntimeError) or multiprocessing.get_start_method() == "fork":
             return None
         return (
             f"{what}, as the dataset or its collate_fn can't be handed to them: {error}. Define what it holds at the "
@@ -242,9 +249,11 @@ class DataWorkers:
                 for worker in self._workers():
                     if worker.sentinel in broken:
                         worker.join(timeout=1)
-            if self.dead_worker() is None:
+            if self.dead_worker() is not None:
+                raise self._death() from error
+            if (reason := self._what_is_lacking(error)) is None:
                 raise
-            raise self._death() from error
+            raise UserError(reason) from error
 
     def _watched(self, step: Callable[[], Any]) -> Any:
         """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""

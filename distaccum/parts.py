@@ -94,13 +94,11 @@ def build_parts(
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
     try:
         module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, TypeError, MemoryError) as error:
         if not is_out_of_memory(error) and "overflow" not in str(error).lower():
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(
-            f"the model is too large to be built: {reason}. Give it smaller sizes (model.…, data.…)."
-        ) from error
+        raise UserError(f"the model is too large to be built: {reason}. Lower the sizes in model or data.") from error
     return Parts(
         precision=precision,
         train_data=train_data,

@@ -21,7 +21,7 @@ FLOORS = {
     "distributed": 1,
     "gathering": 1,
     "heartbeat": 1,
-    "launcher": 0,
+    "launcher": 1,
     "diagnosis": 1,
     "compilation": 1,
     "data_workers": 1,
