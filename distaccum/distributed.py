@@ -103,12 +103,12 @@ class World:
             on_stuck = self._end_stuck if on_cuda else None
             self.heartbeat.start(self._shared, timeout_seconds, is_said_here=_is_said_here, on_stuck=on_stuck)
 
-    def _own_store(self) -> dist.TCPStore:
+    def _own_store(self) -> Any:
         """A store on rank 0: the launcher's ends with the launcher, and knows what ranks wrote before a restart."""
         patience = timedelta(seconds=_SECONDS_TO_START)
-        store = dist.TCPStore(_own_address(), 0, None, True, patience, False) if self.is_main else None
+        store = dist.TCPStore(_own_address(), 0, None, True, patience, False) if self.is_main else None  # type: ignore[attr-defined]
         host, port = self.from_main((store.host, store.port) if store is not None else ("", 0))
-        return dist.TCPStore(host, port, None, False, patience) if store is None else store
+        return dist.TCPStore(host, port, None, False, patience) if store is None else store  # type: ignore[attr-defined]
 
     def _await_all(self) -> None:
         keys = [f"started/{rank}" for rank in range(self.world_size)]

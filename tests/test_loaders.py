@@ -515,7 +515,7 @@ def test_wrong_options_are_one_message(wrong: dict[str, Any], said: str) -> None
 
 @pytest.mark.parametrize(
     ("length", "said"),
-    [(2.5, "'float' object cannot be interpreted as an integer"), (-3, "__len__.. should return >= 0")],
+    [(2.5, "'float' object cannot be interpreted as an integer"), (-3, "__len__.* >= 0")],
 )
 def test_a_length_that_is_none_is_refused(length: float, said: str) -> None:
     class Odd:

@@ -194,7 +194,7 @@ class Wandb(Observer):
             "peak_memory_kind": end.peak_memory_kind,
         }
         run = self._run
-        self._later(lambda: run.summary.update(summary))  # type: ignore[no-untyped-call]
+        self._later(lambda: run.summary.update(summary))
         if end.interrupted is None:
             self._ended = True
         else:
