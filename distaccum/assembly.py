@@ -25,6 +25,7 @@ from distaccum.continuing import check_progress, total_updates, updates_ahead
 from distaccum.devices import resolve_device
 from distaccum.distributed import World, joined_world
 from distaccum.errors import UserError
+from distaccum.files import without_tilde
 from distaccum.interruption import Interruption
 from distaccum.loaders import WindowLoader
 from distaccum.logs import logging_to
@@ -94,7 +95,7 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
     """
     checkpoint = newest_whole(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
     if config.resume not in ("auto", "none"):
-        checkpoint = _of_both(checkpoint, Path(config.resume).expanduser(), folder, world)
+        checkpoint = _of_both(checkpoint, without_tilde(config.resume), folder, world)
     if checkpoint is not None:
         _check_can_go_on(checkpoint, config)
     if checkpoint is not None and world.is_main:

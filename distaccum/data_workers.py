@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distaccum.errors import UserError
+from distaccum.launcher import signal_when_parent_ends
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,14 @@ _SECONDS_TO_PIN = 6.0
 """What the thread that pins memory gets to end; it looks every 5 s."""
 
 _NEWER_PYTHON = "A newer Python, 3.12 or the last 3.11, is not known to leave them hanging"
+
+_SHORTAGES = {
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+    errno.ENFILE: "Have the system allow more open files",
+    errno.ENOSPC: "Make room in shared memory (/dev/shm)",
+    errno.ENOMEM: "Give the job more memory",
+    errno.EAGAIN: "Allow more processes (ulimit -u)",
+}
 
 _DEATHS = {
     signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
@@ -97,8 +110,13 @@ class DataWorkers:
             return
         self.end()
         for attempt, seconds in enumerate(_SECONDS_TO_BEGIN, 1):
-            if self._has_started(seconds):
-                return
+            try:
+                if self._has_started(seconds):
+                    return
+            except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:
+                if (reason := self._what_is_lacking(error)) is None:
+                    raise
+                raise UserError(reason) from error
             if attempt < len(_SECONDS_TO_BEGIN):
                 logger.warning(
                     "the worker processes that load the %s data did not begin within %g s of their fork, and are "
@@ -158,11 +176,16 @@ class DataWorkers:
         """Starts new workers; False if some of them do not begin in that time, and all are ended again."""
         time.sleep(_SECONDS_BEFORE_FORK)
         gate = _Gate(multiprocessing.Semaphore(0), multiprocessing.Semaphore(0))
-        loader = self._new_loader(functools.partial(_begin_worker, gate))
+        # The kernel goes by the thread that starts them, which may end before the training does.
+        in_main = threading.current_thread() is threading.main_thread()
+        loader = self._new_loader(functools.partial(_begin_worker, gate, in_main))
         others = multiprocessing.active_children()
         try:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
-        except BaseException:
+        except BaseException as error:
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
+                    half_made._shutdown = True  # it can't do that itself when it is collected
             # Those that were started wait at the gate, and nobody knows them.
             _kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
@@ -182,6 +205,21 @@ class DataWorkers:
                 _kill_and_join(iterator._workers)
                 self.end()
         return has_started
+
+    def _what_is_lacking(self, error: Exception) -> str | None:
+        """Why workers can't start or go on; None if that is neither for the system nor for the dataset."""
+        what = f"the worker processes that load the {self._role} data can't work"
+        number = error.errno if isinstance(error, OSError) else None
+        if "Too many open files" in str(error):
+            number = errno.EMFILE  # torch makes a RuntimeError of it
+        if number in _SHORTAGES:
+            return f"{what}: {os.strerror(number)}. {_SHORTAGES[number]}, or lower data.num_workers."
+        if isinstance(error, OSError | RuntimeError) or multiprocessing.get_start_method() == "fork":
+            return None
+        return (
+            f"{what}, as the dataset or its collate_fn can't be handed to them: {error}. Define what it holds at the "
+            "top of a module (no lambda, no open file), or set data.num_workers=0."
+        )
 
     def _have_begun(self, gate: _Gate, seconds: float) -> bool:
         """Waits for all workers to begin; False if some do not, though none has died."""
@@ -211,9 +249,11 @@ class DataWorkers:
                 for worker in self._workers():
                     if worker.sentinel in broken:
                         worker.join(timeout=1)
-            if self.dead_worker() is None:
+            if self.dead_worker() is not None:
+                raise self._death() from error
+            if (reason := self._what_is_lacking(error)) is None:
                 raise
-            raise self._death() from error
+            raise UserError(reason) from error
 
     def _watched(self, step: Callable[[], Any]) -> Any:
         """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""
@@ -240,8 +280,11 @@ class DataWorkers:
         )
 
 
-def _begin_worker(gate: _Gate, worker: int) -> None:
+def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
     try:
+        if ends_with_parent:
+            signal_when_parent_ends(signal.SIGKILL)  # also if it is stopped then, and no thread of its own runs
+        sys.excepthook = _say_unless_broken_off
         training = multiprocessing.parent_process()
         if training is not None:
             # torch's worker takes whoever is its parent a moment after this for the training process, and ends with
@@ -252,6 +295,12 @@ def _begin_worker(gate: _Gate, worker: int) -> None:
     finally:
         gate.begun.release()  # torch hands an exception over in the place of the first batch
     gate.opened.acquire()
+
+
+def _say_unless_broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Keeps quiet of a tensor that is being handed over when the training is killed: that is spoken of elsewhere."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with(training: Any) -> None:

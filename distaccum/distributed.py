@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
+import ipaddress
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -22,8 +21,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from distaccum.diagnosis import is_broken_collective
-from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError
+from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError, asked_to_exit
 from distaccum.heartbeat import Heartbeat, answer
+from distaccum.launcher import launch, signal_when_parent_ends
 from distaccum.logs import print_error
 
 T = TypeVar("T")
@@ -31,7 +31,6 @@ T = TypeVar("T")
 _FAILURES = "failures"
 _SECONDS_TO_START = 300.0
 """How long ranks wait for each other's start, which takes as long as the slowest disk needs to load libraries."""
-_PR_SET_PDEATHSIG = 1
 _NCCL_PATIENCE = 60.0
 """How much longer NCCL's own watchdog waits, which aborts the process with a page of C++."""
 
@@ -41,26 +40,24 @@ class World:
 
     Attributes:
         rank, local_rank, world_size: as in torch.distributed; 0, 0 and 1 without a launcher.
+        ranks_on_host: how many of them this host has.
         launched: True under torchrun, or any launcher that sets the same environment.
         heartbeat: tells the other ranks what this one is doing.
 
     Raises:
-        UserError: a launcher has set only a part of what the ranks need to find each other.
+        UserError: a launcher has set only a part of what the ranks need to find each other, or what can't be.
     """
 
     def __init__(self) -> None:
-        self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        told = launch()
+        self.launched, self.rank, self.local_rank = told.is_launched, told.rank, told.local_rank
+        self.world_size, self.ranks_on_host = told.world_size, told.local_world_size
         self._store: Any = None  # a torch.distributed.Store
         self._speaks_for_host = False
         if self.launched:
-            self.rank = int(os.environ["RANK"])
-            self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            self.world_size = int(os.environ["WORLD_SIZE"])
             self._store = PrefixStore(_attempt(), self._find_store())
             _end_with_launcher()
         self._shared = self._store  # what ranks tell each other, besides torch's own
-        self._holds_store = self.rank == 0 and not _launcher_holds_store()
         self.heartbeat = Heartbeat(self.rank, self.world_size)
 
     def _find_store(self) -> Any:
@@ -102,15 +99,16 @@ class World:
         except RuntimeError as error:
             raise UserError(_explain_connecting(error)) from error
         if self.world_size > 1:
-            # A store that outlives a restart of the ranks still has what they wrote before.
-            self._shared = PrefixStore(self.from_main(uuid.uuid4().hex), self._store)
-            self.heartbeat.start(
-                self._shared,
-                timeout_seconds,
-                holder=None if _launcher_holds_store() else 0,
-                is_said_here=_is_said_here,
-                on_stuck=self._end_stuck if on_cuda else None,
-            )
+            self._shared = self._own_store()
+            on_stuck = self._end_stuck if on_cuda else None
+            self.heartbeat.start(self._shared, timeout_seconds, is_said_here=_is_said_here, on_stuck=on_stuck)
+
+    def _own_store(self) -> Any:
+        """A store on rank 0: the launcher's ends with the launcher, and knows what ranks wrote before a restart."""
+        patience = timedelta(seconds=_SECONDS_TO_START)
+        store = dist.TCPStore(_own_address(), 0, None, True, patience, False) if self.is_main else None  # type: ignore[attr-defined]
+        host, port = self.from_main((store.host, store.port) if store is not None else ("", 0))
+        return dist.TCPStore(host, port, None, False, patience) if store is None else store  # type: ignore[attr-defined]
 
     def _await_all(self) -> None:
         keys = [f"started/{rank}" for rank in range(self.world_size)]
@@ -229,8 +227,8 @@ class World:
 
     def leave(self, *, failed: bool) -> None:
         """Leaves the other ranks: in good order, or after a failure in haste."""
-        on_several_hosts = self.world_size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if failed and (self._holds_store or self._speaks_for_host or on_several_hosts):
+        on_several_hosts = self.world_size > self.ranks_on_host
+        if failed and (self.is_main or self._speaks_for_host or on_several_hosts):
             # Who has not heard of the failure before the store goes away would think that this rank was killed.
             self.heartbeat.let_others_hear()
         self.heartbeat.stop()
@@ -255,12 +253,24 @@ def _end_with_launcher() -> None:
 
     The rank saves and leaves. Otherwise it would go on, unseen, and keep the run folder from the next torchrun.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_when_parent_ends(signal.SIGTERM)
 
 
 def _word_name() -> str:
     return f"\0distaccum {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} {_attempt()}"
+
+
+def _own_address() -> str:
+    """Where the ranks of all hosts find this one: its end of the way to the launcher's store.
+
+    A way that ends within the host can only be named as the launcher has named it.
+    """
+    to = socket.getaddrinfo(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], type=socket.SOCK_DGRAM)[0]
+    with socket.socket(*to[:2]) as probe:
+        probe.connect(to[4])
+        address: str = probe.getsockname()[0]
+    return os.environ["MASTER_ADDR"] if ipaddress.ip_address(address).is_loopback else address
 
 
 def _is_said_here() -> bool:
@@ -303,9 +313,9 @@ def joined_world() -> Iterator[World]:
             # Leaving while another rank still reads from this one's sockets aborts that rank.
             world.heartbeat.doing("end of the run", waits=True)
             dist.barrier()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failed = True
-        explained = world.explain(error)
+        explained = world.explain(asked_to_exit(error) if isinstance(error, SystemExit) else error)
         if explained is error:
             raise
         raise explained from error

@@ -32,7 +32,15 @@ from omegaconf.resolvers import oc
 
 from distaccum.components import SCHEMAS
 from distaccum.config import TrainConfig, as_plain, conf_dir
-from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
+from distaccum.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STATUS,
+    EXIT_UNFINISHED,
+    OtherRankFailedError,
+    UserError,
+    asked_to_exit,
+)
+from distaccum.launcher import launch
 from distaccum.logs import check_printed, flush_output, make_output_safe, print_error, tell_launcher
 from distaccum.redaction import hide, hide_variable
 from distaccum.tool_configs import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
@@ -61,7 +69,15 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     `run` returns becomes the exit status; of the points of a sweep, the largest one.
     """
     make_output_safe()
-    _register()
+    try:
+        _register()
+        os.getcwd()
+    except FileNotFoundError:
+        print_error("the current folder is no longer there. Change to one that is: cd PATH.")
+        sys.exit(EXIT_STATUS)
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(EXIT_STATUS)
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     is_composing, status = True, 0
@@ -88,7 +104,7 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     except _COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
-        exit_before_ranks_are_joined(UserError(explain_composition_error(error)))
+        exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
@@ -110,6 +126,8 @@ def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | N
         time.sleep(_SECONDS_TO_BE_STOPPED)
     except UserError as error:
         print_error(str(error))
+    except SystemExit as error:
+        print_error(str(asked_to_exit(error)))
     except Exception as error:
         tell_launcher(f"{type(error).__name__}: {error}")
         raise
@@ -128,10 +146,11 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return _typed(hydra.compose(config_name, list(overrides)))
     except _COMPOSITION_ERRORS as error:
-        raise UserError(explain_composition_error(error)) from error
+        raise UserError(explain_composition_error(error, overrides)) from error
 
 
 def _register() -> None:
+    launch()  # whose variables decide on defaults
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(group=f"schema/{name}", name=name, node=root)
@@ -149,8 +168,7 @@ def _environment(name: str, *default: Any) -> str | None:
 
 
 def _default_strategy() -> str:
-    is_launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return "ddp" if is_launched else "single"
+    return "ddp" if launch().world_size > 1 else "single"
 
 
 def _check_sweep(run_dir: str | None, before: set[str]) -> None:
@@ -200,7 +218,7 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
     return strays
 
 
-def explain_composition_error(error: BaseException) -> str:
+def explain_composition_error(error: BaseException, overrides: Sequence[str] = ()) -> str:
     """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
     cause = error.__cause__ or error.__context__
     message = _first_line(error)
@@ -216,6 +234,8 @@ def explain_composition_error(error: BaseException) -> str:
             return _explain_unknown_key(cause, message.split("'")[1])
         case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
             return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
+        case ConfigCompositionException() if given := re.match(r"Error resolving interpolation '(.*?)'", message):
+            return f"{given[1]} can't be what a group is given: name one of its options, as in data=digits."
         case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
             group = group_given[1]
             return f"{group} is given more than once. Choose one option: {group}=…, without +."
@@ -231,8 +251,14 @@ def explain_composition_error(error: BaseException) -> str:
         case yaml.YAMLError():
             return f"a configuration file can't be read: {' '.join(str(error).split())}."
         case ValueError() if message.startswith("Config group override"):
-            return f"{message}. A group is given by the name of one of its options, as in data=digits."
+            wrong = [text for text in overrides if text.partition("=")[0] in SCHEMAS and not _is_choice(text)]
+            said = f"{', '.join(wrong)} names no option" if wrong else message
+            return f"{said}. A group is given by the name of one of its options, as in data=digits."
     return f"{message}."
+
+
+def _is_choice(override: str) -> bool:
+    return isinstance(yaml.safe_load(override.partition("=")[2]), str | list)
 
 
 def _first_line(error: BaseException) -> str:
@@ -319,7 +345,7 @@ def exit_before_ranks_are_joined(error: UserError) -> NoReturn:
     Rank 0 speaks. The others wait to be stopped by the launcher, as they are when rank 0 fails; one that is still
     here after a while failed alone (it was started with other arguments), and speaks for itself.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_BE_STOPPED)
     print_error(str(error))
     sys.exit(EXIT_STATUS)

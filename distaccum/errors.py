@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Sequence
 
 EXIT_STATUS = 2
@@ -41,6 +42,21 @@ def printable(text: str) -> str:
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Names with commas between them, the first ones of many."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def asked_to_exit(error: SystemExit) -> UserError:
+    """What to raise in place of an exit that a user's own code has asked for, and nobody else."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return UserError(
+        f"{place.filename}:{place.lineno} has asked to end the process, by sys.exit({error.code!r}), and the run is "
+        'not done. Take that out; in a module that is a script too, put it under `if __name__ == "__main__":`.'
+    )
+
+
+def not_importable(who: str, package: str, error: BaseException) -> UserError:
+    """What to raise where an example's package is missing, or can't be loaded although it is there."""
+    mend = " Install it: pip install 'distaccum[examples]'" if isinstance(error, ModuleNotFoundError) else ""
+    return UserError(f"{who} needs {package}, which cannot be imported ({type(error).__name__}: {error}).{mend}")
 
 
 def require(condition: bool, message: str) -> None:

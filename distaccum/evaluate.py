@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit status: 0, or 2 for bad input."""
     make_output_safe()
     given = _parser().parse_intermixed_args(arguments)
-    overrides = [text for text in given.argument if "=" in text and not Path(text).exists()]
+    overrides = [text for text in given.argument if "=" in text and not os.path.exists(text)]
     paths = [Path(text) for text in given.argument if text not in overrides]
     if not paths:
         exit_before_ranks_are_joined(UserError("there is no PATH: give the folder of a run, or of a checkpoint."))

@@ -26,6 +26,18 @@ WRITING = ".writing"
 _MOST_BYTES_OF_YAML = 256 << 10
 
 
+def without_tilde(path: str) -> Path:
+    """A path that a user has given, with their home in place of `~`.
+
+    Raises:
+        UserError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} can't be found: {error}. Give the whole path.") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` when it is complete and on the disk; until then nothing changes.

@@ -56,7 +56,6 @@ class Heartbeat:
         self._state = State.running
         self._beats = 0
         self._store: Any = None
-        self._holder: int | None = None
         self._holder_sign: Sign | None = None
         self._failed_at: float | None = None
         self._is_said_here: Callable[[], bool] | None = None
@@ -118,16 +117,14 @@ class Heartbeat:
         store: Any,
         timeout_seconds: float,
         *,
-        holder: int | None = None,
         is_said_here: Callable[[], bool] | None = None,
         on_stuck: Callable[[BaseException], None] | None = None,
     ) -> None:
         """Begins to beat.
 
         Args:
-            store: a `torch.distributed.Store` that all ranks share and that knows nothing of earlier runs.
+            store: a `torch.distributed.Store` in rank 0's process that all ranks share.
             timeout_seconds: how long ranks wait for each other.
-            holder: the rank in whose process the store is; None if it is in the launcher's.
             is_said_here: whether a rank of this host has said why the run failed; asked when the store is gone.
             on_stuck: called from the background thread when this rank has waited for another in vain. For backends
                 whose waits don't end with an exception.
@@ -136,7 +133,7 @@ class Heartbeat:
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
         self.timeout_seconds = timeout_seconds
-        self._holder, self._is_said_here, self._on_stuck = holder, is_said_here, on_stuck
+        self._is_said_here, self._on_stuck = is_said_here, on_stuck
         self._publish()
         self._thread = threading.Thread(target=self._run, name="distaccum-heartbeat", daemon=True)
         self._thread.start()
@@ -201,10 +198,9 @@ class Heartbeat:
         if self._holder_sign is not None:
             fate = process_state(self._holder_sign) or Fate.gone
             return explain(me, {fate: [self._holder_sign]}, timeout_seconds=self.timeout_seconds, error=error)
-        holder = "the launcher" if self._holder is None else f"rank {self._holder}"
         reason = " ".join(str(error).split()).partition(". ")[0]
         return (
-            f"the connection between the ranks broke in {me.doing}, and {holder}, which kept their signs of life, does "
+            f"the connection between the ranks broke in {me.doing}, and rank 0, which kept their signs of life, does "
             f"not answer: it or its host is gone ({reason}). Start again with the same command: a run that has a "
             "checkpoint goes on from it."
         )
@@ -226,6 +222,8 @@ class Heartbeat:
                 # Without the store there is nobody to talk to; whoever misses it asks explain().
                 with suppress(RuntimeError):
                     self._beat()
+            if self._state is State.running and self.someone_failed:
+                self._follow_failure()
             if is_last:
                 return
             self._wake.wait(BEAT_SECONDS)
@@ -241,9 +239,7 @@ class Heartbeat:
         if self._state is not State.running:
             return
         self._listen()
-        if self.someone_failed:
-            self._follow_failure()
-        elif self._on_stuck is not None:
+        if not self.someone_failed and self._on_stuck is not None:
             self._watch(self._on_stuck)
 
     def _publish(self) -> None:
@@ -284,8 +280,8 @@ class Heartbeat:
     def _listen(self) -> None:
         if not self.someone_failed and self._store.check([_FAILED]):
             self.someone_failed = True
-        if self._holder not in (None, self.rank) and self._store.check([_key(self._holder)]):
-            self._holder_sign = Sign.from_json(self._store.get(_key(self._holder)))
+        if self.rank != 0 and self._store.check([_key(0)]):
+            self._holder_sign = Sign.from_json(self._store.get(_key(0)))
 
     def _listen_on_this_host(self) -> None:
         if self._state is State.running and self._is_said_here is not None and self._is_said_here():

@@ -25,7 +25,7 @@ from distaccum.config import (
     as_plain,
 )
 from distaccum.data.lengths import lengths_of
-from distaccum.devices import Precision, cast, resolve_precision
+from distaccum.devices import Precision, cast, is_out_of_memory, resolve_precision
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
 from distaccum.model_options import build_model, into_training_mode, options_of
@@ -95,7 +95,13 @@ def build_parts(
     task = targets.build(config.task, "task")
     if not callable(task):
         raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
+    try:
+        module = build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not is_out_of_memory(error) and "overflow" not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"the model is too large to be built: {reason}. Lower the sizes in model or data.") from error
     woken = into_training_mode(module) if not config.train.keep_modes else []
     parts = Parts(
         precision=precision,

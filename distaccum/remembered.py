@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 def cache_folder() -> Path:
     """Where things are kept."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
+    except RuntimeError:
+        return Path(os.devnull)  # without a home nothing can be kept
 
 
 def fingerprint(of: Any) -> str:

@@ -20,7 +20,7 @@ import yaml
 from distaccum.checkpoints import checkpoints_in, clear_leftovers
 from distaccum.config import flat
 from distaccum.errors import UserError
-from distaccum.files import WRITING, open_regular, opened, read_plain_yaml, write_text
+from distaccum.files import WRITING, open_regular, opened, read_plain_yaml, without_tilde, write_text
 from distaccum.redaction import redacted
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _cannot_write(path: str | Path, error: OSError) -> UserError:
 
 def _folder(run_dir: str | None) -> Path:
     if run_dir is not None:
-        path = Path(run_dir).expanduser()
+        path = without_tilde(run_dir)
         path.mkdir(parents=True, exist_ok=True)
         return path
     return _folder_before_restart() or _made_anew(Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S"))

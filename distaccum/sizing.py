@@ -14,6 +14,7 @@ from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.config import TrainConfig
 from distaccum.distributed import World
 from distaccum.fitting import Fitting
+from distaccum.launcher import launch
 from distaccum.loaders import WindowLoader
 from distaccum.recovery import MicroStepOutput, Recovery
 from distaccum.remembered import Remembered, fingerprint
@@ -97,7 +98,7 @@ def _found(
         optimizer,
         lengths=lengths,
         memory_share=config.batch.auto_memory,
-        ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks_on_host=launch().local_world_size,
     )
     samples = fitting.samples()
     return samples if loader.lengths is None else samples * int(loader.lengths.max())
@@ -122,7 +123,7 @@ def _fingerprint(plain: dict[str, Any], world: World, strategy: Strategy) -> str
             "data": [plain["data"][key] for key in ("train", "collate_fn")],
             "parameters": [[name, list(p.shape), str(p.dtype)] for name, p in strategy.module.named_parameters()],
             "device": [hardware.name, hardware.total_memory] if hardware is not None else _host_memory(),
-            "ranks": [world.world_size, os.environ.get("LOCAL_WORLD_SIZE", "1")],
+            "ranks": [world.world_size, str(world.ranks_on_host)],
             "torch": torch.__version__,
         }
     )

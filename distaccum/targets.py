@@ -29,7 +29,7 @@ def locate(path: str, where: str) -> Callable[..., Any]:
     """
     try:
         found = _resolve(path)
-    except Exception as error:  # an import runs arbitrary code, and whatever it raises is the reason
+    except (Exception, SystemExit) as error:  # an import runs arbitrary code, and whatever it raises is the reason
         raise UserError(
             f"{where}.{TARGET}={path} cannot be imported: {type(error).__name__}: {error}. "
             "Give the import path of a class or function that Python finds from here (PYTHONPATH helps)."

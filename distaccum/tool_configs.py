@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -161,6 +162,7 @@ class MemorySection:
     def __post_init__(self) -> None:
         require_at_least(1, memory__world_size=self.world_size)
         require_positive(memory__limit_gb=self.limit_gb)
+        require(self.limit_gb != math.inf, f"memory.limit_gb={self.limit_gb} is impossible: it must be finite.")
         require(0 <= self.headroom < 1, f"memory.headroom={self.headroom} is impossible: it must lie in [0, 1).")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -430,3 +431,54 @@ def test_a_worker_does_not_outlive_the_training(moment: str) -> None:
             os.kill(worker, signal.SIGKILL)
             raise
     assert training.returncode == -signal.SIGKILL
+
+
+class _Unpicklable(Numbers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = lambda: None
+
+
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_a_dataset_that_can_not_be_handed_to_workers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("spawn")
+    )
+    said = r"^the worker processes that load the training data can't work, as the dataset or its collate_fn can't be "
+    with new_source(_Unpicklable(), 1) as source, pytest.raises(UserError, match=said):
+        next(source.batches(lambda: requests(1)))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_lack_of_open_files_is_named_and_nothing_is_left() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    said = r"^the worker processes that load the training data can't work: Too many open files\. Allow more open files "
+    try:
+        with new_source(Numbers(), 8) as source, pytest.raises(UserError, match=said):
+            list(source.batches(lambda: requests(8)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels have no signal for it")
+def test_a_stopped_worker_ends_with_a_training_that_is_killed() -> None:
+    code = (
+        "import os, time; from loading import *; source = new_source(Numbers(), 1, persistent=True).__enter__()\n"
+        "batches = source.batches(lambda: requests(4)); next(batches)\n"
+        "import multiprocessing; print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    training = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    with training:
+        assert training.stdout is not None
+        worker = int(training.stdout.readline())
+        os.kill(worker, signal.SIGSTOP)
+        training.kill()
+    deadline = time.monotonic() + 5
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)

@@ -220,8 +220,7 @@ TRAIN_HAS = _has("train", LoopConfig)
         ),
         pytest.param(
             ["model=null"],
-            "Config group override must be a string or a list. Got NoneType. "
-            "A group is given by the name of one of its options, as in data=digits.",
+            "model=null names no option. A group is given by the name of one of its options, as in data=digits.",
             id="no option",
         ),
         pytest.param(

@@ -511,3 +511,19 @@ def test_a_window_left_in_the_middle_drops_what_it_has_loaded() -> None:
 def test_wrong_options_are_one_message(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         LoaderOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(2.5, "'float' object cannot be interpreted as an integer"), (-3, "__len__.* >= 0")],
+)
+def test_a_length_that_is_none_is_refused(length: float, said: str) -> None:
+    class Odd:
+        def __len__(self) -> Any:
+            return length
+
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    with pytest.raises(UserError, match=rf"^the length of the training data \(Odd\) can't be taken: {said}\. Its "):
+        WindowLoader(Odd(), global_batch_size=2)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from distaccum.errors import UserError
+from distaccum.files import without_tilde
 from distaccum.remembered import Remembered, cache_folder, fingerprint
 
 
@@ -33,3 +35,17 @@ def test_a_folder_that_cannot_be_written_to_costs_nothing_else(
 def test_fingerprints_tell_everything_apart_but_the_order_of_keys() -> None:
     assert fingerprint({"a": 1, "b": [2, None]}) == fingerprint({"b": [2, None], "a": 1})
     assert len({fingerprint(entry) for entry in ({"a": 1}, {"a": 2}, {"a": "1"}, [1], None)}) == 5
+
+
+def test_without_a_home_nothing_is_kept_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    kept = Remembered("sizes")
+    kept.write([1, 2])
+    assert kept.read() is None
+    with pytest.raises(UserError, match=r"^~/x can't be found: .*\. Give the whole path\.$"):
+        without_tilde("~/x")

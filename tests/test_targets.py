@@ -283,3 +283,9 @@ def test_other_uses_of_hydras_keys_are_refused(option: dict[str, Any]) -> None:
     assert _message({"_target_": f"{THIS}.Part", "size": 1} | option).startswith(
         "model: of Hydra's own keys there are _args_, a list, and _partial_, true or false. "
     )
+
+
+def test_a_module_that_ends_the_process_says_so(tmp_path: Path) -> None:
+    (tmp_path / "targets_package" / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    said = _message({"_target_": "targets_package.ends.Net"})
+    assert said.startswith("model._target_=targets_package.ends.Net cannot be imported: SystemExit: 0. ")

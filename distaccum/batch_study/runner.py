@@ -28,7 +28,7 @@ from distaccum.choices import Goal
 from distaccum.comparison.report import environment
 from distaccum.config import as_plain
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
-from distaccum.files import write_result, write_text
+from distaccum.files import without_tilde, write_result, write_text
 from distaccum.interruption import SIGNALS
 from distaccum.logs import console, logging_to
 from distaccum.observers.formatting import duration, number
@@ -78,10 +78,10 @@ def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> in
             f"study.point={index} is impossible: this study has {len(points)} points, 0 to {len(points) - 1}."
         )
     _check_same_study(config)
-    path = Path(config.run_dir).expanduser()
+    path = without_tilde(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not (path / "config.yaml").exists():
+        if not os.path.exists(path / "config.yaml"):
             plain = as_plain(config)
             plain["study"]["point"] = None
             write_text(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
@@ -105,10 +105,10 @@ def _check_same_study(config: StudyConfig) -> None:
     """A folder that holds a study may only go on with that one."""
     if config.run_dir is None:
         return
-    path = Path(config.run_dir).expanduser()
-    if (path / "metrics.jsonl").exists() or (path / "checkpoints").exists():
+    path = without_tilde(config.run_dir)
+    if os.path.exists(path / "metrics.jsonl") or os.path.exists(path / "checkpoints"):
         raise UserError(f"run_dir={config.run_dir} holds a run, and a study needs a folder of its own: choose another.")
-    if not (path / "points").exists():
+    if not os.path.exists(path / "points"):
         return
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))

@@ -74,7 +74,7 @@ def name_of(update: int) -> str:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders of checkpoints, newest first, as far as names tell. Clocks play no part: the update counts."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     found = [path for path in found if not path.is_symlink()]
@@ -96,7 +96,7 @@ def start_writing(folder: Path, update: int) -> Path:
 
 def clear_leftovers(folder: Path) -> None:
     """Removes what a run that was killed had not finished writing or removing, and puts back what it had put aside."""
-    for path in list(folder.iterdir()) if folder.is_dir() else ():
+    for path in list(folder.iterdir()) if os.path.isdir(folder) else ():
         if path.name.startswith(_REPLACED) and not (final := folder / path.name.removeprefix(_REPLACED)).exists():
             path.rename(final)
         elif path.name.startswith((_WRITING, _REMOVED, _REPLACED)):

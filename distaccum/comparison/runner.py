@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -51,7 +52,7 @@ def compare(config: CompareConfig) -> Report:
     Raises:
         UserError: the configuration can't be trained at all, or the folder can't be written.
     """
-    if config.run_dir is not None and (Path(config.run_dir) / "compare.json").exists():
+    if config.run_dir is not None and os.path.exists(Path(config.run_dir) / "compare.json"):
         raise UserError(
             f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "
             "another folder, or remove that one."

@@ -204,6 +204,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, data__num_workers=self.num_workers)
+        require(self.num_workers <= 4096, f"data.num_workers={self.num_workers} is impossible: at most 4096.")
         require_at_least(1, data__prefetch_factor=self.prefetch_factor)
         for key in ("persistent_workers", "prefetch_factor"):
             require(

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, check_split
-from distaccum.errors import UserError
+from distaccum.errors import UserError, not_importable
 
 IGNORED = 255
 """The class of pixels that count nowhere."""
@@ -84,11 +84,8 @@ def coins_and_mask() -> tuple[Tensor, Tensor]:
         from skimage.data import coins
         from skimage.filters import sobel
         from skimage.segmentation import watershed
-    except ImportError as error:
-        raise UserError(
-            f"Coins needs scikit-image, which cannot be imported ({error}). "
-            "Install it: pip install 'distaccum[examples]'"
-        ) from error
+    except (ImportError, MemoryError) as error:
+        raise not_importable("Coins", "scikit-image", error) from error
     photograph = coins()
     markers = np.zeros(photograph.shape, dtype=np.int32)
     markers[photograph < 30] = 1  # surely background

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, check_split
-from distaccum.errors import UserError
+from distaccum.errors import not_importable
 
 EVALUATION_EVERY = 5
 """One sample of each class in so many is held out."""
@@ -37,11 +37,8 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         check_split(split, type(self).__name__)
         try:
             from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise UserError(
-                f"Digits needs scikit-learn, which cannot be imported ({error}). "
-                "Install it: pip install 'distaccum[examples]'"
-            ) from error
+        except (ImportError, MemoryError) as error:
+            raise not_importable("Digits", "scikit-learn", error) from error
         source = load_digits()
         labels = torch.as_tensor(source.target, dtype=torch.int64)
         held_out = _every_nth_of_each_class(labels, EVALUATION_EVERY, self.num_classes)

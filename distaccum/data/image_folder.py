@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
-from distaccum.errors import UserError
+from distaccum.errors import UserError, not_importable
 
 logger = logging.getLogger("distaccum.data")
 
@@ -210,11 +210,8 @@ def _files_below(folder: Path) -> dict[str, Path]:
 def _pillow_image() -> ModuleType:
     try:
         from PIL import Image
-    except ImportError as error:
-        raise UserError(
-            f"ImageFolder needs Pillow, which cannot be imported ({error}). "
-            "Install it: pip install 'distaccum[examples]'"
-        ) from error
+    except (ImportError, MemoryError) as error:
+        raise not_importable("ImageFolder", "Pillow", error) from error
     return Image
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _checkpoints(path: Path, which: WhichCheckpoint, world: World) -> list[Check
     folder = path / CHECKPOINTS if is_run else path
     folders = world.from_main(checkpoints_in(folder))
     if not folders:
-        if not world.from_main(path.exists()):
+        if not world.from_main(os.path.exists(path)):
             return _nothing_in(path, "there is no such folder")
         found, problem = checked(path, rank=world.rank, gather=world.gather)
         return [_of_a_training(found)] if found is not None else _nothing_in(path, problem)

@@ -22,6 +22,7 @@ from distaccum.errors import UserError
 from distaccum.footprint.lines import sizes_to_measure
 from distaccum.footprint.measuring import Footprint, Setting, measure, replicas_of
 from distaccum.footprint.report import Report, Row
+from distaccum.launcher import launch
 from distaccum.logs import print_error
 from distaccum.model_options import take_back_checkpointing
 from distaccum.optim import has_8bit
@@ -52,7 +53,7 @@ def memory(config: MemoryConfig) -> int:
     Raises:
         UserError: whatever in the configuration, the data or the machine keeps it from being measured.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch().world_size > 1:
         raise UserError("distaccum.memory is one process: start it without torchrun, and say memory.world_size=…")
     try:
         report = examine(config)

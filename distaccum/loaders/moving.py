@@ -122,9 +122,18 @@ def size_of(dataset: Any, role: str) -> int:
             f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
             "map-style dataset: one whose samples have numbers."
         )
-    if len(dataset) == 0:
+    try:
+        size = len(dataset)
+    except (TypeError, ValueError, OverflowError) as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # of the dataset's own code
+        raise UserError(
+            f"the length of the {role} data ({type(dataset).__name__}) can't be taken: {error}. Its __len__ must give "
+            "a whole number that is not negative."
+        ) from error
+    if size == 0:
         raise UserError(f"the {role} data ({type(dataset).__name__}) is empty. Give it at least one sample per rank.")
-    return len(dataset)
+    return size
 
 
 def placement(rank: int | None, world_size: int | None) -> tuple[int, int]:

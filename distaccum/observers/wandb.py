@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +30,18 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERVICE = "WANDB_SERVICE"
 """Environment variable that leads to wandb's background process, set while there is one."""
 
+_SECONDS_TO_END = 30.0
+"""What wandb may take at the end of a run to send what is left."""
+_MOST_WAITING = 10_000
+"""Updates that may wait for a background process that takes none."""
+
 
 class Wandb(Observer):
     """Logs to Weights & Biases, over the number of the update as x axis: `train/…` and `eval/…`.
 
     wandb is imported when the run starts. All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the
-    network, and `wandb sync` uploads the run later. Its background process and its hooks last as long as the run.
+    network, and `wandb sync` uploads the run later. Its background process and its hooks last as long as the run. Once
+    the run has begun, wandb is called in a thread: if it fails or hangs, a warning says so, and the training goes on.
 
     A run that is started again in the same folder is the same run to wandb: its id is in `run_dir/wandb/run_id`. What
     was logged after the last checkpoint is then logged again, so that there are two points for one `update`: the same
@@ -54,6 +62,9 @@ class Wandb(Observer):
         self._run: Run | None = None
         self._session: _Session | None = None
         self._ended = False
+        self._is_lost = False
+        self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue(_MOST_WAITING)
+        self._thread: threading.Thread | None = None
 
     def on_start(self, start: RunStart) -> None:
         try:
@@ -78,11 +89,32 @@ class Wandb(Observer):
                     config=start.config,
                     settings=wandb.Settings(console="off", silent=True),
                 )
-        except (wandb.Error, OSError) as error:
+        except (wandb.Error, OSError, ValueError) as error:
             raise self._failure(error) from error
         self._run.define_metric("update")
         self._run.define_metric("train/*", step_metric="update")
         self._run.define_metric("eval/*", step_metric="update")
+        self._thread = threading.Thread(target=self._call, name="distaccum-wandb", daemon=True)
+        self._thread.start()
+
+    def _call(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                if not self._is_lost:
+                    call()
+            except Exception as error:
+                self._lose(f"{type(error).__name__}: {error}")
+
+    def _lose(self, reason: str) -> None:
+        if not self._is_lost:
+            self._is_lost = True
+            logger.warning("wandb has failed (%s): training goes on, and nothing more is logged there.", reason)
+
+    def _later(self, call: Callable[[], object] | None) -> None:
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._lose("its background process takes nothing")
 
     def _run_id(self) -> str:
         """What wandb knows the run by: that of an earlier start in this folder, or a new one."""
@@ -102,7 +134,10 @@ class Wandb(Observer):
             mend = "Log in with `wandb login` or WANDB_API_KEY, or set wandb.mode=offline and run `wandb sync` later."
         else:
             mend = "Mend that, or set wandb.mode=disabled."
-        return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {str(error).rstrip('.')}. {mend}")
+        # Of what pydantic refuses, without its advice.
+        wrong = [f"{entry['loc'][0]}: {entry['msg']}" for entry in error.errors()] if hasattr(error, "errors") else []
+        reason = ("; ".join(wrong) or str(error)).rstrip(".")
+        return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {reason}. {mend}")
 
     def on_update(self, record: UpdateRecord) -> None:
         values: dict[str, float] = {
@@ -135,7 +170,8 @@ class Wandb(Observer):
 
     def _log(self, group: str, update: int, values: dict[str, float]) -> None:
         assert self._run is not None, "on_start comes first"
-        self._run.log({"update": update, **{f"{group}/{name}": value for name, value in values.items()}})
+        run, row = self._run, {"update": update, **{f"{group}/{name}": value for name, value in values.items()}}
+        self._later(lambda: run.log(row))
 
     def on_end(self, end: RunEnd) -> None:
         assert self._run is not None, "on_start comes first"
@@ -156,22 +192,29 @@ class Wandb(Observer):
             "peak_memory_bytes": end.peak_memory_bytes,
             "peak_memory_kind": end.peak_memory_kind,
         }
-        self._run.summary.update(summary)
+        run = self._run
+        self._later(lambda: run.summary.update(summary))
         if end.interrupted is None:
             self._ended = True
         else:
-            self._run.mark_preempting()  # so that wandb calls it preempted, and not failed
+            self._later(run.mark_preempting)  # so that wandb calls it preempted, and not failed
 
     def close(self) -> None:
         run, self._run = self._run, None
         session, self._session = self._session, None
         exit_code = 0 if self._ended else 1
-        try:
-            if run is not None:
-                run.finish(exit_code=exit_code)
-        finally:
-            if session is not None:
-                session.close(exit_code)
+        thread, self._thread = self._thread, None
+        if thread is not None and run is not None:
+            self._later(lambda: run.finish(exit_code=exit_code))
+            self._later(None)
+            thread.join(_SECONDS_TO_END)
+            if thread.is_alive():
+                self._lose(f"it has not ended within {_SECONDS_TO_END:g} s; `wandb sync` sends what it has kept")
+                if session is not None:
+                    session.kill()  # which ends what the thread waits for
+                thread.join(_SECONDS_TO_END)
+        if session is not None:
+            session.close(exit_code)
 
 
 class _Session:
@@ -197,6 +240,13 @@ class _Session:
                 # asking for a key, which would hang a run that nobody watches.
                 wandb.setup(wandb.Settings(mode=mode.value, console="off", silent=True))
         self._wandb_hooks = sys.excepthook, sys.exit
+        connection = getattr(wandb.setup(), "_connection", None)
+        self._process: Any = getattr(getattr(connection, "_proc", None), "_process", None)
+
+    def kill(self) -> None:
+        """Ends the background process at once."""
+        if self._owned and self._process is not None:
+            self._process.kill()
 
     def close(self, exit_code: int) -> None:
         import wandb
@@ -205,6 +255,8 @@ class _Session:
             return
         try:
             wandb.teardown(exit_code)
+        except Exception as error:
+            logger.debug("wandb could not be ended in good order", exc_info=error)
         except SystemExit as error:  # how wandb tells that its background process failed
             logger.warning(
                 "wandb's background process ended with status %s: what it logged may be incomplete.", error.code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -149,7 +150,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder} is no folder. Give the folder of a run, as its last line `files` says.")
     try:
         metrics = read_metrics(folder / METRICS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = read_runs(folders)
     path = out if out is not None else (folders[0] if len(folders) == 1 else Path()) / _NAME
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / _NAME
     try:
         if path.is_file() and not path.is_symlink():  # a link is replaced, whatever it leads to

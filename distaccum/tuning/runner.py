@@ -19,7 +19,7 @@ from distaccum.choices import DeviceChoice
 from distaccum.comparison.report import environment
 from distaccum.config import SingleConfig, TrainConfig, as_plain
 from distaccum.errors import UserError
-from distaccum.files import write_text
+from distaccum.files import without_tilde, write_text
 from distaccum.logs import console, logging_to
 from distaccum.measuring.portable import to_portable
 from distaccum.measuring.sessions import Job, PlacementFailedError, Session
@@ -42,12 +42,12 @@ def tune(config: TuneConfig) -> Report:
         UserError: the configuration can't be trained as it is, or a file can't be written.
     """
     world_size = _world_size(config)
-    if config.run_dir is not None and (Path(config.run_dir) / "tune.json").exists():
+    if config.run_dir is not None and os.path.exists(Path(config.run_dir) / "tune.json"):
         raise UserError(
             f"run_dir={config.run_dir} holds the results of another tuning, which would be overwritten. Choose another "
             "folder, or remove that one."
         )
-    written = Path(config.tune.write).expanduser() if config.tune.write is not None else None
+    written = without_tilde(config.tune.write) if config.tune.write is not None else None
     if written is not None and written.exists():
         raise UserError(f"tune.write={written} exists already. Choose another name, or remove that file.")
     with held_run_folder(config.run_dir, "none", as_plain(config)) as folder, logging_to(folder.path, 0):

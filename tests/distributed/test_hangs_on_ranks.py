@@ -28,8 +28,8 @@ class Scenario:
     world_size: int
     fault: str
     rank: int
-    own_store: bool = False
-    """Rank 0 holds the store, instead of the launcher."""
+    torch_store_on_rank_0: bool = False
+    """Rank 0 holds torch's own store too, instead of the launcher."""
     busy_survivors: bool = False
     """They are away from collectives when the fault happens."""
     outlives_sigterm: bool = False
@@ -39,7 +39,7 @@ class Scenario:
     options: tuple[str, ...] = ()
 
     def run(self, folder: Path) -> subprocess.CompletedProcess[str]:
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if self.own_store else {}
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if self.torch_store_on_rank_0 else {}
         if self.busy_survivors:
             environment["SLOW_FORWARD_SECONDS"] = "4.5"
         if self.busy_survivors or self.outlives_sigterm:
@@ -53,16 +53,16 @@ class Scenario:
 
 HANGS = Scenario(world_size=4, fault="sleeps_in_forward", rank=1, outlives_sigterm=True)
 HANGS_LOCKED = Scenario(world_size=2, fault="sleeps_with_the_gil", rank=1)
-STOPS = Scenario(world_size=2, fault="stops", rank=0, own_store=True)
+STOPS = Scenario(world_size=2, fault="stops", rank=0)
 KILLED = (
     # The launcher's signal, which follows at once, must not end another rank before the one that speaks looks around.
     Scenario(world_size=4, fault="is_killed", rank=1, outlives_sigterm=True),
     Scenario(world_size=2, fault="is_killed", rank=1, busy_survivors=True),
-    Scenario(world_size=2, fault="is_killed", rank=0, own_store=True),
-    Scenario(world_size=4, fault="is_killed", rank=0, own_store=True, busy_survivors=True),
+    Scenario(world_size=2, fault="is_killed", rank=0),
+    Scenario(world_size=4, fault="is_killed", rank=0, torch_store_on_rank_0=True, busy_survivors=True),
 )
 CROSSED = Scenario(world_size=2, fault="comes_to_another_collective", rank=1)
-BAD_INPUT = Scenario(world_size=2, fault="has_bad_input", rank=0, own_store=True, busy_survivors=True)
+BAD_INPUT = Scenario(world_size=2, fault="has_bad_input", rank=0, busy_survivors=True)
 RESTARTED = Scenario(world_size=2, fault="is_killed_then_has_a_bug", rank=1, options=("--max-restarts=1",))
 RESTARTED_BY_SEVERAL = dataclasses.replace(RESTARTED, several_agents=True)
 
@@ -131,7 +131,7 @@ def test_a_rank_that_hangs_with_the_interpreter_locked_is_named_with_its_stack()
     assert "in sleeps_with_the_gil\n" in (folder / "rank1.log").read_text()
 
 
-def test_a_rank_that_is_stopped_is_named_although_it_holds_the_store() -> None:
+def test_a_rank_that_is_stopped_is_named_although_it_holds_the_ranks_store() -> None:
     done, folder = _outcome(STOPS)
     message = _only_message(done)
     assert message.startswith("rank 0 is stopped, by SIGSTOP or by a debugger (process ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,37 +19,54 @@ SLOW = "model.seconds=0.03"
 
 
 def test_a_run_whose_rank_and_torchrun_are_killed_comes_to_the_same_bits(processes: Zygote, tmp_path: Path) -> None:
-    """The rank is restarted in place by a torchrun that shares its store, torchrun by the same command."""
+    """By a torchrun as users start it, whose store ends with it: a rank is restarted in place, torchrun by the same
+    command, however it was killed."""
     weights, lines = undisturbed(processes, tmp_path / "undisturbed", *SETTINGS, ranks=2)
     folder = tmp_path / "killed"
     folder.mkdir()
     command = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "distaccum.train", *SETTINGS, SLOW]
     with ExitStack() as stack:
-        agent = Agent(*command, folder=folder)
-        stack.callback(agent.kill_all)
-        wait_for(lambda: len(lines_of(folder)) >= 10, [agent])
+
+        def started(name: str, update: int) -> Agent:
+            agent = Agent(*command, folder=folder, name=name, shares_store=True)
+            stack.callback(agent.kill_all)
+            wait_for(lambda: len(lines_of(folder)) >= update, [agent])
+            return agent
+
+        agent = started("first", update=10)
         before = agent.workers()
         os.kill(before[1], signal.SIGKILL)
         wait_for(lambda: not before.items() & (now := agent.workers()).items() and len(now) == 2, [agent])
         assert "rank 1 is gone: killed" in agent.output
         wait_for(lambda: len(lines_of(folder)) >= 30, [agent])
-        ranks = agent.workers()
-        agent.process.kill()
-        agent.process.wait()
-        # The kernel tells the ranks, which save and leave.
-        wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), [agent], may_end=True)
+        for number, kill in enumerate((killed, asked_again_and_again), 1):
+            ranks = agent.workers()
+            kill(agent.process)
+            # The kernel tells the ranks, which save and leave.
+            wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks.values()), [agent], may_end=True)  # noqa: B023
+            assert agent.output.count("going on from run/checkpoints/update-") == 1
+            assert "stopped        by SIGTERM after update" in agent.output
+            assert (folder / "run" / "unfinished.json").exists()
+            if number == 2:
+                (folder / "hurry").touch()
+            agent = started(f"again {number}", update=30 + 20 * number)
+        assert agent.process.wait(60) == 0, agent.output
         assert agent.output.count("going on from run/checkpoints/update-") == 1
-        assert "stopped        by SIGTERM after update" in agent.output
-        assert (folder / "run" / "unfinished.json").exists()
-        (folder / "hurry").touch()
-        again = Agent(*command, folder=folder, name="again")
-        stack.callback(again.kill_all)
-        assert again.process.wait(60) == 0, again.output
-        assert again.output.count("going on from run/checkpoints/update-") == 1
     same_weights, same_lines = results(folder)
     assert_each_update_once(same_lines, UPDATES)
     assert same_lines == lines
     assert same_weights == weights
+
+
+def killed(launcher: subprocess.Popen[bytes]) -> None:
+    launcher.kill()
+    launcher.wait()
+
+
+def asked_again_and_again(launcher: subprocess.Popen[bytes]) -> None:
+    while launcher.poll() is None:
+        launcher.terminate()
+        time.sleep(0.02)
 
 
 def test_restarts_by_several_torchruns_that_share_a_store_succeed_or_say_what_to_set(tmp_path: Path) -> None:

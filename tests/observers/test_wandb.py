@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,42 @@ def test_a_missing_wandb_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.Mo
 def test_observers_can_be_imported_without_wandb_and_torch() -> None:
     code = "import sys, distaccum.observers; sys.exit(any(name in sys.modules for name in ('wandb', 'torch')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_background_process_that_is_killed_or_stopped_is_left_behind_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, blow: signal.Signals
+) -> None:
+    monkeypatch.setattr("distaccum.observers.wandb._SECONDS_TO_END", 2.0)
+    before = _children()
+    observer = _offline(tmp_path)
+    observer.on_start(records.start(tmp_path))
+    assert observer._session is not None
+    helper = observer._session._process
+    os.kill(helper.pid, blow)
+    started = time.monotonic()
+    for number in range(1, 30):
+        observer.on_update(records.update(number))
+    observer.on_end(records.end(tmp_path))
+    assert time.monotonic() - started < 1, "the training is not held up"
+    observer.close()
+    assert [record.levelname for record in caplog.records if record.name.startswith("distaccum")] == ["WARNING"]
+    assert "wandb has failed (" in caplog.text
+    assert "training goes on" in caplog.text
+    assert helper.poll() == -signal.SIGKILL
+    assert _children() == before
+
+
+def test_settings_that_wandb_refuses_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^wandb cannot start with wandb.mode=offline: run_tags: .*Tag at index 0 is"):
+        _start_and_close(Wandb(tmp_path, WandbMode.offline, "a-project", None, [""]), tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with pytest.raises(UserError, match=r"^wandb cannot start with wandb.mode=offline: mode: Input should be 'online'"):
+        _start_and_close(_offline(tmp_path), tmp_path)
+
+
+def _start_and_close(observer: Wandb, run_dir: Path) -> None:
+    try:
+        observer.on_start(records.start(run_dir))
+    finally:
+        observer.close()
