@@ -35,10 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from distaccum import Accumulator, LoaderOptions, Recovery, TaskOutput, WindowLoader
-from distaccum.devices import free_cached_memory, peak_memory
-from distaccum.fitting import Fitting
 from distaccum.models import GPT
+from distaccum.runtime.memory import free_cached_memory, peak_memory
 from distaccum.strategies import SingleStrategy
+from distaccum.training.auto_micro_batch import Fitting
 
 PEAK_BF16_TFLOPS = {
     # Dense bfloat16 on tensor cores, from NVIDIA's data sheets.

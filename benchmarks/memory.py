@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from common import arguments, show, torchrun, write
 
-from distaccum.choices import PrecisionName
-from distaccum.components import AdamConfig, AdamW8bitConfig
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
-from distaccum.devices import Precision
-from distaccum.distributed import joined_world
-from distaccum.footprint.lines import PeakLine
-from distaccum.footprint.measuring import Setting, measure, measure_here, replicas_of
+from distaccum.config.components import AdamConfig, AdamW8bitConfig
+from distaccum.config.enums import PrecisionName
 from distaccum.models import GPT
-from distaccum.optim import has_8bit
+from distaccum.runtime.devices import Precision
+from distaccum.runtime.world import joined_world
 from distaccum.tasks import LanguageModeling
+from distaccum.tools.memory.lines import PeakLine
+from distaccum.tools.memory.measuring import Setting, measure, measure_here, replicas_of
+from distaccum.training.optim import has_8bit
 
 LENGTH = 64
 PLACEMENTS: dict[str, tuple[Any, int]] = {

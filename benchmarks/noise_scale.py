@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, NoiseScale
 from distaccum.config import DDPConfig
-from distaccum.distributed import joined_world
 from distaccum.models import CNN, GPT, MLP
+from distaccum.runtime.world import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
 
 EVERY = NoiseScale().every_updates

@@ -39,8 +39,8 @@ from torch.utils.data import Dataset
 
 from distaccum import Accumulator, WindowLoader, shuffled
 from distaccum.data import DocumentationText
-from distaccum.grouping import CostFit, CostModel
 from distaccum.models import GPT
+from distaccum.planning.by_length import CostFit, CostModel
 
 MAX_LENGTH = 512
 WINDOW = 64

@@ -5,7 +5,7 @@ model of 2.1 MB. K micro-steps an update with a sync in every one, with `no_sync
 sync as bfloat16 and as PowerSGD of rank 1. Rounds of all ways are interleaved; medians.
 
 The bytes are those that the interface of one host has sent, headers included. The prediction is that of
-`distaccum.links`, an alpha-beta model of the ring all-reduce, as `distaccum.tune` uses it:
+`distaccum.tools.tune.network_model`, an alpha-beta model of the ring all-reduce, as `distaccum.tune` uses it:
 
     seconds = compute(K) + what the all-reduces take beyond the end of the backward that they are sent in
 
@@ -34,12 +34,12 @@ from emulated_hosts import bytes_sent, start_ranks, two_hosts, why_impossible
 from torch import nn
 
 from distaccum import Accumulator, UpdateResult
-from distaccum.choices import Compression
 from distaccum.config import DDPConfig
-from distaccum.links import Link, buckets_of, fit_compute, fit_link, update_seconds
-from distaccum.measuring.network import SIZES, time_all_reduces
+from distaccum.config.enums import Compression
 from distaccum.strategies import DDPStrategy, Strategy
 from distaccum.strategies.ddp import place_ddp
+from distaccum.tools.bench.network import SIZES, time_all_reduces
+from distaccum.tools.tune.network_model import Link, buckets_of, fit_compute, fit_link, update_seconds
 
 RATES = ("100mbit", "1gbit")
 STEPS = (1, 2, 4, 8, 16)

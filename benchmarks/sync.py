@@ -19,7 +19,7 @@ from torch import nn
 
 from distaccum import Accumulator
 from distaccum.config import DDPConfig
-from distaccum.distributed import joined_world
+from distaccum.runtime.world import joined_world
 from distaccum.strategies import DDPStrategy, place
 
 STEPS = (1, 2, 4, 8, 16)

@@ -24,13 +24,13 @@ import common
 import torch
 from emulated_hosts import start_ranks, two_hosts, why_impossible
 
-from distaccum.distributed import joined_world
-from distaccum.entry import compose
-from distaccum.links import fit_compute, fit_link
-from distaccum.measuring.network import SIZES
-from distaccum.measuring.rank import Measuring
-from distaccum.tuning.forecast import predicted_seconds
-from distaccum.tuning.report import Forecast
+from distaccum.config.compose import compose
+from distaccum.runtime.world import joined_world
+from distaccum.tools.bench.measurements import Measuring
+from distaccum.tools.bench.network import SIZES
+from distaccum.tools.tune.forecast import predicted_seconds
+from distaccum.tools.tune.network_model import fit_compute, fit_link
+from distaccum.tools.tune.report import Forecast
 
 TRAINING = ["experiment=text", "strategy=ddp", "wandb.mode=disabled"]
 RATES = ("100mbit", "1gbit")

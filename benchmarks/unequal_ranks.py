@@ -26,9 +26,9 @@ from torch.utils.data import TensorDataset
 
 from distaccum import Accumulator, WindowLoader
 from distaccum.config import DDPConfig
-from distaccum.cut_tuning import CutTuning
-from distaccum.distributed import joined_world
+from distaccum.runtime.world import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.training.adapt_cuts import CutTuning
 
 GLOBAL_BATCH, MICRO_BATCH, TOKENS, WIDTH = 768, 8, 32, 256
 SLOWDOWN = 3

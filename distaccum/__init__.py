@@ -12,37 +12,37 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from distaccum.accumulation import Accumulator
-    from distaccum.caching import accumulate_coupled
+    from distaccum.accumulation.gradient_caching import accumulate_coupled
+    from distaccum.accumulation.noise_scale import NoiseScale
+    from distaccum.accumulation.recovery import Recovery
+    from distaccum.accumulation.result import UpdateResult
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
-    from distaccum.ensembling import Ensemble
     from distaccum.errors import UserError
-    from distaccum.evaluation import evaluate_model
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
-    from distaccum.noise_scale import NoiseScale
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
-    from distaccum.recovery import Recovery
     from distaccum.tasks import CoupledTask, Task, TaskOutput
-    from distaccum.trainer import Trainer
-    from distaccum.updates import UpdateResult
+    from distaccum.tools.evaluate import Ensemble
+    from distaccum.training.evaluation import evaluate_model
+    from distaccum.training.trainer import Trainer
 
 _HOMES = {
     "Accumulator": "accumulation",
-    "accumulate_coupled": "caching",
-    "UpdateResult": "updates",
+    "accumulate_coupled": "accumulation",
+    "UpdateResult": "accumulation",
     "CheckpointConfig": "config",
     "Checkpointer": "checkpoints",
-    "Ensemble": "ensembling",
+    "Ensemble": "models.ensemble",
     "UserError": "errors",
-    "evaluate_model": "evaluation",
+    "evaluate_model": "training.evaluation",
     "EvaluationLoader": "loaders",
     "LoaderOptions": "loaders",
     "Window": "loaders",
     "WindowLoader": "loaders",
-    "NoiseScale": "noise_scale",
+    "NoiseScale": "accumulation",
     "Observer": "observers",
-    "Recovery": "recovery",
+    "Recovery": "accumulation",
     "BatchPlan": "planning",
     "Cut": "planning",
     "resolve_batch": "planning",
@@ -52,7 +52,7 @@ _HOMES = {
     "CoupledTask": "tasks",
     "Task": "tasks",
     "TaskOutput": "tasks",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
 }
 
 __all__ = [

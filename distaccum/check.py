@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from distaccum.entry import run_entry_point
-from distaccum.tool_configs import CheckConfig
+from distaccum.cli import run_entry_point
+from distaccum.config.tools import CheckConfig
 
 
 def _run(config: CheckConfig) -> int:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.checking import check
+    from distaccum.tools.check import check
 
     return check(config)
 

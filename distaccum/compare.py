@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from distaccum.entry import run_entry_point
+from distaccum.cli import run_entry_point
+from distaccum.config.tools import CompareConfig
 from distaccum.errors import UserError
-from distaccum.tool_configs import CompareConfig
 
 
 def _run(config: CompareConfig) -> None:
@@ -16,7 +16,7 @@ def _run(config: CompareConfig) -> None:
             "`python -m distaccum.compare …`, and say with compare.world_sizes=[…] how many ranks to compare."
         )
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.comparison import compare
+    from distaccum.tools.compare import compare
 
     compare(config)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from distaccum.choices import Combination, DeviceChoice, Weights, WhichCheckpoint
-from distaccum.entry import exit_before_ranks_are_joined, leave, outcome_of
+from distaccum.cli import exit_before_ranks_are_joined, leave, outcome_of
+from distaccum.config.enums import Combination, DeviceChoice, Weights, WhichCheckpoint
 from distaccum.errors import UserError
-from distaccum.logs import make_output_safe
+from distaccum.runtime.logs import make_output_safe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not paths:
         exit_before_ranks_are_joined(UserError("there is no PATH: give the folder of a run, or of a checkpoint."))
     # Here and not above: --help and a mistake on the command line shouldn't wait for torch.
-    from distaccum.ensembling import Wishes, evaluate
+    from distaccum.tools.evaluate import Wishes, evaluate
 
     wishes = Wishes(
         paths=paths,

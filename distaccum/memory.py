@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from distaccum.entry import run_entry_point
-from distaccum.tool_configs import MemoryConfig
+from distaccum.cli import run_entry_point
+from distaccum.config.tools import MemoryConfig
 
 
 def _run(config: MemoryConfig) -> int:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.footprint import memory
+    from distaccum.tools.memory import memory
 
     return memory(config)
 

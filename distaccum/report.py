@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distaccum.errors import EXIT_STATUS, UserError, printable
-from distaccum.logs import check_printed, console, make_output_safe, print_error
+from distaccum.runtime.logs import check_printed, console, make_output_safe, print_error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     # Here and not above: --help and a mistake on the command line shouldn't wait for it.
-    from distaccum.reporting import write_page
+    from distaccum.tools.report import write_page
 
     try:
         console.print(printable(str(write_page(given.run_dir, given.out))))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from distaccum.entry import run_entry_point
+from distaccum.cli import run_entry_point
+from distaccum.config.tools import StudyConfig
 from distaccum.errors import UserError
-from distaccum.tool_configs import StudyConfig
 
 
 def _run(config: StudyConfig) -> int:
@@ -16,7 +16,7 @@ def _run(config: StudyConfig) -> int:
             "`python -m distaccum.study …`, and say with study.ranks=… how many ranks each run is to have."
         )
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.batch_study import study
+    from distaccum.tools.study import study
 
     return study(config)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from distaccum.cli import run_entry_point
 from distaccum.config import TrainConfig
-from distaccum.entry import run_entry_point
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED
 
 
 def _run(config: TrainConfig) -> int:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.assembly import train
+    from distaccum.training.run import train
 
     interrupted = train(config).interrupted
     if interrupted is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from distaccum.entry import run_entry_point
+from distaccum.cli import run_entry_point
+from distaccum.config.tools import TuneConfig
 from distaccum.errors import UserError
-from distaccum.tool_configs import TuneConfig
 
 
 def _run(config: TuneConfig) -> None:
@@ -16,7 +16,7 @@ def _run(config: TuneConfig) -> None:
             "`python -m distaccum.tune …`, and say with tune.world_size=… how many ranks to tune for."
         )
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.tuning import tune
+    from distaccum.tools.tune import tune
 
     tune(config)
 

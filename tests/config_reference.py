@@ -9,7 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from distaccum import components, config, tool_configs
+from distaccum import config
+from distaccum.config import components
+from distaccum.config import tools as tool_configs
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- made by tests/config_reference.py from the schema -->"

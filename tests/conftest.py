@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 
-LONG = ("launch", "faults", "distributed", "comparison", "test_benchmarks.py", "checking")
+LONG = ("launch", "faults", "distributed", "tools", "test_benchmarks.py")
 """Where tests wait for processes, longest first: what is short comes last, and fills the gaps between two workers."""
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from distaccum.fetching import BatchSource, MicroBatches, Request
+from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 
 WITH_WORKERS = [
     # A worker that dies at a bad moment could make its reader wait for ever.

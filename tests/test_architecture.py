@@ -11,212 +11,116 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distaccum"
 
-FLOORS = {
-    "config": 0,
-    "choices": 0,
-    "components": 0,
-    "tool_configs": 0,
-    "errors": 0,
-    "redaction": 0,
-    "distributed": 1,
-    "gathering": 1,
-    "heartbeat": 1,
-    "launcher": 0,
-    "diagnosis": 1,
-    "compilation": 1,
-    "data_workers": 1,
-    "buffers": 1,
-    "devices": 1,
-    "files": 1,
-    "remembered": 1,
-    "seeding": 1,
-    "interruption": 1,
-    "logs": 1,
-    "targets": 1,
-    "live_memory": 1,
-    "pages": 1,
-    "planning": 2,
-    "batch_sizes": 2,
-    "grouping": 2,
-    "links": 2,
-    "recutting": 2,
-    "data": 2,
-    "models": 2,
-    "tasks": 2,
-    "optim": 2,
-    "observers": 2,
-    "fetching": 2,
-    "noise_scale": 2,
-    "micro_gradients": 3,
-    "updates": 3,
-    "strategies": 3,
-    "checkpoints": 4,
-    "stepping": 4,
-    "loaders": 3,
-    "accumulation": 4,
-    "recovery": 4,
-    "sums": 4,
-    "model_options": 4,
-    "memory_line": 4,
-    "caching": 4,
-    "run_folder": 5,
-    "grace": 5,
-    "totals": 5,
-    "cut_tuning": 5,
-    "fitting": 5,
-    "sizing": 5,
-    "trainer": 5,
-    "updating": 5,
-    "evaluation": 5,
-    "averaging": 4,
-    "continuing": 5,
-    "evaluator": 5,
-    "ensembling": 5,
-    "parts": 5,
-    "assembly": 5,
-    "measuring": 5,
-    "comparison": 5,
-    "tuning": 5,
-    "checking": 5,
-    "footprint": 5,
-    "reporting": 5,
-    "batch_study": 5,
-    "entry": 6,
-    "train": 6,
-    "compare": 6,
-    "tune": 6,
-    "check": 6,
-    "memory": 6,
-    "report": 6,
-    "study": 6,
-    "evaluate": 6,
-}
-# On one floor, these may be imported by their neighbours: each pair is (importer, imported).
-NEIGHBOURS = {
-    ("config", "choices"),
-    ("components", "choices"),
-    ("components", "config"),
-    ("tool_configs", "choices"),
-    ("tool_configs", "config"),
-    ("components", "errors"),
-    ("config", "errors"),
-    ("launcher", "errors"),
-    ("tool_configs", "errors"),
-    ("distributed", "diagnosis"),
-    ("distributed", "heartbeat"),
-    ("distributed", "logs"),
-    ("logs", "files"),
-    ("heartbeat", "diagnosis"),
-    ("interruption", "distributed"),
-    ("grouping", "planning"),
-    ("recutting", "planning"),
-    ("remembered", "files"),
-    ("sizing", "fitting"),
-    ("assembly", "parts"),
-    ("assembly", "sizing"),
-    ("accumulation", "recovery"),
-    ("accumulation", "sums"),
-    ("recovery", "accumulation"),  # for its type only
-    ("micro_gradients", "loaders"),
-    ("micro_gradients", "strategies"),
-    ("updates", "micro_gradients"),
-    ("caching", "accumulation"),
-    ("accumulation", "stepping"),
-    ("trainer", "evaluator"),
-    ("continuing", "totals"),
-    ("trainer", "continuing"),
-    ("assembly", "continuing"),
-    ("evaluator", "evaluation"),
-    ("evaluator", "grace"),
-    ("averaging", "checkpoints"),
-    ("memory_line", "averaging"),
-    ("trainer", "grace"),
-    ("trainer", "updating"),
-    ("updating", "grace"),
-    ("trainer", "totals"),
-    ("trainer", "cut_tuning"),
-    ("assembly", "run_folder"),
-    ("comparison", "run_folder"),
-    ("assembly", "trainer"),
-    ("measuring", "parts"),
-    ("measuring", "continuing"),
-    ("comparison", "measuring"),
-    ("tuning", "comparison"),
-    ("tuning", "measuring"),
-    ("tuning", "run_folder"),
-    ("checking", "assembly"),
-    ("checking", "parts"),
-    ("batch_study", "run_folder"),
-    ("batch_study", "assembly"),
-    ("batch_study", "comparison"),
-    ("batch_study", "measuring"),
-    ("footprint", "parts"),
-    ("train", "entry"),
-    ("evaluate", "entry"),
-    ("ensembling", "continuing"),
-    ("ensembling", "evaluation"),
-    ("ensembling", "evaluator"),
-    ("ensembling", "parts"),
-    ("ensembling", "run_folder"),
-    ("compare", "entry"),
-    ("tune", "entry"),
-    ("check", "entry"),
-    ("memory", "entry"),
-    ("study", "entry"),
-}
+FLOORS = [
+    *("errors", "config", "runtime", "planning", "loaders", "strategies", "accumulation", "checkpoints"),
+    *("data", "models", "tasks", "observers", "training", "tools", "cli"),
+]
+"""Packages and modules, each of which imports only what stands before it."""
+
+COMMANDS = ("train", "compare", "check", "tune", "study", "memory", "evaluate", "report")
+SHARED_TOOLS = ("bench", "pages")
 
 
-def _modules() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def _modules() -> dict[str, Path]:
+    """By dotted name below the package; a package is named as its folder."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
 
 
-def _part(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+MODULES = _modules()
 
 
-def _imported_parts(source: str) -> set[str]:
-    parts = set()
+def _imported(source: str) -> set[str]:
+    """Modules of the package that a source imports, anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "distaccum":
-            parts |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("distaccum."):
-            parts.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "distaccum":
+            base = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                found.add(name if name in MODULES else base)
         elif isinstance(node, ast.Import):
-            parts |= {a.name.split(".")[1] for a in node.names if a.name.startswith("distaccum.")}
-    return parts
+            found |= {a.name.partition(".")[2] for a in node.names if a.name.partition(".")[0] == "distaccum"}
+    return found - {""}
 
 
-def _goes_up(importer: str, imported: str) -> bool:
-    if importer == imported or (importer, imported) in NEIGHBOURS:
-        return False
-    return FLOORS[imported] >= FLOORS[importer]
+def _problem(importer: str, imported: str) -> str | None:
+    """What is wrong with an import; None if nothing is."""
+    above, below = importer.split("."), imported.split(".")
+    if below[0] in COMMANDS:
+        return "imports a command"
+    if above[0] in COMMANDS:
+        return None
+    if FLOORS.index(below[0]) > FLOORS.index(above[0]):
+        return "imports what stands after it"
+    if above[0] == below[0] == "tools" and len(above) > 1 and above[1] != below[1] and below[1] not in SHARED_TOOLS:
+        return "is a tool that imports another tool"
+    return None
 
 
-@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down_only(path: Path) -> None:
-    upwards = [part for part in _imported_parts(path.read_text()) if _goes_up(_part(path), part)]
-    assert not upwards, f"{path.name} imports {upwards} from its own floor or above"
+def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Modules of one package that import each other, directly or by others of it."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> None:
+        if name in way:
+            found.append([*way[way.index(name) :], name])
+        elif name not in done:
+            for other in sorted(imports.get(name, ())):
+                if other.partition(".")[0] == name.partition(".")[0]:
+                    visit(other, [*way, name])
+            done.add(name)
+
+    for name in imports:
+        visit(name, [])
+    return found
 
 
-def test_every_module_has_a_floor() -> None:
-    assert {_part(path) for path in _modules()} == set(FLOORS)
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_a_module_imports_what_stands_before_it(name: str) -> None:
+    problems = {other: _problem(name, other) for other in _imported(MODULES[name].read_text())}
+    assert not {other: said for other, said in problems.items() if said}
 
 
-def test_an_arrow_that_goes_up_is_noticed() -> None:
-    assert _imported_parts("def f():\n    from distaccum.trainer import Trainer\n") == {"trainer"}
-    assert _goes_up("accumulation", "trainer")
-    assert not _goes_up("trainer", "accumulation")
+def test_no_two_modules_of_a_package_import_each_other() -> None:
+    assert _circles({name: _imported(path.read_text()) for name, path in MODULES.items() if name}) == []
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name.partition(".")[0] for name in MODULES if name} == {*FLOORS, *COMMANDS}
+
+
+def test_wrong_imports_are_noticed() -> None:
+    assert _imported("def f():\n    from distaccum.training.trainer import Trainer\n") == {"training.trainer"}
+    assert _imported("from distaccum import Accumulator, errors") == {"errors"}
+    assert _imported("import distaccum.config.enums") == {"config.enums"}
+    assert _problem("accumulation.accumulator", "training.trainer") == "imports what stands after it"
+    assert _problem("training.trainer", "accumulation.accumulator") is None
+    assert _problem("tools.tune.run", "tools.compare.run") == "is a tool that imports another tool"
+    assert _problem("tools.tune.run", "tools.bench.rounds") is None
+    assert _problem("tools.bench.rounds", "tools.tune.run") == "is a tool that imports another tool"
+    assert _problem("training.run", "train") == "imports a command"
+    assert _circles({"runtime.a": {"runtime.b"}, "runtime.b": {"runtime.c"}, "runtime.c": {"runtime.a"}})
+    assert not _circles({"runtime.a": {"runtime.b", "runtime.c"}, "runtime.b": {"runtime.c"}})
 
 
 def test_planning_knows_no_torch() -> None:
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(ast.parse((PACKAGE / "planning.py").read_text()))
-        for name in (
-            [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
-        )
-    }
-    assert "torch" not in imported
+    code = "import sys, distaccum.planning; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_own_loop_imports_nothing_of_the_trainer() -> None:
+    code = (
+        "import sys; from distaccum import Accumulator, WindowLoader; "
+        "print(*{name.split('.')[1] for name in sys.modules if name.startswith('distaccum.')}, "
+        "*{'hydra', 'omegaconf', 'wandb', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= set(FLOORS[: FLOORS.index("checkpoints")]), done.stdout
 
 
 def test_entry_points_are_short() -> None:

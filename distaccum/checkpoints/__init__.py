@@ -6,9 +6,9 @@ from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
 from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
 from distaccum.checkpoints.finding import checked, newest_whole
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
-from distaccum.checkpoints.random_state import random_state, set_random_state
 from distaccum.checkpoints.reading import averaged_weights, load_model, putting_back
 from distaccum.checkpoints.state import persistent_buffers
+from distaccum.runtime.random_state import random_state, set_random_state
 
 __all__ = [
     "MODEL_FILE",

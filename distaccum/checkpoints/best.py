@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from distaccum.checkpoints.folder import name_of
-from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
+from distaccum.config.enums import Goal
 from distaccum.errors import UserError
 
 

@@ -30,10 +30,8 @@ from distaccum.checkpoints.optimizer_state import (
     group_settings,
     optimizer_targets,
     outside_parameters,
-    own_optimizer,
     set_optimizer_state,
 )
-from distaccum.checkpoints.random_state import set_random_state
 from distaccum.checkpoints.reading import putting_back, read_tensors, reasons, without_process_warning
 from distaccum.checkpoints.state import (
     check_same_model,
@@ -46,9 +44,11 @@ from distaccum.checkpoints.state import (
 )
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
 from distaccum.config import CheckpointConfig
-from distaccum.diagnosis import is_broken_collective
 from distaccum.errors import UserError
+from distaccum.runtime.diagnosis import is_broken_collective
+from distaccum.runtime.random_state import set_random_state
 from distaccum.strategies import Strategy, local_parts, strategy_of
+from distaccum.strategies.optimizers import own_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from distaccum.checkpoints.state import check_same_model, persistent_buffers
 from distaccum.checkpoints.storage import write_safetensors
 from distaccum.errors import UserError
-from distaccum.files import sync
+from distaccum.runtime.files import sync
 from distaccum.strategies import Strategy
 
 MODEL_FILE = "model.safetensors"

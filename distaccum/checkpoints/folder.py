@@ -23,7 +23,7 @@ from typing import Any
 from distaccum.checkpoints.encoding import decoded
 from distaccum.checkpoints.form import FORMAT, is_file_name, is_shallow, misfit
 from distaccum.checkpoints.form import MANIFEST as MANIFEST_FORM
-from distaccum.files import open_regular, sync
+from distaccum.runtime.files import open_regular, sync
 
 MANIFEST = "manifest.json"
 

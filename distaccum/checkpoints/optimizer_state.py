@@ -14,20 +14,12 @@ from torch.distributed.tensor import DTensor
 from distaccum.checkpoints.encoding import decoded, encoded
 from distaccum.checkpoints.folder import Checkpoint
 from distaccum.errors import UserError
-from distaccum.optim import probe_state, twin_of
+from distaccum.strategies.optimizers import own_optimizer, probe_state, twin_of
 
 _OF_OPTIMIZER = ("optimizer/", "optimizer_json/", "optimizer_number/")
 """The last one is where earlier versions have put Python numbers."""
 _STATE, _DICT = ".state", ".dict"
 """No parameter's name begins with a dot."""
-
-
-def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that holds this rank's state: under ZeRO-1 the one of its shard."""
-    # By name, as importing the class takes long and warns of things that are not ours.
-    inner = optimizer.optim if type(optimizer).__name__ == "ZeroRedundancyOptimizer" else optimizer  # type: ignore[attr-defined]
-    assert isinstance(inner, torch.optim.Optimizer)
-    return inner
 
 
 def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.encoding import decoded, encoded
 from distaccum.checkpoints.optimizer_state import optimizer_tensors, outside_parameters
-from distaccum.checkpoints.random_state import random_state
 from distaccum.errors import UserError
+from distaccum.runtime.random_state import random_state
 from distaccum.strategies import Strategy
 
 

@@ -34,7 +34,7 @@ from torch.futures import Future
 from distaccum.checkpoints.folder import Checkpoint, commit, start_writing, write_manifest, writing_path
 from distaccum.checkpoints.form import FORMAT, SAFETENSORS_NAMES
 from distaccum.errors import UserError
-from distaccum.files import open_regular, sync
+from distaccum.runtime.files import open_regular, sync
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in SAFETENSORS_NAMES}
 _SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.items()}

@@ -6,7 +6,7 @@ needs the world size or the data is checked where those are known.
 
 A *component* (a model, a dataset, a task, an optimizer, an observer) is named by `_target_`, the import path of a class
 or function, and the other keys of its section are passed to it. The typed sections of the built-in components are in
-`distaccum.components`; anybody's own takes their place.
+`distaccum.config.components`; anybody's own takes their place.
 """
 
 from __future__ import annotations

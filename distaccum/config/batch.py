@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from distaccum.choices import Balance, BatchSchedule, LrRule, TableUnit
 from distaccum.config.basics import MISSING
+from distaccum.config.enums import Balance, BatchSchedule, LrRule, TableUnit
 from distaccum.errors import require, require_at_least
 
 AUTO = "auto"

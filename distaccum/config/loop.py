@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distaccum.choices import Goal, OnNonfinite
 from distaccum.config.basics import MISSING, require_name
+from distaccum.config.enums import Goal, OnNonfinite
 from distaccum.errors import require, require_at_least, require_positive
 
 

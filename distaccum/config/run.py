@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.choices import BatchSchedule, Compression, DeviceChoice, WandbMode
 from distaccum.config.basics import MISSING
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
+from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, WandbMode
 from distaccum.config.insight import InsightConfig
 from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, LoopConfig, ScheduleConfig
 from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig

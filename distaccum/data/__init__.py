@@ -5,11 +5,11 @@ imported only by the datasets that need them.
 """
 
 from distaccum.data.coins import Coins
-from distaccum.data.collate import PadCollate
 from distaccum.data.digit_views import DigitViews
 from distaccum.data.digits import Digits
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
+from distaccum.loaders.collate import PadCollate
 
 __all__ = ["Coins", "DigitViews", "Digits", "DocumentationText", "ImageFolder", "PadCollate", "Synthetic"]

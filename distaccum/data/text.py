@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distaccum.data.collate import PadCollate
 from distaccum.data.splits import EVALUATION, check_split
 from distaccum.errors import UserError
+from distaccum.loaders.collate import PadCollate
 
 IGNORE_INDEX = -100
 """Padding of the targets: the value that `torch.nn.functional.cross_entropy` ignores."""

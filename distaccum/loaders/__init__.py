@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distaccum.loaders.evaluation_loader import EvaluationLoader
-from distaccum.loaders.moving import LoaderOptions
+from distaccum.loaders.options import LoaderOptions
 from distaccum.loaders.window import Recutting, Window
 from distaccum.loaders.window_loader import WindowLoader
 

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from distaccum import planning
 from distaccum.errors import UserError
-from distaccum.fetching import Request
-from distaccum.loaders.moving import LoaderOptions, batch_source, on_device, placement, size_of
+from distaccum.loaders.fetch import Request
+from distaccum.loaders.options import LoaderOptions, batch_source, on_device, placement, size_of
 
 logger = logging.getLogger(__name__)
 

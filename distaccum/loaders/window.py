@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distaccum.devices import tensors_of
+from distaccum.runtime.nested import tensors_of
 
 _MOST_TOGETHER = 8
 """Micro-batches that are loaded at a time."""

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from distaccum import planning, recutting
-from distaccum.batch_sizes import BatchSizes, ConstantSize, SizeRule
-from distaccum.devices import to_device
-from distaccum.fetching import Request
-from distaccum.grouping import CostModel, Grouping, Timeline
-from distaccum.loaders.moving import LoaderOptions, batch_source, on_device, placement, size_of
+from distaccum import planning
+from distaccum.loaders.fetch import Request
+from distaccum.loaders.options import LoaderOptions, batch_source, on_device, placement, size_of
 from distaccum.loaders.window import Recutting, Window
+from distaccum.planning import recut as recutting
+from distaccum.planning.by_length import CostModel, Grouping, Timeline
+from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
+from distaccum.runtime.nested import to_device
 
 
 class WindowLoader:
@@ -29,9 +30,9 @@ class WindowLoader:
 
     Args:
         dataset: map-style dataset (`__len__` and `__getitem__`).
-        global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.resolve_batch`.
+        global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.batch_plan.resolve_batch`.
         lengths: of all samples; given, samples of like length share a micro-batch, within each window (see
-            `distaccum.grouping.cut_by_length`).
+            `distaccum.planning.by_length.cut_by_length`).
         max_tokens: most tokens in such a micro-batch, padding included. Default: `micro_batch_size` times the longest.
         drop_last: leave out an epoch's last window when it is smaller than the others.
         seed: decides the order together with the epoch, and the dataset's random numbers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distaccum.choices import Goal
+from distaccum.config.enums import Goal
 from distaccum.errors import UserError
 from distaccum.observers.formatting import number, words
 

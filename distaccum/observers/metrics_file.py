@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distaccum.errors import UserError
-from distaccum.files import LineFile
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.metrics_lines import KeptLines, keep_lines
+from distaccum.runtime.files import LineFile
 
 logger = logging.getLogger(__name__)
 

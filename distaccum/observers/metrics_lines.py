@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distaccum.files import open_regular, replacing, sync
+from distaccum.runtime.files import open_regular, replacing, sync
 
 
 class _Key(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distaccum.files import open_regular
+from distaccum.runtime.files import open_regular
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from distaccum import logs
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.formatting import byte_size, clock, duration, evaluation_text, noise_text, number, rate, words
+from distaccum.runtime import logs
 
 _LABEL_WIDTH = 15
 _BAR_WIDTHS = 8, 40

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distaccum.choices import WandbMode
+from distaccum.config.enums import WandbMode
+from distaccum.config.redaction import redacted_arguments
 from distaccum.errors import UserError
-from distaccum.files import write_text
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.redaction import redacted_arguments
+from distaccum.runtime.files import write_text
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

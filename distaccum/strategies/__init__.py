@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum.choices import PrecisionName
-from distaccum.compilation import Compilation
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
+from distaccum.config.enums import PrecisionName
 from distaccum.errors import UserError
+from distaccum.runtime.compilation import Compilation
 from distaccum.strategies.base import Recoverable, Strategy, Traffic, can_recover, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp
 from distaccum.strategies.dp import DPStrategy, place_dp

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig
-from distaccum.devices import Stopwatch
+from distaccum.config.enums import Compression, PrecisionName
 from distaccum.errors import UserError, listed
+from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies.base import Traffic, refuse_unsynced
-from distaccum.strategies.compression import (
+from distaccum.strategies.gradient_sync import (
     HookState,
     communication_hook,
     give_threads_time_at_exit,
@@ -29,7 +29,7 @@ from distaccum.strategies.compression import (
     powersgd_tensors,
 )
 from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients, zero_with_gradients
-from distaccum.strategies.riding import Passengers, summed_beside
+from distaccum.strategies.scalar_sync import Passengers, summed_beside
 
 
 class DDPStrategy:

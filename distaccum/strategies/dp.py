@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distaccum.config import DPConfig
-from distaccum.devices import to_device
 from distaccum.errors import UserError
-from distaccum.seeding import derived_seed
+from distaccum.runtime.nested import to_device
+from distaccum.runtime.randomness import derived_seed
 from distaccum.strategies.scattering import Call, batch_size, gather, scatter
 from distaccum.strategies.single import SingleStrategy
 

@@ -16,14 +16,14 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from distaccum.choices import PrecisionName
-from distaccum.compilation import Compilation
 from distaccum.config import FSDPConfig
-from distaccum.devices import Stopwatch
+from distaccum.config.enums import PrecisionName
 from distaccum.errors import UserError
+from distaccum.runtime.compilation import Compilation
+from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies.base import Traffic, local_parts, refuse_unsynced
 from distaccum.strategies.blocks import blocks_to_wrap
-from distaccum.strategies.riding import summed_beside
+from distaccum.strategies.scalar_sync import summed_beside
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distaccum.devices import tensors_of
 from distaccum.errors import UserError
+from distaccum.runtime.nested import tensors_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: `(args, kwargs)`."""

@@ -1,6 +1,7 @@
 """Tasks: a loss as a sum, what it is averaged over, and metrics. Any callable of the same form can take their place."""
 
-from distaccum.tasks.base import CoupledTask, Task, TaskOutput, as_number, checked_output
+from distaccum.accumulation.result import TaskOutput, as_number, checked_output
+from distaccum.tasks.base import CoupledTask, Task
 from distaccum.tasks.classification import Classification
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.language_modeling import LanguageModeling

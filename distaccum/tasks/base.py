@@ -3,70 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from distaccum.errors import UserError
-
-
-@dataclass(slots=True)
-class TaskOutput:
-    """One micro-batch's part of the window.
-
-    Attributes:
-        loss_sum: sum of the per-element losses, a scalar with a gradient. Never a mean: a mean of means is wrong as
-            soon as micro-batches or ranks have unequal numbers of elements.
-        weight: number of elements summed (samples, valid tokens, pixels): a number, or a scalar tensor on the device.
-        sums: sums that metrics are made of, by name; detached tensors of any shape, on the device, or numbers. The same
-            names and shapes in each micro-batch.
-    """
-
-    loss_sum: Tensor
-    weight: Tensor | float
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-def checked_output(output: Any, what: str = "the task") -> TaskOutput:
-    """What a task has answered, its numbers of any kind as Python's and its sums as tensors. Looks at types alone.
-
-    Raises:
-        UserError: it is no `TaskOutput`, or holds what is neither a tensor nor a number.
-    """
-    if not isinstance(output, TaskOutput) or not isinstance(output.loss_sum, Tensor):
-        raise UserError(
-            f"{what} returned a {type(output).__name__}, not a distaccum.TaskOutput with a tensor as loss_sum. Return "
-            "TaskOutput(loss_sum=…, weight=…)."
-        )
-    if not isinstance(output.weight, Tensor):
-        output.weight = as_number(output.weight, f"{what}'s weight")
-    sums: dict[str, Any] = output.sums
-    output.sums = {
-        name: value
-        if isinstance(value, Tensor)
-        else torch.tensor(as_number(value, f"{what}'s sum {name}"), dtype=torch.float64)
-        for name, value in sums.items()
-    }
-    return output
-
-
-def as_number(value: Any, what: str) -> float:
-    """A number of Python's or NumPy's, or of a tensor that holds a single one.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    try:
-        number = value.item() if hasattr(value, "item") else value
-    except (RuntimeError, ValueError):  # several
-        number = value
-    if not isinstance(number, Real):
-        shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
-        raise UserError(f"{what} is a {type(value).__name__}{shape}, where a number is wanted.")
-    return float(number)
+from distaccum.accumulation.result import TaskOutput, as_number
 
 
 class Task(ABC):
@@ -96,8 +37,8 @@ class CoupledTask(Task):
     """A task whose loss couples all samples of a window, as contrastive losses do: it is no sum over micro-batches.
 
     The trainer embeds every micro-batch, takes the loss of the whole window, and back-propagates with cached gradients
-    (see `distaccum.caching`): the update is that of the window in one shot, for any cut. `embed` is called twice for
-    each micro-batch.
+    (see `distaccum.accumulation.gradient_caching`): the update is that of the window in one shot, for any cut. `embed`
+    is called twice for each micro-batch.
 
     Attributes:
         evaluation_samples: how many samples are put together for a loss in evaluations, in the dataset's order; None

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distaccum.accumulation.result import TaskOutput
 from distaccum.errors import UserError
-from distaccum.tasks.base import CoupledTask, TaskOutput
+from distaccum.tasks.base import CoupledTask
 
 
 class Contrastive(CoupledTask):

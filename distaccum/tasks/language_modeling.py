@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from distaccum.accumulation.result import TaskOutput
 from distaccum.errors import UserError
-from distaccum.tasks.base import Task, TaskOutput
+from distaccum.tasks.base import Task
 from distaccum.tasks.cross_entropy import inputs_and_targets, summed_cross_entropy
 
 

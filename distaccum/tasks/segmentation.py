@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distaccum.accumulation.result import TaskOutput
 from distaccum.errors import UserError
-from distaccum.tasks.base import Task, TaskOutput
+from distaccum.tasks.base import Task
 from distaccum.tasks.cross_entropy import inputs_and_targets, summed_cross_entropy
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from distaccum.checkpoints import Checkpointer, export_model
 from distaccum.checkpoints.folder import checkpoints_in, read_checkpoint
-from distaccum.checkpoints.random_state import random_state, set_random_state
 from distaccum.checkpoints.storage import write_safetensors
-from distaccum.choices import Goal
 from distaccum.config import CheckpointConfig
+from distaccum.config.enums import Goal
 from distaccum.errors import UserError
+from distaccum.runtime.random_state import random_state, set_random_state
 from distaccum.strategies import strategy_of
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import Accumulator, UserError, WindowLoader
-from distaccum.choices import Compression
 from distaccum.config import DDPConfig
-from distaccum.distributed import World
+from distaccum.config.enums import Compression
 from distaccum.loaders import Window
+from distaccum.runtime.world import World
 from distaccum.strategies import DDPStrategy, SingleStrategy
 from distaccum.strategies.ddp import place_ddp
 

@@ -23,7 +23,7 @@ from distaccum import (
     evaluate_model,
 )
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.distributed import World
+from distaccum.runtime.world import World
 from distaccum.tasks import Contrastive
 
 PLACEMENTS: dict[str, StrategyConfig] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from examples import RaggedTokens, curves, distance, train_tokens
 
-from distaccum.compilation import Compilation
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.distributed import World
+from distaccum.runtime.compilation import Compilation
+from distaccum.runtime.world import World
 
 
 def _compare(world: World, config: StrategyConfig) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import Accumulator, UpdateResult
-from distaccum.assembly import check_same_config
-from distaccum.distributed import World
 from distaccum.errors import UserError
+from distaccum.runtime.world import World
+from distaccum.training.run import check_same_config
 
 
 def check_values_travel_between_ranks(world: World) -> None:

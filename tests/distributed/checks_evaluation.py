@@ -12,7 +12,7 @@ from torch import nn
 
 from distaccum import EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.config import DDPConfig
-from distaccum.distributed import World
+from distaccum.runtime.world import World
 from distaccum.strategies import place
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
-from distaccum.distributed import World
+from distaccum.runtime.world import World
 
 PLACEMENTS: dict[str, StrategyConfig] = {
     "ddp": DDPConfig(),

@@ -10,9 +10,9 @@ from examples import flat
 from torch import Tensor, nn
 
 from distaccum import Accumulator, NoiseScale, UpdateResult, UserError, WindowLoader
-from distaccum.choices import Compression, PrecisionName
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.distributed import World
+from distaccum.config.enums import Compression, PrecisionName
+from distaccum.runtime.world import World
 from distaccum.strategies import SingleStrategy, needs_equal_micro_steps, place
 
 PLACEMENTS: dict[str, StrategyConfig] = {

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, Checkpointer, UserError
 from distaccum.checkpoints import newest_whole
-from distaccum.choices import Implementation
-from distaccum.components import AdadeltaConfig, AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig
-from distaccum.distributed import World
-from distaccum.optim import build_optimizer
+from distaccum.config.components import AdadeltaConfig, AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
+from distaccum.config.enums import Implementation
+from distaccum.runtime.world import World
 from distaccum.strategies import SingleStrategy, Strategy, shards_optimizer
 from distaccum.strategies.dp import DPStrategy, ThreadedReplicas
+from distaccum.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

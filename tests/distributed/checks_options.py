@@ -10,15 +10,15 @@ from examples import flat
 from torch import Tensor
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
-from distaccum.components import AdamConfig
 from distaccum.config import DDPConfig, FSDPConfig
+from distaccum.config.components import AdamConfig
 from distaccum.data.text import DocumentationText
-from distaccum.distributed import World
-from distaccum.model_options import checkpoint_blocks, freeze
 from distaccum.models import GPT
-from distaccum.optim import build_optimizer
+from distaccum.runtime.world import World
 from distaccum.strategies import needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import LanguageModeling
+from distaccum.training.model import checkpoint_blocks, freeze
+from distaccum.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import Accumulator, Checkpointer
-from distaccum.distributed import World
+from distaccum.runtime.world import World
 
 PARTS = ("body", "left", "right")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -13,10 +13,10 @@ from injection import Fragile, Vectors, task
 from torch import nn
 
 from distaccum import Accumulator, LoaderOptions, UpdateResult, UserError, WindowLoader
-from distaccum.choices import Compression
+from distaccum.accumulation.recovery import Recovery
 from distaccum.config import DDPConfig
-from distaccum.distributed import World
-from distaccum.recovery import Recovery
+from distaccum.config.enums import Compression
+from distaccum.runtime.world import World
 from distaccum.strategies.ddp import place_ddp
 
 UPDATES = 4

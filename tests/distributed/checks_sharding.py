@@ -23,13 +23,13 @@ from examples import (
 from torch import Tensor, nn
 
 from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
-from distaccum.choices import PrecisionName
-from distaccum.components import AdamConfig
 from distaccum.config import DDPConfig, FSDPConfig
-from distaccum.distributed import World
+from distaccum.config.components import AdamConfig
+from distaccum.config.enums import PrecisionName
 from distaccum.models import GPT
-from distaccum.optim import build_optimizer
+from distaccum.runtime.world import World
 from distaccum.strategies import place, strategy_of
+from distaccum.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from distaccum import Accumulator, TaskOutput, Trainer, UserError, WindowLoader
 from distaccum.checkpoints import Checkpointer
-from distaccum.choices import Compression
 from distaccum.config import DDPConfig, LoopConfig
-from distaccum.distributed import World
+from distaccum.config.enums import Compression
 from distaccum.loaders import Window
+from distaccum.runtime.world import World
 from distaccum.strategies import DDPStrategy, SingleStrategy, strategy_of
 
 

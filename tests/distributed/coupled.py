@@ -10,11 +10,11 @@ from examples import flat, placed
 from torch import Tensor, nn
 
 from distaccum import Accumulator, TaskOutput, UpdateResult, WindowLoader, accumulate_coupled
-from distaccum.components import AdamConfig
 from distaccum.config import StrategyConfig
-from distaccum.optim import build_optimizer
+from distaccum.config.components import AdamConfig
 from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
 from distaccum.tasks import Contrastive
+from distaccum.training.optim import build_optimizer
 
 FEATURES = 6
 

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
-from distaccum.compilation import Compilation
-from distaccum.components import AdamConfig
 from distaccum.config import StrategyConfig
-from distaccum.optim import build_optimizer
+from distaccum.config.components import AdamConfig
+from distaccum.runtime.compilation import Compilation
 from distaccum.strategies import SingleStrategy, Strategy, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import LanguageModeling, TaskOutput
+from distaccum.training.optim import build_optimizer
 
 VOCABULARY = 11
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distaccum import heartbeat
-from distaccum.distributed import World, joined_world
 from distaccum.errors import OtherRankFailedError, UserError
-from distaccum.logs import print_error
+from distaccum.runtime import heartbeat
+from distaccum.runtime.logs import print_error
+from distaccum.runtime.world import World, joined_world
 
 
 def sleeps_in_forward() -> None:

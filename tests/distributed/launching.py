@@ -114,7 +114,7 @@ def assert_passed(module: str, world_size: int, check: str) -> None:
 def _run_checks(module: str, folder: str) -> None:
     import torch
 
-    from distaccum.distributed import joined_world
+    from distaccum.runtime.world import joined_world
 
     torch.set_num_threads(1)
     checks = importlib.import_module(module)

@@ -9,7 +9,7 @@ import torch
 from examples import flat
 
 from distaccum.train import main
-from distaccum.trainer import Trainer
+from distaccum.training.trainer import Trainer
 
 
 def _record(path: str) -> None:

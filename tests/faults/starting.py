@@ -41,7 +41,7 @@ _IMPORTED = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.nn.parallel",
-    "distaccum.assembly",
+    "distaccum.training.run",
     "troubles",
 )
 
@@ -175,7 +175,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for module in _IMPORTED:
         importlib.import_module(module)
-    from distaccum.entry import compose
+    from distaccum.config.compose import compose
 
     compose(RUN)
     gc.freeze()

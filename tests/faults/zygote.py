@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from killing import Order, arm, passing
 
-from distaccum.assembly import train
 from distaccum.config import TrainConfig
-from distaccum.entry import compose
+from distaccum.config.compose import compose
 from distaccum.errors import EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
-from distaccum.logs import print_error
+from distaccum.runtime.logs import print_error
+from distaccum.training.run import train
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

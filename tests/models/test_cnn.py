@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distaccum.components import CNNConfig
+from distaccum.config.components import CNNConfig
 from distaccum.data import Digits
 from distaccum.errors import UserError
-from distaccum.model_options import build_model
 from distaccum.models import CNN
+from distaccum.training.model import build_model
 
 
 @pytest.mark.parametrize("input_shape", [(1, 1, 1), (1, 8, 8), (3, 5, 7), (3, 9, 2), (3, 33, 64)])

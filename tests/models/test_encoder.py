@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distaccum.components import EncoderConfig
+from distaccum.config.components import EncoderConfig
 from distaccum.errors import UserError
-from distaccum.model_options import build_model
 from distaccum.models import Encoder
+from distaccum.training.model import build_model
 
 
 def test_an_embedding_for_each_image() -> None:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distaccum.components import GPTConfig
+from distaccum.config.components import GPTConfig
 from distaccum.errors import UserError
-from distaccum.model_options import build_model
 from distaccum.models import GPT
+from distaccum.training.model import build_model
 
 
 def make(**changes: Any) -> GPT:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from distaccum.components import MLPConfig
+from distaccum.config.components import MLPConfig
 from distaccum.errors import UserError
-from distaccum.model_options import build_model
 from distaccum.models import MLP
+from distaccum.training.model import build_model
 
 
 def test_shapes() -> None:

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from distaccum.components import UNetConfig
+from distaccum.config.components import UNetConfig
 from distaccum.errors import UserError
-from distaccum.model_options import build_model
 from distaccum.models import UNet
+from distaccum.training.model import build_model
 
 
 @pytest.mark.parametrize(("shape", "channels"), [((1, 4, 4), [8]), ((3, 8, 12), [8, 16]), ((1, 16, 8), [8, 16, 24])])

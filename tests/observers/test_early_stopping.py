@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaccum.choices import Goal
+from distaccum.config.enums import Goal
 from distaccum.errors import UserError
 from distaccum.observers import EarlyStopping
 

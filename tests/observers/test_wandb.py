@@ -17,7 +17,7 @@ import disks
 import pytest
 import records
 
-from distaccum.choices import WandbMode
+from distaccum.config.enums import WandbMode
 from distaccum.errors import UserError
 from distaccum.observers import Wandb
 

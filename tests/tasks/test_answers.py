@@ -14,8 +14,8 @@ from command_line import TINY, Ended, evaluations, updates
 from torch import Tensor, nn
 
 from distaccum import EvaluationLoader, Task, TaskOutput, UserError, evaluate_model
-from distaccum.evaluator import metrics_of
 from distaccum.tasks import checked_output
+from distaccum.training.evaluator import metrics_of
 
 LOSS = torch.tensor(1.5)
 

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distaccum.components import ClassificationConfig
+from distaccum.config.components import ClassificationConfig
+from distaccum.config.instantiate import build
 from distaccum.errors import UserError
-from distaccum.targets import build
 from distaccum.tasks import Classification, Task
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 0.5, 0.25], [1.0, 0.0, 0.0]])

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distaccum.components import ContrastiveConfig
+from distaccum.config.components import ContrastiveConfig
+from distaccum.config.instantiate import build
 from distaccum.errors import UserError
-from distaccum.targets import build
 from distaccum.tasks import Contrastive
 
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distaccum.components import LanguageModelingConfig
+from distaccum.config.components import LanguageModelingConfig
+from distaccum.config.instantiate import build
 from distaccum.errors import UserError
-from distaccum.targets import build
 from distaccum.tasks import LanguageModeling
 
 LENGTHS = [5, 1, 3]

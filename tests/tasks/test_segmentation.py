@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distaccum.components import SegmentationConfig
+from distaccum.config.components import SegmentationConfig
+from distaccum.config.instantiate import build
 from distaccum.errors import UserError
-from distaccum.targets import build
 from distaccum.tasks import Segmentation
 
 IGNORED = 255

@@ -1,0 +1,221 @@
+"""Gradients between windows, and the optimizer's step with their last factor in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.errors import UserError, require
+from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
+from distaccum.strategies import Strategy, local_parts
+from distaccum.strategies.optimizers import check_steps, in_parameter_format
+
+SPARSE = "sparse gradients can't be had: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
+_of_open_windows: WeakSet[Gradients] = WeakSet()
+
+
+class Gradients:
+    """The gradients of an optimizer's parameters, at the end of a window and between windows.
+
+    Args:
+        model: some of whose parameters may not be the optimizer's.
+        strategy: if its buckets are gradients' home, they are cleared in place. Else they are dropped: the first
+            micro-step's gradients then take their place as they are, which saves two passes over them, and no memory is
+            held until then.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, strategy: Strategy) -> None:
+        self._optimizer = optimizer
+        self._strategy = strategy
+        self._model_parameters = list(model.parameters())  # walking over the modules takes as long as clearing
+        self._seen: set[int] = set()
+        self._seen_first: list[Tensor] = []
+        self._checked: set[int] = set()
+
+    def trained(self) -> list[int]:
+        """Positions, in the optimizer's groups one after another, of parameters that have had a gradient."""
+        return [number for number, parameter in enumerate(self.of_optimizer()) if id(parameter) in self._seen]
+
+    def set_trained(self, positions: Iterable[int]) -> None:
+        """Puts back what `trained` gave, perhaps in another process."""
+        parameters = self.of_optimizer()
+        self._seen = {id(parameters[number]) for number in positions if number < len(parameters)}
+        self._checked.clear()
+
+    def of_optimizer(self) -> list[Tensor]:
+        """The optimizer's parameters, in the order of its groups."""
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        yield from self._model_parameters
+        yield from self.of_optimizer()
+
+    def of_window(self, calls_before: int) -> list[Tensor]:
+        """Of the optimizer's parameters that have one, or had one in a window before.
+
+        The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy, until
+        the parameter is frozen.
+
+        Raises:
+            UserError: there is none; or as `Strategy.require_sync`, whose `calls_before` is given.
+        """
+        gradients, new = [], []
+        for parameter in self.of_optimizer():
+            if not parameter.requires_grad:
+                parameter.grad = None  # has stayed in DDP's buckets, where the optimizer would still see it
+                continue
+            if parameter.grad is None:
+                if id(parameter) not in self._seen and not self._optimizer.state.get(parameter):
+                    continue
+                # Not always the parameter's own format: see `in_parameter_format`.
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+                parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+            if id(parameter) not in self._checked:
+                require(parameter.grad.layout is torch.strided, SPARSE)
+                new.append(parameter)
+            gradients.append(parameter.grad)
+        require(bool(gradients), "no parameter of the optimizer got a gradient: does the loss depend on them?")
+        self._strategy.require_sync(calls_before, new)
+        self._checked.update(map(id, new))
+        self._seen_first = [parameter for parameter in new if id(parameter) not in self._seen]
+        self._seen.update(map(id, new))
+        return gradients
+
+    def take_back(self) -> None:
+        """Undoes `of_window`, of a window that is made again: what had no gradient before has none."""
+        for parameter in self._seen_first:
+            parameter.grad = None
+            self._seen.discard(id(parameter))
+
+    def begin(self) -> None:
+        """Before a window.
+
+        Raises:
+            UserError: a window over some of the same parameters is open, whose gradients the two would share.
+        """
+        mine = set(map(id, self._parameters())) if _of_open_windows else set()
+        for other in _of_open_windows:
+            if other is not self and not mine.isdisjoint(map(id, other._parameters())):
+                raise UserError(
+                    "another Accumulator of some of the same parameters has a window open, and its gradients would get "
+                    "lost: call its step() first, or its clear_gradients() to drop them."
+                )
+        _of_open_windows.add(self)
+
+    def end(self) -> None:
+        """After a window, however it ended."""
+        _of_open_windows.discard(self)
+        self.clear()
+
+    def clear(self) -> None:
+        """Leaves none, or zeros."""
+        if not self._strategy.gradients_stay:
+            for parameter in self._parameters():
+                parameter.grad = None
+            return
+        gradients = list({id(p): p.grad for p in self._parameters() if p.grad is not None}.values())
+        if gradients:
+            torch._foreach_zero_(local_parts(gradients))
+
+
+class ScaledStep:
+    """Steps an optimizer with gradients that are still to be multiplied by a factor.
+
+    torch's fused kernels take a divisor of the gradients along, which saves a pass over all of them. It is a float32
+    number, so gradients in other formats are multiplied beforehand, as are those of other optimizers, and all of them
+    where somebody looks at the gradients before the step.
+
+    Args:
+        tries_again: free memory and step once more, if it runs out while the optimizer makes its state.
+
+    Raises:
+        UserError: the optimizer can't step so (see `check_steps`).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, tries_again: bool = False) -> None:
+        check_steps(optimizer)
+        self._optimizer = optimizer
+        self._tries_again = tries_again
+        self._divisors: dict[torch.device, Tensor] = {}
+
+    def __call__(self, gradients: list[Tensor], factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Multiplies the gradients of the optimizer's parameters by a factor, and steps.
+
+        Args:
+            scaler: has unscaled the gradients, and steps in the optimizer's place.
+        """
+        if scaler is not None or not self._takes_divisor(gradients):
+            torch._foreach_mul_(local_parts(gradients), factor)
+            with in_parameter_format(self._optimizer):
+                self._take(self._optimizer.step if scaler is None else partial(scaler.step, self._optimizer), gradients)
+            return
+        device = gradients[0].device
+        if device not in self._divisors:
+            self._divisors[device] = torch.zeros((), device=device)
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale = self._divisors[device].fill_(1.0 / factor)  # a kernel's argument: nobody waits
+        try:
+            self._take(optimizer.step, gradients)
+        finally:
+            del optimizer.grad_scale
+
+    def _take(self, step: Callable[[], Any], gradients: list[Tensor]) -> None:
+        if self._tries_again:
+            step_with_room(self._optimizer, step, gradients[0].device)
+        else:
+            step()
+
+    def _takes_divisor(self, gradients: list[Tensor]) -> bool:
+        optimizer = self._optimizer
+        return (
+            type(optimizer).__module__.startswith("torch.optim.")
+            and all(group.get("fused") for group in optimizer.param_groups)
+            and getattr(optimizer, "_step_supports_amp_scaling", False)
+            and not optimizer._optimizer_step_pre_hooks
+            and all(entry.dtype is torch.float32 for group in optimizer.param_groups for entry in group["params"])
+            and all(type(gradient) is Tensor and gradient.dtype is torch.float32 for gradient in gradients)
+            and len({gradient.device for gradient in gradients}) == 1
+        )
+
+
+def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], device: torch.device) -> None:
+    """Takes an optimizer's step; once more if memory runs out while it makes its state, before any parameter moves.
+
+    Raises:
+        UserError: memory has run out all the same, or when it was too late to try again.
+    """
+    inner = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
+    parameters: list[Tensor] = []
+    known: list[Tensor] = []
+    before = set(inner.state) if makes_state else set()
+    if makes_state:
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    # bitsandbytes moves parameters without telling autograd, so that nobody can see whether it has.
+    shows_changes = type(inner).__module__.partition(".")[0] != "bitsandbytes"
+    versions = [tensor._version for tensor in [*parameters, *known]]
+    said = ""
+    for is_second in (False, True):
+        try:
+            step()
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        may_try_again = makes_state and shows_changes and not is_second
+        if not may_try_again or versions != [tensor._version for tensor in [*parameters, *known]]:
+            break
+        for parameter in set(inner.state) - before:
+            del inner.state[parameter]
+        free_cached_memory(device)
+    raise UserError(
+        f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer with "
+        "less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
+    )

@@ -1,0 +1,111 @@
+"""What a micro-step gives to the accumulator, and what the accumulator gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distaccum.errors import UserError
+
+
+@dataclass(slots=True)
+class TaskOutput:
+    """One micro-batch's part of the window.
+
+    Attributes:
+        loss_sum: sum of the per-element losses, a scalar with a gradient. Never a mean: a mean of means is wrong as
+            soon as micro-batches or ranks have unequal numbers of elements.
+        weight: number of elements summed (samples, valid tokens, pixels): a number, or a scalar tensor on the device.
+        sums: sums that metrics are made of, by name; detached tensors of any shape, on the device, or numbers. The same
+            names and shapes in each micro-batch.
+    """
+
+    loss_sum: Tensor
+    weight: Tensor | float
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+def checked_output(output: Any, what: str = "the task") -> TaskOutput:
+    """What a task has answered, its numbers of any kind as Python's and its sums as tensors. Looks at types alone.
+
+    Raises:
+        UserError: it is no `TaskOutput`, or holds what is neither a tensor nor a number.
+    """
+    if not isinstance(output, TaskOutput) or not isinstance(output.loss_sum, Tensor):
+        raise UserError(
+            f"{what} returned a {type(output).__name__}, not a distaccum.TaskOutput with a tensor as loss_sum. Return "
+            "TaskOutput(loss_sum=…, weight=…)."
+        )
+    if not isinstance(output.weight, Tensor):
+        output.weight = as_number(output.weight, f"{what}'s weight")
+    sums: dict[str, Any] = output.sums
+    output.sums = {
+        name: value
+        if isinstance(value, Tensor)
+        else torch.tensor(as_number(value, f"{what}'s sum {name}"), dtype=torch.float64)
+        for name, value in sums.items()
+    }
+    return output
+
+
+def as_number(value: Any, what: str) -> float:
+    """A number of Python's or NumPy's, or of a tensor that holds a single one.
+
+    Raises:
+        UserError: it is anything else.
+    """
+    try:
+        number = value.item() if hasattr(value, "item") else value
+    except (RuntimeError, ValueError):  # several
+        number = value
+    if not isinstance(number, Real):
+        shape = f" of shape {list(value.shape)}" if hasattr(value, "shape") else ""
+        raise UserError(f"{what} is a {type(value).__name__}{shape}, where a number is wanted.")
+    return float(number)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What one update was. Sums and means run over all micro-steps and ranks; the same on every rank unless said."""
+
+    loss: float
+    """Mean loss of the window: Σ loss_sum / Σ weight."""
+    weight: float
+    """Σ weight."""
+    sums: dict[str, Tensor]
+    """Σ of what was passed as `sums`: float64, on the CPU."""
+    flags: frozenset[str]
+    """Names of the accumulator's `flags` that any rank raised."""
+    reports: dict[str, tuple[float, ...]]
+    """What each rank answered to the accumulator's `reports`, in the order of the ranks."""
+    grad_norm: float
+    """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
+    skipped: bool
+    """True when the optimizer did not step."""
+    micro_steps: int
+    """This rank's micro-steps."""
+    sync_calls: int
+    """Collectives that carried gradients, on this rank."""
+    sync_bytes: int
+    """Bytes handed to them, on this rank."""
+    seconds: float
+    """Wall time from the start of the window to the end of the step, on this rank."""
+    data_seconds: float
+    """Part of it spent waiting for micro-batches."""
+    micro_seconds: tuple[float, ...]
+    """Time of each of this rank's micro-steps, forward and backward; the last one's until the last gradient bucket was
+    launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own). Empty unless the
+    accumulator has been told `time_micro_steps`."""
+    sync_seconds: float
+    """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
+    (and of waiting for slower ranks) was not hidden behind computing."""
+    noise_scale: float | None = None
+    """In samples, smoothed; infinite while the gradient can't be told from noise. None where it wasn't measured."""
+    noise_scale_error: float | None = None
+    """Its standard error; infinite as long as there is one measurement."""
+    coherence: float | None = None
+    """Of this window's micro-gradients: mean pairwise inner product over mean square. None where it wasn't measured."""

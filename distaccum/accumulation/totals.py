@@ -1,0 +1,247 @@
+"""What a window adds up besides gradients: one vector a rank, and what to say when it is not a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distaccum.accumulation.open_window import OpenWindow
+from distaccum.errors import UserError
+from distaccum.loaders import Window
+from distaccum.strategies import Strategy, can_recover
+from distaccum.strategies.scalar_sync import summed_beside
+
+Layout = list[tuple[str, tuple[int, ...]]]
+"""Names and shapes of a window's sums, by name."""
+
+
+class SumsOverRanks:
+    """Adds up, over micro-steps and ranks, what a window has besides gradients: one vector of each rank.
+
+    The vectors must be equally long, with each sum in its place. So they have room for the sums that the ranks have
+    agreed on, and say how many ranks have others. Only where one has do the ranks ask each other, which sums they are.
+
+    Args:
+        flags, reports: of the accumulator.
+    """
+
+    def __init__(
+        self, strategy: Strategy, flags: Mapping[str, Callable[[], bool]], reports: Mapping[str, Callable[[], float]]
+    ) -> None:
+        self._strategy = strategy
+        self._flags = flags
+        self._reports = reports
+        self._agreed: Layout = []
+
+    def own(self, window: OpenWindow) -> Tensor:
+        """This rank's numbers, in one vector of float64 on the device."""
+        layout, device = _layout(window), self._strategy.device
+        if self._strategy.process_group is None and not isinstance(layout, str):
+            self._agreed = layout
+        differs = layout != self._agreed
+        room = sum(math.prod(shape) for _, shape in self._agreed)
+        sums = [torch.zeros(room, dtype=torch.float64, device=device)] if differs else self._own_sums(window)
+        tensors = [value for value in window.weights if isinstance(value, Tensor)]
+        if len(tensors) < len(window.weights):
+            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
+            tensors.append(torch.full((), numbers, dtype=torch.float64, device=device))
+        weights = _stacked(tensors, device).double()
+        # One below zero would go unseen beside others; NaN does not.
+        weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
+        answers = self._answers(differs, window.norm_before)
+        return torch.cat([_added_up(window.loss_sums, device), weight, answers, *sums])
+
+    def _own_sums(self, window: OpenWindow) -> list[Tensor]:
+        return [_added_up(window.sums[name], self._strategy.device) for name in sorted(window.sums)]
+
+    def _answers(self, differs: bool, norm_before: float) -> Tensor:
+        """Whether the sums are others; the last norm; the flags; the reports, with a place for each rank's."""
+        group, ranks = self._strategy.process_group, self._strategy.world_size
+        rank, reports_at = dist.get_rank(group) if group is not None else 0, 2 + len(self._flags)
+        answers: dict[int, float] = {0: differs, 1: norm_before}
+        answers |= {2 + number: ask() for number, ask in enumerate(self._flags.values())}
+        answers |= {reports_at + number * ranks + rank: ask() for number, ask in enumerate(self._reports.values())}
+        count = reports_at + len(self._reports) * ranks
+        vector = torch.zeros(count, dtype=torch.float64, device=self._strategy.device)
+        for place, answer in answers.items():
+            if answer:
+                vector[place].fill_(answer)  # copying the answers to a GPU would make the host wait
+        return vector
+
+    def read(self, numbers: Sequence[float], window: OpenWindow) -> dict[str, Any]:
+        """Loss, weight, flags, reports and sums of `UpdateResult`, from the vector of `own`, added up over the ranks.
+
+        And `norm_before`: the norm of the window before, on the average of the ranks.
+
+        Raises:
+            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch.
+        """
+        loss_sum, weight, differing, norm_before, *rest = numbers
+        if differing:
+            self._agree(window)
+        flags, ranks = rest[: len(self._flags)], self._strategy.world_size
+        reports = rest[len(flags) : len(flags) + ranks * len(self._reports)]
+        sums = rest[len(flags) + len(reports) :]
+        if differing:
+            mine = self._own_sums(window)
+            sums = summed_beside(torch.cat(mine), self._strategy.process_group)().tolist() if mine else []
+        sizes = [math.prod(shape) for _, shape in self._agreed]
+        parts = torch.split(torch.tensor(sums, dtype=torch.float64), sizes)
+        shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self._agreed, strict=True)}
+        return {
+            "loss": loss_sum / weight if weight else math.nan,
+            "weight": weight,
+            "norm_before": norm_before / ranks,
+            "flags": frozenset(name for name, raised in zip(self._flags, flags, strict=True) if raised),
+            "reports": {name: tuple(reports[n * ranks : (n + 1) * ranks]) for n, name in enumerate(self._reports)},
+            "sums": {name: shaped[name] for name in window.sums},  # in the order in which the user gave them
+        }
+
+    def _agree(self, window: OpenWindow) -> None:
+        everyone = _gathered(_layout(window), self._strategy)
+        for rank, layout in enumerate(everyone):
+            if isinstance(layout, str):
+                raise UserError(f"rank {rank}: {layout}")
+        other = next((rank for rank, layout in enumerate(everyone) if layout != everyone[0]), 0)
+        if other:
+            first, second = (", ".join(f"{name} {list(shape)}" for name, shape in everyone[n]) for n in (0, other))
+            raise UserError(
+                f"the ranks' sums differ: rank 0 has {first or 'none'}; rank {other} has {second or 'none'}. Give the "
+                "same names and shapes on each rank, zeros where there is nothing to add."
+            )
+        self._agreed = everyone[0]
+
+    def take_no_part(self, window: OpenWindow, module: nn.Module) -> None:
+        """Syncs without having had a micro-batch, where ranks can, so that all of them are told by `read`.
+
+        Raises:
+            UserError: here, where they can't.
+        """
+        strategy = self._strategy
+        if strategy.process_group is None or not can_recover(strategy):
+            raise UserError(_NO_MICRO_BATCH)
+        strategy.begin_window()
+        loss = torch.stack([entry.sum() for entry in module.parameters() if entry.requires_grad]).sum() * 0
+        window.loss_sums, window.weights = [loss.detach()], [0.0]
+        window.totals = strategy.summed(self.own(window))
+        strategy.begin_sync(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if window.micro_gradients is not None:
+            window.micro_gradients.start(1.0)
+
+
+_NO_MICRO_BATCH = (
+    "the window has no micro-batch. Each rank needs one: where none is left, any, with weight 0 and loss_sum * 0, "
+    "as a WindowLoader does by itself."
+)
+
+
+def _layout(window: OpenWindow) -> Layout | str:
+    """Of a window's sums; or what is wrong with it, in words."""
+    for name, parts in window.sums.items():
+        if len(parts) != window.micro_steps or any(part.shape != parts[0].shape for part in parts):
+            return (
+                f"sums[{name!r}] came in {len(parts)} of {window.micro_steps} micro-steps, with the shapes "
+                f"{sorted({tuple(part.shape) for part in parts})}. Give the same names and shapes in each micro-step, "
+                "zeros where there is nothing to add."
+            )
+    named = [(name, tuple(window.sums[name][0].shape)) for name in sorted(window.sums)]
+    return named if window.micro_steps else _NO_MICRO_BATCH
+
+
+def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
+    """On the device; in float64 where formats differ, as whole numbers beside float32 would be rounded to that."""
+    if any(value.device != device or value.dtype != values[0].dtype for value in values):
+        values = [value.to(device, torch.float64, non_blocking=True) for value in values]
+    return torch.stack(values)
+
+
+def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of tensors of one shape, in float64 on the device, as a vector."""
+    return _stacked(values, device).sum(0, dtype=torch.float64).reshape(-1)
+
+
+def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
+    """What each rank has. All ranks call it."""
+    everyone = [mine] * strategy.world_size
+    if strategy.process_group is not None:
+        dist.all_gather_object(everyone, mine, group=strategy.process_group)
+    return everyone
+
+
+def require_weight(weight: Tensor | float) -> None:
+    """Refuses what can be no weight. What a tensor holds is seen where it is read, when the window ends."""
+    if not (weight.ndim == 0 if isinstance(weight, Tensor) else 0 <= weight < math.inf):
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight
+        raise UserError(
+            f"weight must be a scalar tensor, or a finite number of at least 0; got {got}. It is the number of "
+            "elements that loss_sum adds up, as (targets != -100).sum()."
+        )
+
+
+def require_same_norm(update: int, window: OpenWindow, mean: float, dtype: torch.dtype) -> None:
+    """Refuses to go on if the gradient of the update before had another norm on this rank than on the average of all.
+
+    It crosses the network with the sums of the next window, so that of a run's last update is never compared.
+
+    Args:
+        dtype: of the norms, which different devices may round differently.
+
+    Raises:
+        UserError: the norm was another one.
+    """
+    mine = window.norm_before
+    if abs(mine - mean) > mean * max(1e-5, 4 * torch.finfo(dtype).eps):
+        raise UserError(
+            f"update {update}: the gradient's norm was {mine:.9g} on rank {dist.get_rank()}, {mean:.9g} on the average "
+            "of the ranks, so their parameters differ since then. Look for what changes gradients after the sync, or "
+            "the optimizer's parameters, on some ranks alone; and go on from a checkpoint before that update."
+        )
+
+
+def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float:
+    """A power of two near 1 / (total weight), by which every loss of a window is multiplied.
+
+    It keeps gradients of sums in the range of gradients of means, for float16 and for compressed buckets. Being a
+    power of two, it changes no bit otherwise. It must be the same on all ranks, so it comes from numbers that all
+    know: the total weight of the window before, or the size of the first window.
+    """
+    weight = last_weight
+    if weight is None:
+        weight = micro_batches.num_samples if isinstance(micro_batches, Window) else 1.0
+    return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
+
+
+def explain_nonfinite(
+    update: int, window: OpenWindow, strategy: Strategy, loss: float, weight: float, grad_norm: float
+) -> str:
+    """What to say of an update that can't be made. Every rank gets here, so it may use a collective."""
+    if not math.isfinite(weight):
+        wrong = _where(window.weights, lambda value: 0 <= value < math.inf, strategy)
+        what = f"a weight is negative, infinite or NaN{wrong}"
+    elif weight <= 0:
+        what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
+    elif not math.isfinite(loss):
+        what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, strategy)}"
+    else:
+        what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
+    return (
+        f"update {update}: {what}. The parameters have not moved. Look at that data, lower the learning rate, or leave "
+        "such updates out with train.on_nonfinite=skip."
+    )
+
+
+def _where(values: Sequence[Tensor | float], is_right: Callable[[float], bool], strategy: Strategy) -> str:
+    """Names the ranks and micro-steps of wrong values."""
+    mine = [step for step, value in enumerate(values, 1) if not is_right(float(value))]
+    found = [
+        f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+        for rank, steps in enumerate(_gathered(mine, strategy))
+        if steps
+    ]
+    return f" ({'; '.join(found)})" if found else ""

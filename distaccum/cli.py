@@ -1,0 +1,152 @@
+"""What the entry points share: composing the configuration with Hydra, and ending with one message when it is wrong.
+
+Hydra stops here: what the entry points call gets typed dataclasses. torch is imported only once a run starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from distaccum.config import conf_dir
+from distaccum.config.compose import _COMPOSITION_ERRORS, _register, _typed, explain_composition_error
+from distaccum.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_STATUS,
+    EXIT_UNFINISHED,
+    OtherRankFailedError,
+    UserError,
+    asked_to_exit,
+)
+from distaccum.runtime.logs import check_printed, flush_output, make_output_safe, print_error, tell_launcher
+
+_SECONDS_TO_BE_STOPPED = 5.0
+"""How long a rank that has nothing to say waits for the launcher to stop it, once another rank has failed."""
+
+
+def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
+    """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
+
+    Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
+    `run` returns becomes the exit status; of the points of a sweep, the largest one.
+    """
+    make_output_safe()
+    try:
+        _register()
+        os.getcwd()
+    except FileNotFoundError:
+        print_error("the current folder is no longer there. Change to one that is: cd PATH.")
+        sys.exit(EXIT_STATUS)
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(EXIT_STATUS)
+    # Hydra then hands its errors on instead of printing them in its own way, with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    is_composing, status = True, 0
+    folders: set[str] = set()
+
+    @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
+    def job(composed: DictConfig) -> None:
+        nonlocal is_composing, status
+        is_composing = False
+        try:
+            config = _typed(composed)
+            _check_sweep(config.run_dir, folders)
+        except UserError as error:
+            exit_before_ranks_are_joined(error)
+        outcome = outcome_of(lambda: run(config), prints=config_name != "train")
+        if outcome in (EXIT_INTERRUPTED, EXIT_UNFINISHED):
+            leave(outcome)  # a sweep stops too
+        if isinstance(outcome, int):
+            status = max(status, outcome)
+        is_composing = True  # the next run of a sweep
+
+    try:
+        job()
+    except _COMPOSITION_ERRORS as error:
+        if not is_composing:
+            raise
+        exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        flush_output()
+    leave(status)
+
+
+def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | None:
+    """Runs what ranks do together. Bad input ends the process, with one message from the rank that has something to
+    say; so does, if it `prints` what it is run for, that there is no room for that."""
+    try:
+        outcome = run()
+        if prints:
+            check_printed()
+        return outcome
+    except OtherRankFailedError:
+        # Leaving first would have the launcher stop the rank that is about to say why.
+        time.sleep(_SECONDS_TO_BE_STOPPED)
+    except UserError as error:
+        print_error(str(error))
+    except SystemExit as error:
+        print_error(str(asked_to_exit(error)))
+    except Exception as error:
+        tell_launcher(f"{type(error).__name__}: {error}")
+        raise
+    leave(EXIT_STATUS)
+    return EXIT_STATUS
+
+
+def _check_sweep(run_dir: str | None, before: set[str]) -> None:
+    """Refuses a sweep of ranks, and points in one folder: the second would go on with the first one's finished run."""
+    if HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return
+    if "RANK" in os.environ:
+        raise UserError(
+            "-m (multirun) under torchrun would make every rank run the whole sweep. Sweep outside: one torchrun for "
+            "each point."
+        )
+    folder = os.path.realpath(os.path.expanduser(run_dir or ""))
+    # A point's own override is a word of the command line only if all points have it.
+    if run_dir is not None and (folder in before or f"run_dir={run_dir}" in sys.argv):
+        raise UserError(
+            f"run_dir={run_dir} is one folder for several points of -m, which would go on with each other's run. Give "
+            "each its own, as in 'run_dir=sweep/${optim.lr}', or leave run_dir out."
+        )
+    before.add(folder)
+
+
+def leave(status: int) -> None:
+    """Ends the process, unless it is an ordinary one and all went well.
+
+    A rank's work is done and its files are closed; it leaves without taking the interpreter down. A thread of gloo's
+    that frees a Python object meanwhile aborts the process, once in some dozens of runs (seen with torch 2.13), and the
+    launcher then takes a finished rank for a failed one.
+    """
+    if "RANK" in os.environ:
+        logging.shutdown()
+        flush_output()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def exit_before_ranks_are_joined(error: UserError) -> NoReturn:
+    """Prints an error that all ranks have alike, most likely, so that it is seen once.
+
+    Rank 0 speaks. The others wait to be stopped by the launcher, as they are when rank 0 fails; one that is still
+    here after a while failed alone (it was started with other arguments), and speaks for itself.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_SECONDS_TO_BE_STOPPED)
+    print_error(str(error))
+    sys.exit(EXIT_STATUS)

@@ -1,0 +1,346 @@
+"""Typed sections of the built-in components: what can be written under `model`, `data`, `task` and `optim`.
+
+Each names its class by `_target_` and lists the arguments that the class takes, so that an unknown key or a wrong type
+is refused before torch is imported. `SCHEMAS` says which configuration group each belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distaccum.config import (
+    MISSING,
+    BatchConfig,
+    ByLengthBatchConfig,
+    DataConfig,
+    DDPConfig,
+    DecayScheduleConfig,
+    DPConfig,
+    Fp16Config,
+    FSDPConfig,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    SingleConfig,
+    StepScheduleConfig,
+)
+from distaccum.config.enums import Implementation
+from distaccum.errors import UserError, require_at_least
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """What can be said of any model, your own included (unless its constructor takes an argument of that name)."""
+
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute the block once more in the backward: less memory, more time, the
+    same bits. Blocks are what FSDP shards by itself (`strategy.wrap`; else the members of each `ModuleList`, or the
+    model's own children if it has none)."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of parameter names, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters take no gradient, no
+    optimizer state and no part in the sync."""
+    init_from: str | None = None
+    """Begin from the weights in a safetensors file, or in the folder of a finished run (its `model.safetensors`), which
+    must be named and shaped as the model's own. Steps, optimizer and schedule begin anew; `resume` goes on with all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MLPConfig(ModelConfig):
+    """Multi-layer perceptron with ReLU, on the flattened input."""
+
+    _target_: str = "distaccum.models.MLP"
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 128])
+    """Units of each hidden layer."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer."""
+    input_shape: list[int] | None = None
+    """Shape of one sample. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Number of outputs. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CNNConfig(ModelConfig):
+    """Convolutional network: one 3×3 convolution with GroupNorm per stage, halving the image between stages;
+    then the mean of each quarter of the image."""
+
+    _target_: str = "distaccum.models.CNN"
+    channels: list[int] = field(default_factory=lambda: [32, 64])
+    """Channels of each stage (multiples of 8)."""
+    dropout: float = 0.0
+    """Dropout before the classifier."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one sample. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Number of outputs. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GPTConfig(ModelConfig):
+    """Decoder-only transformer (pre-norm, learned positions, tied embeddings)."""
+
+    _target_: str = "distaccum.models.GPT"
+    num_layers: int = 2
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    width: int = 96
+    """Size of the residual stream."""
+    dropout: float = 0.0
+    """Dropout in attention and on the residual stream."""
+    vocab_size: int | None = None
+    """Number of different tokens. `null`: the dataset's."""
+    max_length: int | None = None
+    """Longest sequence in tokens. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class UNetConfig(ModelConfig):
+    """U-Net with GroupNorm: down and up again, with what each stage saw handed across."""
+
+    _target_: str = "distaccum.models.UNet"
+    channels: list[int] = field(default_factory=lambda: [16, 32, 64])
+    """Channels of each stage from the top down (multiples of 8)."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one image. `null`: the dataset's."""
+    num_classes: int | None = None
+    """Classes of a pixel. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EncoderConfig(ModelConfig):
+    """The CNN's stages and a projection to an embedding, for contrastive learning."""
+
+    _target_: str = "distaccum.models.Encoder"
+    channels: list[int] = field(default_factory=lambda: [16, 32])
+    """Channels of each stage (multiples of 8)."""
+    width: int = 64
+    """Units of the projection's hidden layer."""
+    embedding_size: int = 32
+    """Size of an embedding."""
+    dropout: float = 0.0
+    """Dropout before the projection."""
+    learn_temperature: bool = False
+    """Learn the temperature: embeddings get the length √(1 / temperature). It goes with `task.temperature=null`."""
+    temperature: float = 0.2
+    """Where a learned temperature begins."""
+    input_shape: list[int] | None = None
+    """Channels, height and width of one image. `null`: the dataset's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassificationConfig:
+    """Cross-entropy over classes; weight: samples; metric: accuracy."""
+
+    _target_: str = "distaccum.tasks.Classification"
+    label_smoothing: float = 0.0
+    """Probability mass spread over all classes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LanguageModelingConfig:
+    """Cross-entropy over the next token; weight: valid tokens; metric: accuracy."""
+
+    _target_: str = "distaccum.tasks.LanguageModeling"
+
+
+@dataclass(kw_only=True, slots=True)
+class SegmentationConfig:
+    """Cross-entropy over the class of each pixel; weight: valid pixels; metrics: accuracy and mean IoU."""
+
+    _target_: str = "distaccum.tasks.Segmentation"
+    ignore_index: int = 255
+    """The target of pixels that count nowhere."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ContrastiveConfig:
+    """NT-Xent (SimCLR) over all samples of the window, exact for any cut by gradient caching; weight: views; metrics:
+    retrieval of the other view, and whether the nearest other sample has the same label."""
+
+    _target_: str = "distaccum.tasks.Contrastive"
+    temperature: float | None = 0.2
+    """Divides the cosine similarities. `null`: inner products of the embeddings as the model gives them."""
+    evaluation_samples: int | None = 256
+    """Samples that are told apart from each other in evaluations. `null`: all of them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CoinsDataConfig(DataConfig):
+    """Patches of a photograph of coins from scikit-image, with the class of each pixel; a third of it is held out."""
+
+    patch_size: int = 64
+    """Height and width of a patch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TextDataConfig(DataConfig):
+    """Paragraphs of the documentation in Python's standard library, bytes as tokens."""
+
+    max_length: int = 128
+    """Longest sequence in bytes; longer paragraphs are cut into several samples."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageFolderDataConfig(DataConfig):
+    """Images in one folder per class."""
+
+    root: str = MISSING
+    """Folder of class folders to train on."""
+    evaluation_root: str | None = None
+    """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
+    evaluation_fraction: float = 0.1
+    """Part of each class held out for evaluation when there is no `evaluation_root`."""
+    image_size: int = 64
+    """Height and width that images are resized to."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Subtracted from each channel."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Each channel is divided by this."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SyntheticDataConfig(DataConfig):
+    """Random images around one centre per class: as many as wanted, of any shape, for measurements."""
+
+    num_samples: int = 4096
+    """Samples to train on; a quarter as many to evaluate on."""
+    input_shape: list[int] = field(default_factory=lambda: [3, 32, 32])
+    """Shape of one sample."""
+    num_classes: int = 10
+    """Number of classes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TorchOptimConfig(OptimConfig):
+    """What the optimizers of torch have in common."""
+
+    weight_decay: float = 0.0
+    """Weight decay (decoupled in adamw, added to the gradient elsewhere)."""
+    implementation: Implementation = Implementation.auto
+    """`fused`, `foreach` or `forloop`; `auto`: fused where torch has it for the device and for such
+    parameters (under FSDP, for Adam alone), else foreach."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SGDConfig(TorchOptimConfig):
+    """Stochastic gradient descent (`sgd`, `momentum`, `nesterov`)."""
+
+    _target_: str = "torch.optim.SGD"
+    lr: float = 0.1
+    momentum: float = 0.0
+    """Factor of the velocity kept from update to update."""
+    nesterov: bool = False
+    """Nesterov's look-ahead; needs momentum."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RMSpropConfig(TorchOptimConfig):
+    """RMSprop."""
+
+    _target_: str = "torch.optim.RMSprop"
+    lr: float = 1e-3
+    alpha: float = 0.99
+    """Decay of the mean square."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    momentum: float = 0.0
+    """Factor of the velocity kept from update to update."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdagradConfig(TorchOptimConfig):
+    """Adagrad."""
+
+    _target_: str = "torch.optim.Adagrad"
+    lr: float = 1e-2
+    eps: float = 1e-10
+    """Added to the denominator."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdadeltaConfig(TorchOptimConfig):
+    """Adadelta."""
+
+    _target_: str = "torch.optim.Adadelta"
+    lr: float = 1.0
+    rho: float = 0.9
+    """Decay of the mean squares."""
+    eps: float = 1e-6
+    """Added to the denominator."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamConfig(TorchOptimConfig):
+    """Adam (`adam`, `amsgrad`) and AdamW (`adamw`)."""
+
+    _target_: str = "torch.optim.Adam"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    amsgrad: bool = False
+    """Divide by the largest second moment so far."""
+
+    def __post_init__(self) -> None:
+        _require_two_betas(self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamW8bitConfig(OptimConfig):
+    """AdamW whose moments are kept in 8 bits, in blocks of 256 numbers with a scale each (Dettmers et al. 2022).
+
+    By bitsandbytes, which is the extra `adam8bit`. Not under `strategy=fsdp`.
+    """
+
+    _target_: str = "bitsandbytes.optim.AdamW8bit"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.01
+    """Decay of the weights, in proportion to the learning rate."""
+    min_8bit_size: int = 4096
+    """Parameters with fewer numbers than that keep moments in 32 bits."""
+
+    def __post_init__(self) -> None:
+        _require_two_betas(self.betas)
+        require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
+
+
+def _require_two_betas(betas: list[float]) -> None:
+    if len(betas) != 2:
+        raise UserError(f"optim.betas={betas} is impossible: it must be two numbers, as in [0.9,0.999].")
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
+    "data": {
+        "base": DataConfig,
+        "coins": CoinsDataConfig,
+        "text": TextDataConfig,
+        "image_folder": ImageFolderDataConfig,
+        "synthetic": SyntheticDataConfig,
+    },
+    "model": {"mlp": MLPConfig, "cnn": CNNConfig, "gpt": GPTConfig, "unet": UNetConfig, "encoder": EncoderConfig},
+    "task": {
+        "classification": ClassificationConfig,
+        "language_modeling": LanguageModelingConfig,
+        "segmentation": SegmentationConfig,
+        "contrastive": ContrastiveConfig,
+    },
+    "optim": {
+        "sgd": SGDConfig,
+        "rmsprop": RMSpropConfig,
+        "adagrad": AdagradConfig,
+        "adadelta": AdadeltaConfig,
+        "adam": AdamConfig,
+        "adamw8bit": AdamW8bitConfig,
+    },
+    "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
+    "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},
+    "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
+}
+"""Configuration group → name → dataclass. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""

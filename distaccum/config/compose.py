@@ -1,0 +1,213 @@
+"""From a command line to a typed configuration, by Hydra, and what to say of mistakes in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+from omegaconf.resolvers import oc
+
+from distaccum.config import TrainConfig, as_plain, conf_dir
+from distaccum.config.components import SCHEMAS
+from distaccum.config.launcher import launch
+from distaccum.config.redaction import hide, hide_variable
+from distaccum.config.tools import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
+from distaccum.errors import UserError
+
+ROOTS: dict[str, type[TrainConfig]] = {
+    "train": TrainConfig,
+    "compare": CompareConfig,
+    "check": CheckConfig,
+    "tune": TuneConfig,
+    "memory": MemoryConfig,
+    "study": StudyConfig,
+}
+"""Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
+
+
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+"""What Hydra raises when the command line or a file is wrong."""
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
+    """The configuration that a command line makes, checked: for notebooks, scripts and tests.
+
+    Raises:
+        UserError: the message that the command line would end with.
+    """
+    _register()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return _typed(hydra.compose(config_name, list(overrides)))
+    except _COMPOSITION_ERRORS as error:
+        raise UserError(explain_composition_error(error, overrides)) from error
+
+
+def _register() -> None:
+    launch()  # whose variables decide on defaults
+    store = ConfigStore.instance()
+    for name, root in ROOTS.items():
+        store.store(group=f"schema/{name}", name=name, node=root)
+    for group, schemas in SCHEMAS.items():
+        for name, schema in schemas.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("distaccum.default_strategy", _default_strategy, replace=True)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _default_strategy() -> str:
+    return "ddp" if launch().world_size > 1 else "single"
+
+
+def _typed(composed: DictConfig) -> TrainConfig:
+    """The composed configuration as the dataclass of its schema, checked."""
+    if strays := _stray_keys(composed):
+        raise UserError(f"there is no key {strays[0]}: it was added with +, but nothing reads it.")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain_composition_error(error)) from error
+    assert isinstance(config, TrainConfig)
+    hide(as_plain(config))
+    return config
+
+
+def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
+    """Keys added with + to sections that have a schema, which OmegaConf lets pass."""
+    schema = OmegaConf.get_type(node)
+    known = {entry.name for entry in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
+    strays = []
+    for name in node:
+        key = f"{path}.{name!s}".lstrip(".")
+        entry = node._get_node(name)
+        if known is not None and name not in known:
+            strays.append(key)
+        elif isinstance(entry, DictConfig) and not (entry._is_none() or entry._is_missing()):
+            strays += _stray_keys(entry, key)
+    return strays
+
+
+def explain_composition_error(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
+    cause = error.__cause__ or error.__context__
+    message = _first_line(error)
+    match error:
+        case MissingConfigException() if error.options is not None:
+            group, _, option = (error.missing_cfg_file or "").rpartition("/")
+            return f"there is no {group}={option}. Choose one of: {', '.join(error.options)}."
+        case ConfigCompositionException() if not message and cause is not None:
+            return explain_composition_error(cause)
+        case ConfigCompositionException() if cause is not None and (file := re.match("In '(.+)': .+ raised", message)):
+            return f"in {file[1]}.yaml: {_explain_content(cause, file[1])}"
+        case ConfigCompositionException() if message.startswith("Could not override") and cause is not None:
+            return _explain_unknown_key(cause, message.split("'")[1])
+        case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
+            return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
+        case ConfigCompositionException() if given := re.match(r"Error resolving interpolation '(.*?)'", message):
+            return f"{given[1]} can't be what a group is given: name one of its options, as in data=digits."
+        case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
+            group = group_given[1]
+            return f"{group} is given more than once. Choose one option: {group}=…, without +."
+        case OverrideParseException():
+            wanted = "Write KEY=VALUE; a value with special characters in quotes: 'KEY=\"VALUE\"'."
+            return f"{error.override or message} can't be read. {wanted}"
+        case InterpolationToMissingValueError():
+            return f"{message.rpartition(' ')[2]} must be given."
+        case MissingMandatoryValue():
+            return f"{error.full_key} must be given."
+        case OmegaConfBaseException() if error.full_key:
+            return f"{error.full_key}: {message}."
+        case yaml.YAMLError():
+            return f"a configuration file can't be read: {' '.join(str(error).split())}."
+        case ValueError() if message.startswith("Config group override"):
+            wrong = [text for text in overrides if text.partition("=")[0] in SCHEMAS and not _is_choice(text)]
+            said = f"{', '.join(wrong)} names no option" if wrong else message
+            return f"{said}. A group is given by the name of one of its options, as in data=digits."
+    return f"{message}."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def _explain_content(error: BaseException, file: str) -> str:
+    """What is wrong in a file, which knows its place in the configuration by its group or by its first line."""
+    if not isinstance(error, ConfigKeyError) or not error.full_key:
+        return explain_composition_error(error)
+    if error.full_key == file.partition("/")[0]:
+        return "its first line must be `# @package _global_`, so that its keys are those of the whole configuration."
+    return _explain_unknown_key(error, str(error.full_key))
+
+
+def _explain_wrong_value(error: BaseException, override: str) -> str:
+    reason = _first_line(error)
+    if "is not a ListConfig" in reason:
+        reason = f"it takes a list, as in {override.partition('=')[0]}=[…]"
+    elif "Optional[Union[int, str]]" in reason:
+        reason = "it takes a whole number, auto or null"
+    elif "is not Optional" in reason:
+        reason = "it can't be null"
+    return f"{override}: {reason}."
+
+
+def _explain_unknown_key(error: BaseException, key: str) -> str:
+    return f"there is no key {key}.{_what_there_is_instead(error, key)}"
+
+
+def _what_there_is_instead(cause: BaseException, key: str) -> str:
+    """What the section of an unknown key has, as far as OmegaConf's exception knows."""
+    parent = getattr(cause, "parent_node", None)
+    if not isinstance(parent, DictConfig) or parent._is_none() or parent._is_missing():
+        return " `--cfg job` shows all keys."
+    section = str(parent._get_full_key(None) or "")
+    asked = key.removeprefix(f"{section}.").split(".")[0]
+    known = [str(entry) for entry in parent if entry != "hydra"]
+    is_open = not dataclasses.is_dataclass(OmegaConf.get_type(parent))
+    parts = []
+    if not is_open and (options := _options_with(section, asked)):
+        parts.append(f"It belongs to {' or '.join(f'{section}={option}' for option in options)}.")
+    if nearest := difflib.get_close_matches(asked, known, n=1):
+        parts.append(f"Did you mean {section + '.' if section else ''}{nearest[0]}?")
+    if known:
+        parts.append(f"{section or 'The configuration'} has: {', '.join(known)}.")
+    if is_open:
+        parts.append(f"To add a key to {section}, write +{key}=….")
+    return "".join(f" {part}" for part in parts)
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """Options of a configuration group whose schema has a key."""
+    names = {
+        name
+        for name, schema in SCHEMAS.get(group, {}).items()
+        if any(entry.name == key for entry in dataclasses.fields(schema))
+    }
+    return [
+        path.stem
+        for path in sorted((conf_dir() / group).glob("*.yaml"))
+        if names & set(re.findall(rf"/schema/{group}@_here_: (\w+)", path.read_text(encoding="utf-8")))
+    ]
+
+
+def _environment(name: str, *default: Any) -> str | None:
+    """`${oc.env:NAME}`, whose value is kept out of what is written: it would be in the configuration otherwise."""
+    hide_variable(name)
+    return oc.env(name, *default)
+
+
+def _is_choice(override: str) -> bool:
+    return isinstance(yaml.safe_load(override.partition("=")[2]), str | list)

@@ -1,8 +1,0 @@
-"""Several trained models as one, and how each of them and all together do."""
-
-from __future__ import annotations
-
-from distaccum.ensembling.ensemble import Ensemble
-from distaccum.ensembling.running import Wishes, evaluate
-
-__all__ = ["Ensemble", "Wishes", "evaluate"]

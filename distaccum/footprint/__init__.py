@@ -1,5 +1,0 @@
-"""Measuring what a rank's memory holds under any placement, and saying what fits."""
-
-from distaccum.footprint.running import memory
-
-__all__ = ["memory"]

@@ -1,0 +1,249 @@
+"""Fetching micro-batches from a dataset: random numbers that belong to the sample, failures that name it, workers."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+
+from distaccum.errors import UserError
+from distaccum.loaders.workers import DataWorkers
+from distaccum.runtime.randomness import DrawDetector, derived_seed, mixed_seed, seed_cpu
+
+
+class Request(NamedTuple):
+    """What the sampler asks for: the samples of a micro-batch, as they are in this epoch."""
+
+    epoch: int
+    indices: list[int]
+
+
+@dataclass(slots=True)
+class Failure:
+    """An exception on its way out of a worker process, which can't be trusted to pickle."""
+
+    message: str
+    details: str = field(repr=False)
+
+    def error(self) -> UserError:
+        error = UserError(self.message)
+        error.add_note(self.details)
+        return error
+
+
+class MicroBatches(Dataset[Any]):
+    """Fetches and collates a whole micro-batch, and says which sample it was that failed.
+
+    What a dataset draws from the global generators (`torch`, `random`, `numpy.random`) is a function of the seed, the
+    epoch and the sample's index: not of the micro-batch, rank, worker or process it is loaded in, nor of what was
+    loaded before. The generators are put back afterwards, so that loading never changes what the training draws.
+
+    Datasets that draw nothing pay a few microseconds per micro-batch for that: a micro-batch is fetched as it is, and
+    once more with seeds if that drew anything. From then on the dataset is known to be random, and seeded at once. One
+    with `__getitems__` is then asked for its samples one by one, if it is there that it draws. What `collate_fn` draws
+    is a function of the seed, the epoch and the micro-batch's first sample, so it depends on the cut.
+
+    Generators that a dataset owns are its own affair: those that keep a state between samples are not seen here, and
+    make a sample depend on the order of loading. `python -m distaccum.check` names such datasets.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], role: str, seed: int) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+        self.role = role
+        self.seed = seed
+        self.is_random = False
+        self._one_by_one = False
+        self._draws = DrawDetector()
+        self._epoch: int | None = None
+        self._bases = (0, 0)
+        self._loading: int | None = None
+
+    def __getitem__(self, request: Request) -> Any:
+        if not self.is_random:
+            states = self._draws.start()
+            fetched = self._fetch(request.indices, self._load)
+            if not self._draws.has_drawn():
+                return fetched
+            states.put_back()
+            self.is_random = True
+        return self._fetch_seeded(request)
+
+    def _fetch_seeded(self, request: Request) -> Any:
+        if request.epoch != self._epoch:
+            purpose = (self.role, request.epoch)
+            self._bases = derived_seed(self.seed, "sample", *purpose), derived_seed(self.seed, "collate", *purpose)
+            self._epoch = request.epoch
+        states = self._draws.start()
+        try:
+            return self._fetch(request.indices, self._load_seeded)
+        finally:
+            states.put_back()
+
+    def _fetch(self, indices: list[int], load: Callable[[list[int]], Any]) -> Any:
+        try:
+            samples = load(indices)
+            self._loading = None
+            return self.collate_fn(samples)
+        except Exception as error:
+            is_one = self._loading is not None
+            where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {indices}"
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return Failure(f"{where} of the {self.role} data could not be loaded: {said}", traceback.format_exc())
+        finally:
+            self._loading = None
+
+    def _load(self, indices: list[int]) -> Any:
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        samples = []
+        for self._loading in indices:
+            samples.append(self.dataset[self._loading])
+        return samples
+
+    def _load_seeded(self, indices: list[int]) -> Any:
+        base, collate_base = self._bases
+        has_getitems = hasattr(self.dataset, "__getitems__")
+        samples: Any = None
+        if has_getitems and not self._one_by_one:
+            samples = self._load_together(indices, mixed_seed(base, indices[0]))
+        if samples is None:
+            samples = []
+            for self._loading in indices:
+                seed_cpu(mixed_seed(base, self._loading))
+                sample = self.dataset.__getitems__([self._loading])[0] if has_getitems else self.dataset[self._loading]
+                samples.append(sample)
+        seed_cpu(mixed_seed(collate_base, indices[0]))
+        return samples
+
+    def _load_together(self, indices: list[int], seed: int) -> Any:
+        """The samples as a batched call gives them; None if it draws numbers, which must be told apart by sample."""
+        seed_cpu(seed)
+        self._draws.start()
+        samples = self.dataset.__getitems__(indices)
+        # What is not a list of samples but made into a micro-batch already can't be taken apart.
+        self._one_by_one = isinstance(samples, list) and self._draws.has_drawn()
+        return None if self._one_by_one else samples
+
+
+class BatchSource:
+    """Micro-batches from a data loader, with its workers, for one iteration after another.
+
+    Args:
+        fetcher: loads a micro-batch.
+        num_workers, pin_memory, persistent_workers, prefetch_factor: as in `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(
+        self,
+        fetcher: MicroBatches,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        persistent_workers: bool,
+        prefetch_factor: int | None,
+    ) -> None:
+        self._fetcher = fetcher
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._persistent_workers = persistent_workers
+        self._prefetch_factor = prefetch_factor
+        self._sampler = _Requests()
+        self._iteration: object | None = None
+        self._workers = DataWorkers(self._new_loader, fetcher.role)
+
+    def batches(self, requests: Callable[[], Iterator[Request]]) -> Iterator[Any]:
+        """Loads what is requested, in that order.
+
+        Raises:
+            UserError: a sample can't be loaded; a worker process has died or can't be started; there are workers and
+                another iteration has taken them over.
+        """
+        if self._num_workers == 0 and not self._pin_memory:
+            # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
+            yield from (_whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
+            return
+        self._sampler.requests = requests
+        if self._num_workers == 0:
+            yield from map(_whole, self._new_loader())
+            return
+        self._iteration = None
+        self._workers.start()
+        self._iteration = iteration = object()
+        try:
+            while True:
+                if self._iteration is not iteration:
+                    raise UserError(
+                        f"an iteration over the {self._fetcher.role} data goes on after another one has begun, or "
+                        "after close(): their workers are the same. Finish one before the next, or make two loaders."
+                    )
+                try:
+                    batch = self._workers.next()
+                except StopIteration:
+                    return
+                yield _whole(batch)
+        finally:
+            if self._iteration is iteration and not self._persistent_workers:
+                self.close()
+
+    def one(self, request: Request) -> Any:
+        """Loads a single micro-batch, as `aside` does."""
+        (batch,) = self.aside([request])
+        return batch
+
+    def aside(self, requests: Sequence[Request]) -> Iterator[Any]:
+        """Loads micro-batches, and leaves the workers and an iteration that is under way alone.
+
+        With workers, a process that ends with the last micro-batch loads them: the training process must not open files
+        that the dataset opens at the first sample and that workers can't share.
+
+        Raises:
+            UserError: as `batches`.
+        """
+        source = BatchSource(
+            self._fetcher,
+            num_workers=min(1, self._num_workers),
+            pin_memory=False,
+            persistent_workers=False,
+            prefetch_factor=None,
+        )
+        return source.batches(lambda: iter(requests))
+
+    def close(self) -> None:
+        """Ends the workers. A later iteration starts new ones."""
+        self._iteration = None
+        self._workers.end()
+
+    def _new_loader(self, begin_worker: Callable[[int], None] | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            self._fetcher,
+            batch_size=None,  # the sampler asks for whole micro-batches
+            sampler=self._sampler,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            persistent_workers=self._persistent_workers,
+            prefetch_factor=self._prefetch_factor,
+            worker_init_fn=begin_worker,
+            # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
+            generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),
+        )
+
+
+class _Requests(Sampler[Request]):
+    """Requests, asked for anew at each iteration: one DataLoader, with its workers, serves all epochs."""
+
+    def __init__(self) -> None:
+        self.requests: Callable[[], Iterator[Request]] = lambda: iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests()
+
+
+def _whole(batch: Any) -> Any:
+    if isinstance(batch, Failure):
+        raise batch.error()
+    return batch

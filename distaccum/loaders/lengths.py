@@ -1,0 +1,71 @@
+"""How long each sample of a dataset is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+
+from distaccum.errors import UserError
+from distaccum.runtime.cache import Remembered
+from distaccum.runtime.logs import console
+from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.randomness import GlobalStates
+
+logger = logging.getLogger(__name__)
+
+
+_SAMPLES_TO_COMPARE = 16
+"""Of a remembered scan, to notice when the data has changed under the same name."""
+
+
+def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
+    """The dataset's attribute `lengths`, or what loading every sample once shows, with a progress bar.
+
+    The length of a sample is the largest first dimension of its tensors that have one. Loading leaves the global random
+    generators as they were.
+
+    Args:
+        remembered: where the lengths of all samples are kept, so that they need to be loaded only once. Some samples
+            are compared with it each time.
+
+    Raises:
+        UserError: a sample has no tensor with a first dimension.
+    """
+    known = getattr(dataset, "lengths", None)
+    if known is not None:
+        return known
+    states = GlobalStates.now()
+    try:
+        return _scanned(dataset, remembered)
+    finally:
+        states.put_back()
+
+
+def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:
+    before = remembered.read() if remembered is not None else None
+    count = len(dataset)
+    if isinstance(before, list) and len(before) == count:
+        some = np.linspace(0, count - 1, min(count, _SAMPLES_TO_COMPARE), dtype=np.int64).tolist()
+        if all(_length(dataset[index], index) == before[index] for index in some):
+            return np.array(before, dtype=np.int64)
+        logger.info("batch=by_length: samples are no longer as long as they were: all are loaded again")
+    indices = track(range(count), "lengths of the samples", console=console, transient=True)
+    lengths = [_length(dataset[index], index) for index in indices]
+    if remembered is not None:
+        remembered.write(lengths)
+    return np.array(lengths, dtype=np.int64)
+
+
+def _length(sample: Any, index: int) -> int:
+    sizes = [len(tensor) for tensor in tensors_of(sample) if isinstance(tensor, Tensor) and tensor.ndim > 0]
+    if not sizes:
+        raise UserError(
+            f"batch=by_length: sample {index} has no tensor with a first dimension, so its length is not known. Give "
+            "the dataset an attribute `lengths`, one number for each sample; or set batch=uniform."
+        )
+    return max(sizes)

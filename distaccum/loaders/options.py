@@ -1,0 +1,146 @@
+"""How samples are loaded and brought to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, IterableDataset
+
+from distaccum.errors import UserError
+from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.fetch import BatchSource, MicroBatches
+from distaccum.runtime.nested import tensors_of, to_device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderOptions:
+    """How samples are loaded and brought to the device; the names are those of `torch.utils.data.DataLoader`.
+
+    Attributes:
+        device: where micro-batches are moved; None leaves them where the collate made them.
+        float_dtype: floating-point tensors are cast to it; None leaves them as they are.
+        non_blocking: on CUDA, copy the next micro-batch on a stream of its own while this one computes.
+    """
+
+    num_workers: int = 0
+    pin_memory: bool = False
+    persistent_workers: bool = False
+    prefetch_factor: int | None = None
+    device: torch.device | None = None
+    float_dtype: torch.dtype | None = None
+    non_blocking: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses what can't be, which a loader without workers would leave unread.
+
+        Raises:
+            UserError: names the option.
+        """
+        for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
+            if (value := getattr(self, key)) is not None and value < least:
+                raise UserError(f"LoaderOptions: {key} must be at least {least}, got {value}.")
+        for key in ("persistent_workers", "prefetch_factor"):
+            if (value := getattr(self, key)) and self.num_workers == 0:
+                raise UserError(
+                    f"LoaderOptions: {key}={value} needs worker processes, and num_workers is 0: set num_workers, or "
+                    f"leave {key} out."
+                )
+
+    @property
+    def waits_for_loading(self) -> bool:
+        """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
+        on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
+        return on_cpu and self.num_workers == 0 and not self.pin_memory
+
+
+def batch_source(
+    dataset: Dataset[Any],
+    collate_fn: Callable[[list[Any]], Any] | None,
+    role: str,
+    options: LoaderOptions,
+    seed: int,
+) -> BatchSource:
+    collate = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
+    return BatchSource(
+        MicroBatches(dataset, collate, role, seed),
+        num_workers=options.num_workers,
+        pin_memory=options.pin_memory,
+        persistent_workers=options.persistent_workers,
+        prefetch_factor=options.prefetch_factor,
+    )
+
+
+def on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:
+    """Micro-batches on the device, in their final floating-point format."""
+    if options.device is None:
+        return batches
+    if options.device.type == "cuda" and options.non_blocking:
+        return _copied_ahead(batches, options.device, options.float_dtype)
+    device, float_dtype = options.device, options.float_dtype
+    return (to_device(batch, device, float_dtype=float_dtype) for batch in batches)
+
+
+def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: torch.dtype | None) -> Iterator[Any]:
+    """Copies each micro-batch on a stream of its own while the one before it computes.
+
+    One micro-batch ahead, across the ends of windows too: the copy of a window's first micro-batch overlaps with the
+    last backward and the optimizer step of the window before.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    ahead: tuple[Any, torch.cuda.Event] | None = None
+
+    def use(batch: Any, copied: torch.cuda.Event) -> Any:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copied)
+        for tensor in tensors_of(batch):
+            # The memory belongs to the copying stream; it must not be reused before the computing one is done with it.
+            tensor.record_stream(computing)
+        return batch
+
+    for batch in batches:
+        # An object that moves itself doesn't show its tensors to record_stream: what was computed with the batch before
+        # the last must be done before its memory is used again. The copy still overlaps with the computing to come.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            moved = to_device(batch, device, non_blocking=True, float_dtype=float_dtype)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(stream)
+        if ahead is not None:
+            yield use(*ahead)
+        ahead = moved, copied
+    if ahead is not None:
+        yield use(*ahead)
+
+
+def size_of(dataset: Any, role: str) -> int:
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise UserError(
+            f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
+            "map-style dataset: one whose samples have numbers."
+        )
+    try:
+        size = len(dataset)
+    except (TypeError, ValueError, OverflowError) as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # of the dataset's own code
+        raise UserError(
+            f"the length of the {role} data ({type(dataset).__name__}) can't be taken: {error}. Its __len__ must give "
+            "a whole number that is not negative."
+        ) from error
+    if size == 0:
+        raise UserError(f"the {role} data ({type(dataset).__name__}) is empty. Give it at least one sample per rank.")
+    return size
+
+
+def placement(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    if (rank is None) != (world_size is None):
+        raise UserError(f"give both rank and world_size or neither; got rank={rank}, world_size={world_size}.")
+    if rank is None or world_size is None:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank={rank} is not a rank of world_size={world_size}.")
+    return rank, world_size

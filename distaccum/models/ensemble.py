@@ -1,0 +1,143 @@
+"""Models put together: their predictions, or their weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.config.enums import Combination
+from distaccum.errors import UserError
+
+
+class NotTogetherError(UserError, AttributeError):
+    """Models that can't be one: what their outputs are, or what is asked of them, has no mean."""
+
+
+class _OnlyLogits(dict[str, Tensor]):
+    """What an ensemble of models gives whose outputs have names: an item and attribute `logits`, and nothing else."""
+
+    def __missing__(self, name: object) -> Tensor:
+        raise NotTogetherError(f"of the members' outputs an ensemble has the logits alone, and {name!r} is asked for.")
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+class Ensemble(nn.Module):
+    """Models whose outputs are one: called as each of them is.
+
+    With `probabilities` the output is the logarithm of the mean of the models' probabilities, softmax over the classes,
+    which any cross-entropy takes as logits. It is made in float32 at least. With `outputs` it is the mean of the
+    outputs themselves.
+
+    No more than two models' outputs are held at a time.
+
+    Args:
+        members: take the same arguments, and give one tensor of the same shape each; or an object or mapping that has
+            it as `logits`: the ensemble then gives one with `logits` alone.
+        combine: `probabilities` or `outputs`.
+        class_dim: dimension of the outputs that classes lie along, for `probabilities`.
+
+    Raises:
+        UserError: there are no members; and from a call, outputs that can't be put together.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        *,
+        combine: Combination = Combination.probabilities,
+        class_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise UserError("an ensemble needs at least one model, and got none.")
+        if combine is Combination.probabilities and class_dim is None:
+            raise NotTogetherError(
+                "to mean probabilities, it must be known along which dimension of the outputs the classes lie: give "
+                "class_dim (--class-dim), or combine the outputs as they are (--combine outputs)."
+            )
+        if combine is Combination.weights:
+            raise UserError("weights are put together by mean_of_weights, not by an Ensemble of outputs.")
+        self.members = nn.ModuleList(members)
+        self._combine = combine
+        self._class_dim = class_dim
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        total: Tensor | None = None
+        for member in self.members:
+            output = member(*arguments, **named)
+            own = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+            if not isinstance(own, Tensor):
+                raise NotTogetherError(
+                    f"an ensemble needs models that give one tensor, or one as logits, and {type(member).__name__} "
+                    f"gives a {type(output).__name__}."
+                )
+            part = self._part(own)
+            if total is not None and part.shape != total.shape:
+                raise NotTogetherError(
+                    f"the members' outputs can't be put together: they are of shapes {list(total.shape)} and "
+                    f"{list(part.shape)}."
+                )
+            total = part if total is None else self._together(total, part)
+        assert total is not None
+        is_probabilities, count = self._combine is Combination.probabilities, len(self.members)
+        mean = total - math.log(count) if is_probabilities else total / count
+        return mean if own is output else _OnlyLogits(logits=mean)
+
+    def _part(self, output: Tensor) -> Tensor:
+        wide = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self._combine is Combination.outputs:
+            return wide
+        assert self._class_dim is not None
+        if not -wide.ndim <= self._class_dim < wide.ndim:
+            raise NotTogetherError(
+                f"class_dim={self._class_dim} is no dimension of outputs of shape {list(wide.shape)}: name the one "
+                "that classes lie along."
+            )
+        return wide.log_softmax(self._class_dim)
+
+    def _together(self, total: Tensor, part: Tensor) -> Tensor:
+        return torch.logaddexp(total, part) if self._combine is Combination.probabilities else total + part
+
+
+def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
+    """One model whose weights are the mean of several models' (a "model soup", Wortsman et al. 2022).
+
+    Buffers that are numbers, as BatchNorm's statistics, are averaged like weights; other buffers and extra state are
+    the first model's. Sums are taken in float64.
+
+    Raises:
+        UserError: the models' weights have other names or shapes.
+    """
+    states = [
+        {name: value for name, value in member.state_dict().items() if isinstance(value, Tensor)} for member in members
+    ]
+    for number, state in enumerate(states[1:], 2):
+        different = sorted(
+            name
+            for name in states[0].keys() | state.keys()
+            if name not in states[0] or name not in state or states[0][name].shape != state[name].shape
+        )
+        if different:
+            raise NotTogetherError(
+                f"the weights of models 1 and {number} can't be put together: {different[0]} is not in both with the "
+                "same shape. Weights can only be combined of models of one architecture; combine their outputs or "
+                "probabilities instead."
+            )
+    mixed = copy.deepcopy(members[0])
+    target = mixed.state_dict()
+    for name in states[0]:
+        value = target[name]
+        if value.is_floating_point() or value.is_complex():
+            wide = torch.complex128 if value.is_complex() else torch.float64
+            total = torch.zeros(value.shape, dtype=wide, device=value.device)
+            for state in states:
+                total += state[name]
+            value.copy_(total / len(states))
+    return mixed

@@ -1,0 +1,30 @@
+"""Windows and their cuts as index arithmetic: integers in, integers out, no torch."""
+
+from __future__ import annotations
+
+from distaccum.planning.batch_plan import (
+    DEFAULT_MICRO_BATCH_SIZE,
+    BatchPlan,
+    Cut,
+    check_base_size,
+    check_data_size,
+    resolve_batch,
+    split_by_speed,
+    split_evenly,
+    window_bounds,
+)
+from distaccum.planning.order import EpochOrder, shuffled
+
+__all__ = [
+    "DEFAULT_MICRO_BATCH_SIZE",
+    "BatchPlan",
+    "Cut",
+    "EpochOrder",
+    "check_base_size",
+    "check_data_size",
+    "resolve_batch",
+    "shuffled",
+    "split_by_speed",
+    "split_evenly",
+    "window_bounds",
+]

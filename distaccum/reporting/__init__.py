@@ -1,7 +1,0 @@
-"""What a run was and how it went, from its folder: one page for one run or for several."""
-
-from __future__ import annotations
-
-from distaccum.reporting.writing import write_page
-
-__all__ = ["write_page"]

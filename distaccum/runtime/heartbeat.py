@@ -1,0 +1,371 @@
+"""Signs of life: each rank says every second what it is doing, so that the others can tell who died or hung."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import torch
+
+from distaccum.errors import EXIT_STATUS
+from distaccum.runtime.diagnosis import Fate, Sign, State, explain, judge, process_state, this_host
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+_ANSWER_SECONDS = 2.0
+"""How long the store may take to answer."""
+SECONDS_TO_GIVE_UP = 10.0
+"""How long after another rank's failure this one is still here, if it has not noticed by itself."""
+_STACK_AFTER = 0.7
+"""A rank that does the same thing for this part of the timeout writes its stacks."""
+
+_Activity = tuple[str, bool, int | None, int | None]
+"""What, whether it waits for other ranks, the update's number, the micro-step's."""
+
+_FAILED = "failed"
+_TORCH = os.path.dirname(torch.__file__)
+
+
+class Heartbeat:
+    """What this rank is doing, told to the others. `World.heartbeat`; silent until the world has several ranks.
+
+    A background thread writes one small entry into the ranks' store every second, over a connection of its own, so that
+    nothing here ever holds up the training.
+
+    Args:
+        rank, world_size: as in torch.distributed.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.timeout_seconds = 0.0
+        self.someone_failed = False
+        """True once another rank is known to have failed, and thus to have said why."""
+        self._activity: _Activity = ("start of the run", False, None, None)
+        self._seen: _Activity = self._activity
+        self._since = time.monotonic()
+        self._state = State.running
+        self._beats = 0
+        self._store: Any = None
+        self._holder_sign: Sign | None = None
+        self._failed_at: float | None = None
+        self._is_said_here: Callable[[], bool] | None = None
+        self._on_stuck: Callable[[BaseException], None] | None = None
+        self._neighbours: list[Sign] | None = None  # not looked for yet
+        self._log: TextIO | None = None
+        self._log_path = ""
+        self._armed_for: _Activity | None = None
+        self._thread: threading.Thread | None = None
+        self._main_thread = threading.get_ident()
+        self._wake, self._over = threading.Event(), threading.Event()
+
+    @property
+    def is_beating(self) -> bool:
+        return self._thread is not None
+
+    @property
+    def is_store_lost(self) -> bool:
+        """True if the store is seen to be gone or stopped with its process: a stopped one never answers."""
+        return self._holder_sign is not None and process_state(self._holder_sign) is not None
+
+    def doing(
+        self, what: str, *, update: int | None = None, micro_step: int | None = None, waits: bool = False
+    ) -> None:
+        """Says what this rank does from now on. Costs a fraction of a microsecond, so it can be said in any loop.
+
+        Args:
+            what: a noun, as in "forward".
+            update, micro_step: which one of them, counted from 1.
+            waits: True for one collective, or one wait for the device behind which a collective is queued: what can't
+                end before the other ranks have come. A stretch of many of them says so of each.
+        """
+        self._activity = (what, waits, update, micro_step)
+
+    @contextmanager
+    def waiting_in(self, what: str) -> Iterator[None]:
+        """A short wait for the other ranks, after which this rank goes on with what it did before."""
+        before = self._activity
+        self.doing(what, waits=True)
+        yield
+        # Not after an error, whose message says what it ended.
+        self._activity = before
+
+    def log_to(self, path: Path) -> None:
+        """Where to write this rank's stacks when it hangs: the end of an existing log, or a new one."""
+        log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
+        before, self._log = self._log, log
+        self._log_path = str(path)
+        if before is not None:
+            faulthandler.cancel_dump_traceback_later()
+            before.close()
+        self._armed_for = None
+        if self.is_beating:
+            self._arm()
+            self._wake.set()
+
+    def start(
+        self,
+        store: Any,
+        timeout_seconds: float,
+        *,
+        is_said_here: Callable[[], bool] | None = None,
+        on_stuck: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Begins to beat.
+
+        Args:
+            store: a `torch.distributed.Store` in rank 0's process that all ranks share.
+            timeout_seconds: how long ranks wait for each other.
+            is_said_here: whether a rank of this host has said why the run failed; asked when the store is gone.
+            on_stuck: called from the background thread when this rank has waited for another in vain. For backends
+                whose waits don't end with an exception.
+        """
+        # A copy has a connection of its own: a wait of the training's does not hold up the beats, nor the other way.
+        self._store = store.clone()
+        self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
+        self.timeout_seconds = timeout_seconds
+        self._is_said_here, self._on_stuck = is_said_here, on_stuck
+        self._publish()
+        self._thread = threading.Thread(target=self._run, name="distaccum-heartbeat", daemon=True)
+        self._thread.start()
+
+    def fail(self) -> None:
+        """Says that this rank is on its way out after an error, which it explains or knows to be explained."""
+        self._state = State.failed
+        if self._log is not None:
+            faulthandler.cancel_dump_traceback_later()
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Says goodbye and ends the background thread. Never raises, and takes no longer than the store's patience."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            if self._state is State.running:
+                self._state = State.left
+            self._over.set()
+            self._wake.set()
+            # Not for ever: the thread may be in a call to a store whose process is stopped. It is a daemon.
+            self._thread.join(_ANSWER_SECONDS)
+            self._thread = None
+        if self._log is not None:
+            faulthandler.cancel_dump_traceback_later()
+            with suppress(OSError):
+                self._log.close()
+            self._log = None
+
+    def let_others_hear(self) -> None:
+        """Waits long enough for the others to hear of this rank's failure before the store goes away with it."""
+        if self._thread is not None:
+            time.sleep(1.5 * BEAT_SECONDS)
+
+    def explain(self, error: BaseException) -> str:
+        """Finds out, in about two beats, which rank keeps this one waiting; returns the message that says so.
+
+        Args:
+            error: what the wait for the other ranks ended with.
+        """
+        me = self._sign()
+        if not self.is_beating:
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            return f"the connection between the ranks broke before the run began, as when a rank is ended: {reason}."
+        if self.is_store_lost:
+            return self._explain_without_store(me, error)
+        try:
+            before = answer(self._look)
+            # At once: soon the launcher will have ended other ranks too.
+            processes = {rank: process_state(sign) for rank, sign in before.items() if sign.state is State.running}
+            after = before
+            if not any(processes.values()):
+                time.sleep(2.2 * BEAT_SECONDS)
+                after = answer(self._look)
+        except (RuntimeError, TimeoutError):
+            return self._explain_without_store(me, error)
+        others: dict[Fate, list[Sign]] = {}
+        for rank, sign in after.items():
+            fate = processes.get(rank) or judge(before.get(rank), sign)
+            others.setdefault(fate, []).append(sign)
+        return explain(me, others, timeout_seconds=self.timeout_seconds, error=error)
+
+    def _explain_without_store(self, me: Sign, error: BaseException) -> str:
+        if self._holder_sign is not None:
+            fate = process_state(self._holder_sign) or Fate.gone
+            return explain(me, {fate: [self._holder_sign]}, timeout_seconds=self.timeout_seconds, error=error)
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        return (
+            f"the connection between the ranks broke in {me.doing}, and rank 0, which kept their signs of life, does "
+            f"not answer: it or its host is gone ({reason}). Start again with the same command: a run that has a "
+            "checkpoint goes on from it."
+        )
+
+    def _look(self) -> dict[int, Sign]:
+        """The other ranks' last signs."""
+        ranks = [rank for rank in range(self.world_size) if rank != self.rank and self._store.check([_key(rank)])]
+        values = self._store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+        return {rank: Sign.from_json(value) for rank, value in zip(ranks, values, strict=True)}
+
+    # From here on: the background thread.
+
+    def _run(self) -> None:
+        while True:
+            is_last = self._over.is_set()
+            if self.is_store_lost:
+                self._listen_on_this_host()
+            else:
+                # Without the store there is nobody to talk to; whoever misses it asks explain().
+                with suppress(RuntimeError):
+                    self._beat()
+            if self._state is State.running and self.someone_failed:
+                self._follow_failure()
+            if is_last:
+                return
+            self._wake.wait(BEAT_SECONDS)
+            self._wake.clear()
+
+    def _beat(self) -> None:
+        activity = self._activity
+        if activity is not self._seen:
+            self._seen, self._since = activity, time.monotonic()
+        if self._state is State.running:
+            self._arm()
+        self._publish()
+        if self._state is not State.running:
+            return
+        self._listen()
+        if not self.someone_failed and self._on_stuck is not None:
+            self._watch(self._on_stuck)
+
+    def _publish(self) -> None:
+        self._beats += 1
+        self._store.set(_key(self.rank), self._sign().to_json())
+        if self._state is State.failed:
+            self._store.set(_FAILED, str(self.rank))
+
+    def _sign(self) -> Sign:
+        what, waits, update, micro_step = activity = self._activity
+        seconds = time.monotonic() - self._since if activity is self._seen else 0.0
+        return Sign(
+            rank=self.rank,
+            beat=self._beats,
+            state=self._state,
+            doing=_in_words(what, update, micro_step),
+            waits=waits,
+            seconds=seconds,
+            where=self._where() if seconds >= BEAT_SECONDS / 2 else "",
+            host=this_host(),
+            pid=os.getpid(),
+            log=self._log_path,
+        )
+
+    def _where(self) -> str:
+        """The innermost line of the main thread that is not torch's own."""
+        frame = sys._current_frames().get(self._main_thread)
+        while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})" if frame else ""
+
+    def _arm(self) -> None:
+        """Has the stacks written if nothing changes from here on: by a timer that needs no Python to run."""
+        if self._log is not None and self._armed_for is not self._seen:
+            self._armed_for = self._seen
+            faulthandler.dump_traceback_later(self.timeout_seconds * _STACK_AFTER, file=self._log)
+
+    def _listen(self) -> None:
+        if not self.someone_failed and self._store.check([_FAILED]):
+            self.someone_failed = True
+        if self.rank != 0 and self._store.check([_key(0)]):
+            self._holder_sign = Sign.from_json(self._store.get(_key(0)))
+
+    def _listen_on_this_host(self) -> None:
+        if self._state is State.running and self._is_said_here is not None and self._is_said_here():
+            self.someone_failed = True
+
+    def _follow_failure(self) -> None:
+        """Another rank has failed, and this one has not noticed: it is busy, or it hangs."""
+        now = time.monotonic()
+        if self._failed_at is None:
+            self._failed_at = now
+            # The rank that speaks points here, so here the stack must be.
+            self._write_stacks("another rank has failed")
+        elif now - self._failed_at > SECONDS_TO_GIVE_UP:
+            # Its next collective would fail. In its way stands only what it does now, which may never end.
+            self._note(f"left {SECONDS_TO_GIVE_UP:.0f} s after another rank's failure")
+            os._exit(EXIT_STATUS)
+
+    def _watch(self, on_stuck: Callable[[BaseException], None]) -> None:
+        """Ends a wait that no exception ends: after the timeout, or as soon as a rank on this host is seen to be gone.
+
+        Other hosts' ranks take the timeout: to look at all of them each second would be too much for a large world.
+        """
+        waits, seconds = self._seen[1], time.monotonic() - self._since
+        if not waits or seconds < 2 * BEAT_SECONDS:
+            return
+        if self._neighbours is None:
+            self._neighbours = [sign for sign in self._look().values() if sign.host == this_host()]
+        error: Exception | None = None
+        if any(process_state(sign) is Fate.gone for sign in self._neighbours):
+            error = RuntimeError("a process is gone")
+        elif seconds > self.timeout_seconds:
+            error = TimeoutError(f"timed out after {self.timeout_seconds:g} s")
+        if error is not None:
+            self._on_stuck = None
+            self._state = State.failed
+            self._publish()
+            on_stuck(error)
+
+    def _write_stacks(self, why: str) -> None:
+        if self._log is not None:
+            self._note(f"{why}; the stacks of all threads follow")
+            with suppress(OSError, ValueError):
+                faulthandler.dump_traceback(file=self._log, all_threads=True)
+
+    def _note(self, text: str) -> None:
+        if self._log is not None:
+            now, sign = time.strftime("%Y-%m-%d %H:%M:%S"), self._sign()
+            with suppress(OSError, ValueError):  # a full disk must not end the signs of life
+                self._log.write(f"{now} rank {self.rank}, for {sign.seconds:.0f} s in {sign.doing}: {text}\n")
+                self._log.flush()
+
+
+def _key(rank: int) -> str:
+    return f"heartbeat/{rank}"
+
+
+def _in_words(what: str, update: int | None, micro_step: int | None) -> str:
+    step = f" of micro-step {micro_step}" if micro_step is not None else ""
+    return f"the {what}{step}" + (f" of update {update}" if update is not None else "")
+
+
+def answer(ask: Callable[[], T], seconds: float = _ANSWER_SECONDS) -> T:
+    """What a call to the store returns, if it does so in time.
+
+    A store whose process is stopped takes calls and never answers, whatever timeout it was given.
+
+    Raises:
+        TimeoutError: no answer.
+        RuntimeError: the store is gone.
+    """
+    outcome: list[T] = []
+    problem: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(ask())
+        except Exception as error:
+            problem.append(error)
+
+    thread = threading.Thread(target=run, name="distaccum-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if problem:
+        raise problem[0]
+    if not outcome:
+        raise TimeoutError(f"the ranks' store has not answered within {seconds:g} s")
+    return outcome[0]

@@ -1,0 +1,183 @@
+"""DDP communication hooks: the gradient sync itself, counted, and optionally compressed.
+
+DDP checks the annotations of a hook as objects, so this module must not postpone their evaluation.
+"""
+
+import atexit
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
+from torch.distributed.distributed_c10d import AllreduceCoalescedOptions
+from torch.futures import Future
+
+from distaccum.config import DDPConfig
+from distaccum.config.enums import Compression
+from distaccum.strategies.base import Traffic
+from distaccum.strategies.scalar_sync import Passengers
+
+Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
+
+
+@dataclass(slots=True)
+class HookState:
+    """What a hook needs to know of its model, with which it is kept: all strategies of a model share it."""
+
+    process_group: dist.ProcessGroup
+    divisor: int
+    traffic: Traffic
+    passengers: Passengers | None
+    mark: Callable[[], Any]
+    compression: Compression
+    powersgd_state: powersgd.PowerSGDState | None = None
+    graph_is_known: bool = True
+    synced: set[int] = field(default_factory=set)
+    """Ids of the parameters in DDP's buckets, of which DDP tells nobody but its hook."""
+    is_learning: bool = True
+
+    def learn(self, bucket: GradBucket) -> None:
+        if self.is_learning:
+            self.synced.update(map(id, bucket.parameters()))
+
+
+def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
+    state.learn(bucket)
+    buffer = bucket.buffer()
+    sent = buffer if dtype is None else buffer.to(dtype)
+    if state.divisor != 1:
+        sent.div_(state.divisor)
+    state.traffic.count(sent)
+    state.traffic.last_launch = state.mark()
+    passenger = state.passengers.take(sent.dtype) if state.passengers is not None else None
+    if passenger is None:
+        work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
+    else:
+        work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
+    reduced: Future[Any] = work.get_future()
+    # Ranks that aren't there (torch's fake process group) give no value.
+    if dtype is None:
+        return reduced.then(lambda future: (future.value() or (sent,))[0])
+    return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
+
+
+def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+    """Sum over the ranks, divided by `divisor`, in the gradients' own format."""
+    return _all_reduce(state, bucket, None)
+
+
+def all_reduce_fp16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+    """The same, sent as float16: in range, as the accumulator has made gradients of the order of a mean."""
+    return _all_reduce(state, bucket, torch.float16)
+
+
+def all_reduce_bf16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+    """The same, sent as bfloat16. torch's own hook refuses gloo."""
+    return _all_reduce(state, bucket, torch.bfloat16)
+
+
+def communication_hook(compression: Compression) -> Hook:
+    """The hook for a compression other than PowerSGD."""
+    return {
+        Compression.none: all_reduce_hook,
+        Compression.fp16: all_reduce_fp16_hook,
+        Compression.bf16: all_reduce_bf16_hook,
+    }[compression]
+
+
+@functools.cache
+def give_threads_time_at_exit() -> None:
+    """Has the interpreter wait a moment before it goes down.
+
+    A thread of gloo's frees the callback of the last all-reduce, a Python object, after the update is done. If that
+    happens while the interpreter goes down, the process is aborted ("terminate called without an active exception"),
+    which was seen now and then on a busy machine.
+    """
+    atexit.register(time.sleep, 0.1)
+
+
+_counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictionary()
+
+
+class _CountedDistributed:
+    """Stands in for `torch.distributed` inside torch's PowerSGD module, to count the collectives that it starts."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        state = _counted_groups.get(group) if group is not None else None
+        if state is not None:
+            state.traffic.count(tensor)
+            state.traffic.last_launch = state.mark()
+        return dist.all_reduce(tensor, *args, **kwargs)
+
+
+def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
+    """The hook of PowerSGD (Vogels, Karimireddy and Jaggi 2019), torch's own implementation, counted.
+
+    The process group in `state` must be one that nothing but this model's gradients uses.
+    """
+    _counted_groups[state.process_group] = state
+    powersgd.dist = _CountedDistributed()  # type: ignore[attr-defined, assignment]
+    state.powersgd_state = remembered = powersgd.PowerSGDState(
+        process_group=state.process_group,
+        matrix_approximation_rank=config.powersgd_rank,
+        start_powerSGD_iter=config.powersgd_start_update,
+    )
+
+    last: list[Future[torch.Tensor]] = []
+
+    def counted_powersgd_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+        state.learn(bucket)
+        if last and bucket.buffer().device.type == "cpu":
+            # torch starts a bucket's second and third all-reduce in gloo's threads, when the one before has ended, and
+            # waits for them there. Two buckets at a time would do so in another order on each rank, and take up all of
+            # the threads that they wait for.
+            last.pop().wait()
+        if remembered.iter < remembered.start_powerSGD_iter:
+            # The uncompressed all-reduce of the first updates is started elsewhere in torch.
+            state.traffic.count(bucket.buffer())
+            state.traffic.last_launch = state.mark()
+        last[:] = [powersgd.powerSGD_hook(remembered, bucket)]
+        return last[0]
+
+    return counted_powersgd_hook
+
+
+_POWERSGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
+
+
+def powersgd_tensors(state: powersgd.PowerSGDState) -> dict[str, torch.Tensor]:
+    """What PowerSGD remembers of the updates before: error feedback, factors, its count and its generator."""
+    _, keys, position, _, _ = state.rng.get_state(legacy=True)
+    tensors = {
+        "iter": torch.tensor(state.iter, dtype=torch.int64),
+        "rng": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
+    }
+    for memory in _POWERSGD_MEMORIES:
+        tensors |= {f"{memory}.{bucket}": tensor for bucket, tensor in getattr(state, memory).items()}
+    return tensors
+
+
+def load_powersgd_tensors(
+    state: powersgd.PowerSGDState, tensors: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Puts back what `powersgd_tensors` gave."""
+    *keys, position = tensors["rng"].tolist()
+    state.rng.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    state.iter = int(tensors["iter"])
+    for memory in _POWERSGD_MEMORIES:
+        getattr(state, memory).clear()
+    for name, tensor in tensors.items():
+        memory, _, bucket = name.partition(".")
+        if bucket:
+            getattr(state, memory)[int(bucket)] = tensor.to(device)

@@ -1,0 +1,144 @@
+"""What strategies and checkpoints need to know of an optimizer, whatever its class."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from distaccum.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hands the optimizer gradients in the format of their parameters, which is what optimizers take.
+
+    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
+    """
+    wide = [
+        (parameter, parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None and parameter.grad.dtype != parameter.dtype
+    ]
+    formats = [parameter.grad_dtype for parameter, _ in wide]
+    for parameter, gradient in wide:
+        parameter.grad = None
+        parameter.grad_dtype = None
+        parameter.grad = gradient.to(parameter.dtype)
+    try:
+        yield
+    finally:
+        for (parameter, gradient), grad_dtype in zip(wide, formats, strict=True):
+            parameter.grad = None
+            parameter.grad_dtype = grad_dtype
+            parameter.grad = gradient
+
+
+def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> dict[str, Any] | None:
+    """What an optimizer of the same class and settings keeps of a parameter after a step.
+
+    Args:
+        shape: of the parameter.
+
+    Returns:
+        None if no other one can be made: anybody's own may take arguments that its groups don't tell.
+    """
+    twin = twin_of(optimizer, shape)
+    return dict(twin.state[twin.param_groups[0]["params"][0]]) if twin is not None else None
+
+
+def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> torch.optim.Optimizer | None:
+    """An optimizer of the same class and settings that has made a step, over one parameter; None if there can be none.
+
+    Args:
+        shape: of the parameter.
+    """
+    probe = nn.Parameter(torch.zeros(tuple(shape)))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        twin: torch.optim.Optimizer = _twin(optimizer, optimizer.param_groups[0], probe)
+        twin.step()
+    except Exception as error:
+        logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)
+        return None
+    return twin
+
+
+def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
+    known = inspect.signature(type(optimizer)).parameters
+    settings = {key: value for key, value in group.items() if key in known and key != "params"}
+    return type(optimizer)([parameter], **settings)
+
+
+def check_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses optimizers whose step can't be that of a window's gradient. All ranks call it.
+
+    With sharded parameters, steps of a small one are tried beside those of a whole one: an optimizer that looks at more
+    than one number at a time (norms of a tensor, factored moments) may see the shard alone, and say nothing.
+
+    Raises:
+        UserError: it evaluates the loss itself, or steps sharded parameters otherwise than whole ones.
+    """
+    optimizer = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(
+            f"{name} evaluates the loss itself, as often as it likes, and an update here has one gradient, that of its "
+            "window. Take another optimizer."
+        )
+    groups = {parameter.ndim: (group, parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group, parameter in groups.values():
+        if isinstance(parameter, DTensor) and (difference := _sharded_difference(optimizer, group, parameter)):
+            raise UserError(
+                f"{name} can't be had with strategy=fsdp: {difference}. Set strategy=ddp "
+                "strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters, or take "
+                "another optimizer."
+            )
+
+
+def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: DTensor) -> str:
+    mesh = like.device_mesh
+    shape = (2 * mesh.size() + 1, *[3] * (like.ndim - 1))  # shards of unequal size
+    start = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=mesh.device_type).reshape(shape)
+
+    def sharded(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor.clone(), mesh, [Shard(0)], src_data_rank=None)
+
+    ends: list[Any] = []
+    for place in (torch.clone, sharded):
+        probe = nn.Parameter(place(start))
+        try:
+            twin = _twin(optimizer, group, probe)
+        except Exception:  # anybody's own may take arguments that its groups don't tell
+            return ""
+        try:
+            for times in (1, 2):
+                probe.grad = place(start.cos() * times)
+                twin.step()
+        except Exception as error:
+            return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        ends.append(probe.detach())
+    difference = (ends[1].to_local() - sharded(ends[0]).to_local()).norm()
+    part = (difference / (ends[0] - start).norm()).double()
+    dist.all_reduce(part, dist.ReduceOp.MAX, group=mesh.get_group())
+    return f"its steps of shards are others than of the whole, by {float(part):.1e} of them" if part > 1e-5 else ""
+
+
+def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state: under ZeRO-1 the one of its shard."""
+    # By name, as importing the class takes long and warns of things that are not ours.
+    inner = optimizer.optim if type(optimizer).__name__ == "ZeroRedundancyOptimizer" else optimizer  # type: ignore[attr-defined]
+    assert isinstance(inner, torch.optim.Optimizer)
+    return inner

@@ -1,0 +1,1 @@
+"""The logic of the commands beside training, with what they share: `bench` (measuring) and `pages` (HTML)."""

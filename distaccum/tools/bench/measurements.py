@@ -1,0 +1,322 @@
+"""What is measured of one placement, in the process of one of its ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distaccum.accumulation import Accumulator
+from distaccum.accumulation.gradient_caching import accumulate_coupled
+from distaccum.accumulation.result import UpdateResult
+from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
+from distaccum.config.enums import OnNonfinite, PrecisionName
+from distaccum.loaders import Window
+from distaccum.runtime.devices import Stopwatch
+from distaccum.runtime.memory import peak_memory
+from distaccum.runtime.randomness import derived_seed, seed_everything
+from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
+from distaccum.strategies.ddp import place_ddp
+from distaccum.tasks import CoupledTask, checked_output
+from distaccum.tools.bench.network import time_all_reduces
+from distaccum.training.build import build_parts, build_scaler, compilation_of
+from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.training.progress import total_updates
+
+
+class SyncEveryMicroStep:
+    """A strategy whose `no_sync` syncs: what a loop does that knows nothing of `no_sync`.
+
+    Everything else is the strategy's own. The waits of all the micro-steps before the last one, of which the
+    accumulator knows nothing, are kept here.
+    """
+
+    def __init__(self, strategy: DDPStrategy) -> None:
+        strategy.take_mean()
+        self._strategy = strategy
+        self._stopwatch = Stopwatch(strategy.device)
+        self._waits: list[tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return self._noting_the_wait()
+
+    @contextmanager
+    def _noting_the_wait(self) -> Iterator[None]:
+        yield
+        self._waits.append((self._strategy.traffic.last_launch, self._stopwatch.mark()))
+
+    def take_waited_seconds(self) -> float:
+        """Seconds since the last call; to be asked for when the host has waited for the device."""
+        waits, self._waits = self._waits, []
+        return sum(self._stopwatch.seconds(start, end) for start, end in waits if start is not None)
+
+
+class Training:
+    """The training of a configuration, one update at a time: what `distaccum.train` does, without its observers.
+
+    Args:
+        sync_every_step: do as a loop does that knows nothing of `no_sync`.
+        alone: this rank's part of it, with everything but the network: gradients meet those of no other rank.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        rank: int,
+        world_size: int,
+        sync_every_step: bool = False,
+        alone: bool = False,
+    ) -> None:
+        # Where ranks sync in each micro-step, they must take equally many.
+        parts = build_parts(config, device, rank=rank, world_size=world_size, equal_micro_steps=sync_every_step)
+        self.loader = parts.loader
+        self.lengths = getattr(parts.train_data, "lengths", None)
+        self.task = parts.task
+        self.precision = parts.precision
+        self.total_updates = total_updates(config.train, parts.loader.sizes)
+        factor = schedule_factor(config.schedule, self.total_updates)
+        compilation = compilation_of(config, device)
+        if alone and isinstance(config.strategy, DDPConfig) and world_size > 1:
+            own, _ = dist.new_subgroups(group_size=1)  # type: ignore[no-untyped-call]
+            config = dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, shard_optimizer=False))
+            assert isinstance(config.strategy, DDPConfig)
+            module = parts.module.to(device)
+            if compilation is not None:
+                compilation.apply(module)
+            placed: Strategy = place_ddp(module, config.strategy, device, config.precision.name, own)
+        else:
+            placed = place(parts.module, config.strategy, device, config.precision.name, compilation)
+        self.syncing: SyncEveryMicroStep | None = None
+        if sync_every_step:
+            assert isinstance(placed, DDPStrategy)
+            self.syncing = SyncEveryMicroStep(placed)
+        self.strategy = placed if self.syncing is None else cast(Strategy, self.syncing)
+        optimizer = build_optimizer(
+            config.optim, self.strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
+        )
+        self.schedule = Schedule(optimizer, factor)
+        # As in a training: until here all ranks drew the same numbers; dropout must differ.
+        seed_everything(derived_seed(config.seed, "rank", rank))
+        self.accumulator = Accumulator(
+            self.strategy.model,
+            optimizer,
+            clip_norm=config.train.clip_norm,
+            scaler=build_scaler(config.precision, device),
+            skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
+            strategy=self.strategy,
+        )
+        self._windows = self._all_windows()
+
+    def _all_windows(self) -> Iterator[Window]:
+        while True:
+            yield from self.loader
+
+    def update(self) -> tuple[Window, UpdateResult]:
+        """Makes the next update. What was waited for in the sync includes all micro-steps."""
+        window = next(self._windows)
+        return window, self.update_of(window)
+
+    def update_of(self, window: Iterable[Any]) -> UpdateResult:
+        """Makes an update of a window, or of any micro-batches."""
+        # A tool may go on for longer than the training would: at the learning rate of its last update.
+        self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
+        if isinstance(self.task, CoupledTask):
+            accumulate_coupled(self.accumulator, window, embed=self._embed, loss=self.task.window_loss)
+        else:
+            with self.accumulator.window(window) as micro_batches:
+                for batch in micro_batches:
+                    with self.precision.autocast():
+                        output = checked_output(self.task(self.strategy.model, batch))
+                    self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+        result = self.accumulator.step()
+        if self.syncing is not None:
+            waited = self.syncing.take_waited_seconds()
+            result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
+        return result
+
+    def _embed(self, batch: Any) -> Any:
+        with self.precision.autocast():
+            return self.task.embed(self.strategy.model, batch)
+
+    def parameters(self) -> Tensor:
+        """All parameters in one row, float64 on the CPU. Sharded ones are gathered: every rank must ask."""
+        rows = []
+        for parameter in self.strategy.module.parameters():
+            value = parameter.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            rows.append(whole.to("cpu", torch.float64).reshape(-1))
+        return torch.cat(rows)
+
+
+def _some_batches(training: Training, count: int) -> tuple[list[Any], float]:
+    """So many micro-batches of whole windows, in mixed order; and the mean samples of a micro-batch in these windows.
+
+    By length the costliest come last in a window: in mixed order a few of them are like all of them.
+    """
+    batches: list[Any] = []
+    samples = 0
+    for window in training.loader.epoch(0):
+        batches += list(window)
+        samples += sum(window.sizes)
+        if len(batches) >= count:
+            break
+    random.Random(0).shuffle(batches)
+    return [*itertools.islice(itertools.cycle(batches), count)], samples / len(batches)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Measuring:
+    """One rank of a placement, told what to measure next. Each method returns what JSON can hold."""
+
+    config: TrainConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    sync_every_step: bool
+    reference: Path
+    """File of the parameters' change in the float64 one-shot run."""
+    _training: Training | None = None
+
+    def prepare(self, curve_updates: int) -> dict[str, Any]:
+        """Builds the training and makes its first updates: the loss curve, and the peak of the memory."""
+        before, _ = peak_memory(self.device)
+        training = self._training = self._start(self.config)
+        curve = [training.update()[1].loss for _ in range(min(curve_updates, training.total_updates))]
+        peak, kind = peak_memory(self.device)
+        # After what was measured: the optimizer has its state now, and no more is to come.
+        first_window = next(iter(training.loader.epoch(0)))
+        sizes = list(first_window.sizes)
+        return {
+            "loss_curve": curve,
+            "memory_before": before,
+            "peak_memory": peak,
+            "memory_kind": kind,
+            "micro_batch_sizes": sizes,
+            "window": first_window.num_samples,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+        }
+
+    def exactness(self, updates: int, precision: str | None) -> dict[str, Any]:
+        """Distance of the parameters' change from the reference's, after a few updates from the start.
+
+        Args:
+            precision: "fp64", or None for the configuration's own.
+        """
+        change = self._change(updates, PrecisionConfig(name=PrecisionName[precision]) if precision else None)
+        wanted = torch.load(self.reference, weights_only=True)
+        if wanted.shape != change.shape:
+            raise ValueError(f"the reference has {wanted.numel()} parameters, this placement {change.numel()}")
+        return {"error": float((change - wanted).norm() / wanted.norm())}
+
+    def make_reference(self, updates: int) -> dict[str, Any]:
+        self.config = dataclasses.replace(self.config, compile=False)
+        change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
+        torch.save(change, self.reference)
+        return {"parameters": change.numel(), "norm": float(change.norm())}
+
+    def round(self, updates: int, warmup_updates: int) -> dict[str, Any]:
+        """Times so many updates of full windows."""
+        if self._training is None:
+            self._training = self._start(self.config)
+        training = self._training
+        full = min(training.loader.plan.global_batch_size, training.loader.num_samples)
+        if dist.is_initialized():
+            dist.barrier()
+        for _ in range(warmup_updates):
+            training.update()
+        timed: dict[str, list[float]] = {"seconds": [], "data_seconds": [], "sync_seconds": []}
+        result = None
+        while len(timed["seconds"]) < updates:
+            started = time.perf_counter()
+            window, update = training.update()
+            seconds = time.perf_counter() - started
+            if window.num_samples < full:
+                continue
+            result = update
+            timed["seconds"].append(seconds)
+            timed["data_seconds"].append(update.data_seconds)
+            timed["sync_seconds"].append(update.sync_seconds)
+        assert result is not None
+        return {
+            **timed,
+            "samples": full,
+            "sync_calls": result.sync_calls,
+            "sync_bytes": result.sync_bytes,
+            "micro_steps": result.micro_steps,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What can be tuned: whether lengths differ, and how large the gradients are."""
+        training = self._training = self._training or self._start(self.config)
+        lengths = training.lengths
+        trained = [p for p in training.strategy.module.parameters() if p.requires_grad]
+        return {
+            "lengths_differ": lengths is not None and len(set(lengths)) > 1,
+            "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+            "device": self.device.type,
+        }
+
+    def compute(self, steps: list[int], rounds: int) -> dict[str, Any]:
+        """Times updates of so many micro-steps, each rank for itself: all that an update takes but the network.
+
+        Each number of micro-steps is measured with the same micro-batches, however unequal these are.
+
+        Args:
+            steps: divisors of the largest of them.
+        """
+        self._training = None  # its memory is needed
+        alone = Training(self.config, self.device, rank=self.rank, world_size=self.world_size, alone=True)
+        batches, samples = _some_batches(alone, 2 * max(steps))
+        taken: dict[int, list[float]] = {count: [] for count in steps}
+        alone.update_of(batches[: max(steps)])
+        for _ in range(rounds):
+            for count in steps:
+                windows = [batches[first : first + count] for first in range(0, len(batches), count)]
+                if dist.is_initialized():
+                    dist.barrier()
+                started = time.perf_counter()
+                for window in windows:
+                    alone.update_of(window)
+                taken[count].append((time.perf_counter() - started) / len(windows))
+        return {
+            "seconds": {str(count): statistics.median(values) for count, values in taken.items()},
+            "samples": samples,
+        }
+
+    def link(self, sizes: list[int], rounds: int) -> dict[str, Any]:
+        """Times bare all-reduces of so many bytes, smallest first."""
+        found = time_all_reduces(sizes, rounds, self.device)
+        return {"seconds": {str(size): seconds for size, seconds in found.items()}}
+
+    def _start(self, config: TrainConfig) -> Training:
+        return Training(
+            config,
+            self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            sync_every_step=self.sync_every_step,
+        )
+
+    def _change(self, updates: int, precision: PrecisionConfig | None) -> Tensor:
+        config = self.config if precision is None else dataclasses.replace(self.config, precision=precision)
+        training = self._start(config)
+        before = training.parameters()
+        for _ in range(updates):
+            training.update()
+        return training.parameters() - before

@@ -1,0 +1,62 @@
+"""One turn of a measurement, summed up over its ranks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One turn of one placement."""
+
+    seconds: float
+    """Median over the timed updates; an update takes as long as on its slowest rank."""
+    data_share: float
+    sync_share: float
+    samples: int
+    sync_calls: int
+    sync_bytes: int
+
+
+def round_of(answers: Sequence[dict[str, Any]]) -> Round:
+    """One turn, of what each rank has timed."""
+    slowest = [max(of_ranks) for of_ranks in zip(*(answer["seconds"] for answer in answers), strict=True)]
+
+    def mean_share(name: str) -> float:
+        shares = [sum(answer[name]) / sum(answer["seconds"]) for answer in answers]
+        return statistics.fmean(shares)
+
+    data_share = min(1.0, max(0.0, mean_share("data_seconds")))
+    return Round(
+        seconds=statistics.median(slowest),
+        data_share=data_share,
+        sync_share=min(1.0 - data_share, max(0.0, mean_share("sync_seconds"))),
+        samples=answers[0]["samples"],
+        sync_calls=max(answer["sync_calls"] for answer in answers),
+        sync_bytes=max(answer["sync_bytes"] for answer in answers),
+    )
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile, between the values where they fall so.
+
+    >>> middle_half([1.0, 2.0, 3.0, 4.0, 100.0])
+    (2.0, 4.0)
+    """
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def milliseconds(seconds: float) -> str:
+    """A short time in a fitting unit.
+
+    >>> milliseconds(0.03456), milliseconds(3.456), milliseconds(0.0003456)
+    ('34.6 ms', '3.46 s', '0.346 ms')
+    """
+    value, unit = (seconds, "s") if seconds >= 1 else (seconds * 1e3, "ms")
+    return f"{value:#.3g}".removesuffix(".") + f" {unit}" if value < 1000 else f"{value:,.0f} {unit}"

@@ -1,0 +1,258 @@
+"""The processes of one placement, seen from the tool: started, told what to do, heard, and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_GRACE_SECONDS = 10.0
+"""How long processes may take to end when they are asked to."""
+_SECONDS_FOR_OTHERS = 3.0
+"""How long the other ranks may take to answer when one has failed; most likely they wait for it, and never will."""
+
+
+class PlacementFailedError(Exception):
+    """A placement can't be measured, and why, in one line.
+
+    Attributes:
+        kind: `user` (its configuration can't be run here), `memory`, `bug`, `died` or `silent`.
+        is_alive: True if all ranks have answered, so that they may be asked for something else.
+    """
+
+    def __init__(self, reason: str, kind: str, *, is_alive: bool = False) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.is_alive = is_alive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a worker is told at its start."""
+
+    config: dict[str, Any]
+    """The typed configuration, by `to_portable`."""
+    num_processes: int
+    sync_every_step: bool
+    threads: int
+    reference: Path
+    log: Path
+    """Where everything goes that the processes write."""
+
+
+class _Line:
+    """A rank's connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.rank = -1
+        self._received = b""
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The answers that have arrived whole, or None at the end of the line."""
+        try:
+            data = self.connection.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return None
+        *lines, self._received = (self._received + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class Session:
+    """One placement's processes. A context manager: at its end no process is left.
+
+    Raises:
+        PlacementFailedError: from `ask` and at the start, when they die, fail or stay silent.
+    """
+
+    def __init__(self, job: Job, timeout_seconds: float) -> None:
+        self._job = job
+        self._timeout = timeout_seconds
+        self._selector = selectors.DefaultSelector()
+        self._lines: list[_Line] = []
+        self._pids: list[int] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="distaccum-")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_dismissed = False
+        self._is_waiting = False
+        """True as long as an answer is missing: ranks that compute, or hang, don't hear."""
+        try:
+            self._process = self._start()
+            self._meet()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        folder = Path(self._folder.name)
+        # In a folder of the system: the path of such a socket must be short.
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(folder / "line"))
+        self._server.listen(self._job.num_processes)
+        self._selector.register(self._server, selectors.EVENT_READ, None)
+        file = folder / "job.json"
+        told = {
+            "config": self._job.config,
+            "sync_every_step": self._job.sync_every_step,
+            "threads": self._job.threads,
+            "reference": str(self._job.reference),
+            "socket": str(folder / "line"),
+        }
+        file.write_text(json.dumps(told), encoding="utf-8")
+        self._job.log.parent.mkdir(parents=True, exist_ok=True)
+        with self._job.log.open("ab") as log:
+            return subprocess.Popen(
+                [*_launcher(self._job.num_processes), "-m", "distaccum.tools.bench.worker", str(file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(self._job.threads),
+            )
+
+    def _meet(self) -> None:
+        """Waits until every rank has said its name."""
+        for greeting in self._answers("starting"):
+            self._pids.append(greeting["pid"])
+        self._lines.sort(key=lambda line: line.rank)
+
+    def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Has all ranks do something; returns their answers, by rank."""
+        for line in self._lines:
+            try:
+                line.connection.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            except OSError:
+                raise self._died() from None
+        answers = self._answers(do)
+        failures = [answer for answer in answers if not answer["ok"]]
+        if failures:
+            is_alive = len(failures) == self._job.num_processes
+            raise PlacementFailedError(failures[0]["reason"], failures[0]["kind"], is_alive=is_alive)
+        return answers
+
+    def _answers(self, doing: str) -> list[dict[str, Any]]:
+        """One answer of each rank. If one has failed, those that come soon, the failure first."""
+        deadline = time.monotonic() + self._timeout
+        answers: dict[int, dict[str, Any]] = {}
+        failed = False
+        self._is_waiting = True
+        while len(answers) < self._job.num_processes:
+            if (left := deadline - time.monotonic()) <= 0:
+                if failed:
+                    break
+                missing = self._job.num_processes - len(answers)
+                who = "" if self._job.num_processes == 1 else f" from {missing} of {self._job.num_processes} ranks"
+                raise PlacementFailedError(f"no answer{who} within {self._timeout:g} s ({doing}): stopped", "silent")
+            for key, _ in self._selector.select(min(left, 0.5)):
+                if key.data is None:
+                    connection, _ = self._server.accept()
+                    line = _Line(connection)
+                    self._lines.append(line)
+                    self._selector.register(connection, selectors.EVENT_READ, line)
+                    continue
+                line = key.data
+                received = line.receive()
+                if received is None:
+                    self._selector.unregister(line.connection)
+                    if failed:
+                        deadline = time.monotonic()
+                        break
+                    raise self._died()
+                for answer in received:
+                    if line.rank < 0:
+                        line.rank = answer["rank"]
+                    answers[line.rank] = answer
+                    if not answer.get("ok", True) and not failed:
+                        # Ranks that wait for this one in a collective will never answer.
+                        failed = True
+                        deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
+            if self._process is not None and self._process.poll() is not None and not failed:
+                raise self._died()
+        self._is_waiting = len(answers) < self._job.num_processes
+        return sorted(answers.values(), key=lambda answer: answer.get("ok", True))
+
+    def _died(self) -> PlacementFailedError:
+        """Why processes are gone that have said nothing."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+        text = self._job.log.read_text(encoding="utf-8", errors="replace") if self._job.log.exists() else ""
+        status = self._process.returncode
+        if status == -signal.SIGKILL or "Signal 9" in text or "exitcode  : -9" in text:
+            return PlacementFailedError("killed by signal 9: out of memory, most likely", "memory")
+        said = [line.strip() for line in text.splitlines() if line and not line[0].isspace() and "rror: " in line]
+        # torchrun's report of its own comes last and says less.
+        said = [line for line in said if "ChildFailedError" not in line] or ["it said nothing"]
+        return PlacementFailedError(f"the process ended with status {status}: {said[0][:300]}", "died")
+
+    def dismiss(self) -> None:
+        """Tells the processes that they may end, and doesn't wait for it."""
+        if self._process is not None and not self._is_dismissed:
+            self._is_dismissed = True
+            for line in self._lines:
+                with contextlib.suppress(OSError):
+                    line.connection.sendall(b'{"do": "end"}\n')
+
+    def close(self) -> None:
+        """Ends the processes: asks, then stops, then kills."""
+        self.dismiss()
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1 if self._is_waiting else _GRACE_SECONDS)
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2.0)
+            if process.poll() is None:
+                self._kill()
+                process.kill()
+                process.wait()
+        for line in self._lines:
+            line.connection.close()
+        self._selector.close()
+        self._server.close()
+        self._folder.cleanup()
+
+    def _kill(self) -> None:
+        """Ends ranks that torchrun could not end; while it lives, their numbers are their own."""
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _launcher(num_processes: int) -> Sequence[str]:
+    if num_processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        # What this process finds, its children find too: the package in a checkout, the user's own modules.
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }

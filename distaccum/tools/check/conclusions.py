@@ -1,0 +1,101 @@
+"""Findings that follow from the measurements themselves, and not from an experiment of their own."""
+
+from __future__ import annotations
+
+from distaccum.config import DDPConfig
+from distaccum.config.enums import Compression
+from distaccum.tools.check.findings import Finding, Severity
+from distaccum.tools.check.measuring import Update
+from distaccum.tools.check.report import CutRow, Report
+
+
+def weight_not_positive(update: Update) -> Finding:
+    return Finding(
+        kind="wrong_weight",
+        severity=Severity.error,
+        because=f"the weights of a window add up to {update.weight:g}",
+        what=f"The total weight is {update.weight:g}, so there is nothing to take the mean of.",
+        where="the weight that the task returns",
+        remedy="Return the number of elements that loss_sum is the sum of.",
+    )
+
+
+def measured_under_ddp(strategy: str) -> Finding:
+    return Finding(
+        kind="measured_under_ddp",
+        severity=Severity.info,
+        because=f"strategy={strategy} was not what was measured",
+        what="The ranks were measured under DDP, which shows what the model, the data and the loss do to a cut.",
+        where=f"strategy={strategy}",
+        remedy="python -m distaccum.compare measures the placements themselves.",
+    )
+
+
+def too_few_samples(report: Report) -> Finding:
+    return Finding(
+        kind="not_measured_on_ranks",
+        severity=Severity.warning,
+        because="nothing could be measured on the ranks",
+        what=f"No window could be dealt to {report.world_size} ranks and computed: they have "
+        f"{', '.join(map(str, report.windows))} samples.",
+        where="ranks",
+        remedy="Mend what the other findings say; or give each rank a sample: check.samples, batch.global_batch_size.",
+    )
+
+
+def compression(config: DDPConfig) -> Finding:
+    later = f" after update {config.powersgd_start_update}: what was measured is one that is not compressed yet"
+    return Finding(
+        kind="compression",
+        severity=Severity.warning,
+        because=f"gradients cross the network as {config.compression.value}",
+        what="What the ranks send is rounded, so an update over ranks is not exact"
+        + (f"{later}." if config.compression is Compression.powersgd else "."),
+        where=f"strategy.compression={config.compression.value}",
+        remedy="strategy.compression=none for exact updates.",
+    )
+
+
+def unexplained(report: Report, rows: list[CutRow]) -> Finding:
+    row = max(rows, key=lambda row: row.worst_error or 0.0)
+    if row.failure:
+        because, where = f"the cut into {row.cut} can't be computed ({row.failure})", f"cut: {row.cut}"
+    elif any(finding.kind == "compression" for finding in report.findings):
+        because, where = "gradients are compressed between the ranks", "strategy.compression"
+    else:
+        because, where = f"the gradient of {row.worst_parameter} depends on the cut", str(row.worst_parameter)
+    return Finding(
+        kind="unexplained",
+        severity=Severity.error,
+        because=because,
+        what="None of the experiments found the reason. "
+        + (f"The gradient is {row.factor:.6g} times the one-shot gradient." if row.factor is not None else ""),
+        where=where,
+        remedy="Look for what depends on the number of forwards, on the size of the micro-batch or on the order of the "
+        "samples. check.samples=2 check.windows=1 makes the case small.",
+    )
+
+
+def amplified(optimizer: str, error: float) -> Finding:
+    return Finding(
+        kind="amplified_rounding",
+        severity=Severity.info,
+        because="the optimizer amplifies rounding",
+        what=f"Gradients agree to rounding, and the parameters after the step only to {error:.1e}: where a gradient is "
+        "zero but for rounding, the optimizer divides it by its own size.",
+        where=f"optim ({optimizer})",
+        remedy="Nothing; or a larger eps of the optimizer.",
+    )
+
+
+def rounding(report: Report) -> Finding:
+    row = max((row for row in report.rows if not row.equal), key=lambda row: row.gradient_error or 0.0)
+    return Finding(
+        kind="rounding",
+        severity=Severity.error,
+        because=f"{report.precision} rounds more than the tolerance of {report.tolerance:g} allows",
+        what="In float64 all cuts give the same update; in the configured precision "
+        + (row.failure or f"it differs by {row.gradient_error:.1e}."),
+        where=f"precision={report.precision}, {row.worst_parameter}",
+        remedy="Nothing is wrong with the accumulation. A higher precision, or a check.tolerance that suits this one.",
+    )

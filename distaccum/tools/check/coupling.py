@@ -1,0 +1,370 @@
+"""Do samples or micro-batches know of one another? Sums of losses and weights that ought to add up, and don't."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.runtime.nested import leaves_of, number_of_rows
+from distaccum.tasks import CoupledTask, TaskOutput
+from distaccum.tools.check.findings import Finding, Severity
+from distaccum.tools.check.numerics import find_nonfinite
+from distaccum.tools.check.recording import Call, Select, agree, all_tensors, described, first_parting
+from distaccum.tools.check.subject import Probe, RowsOfOne, Subject
+
+_SIZE = 4
+"""Samples in the micro-batch of A, B and their company."""
+_OTHERS = (0, 2, 3)
+"""Places in it of all but B: some before it and some after, for layers that look only one way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """Three samples and the company they are put in.
+
+    The company holds the longest sample there is, so that all micro-batches of it are padded alike.
+    """
+
+    a: int
+    b: int
+    c: int
+    company: list[int]
+
+    @property
+    def all(self) -> list[int]:
+        return [self.a, self.b, self.c, *self.company]
+
+
+def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | None:
+    """Samples for the experiments, from the first windows and, if those are small, from the rest of the data."""
+    pool = list(dict.fromkeys([index for window in windows for index in window]))[:64]
+    pool += [index for index in range(min(subject.loader.num_samples, 64)) if index not in pool]
+    if len(pool) < 5:
+        return None
+    by_size = sorted(pool[:64], key=subject.samples.size)
+    small, company = by_size[:-2], by_size[-2:]
+    # As different as can be: two equal samples in the roles of B and C would show nothing.
+    first = small[0]
+    others = [index for index in small[1:] if _differ(subject, first, index)]
+    return Trio(first, others[0], others[-1], company) if len(others) >= 2 else None
+
+
+def _differ(subject: Subject, one: int, other: int) -> bool:
+    ours, theirs = all_tensors(subject.batch([one])), all_tensors(subject.batch([other]))
+    return not all(agree(a, b, 0.0) for a, b in zip(ours, theirs, strict=False))
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What the experiments say about a sum, the loss or the weight."""
+
+    additive: bool
+    """f(A, B, …) + f(…) = f(A, …) + f(B, …), all padded alike."""
+    doubles: bool
+    """Every sample twice gives twice as much."""
+    constant: bool
+    """Every sample twice gives as much as once."""
+    joins: bool
+    """A short sample and a long one together give the sum of each alone, with no padding."""
+
+
+def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
+    """Layers that mix samples, losses that couple them, means in place of sums, weights that don't add up."""
+    if isinstance(subject.task, CoupledTask):
+        # Its loss may couple samples, and its embeddings may not.
+        subject = subject.replaced(task=_SummedEmbeddings(subject.task))
+    company = trio.company
+    if findings := _collation(subject, trio):
+        rows = RowsOfOne(subject.samples, trio.all)
+        if not any(tensor.shape[:1] == (1,) for tensor in all_tensors(rows.batch([trio.a], None))):
+            return findings  # what is collated can't be taken apart
+        subject = subject.replaced(samples=rows)
+    if not math.isfinite(subject.probe(trio.all, record=False).loss):
+        return findings + find_nonfinite(subject, trio.all, float64=True)
+    probes = {
+        "both": subject.probe([trio.a, trio.b, *company]),
+        "other": subject.probe([trio.a, trio.c, *company]),
+        "larger": subject.probe([trio.a, trio.b, trio.c, *company]),
+        "a": subject.probe([trio.a, *company], record=False),
+        "b": subject.probe([trio.b, *company], record=False),
+        "none": subject.probe(company, record=False),
+        "twice": subject.probe([trio.a, trio.b, *company] * 2, record=False),
+    }
+    alone = _alone(subject, trio)
+    losses = _sums(subject, {name: probe.loss for name, probe in probes.items()}, [p.loss for p in alone])
+    weights = _sums(subject, {name: probe.weight for name, probe in probes.items()}, [p.weight for p in alone])
+    module = _mixing_module(subject, probes)
+    outputs_move = module is not None and (_root_moves(subject, probes) or not losses.additive)
+    if module is not None and outputs_move:
+        findings.append(_mixing(subject.model, module))
+    if losses.constant and probes["both"].loss != 0:
+        findings.append(_mean_loss(subject, probes["both"].loss, probes["twice"].loss))
+    elif not losses.additive and not outputs_move:
+        findings.append(_coupled_loss(subject, probes))
+    elif losses.additive and not losses.doubles:
+        findings.append(_constant_term(subject, probes))
+    elif losses.additive and not losses.joins:
+        findings.append(_padding(subject, trio))
+    if not (weights.additive and weights.doubles and weights.joins) and not losses.constant:
+        findings.append(_weight(subject, probes, alone))
+    return findings
+
+
+class _SummedEmbeddings:
+    """A task whose loss is a sum over samples of what the embedding of each is."""
+
+    def __init__(self, task: CoupledTask) -> None:
+        self._task = task
+        self.__name__ = f"{type(task).__name__}, of its embeddings"
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        embeddings = self._task.embed(model, batch)
+        parts = [leaf.sin().sum() for leaf in leaves_of(embeddings) if leaf.requires_grad]
+        return TaskOutput(torch.stack(parts).sum(), number_of_rows(embeddings))
+
+
+def _alone(subject: Subject, trio: Trio) -> list[Probe]:
+    """A short sample alone, a long one alone, and both together; empty if the model refuses micro-batches of one."""
+    try:
+        return [
+            subject.probe(indices, record=False)
+            for indices in ([trio.a], [trio.company[-1]], [trio.a, trio.company[-1]])
+        ]
+    except (ValueError, RuntimeError):
+        return []
+
+
+def _sums(subject: Subject, value: dict[str, float], alone: list[float]) -> _Sums:
+    sizes = list(value.values())
+    return _Sums(
+        additive=subject.close(value["both"] + value["none"], value["a"] + value["b"], *sizes),
+        doubles=subject.close(value["twice"], 2 * value["both"], *sizes),
+        constant=subject.close(value["twice"], value["both"], *sizes),
+        joins=not alone or subject.close(alone[2], alone[0] + alone[1], *sizes),
+    )
+
+
+def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]) -> Select:
+    """Picks the part of a tensor that belongs to some of the micro-batch's samples, by their places in it.
+
+    The dimension of the samples is the one that grows with the micro-batch, in a recording of one sample more.
+    """
+    growing: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
+    for number, (call, bigger) in enumerate(zip(calls, larger, strict=False)):
+        if call.name != bigger.name:
+            break
+        pairs = zip([*call.inputs, *call.outputs], [*bigger.inputs, *bigger.outputs], strict=False)
+        for small, large in pairs:
+            for dim, (before, after) in enumerate(zip(small.shape, large.shape, strict=False)):
+                if before % size == 0 and after == before // size * (size + 1):
+                    growing.setdefault((number, tuple(small.shape)), (dim, before // size))
+                    break
+
+    def select(number: int, tensor: Tensor, _: Tensor) -> Tensor | None:
+        found = growing.get((number, tuple(tensor.shape)))
+        if found is None:
+            return None
+        dim, each = found
+        return torch.cat([tensor.narrow(dim, place * each, each) for place in kept], dim)
+
+    return select
+
+
+def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> str | None:
+    both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
+    select = _rows(both, larger, _SIZE, _OTHERS)
+    return first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
+
+
+def _root_moves(subject: Subject, probes: dict[str, Probe]) -> bool:
+    """Whether the model's own output for the other samples moves when B is replaced."""
+    both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
+    select = _rows(both, larger, _SIZE, _OTHERS)
+    for number, (mine, yours) in enumerate(zip(both, other, strict=False)):
+        if mine.name == "" == yours.name:
+            for left, right in zip(mine.outputs, yours.outputs, strict=False):
+                a, b = select(number, left, right), select(number, right, left)
+                if a is not None and b is not None and not agree(a, b, subject.noise):
+                    return True
+    return False
+
+
+def _collation(subject: Subject, trio: Trio) -> list[Finding]:
+    """Do the rows of other samples look different in the micro-batch when B is another one? Or with another draw?"""
+
+    def tensors(*indices: int, draw: int = 0) -> list[Tensor]:
+        return all_tensors(subject.samples.batch([*indices, *trio.company], None, draw))
+
+    larger, mixes = tensors(trio.a, trio.b, trio.c), False
+    for draw in range(4):  # one that mixes samples at random may leave B alone
+        ours, theirs = tensors(trio.a, trio.b, draw=draw), tensors(trio.a, trio.c, draw=draw)
+        for mine, yours, more in zip(ours, theirs, larger, strict=False):
+            has_rows = mine.shape[:1] == (_SIZE,) and more.shape[:1] == (_SIZE + 1,) and mine.shape == yours.shape
+            mixes |= has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0)
+    drawn = zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)
+    if not mixes and all(agree(one, other, 0.0) for one, other in drawn):
+        return []
+    does = "mixes the samples of a micro-batch" if mixes else "draws random numbers, others for another cut"
+    return [
+        Finding(
+            kind="collate_couples_samples" if mixes else "random_collate",
+            severity=Severity.error,
+            because=f"the collate function {does}",
+            what="A sample's own row in the micro-batch changes when another sample is replaced."
+            if mixes
+            else "The same samples make another micro-batch with another seed, and the seed follows the first of them.",
+            where="data.collate_fn, or the dataset's collate_fn",
+            remedy="Do what draws or looks at several samples before the windows are cut, in the dataset, whose draws "
+            "are seeded sample by sample: normalise with statistics of the whole of it; for mixup, let each sample "
+            "draw its partner there.",
+        )
+    ]
+
+
+def _mixing(model: nn.Module, name: str) -> Finding:
+    where = described(model, name)
+    module = model.get_submodule(name) if name else model
+    is_batchnorm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if is_batchnorm:
+        others = [other for other, m in model.named_modules() if isinstance(m, type(module)) and other != name]
+        more = f", as with {len(others)} more of its kind" if others else ""
+        remedy = (
+            "GroupNorm or LayerNorm (torch.nn.GroupNorm(groups, channels)) takes its statistics from one sample: exact "
+            "for every cut. Frozen statistics (keep the layer in eval mode by overriding train()) are exact too, and "
+            "fit a pretrained model. SyncBatchNorm (strategy.sync_batchnorm=true, CUDA only) makes one micro-step's "
+            "statistics the same over the ranks, so ranks no longer matter, but micro-steps still do."
+        )
+        what = f"Its statistics are those of the micro-batch{more}."
+    elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first:
+        what = "It was built with batch_first=False, and is given the samples in the first dimension."
+        remedy = "Build it (and the layers around it) with batch_first=True, or transpose its inputs."
+    else:
+        what = "It looks across the samples of the micro-batch."
+        remedy = (
+            "Let it compute each sample by itself: statistics over the features of one sample, or running statistics "
+            "that are not updated; mind the dimension of the samples in sums, means, softmax, permutations and views."
+        )
+    return Finding(
+        kind="mixes_samples",
+        severity=Severity.error,
+        because=f"{where} mixes the samples of a micro-batch",
+        what=f"What it gives for one sample changes when another sample of the micro-batch is replaced. {what}",
+        where=where,
+        remedy=remedy,
+    )
+
+
+def _task_name(subject: Subject) -> str:
+    return f"task ({getattr(type(subject.task), '__name__', 'callable')})"
+
+
+def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
+    where = _task_name(subject)
+    return Finding(
+        kind="mean_loss",
+        severity=Severity.error,
+        because=f"the {where} returns a mean where a sum is asked",
+        what=f"loss_sum is {once:.6g} for a micro-batch, and {twice:.6g} when every sample of it is taken twice.",
+        where=where,
+        remedy='Return the sum as loss_sum (reduction="sum"), and as weight the number of elements summed. Windows are '
+        "divided by the total weight once, at their end.",
+    )
+
+
+def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
+    where = _task_name(subject)
+    whole = probes["both"].loss + probes["none"].loss
+    parts = probes["a"].loss + probes["b"].loss
+    return Finding(
+        kind="loss_couples_samples",
+        severity=Severity.error,
+        because=f"the loss of the {where} couples the samples of a micro-batch",
+        what="The model's outputs for a sample don't depend on the others, but the loss does: sums over micro-batches "
+        f"that hold the same samples are {whole:.6g} and {parts:.6g}, {abs(whole - parts):.2g} apart.",
+        where=where,
+        remedy="A loss over pairs (contrastive), a ratio of sums or a batch statistic has no sum over samples. If it "
+        "depends on the model through embeddings of the samples, gradient caching makes it exact for any cut: "
+        "task=contrastive, a subclass of distaccum.CoupledTask with embed and window_loss, or "
+        "distaccum.accumulate_coupled in a loop of your own. Or make it a sum: give each sample its own negatives, "
+        "divide by a constant, or return a ratio's numerator as loss_sum and its denominator as weight.",
+    )
+
+
+def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
+    where = _task_name(subject)
+    constant = 2 * probes["both"].loss - probes["twice"].loss
+    return Finding(
+        kind="loss_constant_term",
+        severity=Severity.error,
+        because=f"the loss of the {where} has a term that is added once per micro-batch",
+        what=f"Every sample taken twice gives twice the loss, less {constant:.6g}: that much comes with each "
+        "micro-batch, whatever its size.",
+        where=where,
+        remedy="A penalty on the parameters belongs into the optimizer (optim.weight_decay), or must be multiplied by "
+        "the micro-batch's weight, so that its sum over the micro-batches doesn't depend on how many there are.",
+    )
+
+
+def _padding(subject: Subject, trio: Trio) -> Finding:
+    """A short sample alone, and padded to a long one's length: where do they part?"""
+    short = subject.probe([trio.a])
+    padded = subject.probe([trio.a, trio.company[-1]])
+    larger = subject.probe([trio.a, trio.company[-1], trio.company[0]])
+    rows = _rows(padded.calls, larger.calls, 2, (0,))
+
+    def unpadded(number: int, tensor: Tensor, alone: Tensor) -> Tensor | None:
+        row = rows(number, tensor, alone)
+        if row is None or row.ndim != alone.ndim:
+            return row
+        for dim, size in enumerate(alone.shape):
+            row = row.narrow(dim, 0, min(size, row.shape[dim]))
+        return row
+
+    module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select_other=unpadded)
+    is_ragged = subject.samples.size(trio.a) != subject.samples.size(trio.company[-1])
+    where = described(subject.model, module) if module is not None else _task_name(subject)
+    if not is_ragged:
+        return Finding(
+            kind="batch_size_dependence",
+            severity=Severity.error,
+            because=f"{where} computes another thing when the micro-batch has another size",
+            what="Two samples of one shape have another loss together than the sum of each alone.",
+            where=where,
+            remedy="Look for squeeze() without a dimension, for broadcasting between samples, and for code that asks "
+            "how many samples there are.",
+        )
+    return Finding(
+        kind="padding_dependence",
+        severity=Severity.error,
+        because=f"the result for a sample depends on how far it is padded, from {where} on",
+        what="A short sample's loss changes when it is padded to the length of a longer one, though no layer mixes "
+        "samples. Another cut pads it to another length.",
+        where=where,
+        remedy="Mask the padding: key_padding_mask in attention, a mask in means and pools over the length, a target "
+        "that the loss ignores (ignore_index) and doesn't count in the weight. Or pad all samples to one length.",
+    )
+
+
+def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> Finding:
+    where = f"weight of the {_task_name(subject)}"
+    once, twice = probes["both"].weight, probes["twice"].weight
+    what = f"It is {once:.12g} for a micro-batch, and {twice:.12g} when every sample of it is taken twice."
+    if subject.close(twice, 2 * once) and alone:
+        what = (
+            f"It is {alone[0].weight:.12g} for one sample, {alone[1].weight:.12g} for a longer one, and "
+            f"{alone[2].weight:.12g} for both together: padding is counted."
+        )
+    return Finding(
+        kind="wrong_weight",
+        severity=Severity.error,
+        because=f"the {where} of a micro-batch is not the sum of its parts' weights",
+        what=what,
+        where=where,
+        remedy="Return the number of elements that loss_sum is the sum of: samples, or valid targets without padding "
+        "((targets != ignore_index).sum()).",
+    )

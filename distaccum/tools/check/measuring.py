@@ -1,0 +1,214 @@
+"""The update of a window under one cut: the gradient that the optimizer is handed, and what it makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.accumulation import Accumulator
+from distaccum.accumulation.gradient_caching import accumulate_coupled
+from distaccum.config import DDPConfig, Fp16Config
+from distaccum.config.enums import PrecisionName
+from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.tasks import CoupledTask
+from distaccum.tools.check.subject import Subject
+from distaccum.training.optim import build_optimizer
+
+_SMALLEST_SHARE = 1e-4
+"""A parameter whose gradient is a smaller share of the whole one is measured against that share of the whole: its own
+digits are the rounding of larger numbers."""
+
+
+@dataclass(slots=True)
+class Update:
+    """What one update was. Tensors are float64 on the CPU.
+
+    Attributes:
+        gradients: by parameter; empty if the loss or the gradient was not finite, or the weight not positive.
+        without_gradient: parameters that require a gradient and got none.
+        failure: why there is no update, in words.
+    """
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    without_gradient: list[str] = field(default_factory=list)
+    loss: float = math.nan
+    weight: float = math.nan
+    sync_calls: int = 0
+    failure: str = ""
+
+
+def measure(
+    subject: Subject,
+    micro_batches: Sequence[Sequence[int]],
+    *,
+    float64: bool,
+    ddp: DDPConfig | None = None,
+) -> Update:
+    """Makes the update of micro-batches, given as dataset indices, from the model's first state.
+
+    Args:
+        ddp: place the model on the ranks so; `micro_batches` are then this rank's.
+    """
+    model = subject.fresh_model(float64=float64)
+    strategy: Strategy = SingleStrategy(model)
+    if ddp is not None:
+        strategy = place(model, ddp, subject.device, PrecisionName.fp64 if float64 else subject.precision.name)
+    scale = subject.config.precision.init_scale if isinstance(subject.config.precision, Fp16Config) else None
+    while True:
+        update = _measure_once(subject, strategy, micro_batches, float64, None if float64 else scale)
+        # The scaler of a training lowers its scale when float16 overflows, and goes on.
+        if ddp is not None or float64 or scale is None or not update.failure or scale <= 1:
+            return update
+        scale /= 16
+        model = subject.fresh_model(float64=float64)
+        strategy = SingleStrategy(model)
+
+
+def _measure_once(
+    subject: Subject,
+    strategy: Strategy,
+    micro_batches: Sequence[Sequence[int]],
+    float64: bool,
+    loss_scale: float | None,
+) -> Update:
+    model = strategy.module
+    optimizer = build_optimizer(subject.config.optim, model.parameters(), subject.device)
+    scaler = None if loss_scale is None else torch.amp.GradScaler(subject.device.type, init_scale=loss_scale)
+    # Without clipping: it would hide a gradient that is wrong by a factor.
+    accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, skip_nonfinite=True, scaler=scaler)
+    update = Update()
+
+    def capture(*_: object) -> None:
+        update.gradients = {
+            name: parameter.grad.detach().to("cpu", torch.float64, copy=True)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    hook = optimizer.register_step_pre_hook(capture)
+    task = subject.fresh_task()
+    is_one_shot = strategy.world_size == 1 and len(micro_batches) == 1
+    if isinstance(task, CoupledTask) and not is_one_shot:
+        _accumulate_coupled(subject, accumulator, task, micro_batches, float64)
+    else:
+        with accumulator.window(list(micro_batches)) as cut:
+            for indices in cut:
+                batch = subject.batch(indices, float64=float64)
+                output = subject.output(strategy.model, task, batch, float64=float64)
+                with subject.stillness(float64=float64):
+                    accumulator.backward(output.loss_sum, output.weight)
+    update.without_gradient = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    result = accumulator.step()
+    hook.remove()
+    update.loss, update.weight, update.sync_calls = result.loss, result.weight, result.sync_calls
+    if not update.gradients:
+        update.failure = _why_skipped(result.loss, result.weight, result.grad_norm)
+    update.parameters = _as_float64(dict(model.named_parameters()))
+    update.buffers = _as_float64(dict(model.named_buffers()))
+    return update
+
+
+def _accumulate_coupled(
+    subject: Subject,
+    accumulator: Accumulator,
+    task: CoupledTask,
+    micro_batches: Sequence[Sequence[int]],
+    float64: bool,
+) -> None:
+    """The window by gradient caching, to be compared with a plain backward of one shot."""
+
+    def embed(indices: Sequence[int]) -> Any:
+        with subject.computing(float64=float64):
+            return task.embed(accumulator.strategy.model, subject.batch(indices, float64=float64))
+
+    with subject.stillness(float64=float64):  # encloses the backwards
+        accumulate_coupled(accumulator, [list(part) for part in micro_batches], embed=embed, loss=task.window_loss)
+
+
+def _why_skipped(loss: float, weight: float, grad_norm: float) -> str:
+    if not weight > 0:
+        return f"the total weight is {weight:g}"
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return f"the norm of the gradient is {grad_norm}"
+
+
+def _as_float64(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How far an update is from the one-shot update; relative.
+
+    Attributes:
+        gradient: ‖difference‖ / ‖gradient‖ over all parameters together.
+        by_parameter: the same for each parameter.
+        parameters: ‖difference‖ / ‖parameters‖ after the step, over all together.
+        parameters_by_name: the same for each parameter.
+        factor: the number by which the one-shot gradient is to be multiplied to come nearest.
+    """
+
+    gradient: float
+    by_parameter: dict[str, float]
+    parameters: float
+    parameters_by_name: dict[str, float]
+    factor: float
+
+    @property
+    def worst(self) -> float:
+        return max([self.gradient, *self.by_parameter.values()])
+
+
+def difference(found: Update, wanted: Update) -> Difference:
+    """Compares an update with the one-shot update."""
+    names = [name for name in wanted.parameters if name in wanted.gradients or name in found.gradients]
+    ours = {name: found.gradients.get(name, torch.zeros(())) for name in names}
+    theirs = {name: wanted.gradients.get(name, torch.zeros(())) for name in names}
+    size = _norm(list(theirs.values()))
+    by_parameter = {
+        name: _ratio(float((ours[name] - theirs[name]).norm()), max(float(theirs[name].norm()), _SMALLEST_SHARE * size))
+        for name in names
+    }
+    moved = {name: found.parameters[name] - wanted.parameters[name] for name in wanted.parameters}
+    dot = sum(float((ours[name] * theirs[name]).sum()) for name in names)
+    return Difference(
+        gradient=_ratio(_norm([ours[name] - theirs[name] for name in names]), size),
+        by_parameter=by_parameter,
+        parameters=_ratio(_norm(list(moved.values())), _norm(list(wanted.parameters.values()))),
+        parameters_by_name={
+            name: _ratio(float(moved[name].norm()), float(wanted.parameters[name].norm())) for name in moved
+        },
+        factor=_ratio(dot, size * size),
+    )
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(math.fsum(float(tensor.square().sum()) for tensor in tensors))
+
+
+def _ratio(value: float, scale: float) -> float:
+    if value == 0:
+        return 0.0
+    return value / scale if scale else math.inf
+
+
+def ddp_config(subject: Subject, *, has_unused: bool) -> DDPConfig:
+    """The user's own DDP options, so far as they can change the gradient."""
+    chosen = subject.config.strategy if isinstance(subject.config.strategy, DDPConfig) else DDPConfig()
+    return dataclasses.replace(
+        chosen,
+        shard_optimizer=False,
+        find_unused_parameters=chosen.find_unused_parameters or has_unused,
+        static_graph=chosen.static_graph and not has_unused,
+    )

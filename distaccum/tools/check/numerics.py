@@ -1,0 +1,225 @@
+"""Numbers that are none, parameters without a gradient, and whether the gradient is that of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.config import DDPConfig
+from distaccum.runtime.nested import tensors_of
+from distaccum.tools.check.findings import Finding, Severity
+from distaccum.tools.check.measuring import Update
+from distaccum.tools.check.recording import described
+from distaccum.tools.check.subject import NOISE, Subject
+
+_STEPS = (1e-5, 1e-7, 1e-8)
+"""Steps of the central differences, relative to the size of a parameter. Several, because kinks (ReLU, maximum) and
+bends (BatchNorm of two samples) may lie in between."""
+_SPREAD = 0.1
+"""Where the last two steps' slopes differ by a larger share of how far they are from the gradient, they have not
+converged, and say nothing."""
+_GRADIENT_TOLERANCE = 1e-3
+_GROUP = 8
+"""Parameters that are examined together."""
+
+
+def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> list[Finding]:
+    """Names where NaN or infinity first comes up in a window whose loss or gradient has some."""
+    probe = subject.probe(window, float64=float64)
+    digits = "float64" if float64 else subject.precision.name.value
+    for index in window:
+        for tensor in tensors_of(subject.samples[index]):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return [_nonfinite(f"sample {index} of the training data", "The data hold it.", digits)]
+    assert probe.recording is not None
+    call = probe.recording.first_nonfinite()
+    if call is not None and not math.isfinite(probe.loss):
+        what = "What goes into it is finite, and what comes out is not."
+        return [_nonfinite(described(subject.model, call.name), what, digits)]
+    if not math.isfinite(probe.loss):
+        what = f"The model's outputs are finite, and the loss is {probe.loss}."
+        return [_nonfinite(f"task ({type(subject.task).__name__})", what, digits)]
+    return [_nonfinite_gradient(subject, window, float64, digits)]
+
+
+def _nonfinite_gradient(subject: Subject, window: Sequence[int], float64: bool, digits: str) -> Finding:
+    model = subject.fresh_model(float64=float64)
+    output = subject.output(model, subject.fresh_task(), subject.batch(window, float64=float64), float64=float64)
+    subject.backward(output.loss_sum)
+    # The backward runs from the last parameter to the first, so the last one is where it began.
+    for name, parameter in reversed(list(model.named_parameters())):
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return _nonfinite(f"the gradient of {name}", "The loss is finite, and this gradient is not.", digits)
+    return _nonfinite("the gradient", "Each part is finite, and their sum is not.", digits)
+
+
+def _nonfinite(where: str, what: str, digits: str) -> Finding:
+    return Finding(
+        kind="nonfinite",
+        severity=Severity.error,
+        because=f"NaN or infinity comes from {where}",
+        what=f"In {digits}: {what}",
+        where=where,
+        remedy="Look for logarithms and divisions of zero, square roots at zero (infinite slope), and exponentials of "
+        "large numbers; in float16, for values above 65504.",
+    )
+
+
+def find_without_gradient(subject: Subject, update: Update, window: Sequence[int], world_size: int) -> list[Finding]:
+    """Parameters that the loss of a window does not reach, and those that the loss of some samples doesn't reach."""
+    never = update.without_gradient
+    sometimes = [name for name in unreached(subject, window[:4]) if name not in never]
+    findings = []
+    if never:
+        findings.append(_without_gradient(subject, never, "no gradient", "no_gradient", world_size))
+    if sometimes:
+        kind = "sometimes_no_gradient"
+        findings.append(_without_gradient(subject, sometimes, "no gradient from some samples", kind, world_size))
+    return findings
+
+
+def unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
+    """Parameters that get no gradient from one or another of these samples alone."""
+    found: dict[str, None] = {}
+    for index in indices:
+        model = subject.fresh_model()
+        try:
+            subject.backward(subject.output(model, subject.fresh_task(), subject.batch([index])).loss_sum)
+        except (ValueError, RuntimeError):
+            continue  # the model refuses micro-batches of one, which the cuts show
+        found |= dict.fromkeys(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
+    return list(found)
+
+
+def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, world_size: int) -> Finding:
+    strategy = subject.config.strategy
+    is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
+    will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
+    where = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    plural = "s" if len(names) > 1 else ""
+    return Finding(
+        kind=kind,
+        severity=Severity.warning if will_fail else Severity.info,
+        because=f"{where} got {lack}",
+        what=f"{len(names)} parameter{plural} that require{'' if plural else 's'} a gradient got {lack}"
+        + (", and DDP fails or hangs when that happens." if will_fail else "."),
+        where=where,
+        remedy=(
+            "Set strategy.find_unused_parameters=true; or requires_grad_(False) on them if they are never used."
+            if will_fail
+            else "Nothing, if that is meant: DDP then needs strategy.find_unused_parameters=true. Otherwise look for a "
+            "detach(), a no_grad() or a module that is never called."
+        ),
+    )
+
+
+def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+    """Compares the analytic gradient with central differences of the loss, in float64.
+
+    Parameters are examined in groups whose gradients weigh alike, and one by one in a group that is off.
+    """
+    if not subject.has_float64 or subject.noise > NOISE:
+        return []
+    slopes = _Slopes(subject, indices)
+    wrong: list[tuple[str, float, float]] = []
+    for start in range(0, len(slopes.names), _GROUP):
+        group = slopes.names[start : start + _GROUP]
+        if len(group) > 1 and slopes.off(group) is None:
+            continue
+        for name in group:
+            off = slopes.off([name])
+            if off is not None:
+                wrong.append((name, *off))
+    return [_wrong_gradient(subject.model, wrong)] if wrong else []
+
+
+class _Slopes:
+    """The slope of the loss along directions in parameter space, by the gradient and by central differences.
+
+    All is measured a little beside the model's own parameters: where they are exactly zero, as biases are at first, a
+    ReLU may be exactly at its kink.
+    """
+
+    def __init__(self, subject: Subject, indices: Sequence[int]) -> None:
+        self._subject = subject
+        self._indices = indices
+        self._directions: dict[str, Tensor] = {}
+        self._slopes: dict[str, float] = {}
+        model = self._shifted()
+        subject.backward(self._loss(model))
+        generator = torch.Generator().manual_seed(subject.config.seed)
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad or parameter.numel() == 0:
+                continue
+            random = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+            direction = random / random.norm()
+            gradient = parameter.grad
+            if gradient is not None and float(gradient.norm()) > 0:
+                # Half along the gradient, so that one that is right gives a clear number.
+                direction += gradient / gradient.norm()
+            direction *= max(float(parameter.detach().norm()), 1e-3)
+            self._directions[name] = direction
+            self._slopes[name] = 0.0 if gradient is None else float((gradient * direction).sum())
+        largest = max(map(abs, self._slopes.values()), default=0.0)
+        self._floor = 1e-7 * largest
+        self.names = sorted(self._slopes, key=lambda name: abs(self._slopes[name]))
+
+    def off(self, names: Sequence[str]) -> tuple[float, float] | None:
+        """Both slopes along the directions of these parameters together, if they differ."""
+        # Scaled so that each of the group has its say.
+        shares = {name: min(1.0, self._unit(names) / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
+        analytic = math.fsum(shares[name] * self._slopes[name] for name in names)
+        numeric = []
+        for step in _STEPS:
+            losses = []
+            for sign in (1.0, -1.0):
+                model = self._shifted()
+                with torch.no_grad():
+                    for name in names:
+                        model.get_parameter(name).add_(sign * step * shares[name] * self._directions[name])
+                losses.append(float(self._loss(model).detach()))
+            slope = (losses[0] - losses[1]) / (2 * step)
+            rounding = 1e-13 * abs(losses[0]) / step
+            tolerance = _GRADIENT_TOLERANCE * max(abs(analytic), abs(slope)) + rounding + self._floor
+            if not math.isfinite(slope) or abs(analytic - slope) <= tolerance:
+                return None
+            numeric.append(slope)
+        has_converged = abs(numeric[-1] - numeric[-2]) <= _SPREAD * abs(analytic - numeric[-1])
+        return (analytic, numeric[-1]) if has_converged else None
+
+    def _unit(self, names: Sequence[str]) -> float:
+        """The smallest slope of the group that is not zero."""
+        return min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
+
+    def _shifted(self) -> nn.Module:
+        model = self._subject.fresh_model()
+        generator = torch.Generator().manual_seed(self._subject.config.seed + 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.numel() > 0 and parameter.is_floating_point():
+                    scale = max(float(parameter.square().mean().sqrt()), 1e-2)
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_(1e-3 * scale * noise.to(parameter.device))
+        return model
+
+    def _loss(self, model: nn.Module) -> Tensor:
+        return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).loss_sum
+
+
+def _wrong_gradient(model: nn.Module, wrong: list[tuple[str, float, float]]) -> Finding:
+    name, analytic, numeric = wrong[-1]
+    names = ", ".join(entry[0] for entry in wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+    owner = described(model, name.rpartition(".")[0])
+    return Finding(
+        kind="wrong_gradient",
+        severity=Severity.warning,
+        because=f"the gradient of {names} is not the slope of the loss",
+        what=f"Along a random direction of {name}, of {owner}, the gradient says {analytic:.6g}, and central "
+        f"differences of the loss in float64 say {numeric:.6g}. Every cut gives this same gradient.",
+        where=names,
+        remedy="Look at the backward of custom autograd functions between this parameter and the loss, and for "
+        "detach() and no_grad(). A straight-through estimator or a stopped gradient does this on purpose.",
+    )

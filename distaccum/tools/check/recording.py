@@ -1,0 +1,147 @@
+"""What went into and came out of every module in a forward, and where two forwards part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distaccum.runtime.nested import tensors_of
+
+Select = Callable[[int, Tensor, Tensor], Tensor | None]
+"""Of the number of a call, a tensor, and its counterpart in the other recording: the part to compare, or None to leave
+the tensor out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of one module."""
+
+    name: str
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Recording:
+    """The calls of a model's modules in the order in which they ended: what is inside a module comes before it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._running: list[tuple[str, list[Tensor]]] = []
+
+    def running_module(self) -> str:
+        """The module that is being computed."""
+        return self._running[-1][0] if self._running else "the task"
+
+    def first_nonfinite(self) -> Call | None:
+        """The first call whose inputs were finite and whose outputs are not."""
+        for call in self.calls:
+            if _all_finite(call.inputs) and not _all_finite(call.outputs):
+                return call
+        return None
+
+    def formats(self) -> list[tuple[str, torch.dtype]]:
+        """Modules, and the floating-point formats of their outputs."""
+        return [(call.name, value.dtype) for call in self.calls for value in call.outputs if value.is_floating_point()]
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Recording]:
+    """Records all calls of the model's modules while the context is open."""
+    found = Recording()
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        # Inputs are copied on the way in, because a module may work in place.
+        def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            found._running.append((name, _copies((args, kwargs))))
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            started, inputs = found._running.pop()
+            found.calls.append(Call(started, inputs, _copies(output)))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_parting(
+    one: Sequence[Call],
+    other: Sequence[Call],
+    *,
+    tolerance: float = 0.0,
+    select_one: Select | None = None,
+    select_other: Select | None = None,
+) -> str | None:
+    """The first module whose inputs agree in two recordings and whose outputs do not.
+
+    Args:
+        tolerance: relative difference that still counts as agreement.
+        select_one, select_other: which part of each tensor to compare. Default: all of it.
+    """
+    for number, (mine, yours) in enumerate(zip(one, other, strict=False)):
+        if mine.name != yours.name:
+            return None  # other modules were called: what comes after can't be compared
+
+        def alike(ours: list[Tensor], theirs: list[Tensor], *, number: int = number, outputs: bool = False) -> bool:
+            for left, right in zip(ours, theirs, strict=False):
+                a = left if select_one is None else select_one(number, left, right)
+                b = right if select_other is None else select_other(number, right, left)
+                if a is None or b is None:
+                    if not outputs and not agree(left, right, tolerance):
+                        return False
+                elif not agree(a, b, tolerance):
+                    return False
+            return True
+
+        if alike(mine.inputs, yours.inputs) and not alike(mine.outputs, yours.outputs, outputs=True):
+            return mine.name
+    return None
+
+
+def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether ‖difference‖ ≤ tolerance · ‖value‖. Tensors of different shape never agree."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    equal = (one == other) | (one.isnan() & other.isnan())  # infinities of masks are equal, and have no difference
+    difference = torch.where(equal, 0.0, one.double() - other.double())
+    size = torch.where(one.isfinite(), one.double(), 0.0)
+    return bool(difference.norm() <= tolerance * size.norm())
+
+
+def described(model: nn.Module, name: str) -> str:
+    """A module's name and class: `layers.3 (BatchNorm1d)`."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return name
+    return f"{name} ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+
+
+def _copies(values: Any) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in all_tensors(values)]
+
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """Tensors of a nested value; also those of an object with attributes, as models of other libraries return."""
+    if isinstance(value, tuple | list):
+        return [tensor for entry in value for tensor in all_tensors(entry)]
+    found = tensors_of(value)
+    if not found and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        found = tensors_of(vars(value))
+    return found
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())

@@ -1,0 +1,185 @@
+"""What a check comes to: one verdict, a table, findings; for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distaccum.tools.check.findings import Finding, Severity
+
+EQUAL_STATUS, NOT_EQUAL_STATUS = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutRow:
+    """One update of one window under one cut, against the one-shot update in the same precision."""
+
+    window: int
+    precision: str
+    ranks: int
+    cut: str
+    micro_steps: int
+    sizes: list[int]
+    gradient_error: float | None
+    """‖difference‖ / ‖gradient‖ over all parameters together; None if there is no update."""
+    worst_parameter: str | None
+    worst_error: float | None
+    parameters_error: float | None
+    """The same of the parameters after the step."""
+    factor: float | None
+    """The multiple of the one-shot gradient that comes nearest."""
+    loss: float
+    sync_calls: int
+    equal: bool
+    failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterRow:
+    """How far one parameter's gradient is from the one-shot gradient: the worst over windows and cuts."""
+
+    name: str
+    float64_error: float | None
+    configured_error: float | None
+    step_error: float | None
+
+
+@dataclass(slots=True)
+class Report:
+    """All that a check has found."""
+
+    model: str
+    precision: str
+    world_size: int
+    tolerance_fp64: float
+    tolerance: float
+    windows: list[int]
+    """Samples of each window that was measured."""
+    rows: list[CutRow] = field(default_factory=list)
+    parameters: list[ParameterRow] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def is_equal(self) -> bool:
+        return all(row.equal for row in self.rows) and not self._errors()
+
+    @property
+    def status(self) -> int:
+        return EQUAL_STATUS if self.is_equal else NOT_EQUAL_STATUS
+
+    def _errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity is Severity.error]
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if not self.is_equal:
+            reasons = ", and because ".join(finding.because for finding in self._errors())
+            if self.rows and all(row.equal for row in self.rows):
+                return f"NOT EQUAL for all samples: the measured windows agree, and others won't, because {reasons}."
+            return f"NOT EQUAL: {self._how_far()} because {reasons}."
+        if max(self.windows, default=0) <= 1:
+            return "EQUAL: a window of one sample has only one cut."
+        worst = max((row.worst_error or 0.0 for row in self.rows if row.precision == "float64"), default=0.0)
+        ranks = f" and {self.world_size} ranks" if self.world_size > 1 else ""
+        over = f"over {len({(row.ranks, row.cut) for row in self.rows})} cuts{ranks} of {len(self.windows)} window"
+        over += "s" if len(self.windows) > 1 else ""
+        limits = [finding.kind for finding in self.findings]
+        up_to = " up to random numbers (dropout)" if "random_forward" in limits else ""
+        up_to += " for the same samples (the dataset draws them at random)" if "random_data" in limits else ""
+        up_to += " as far as float32 can tell" if "low_precision" in limits else ""
+        return f"EQUAL{up_to}: the update is that of the large batch, to {worst:.0e} in float64, {over}."
+
+    def _how_far(self) -> str:
+        failed = [row for row in self.rows if row.failure]
+        measured = [row for row in self.rows if row.gradient_error is not None and not row.equal]
+        if measured:
+            row = max(
+                [row for row in measured if row.precision == "float64"] or measured,
+                key=lambda row: row.gradient_error or 0.0,
+            )
+            return f"the gradient is off by {_percent(row.gradient_error)} ({row.cut}, {row.precision}),"
+        if failed or any(finding.kind == "nonfinite" for finding in self.findings):
+            return "an update can't be computed,"
+        return "the update depends on the cut,"
+
+    def as_json(self) -> str:
+        head = {"verdict": self.verdict, "equal": self.is_equal, "status": self.status}
+        plain = _finite({**head, **dataclasses.asdict(self)})
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=lambda severity: severity.name)
+
+    def print(self, console: Console, worst: int) -> None:
+        """The verdict on the first line, then the tables, then the findings."""
+        console.print(Text(self.verdict, style="bold green" if self.is_equal else "bold red"))
+        console.print(_table_of_cuts(self))
+        for failure in dict.fromkeys(f"{row.cut} failed: {row.failure}" for row in self.rows if row.failure):
+            console.print(Text(failure))
+        if self.parameters:
+            console.print(_table_of_parameters(self, worst))
+        for finding in sorted(self.findings, key=lambda finding: list(Severity).index(finding.severity)):
+            style = {Severity.error: "bold red", Severity.warning: "bold yellow", Severity.info: "bold"}
+            console.print(Text(f"{finding.severity.value}: {finding.kind}", style=style[finding.severity]))
+            for name in ("where", "what", "remedy"):
+                console.print(Text(f"  {name + ':':8}{getattr(finding, name)}"))
+
+
+def _table_of_cuts(report: Report) -> Table:
+    table = Table(title=f"against the window in one shot: {report.model}", title_justify="left", title_style="")
+    for heading in ("window", "precision", "ranks", "cut", "steps"):
+        table.add_column(heading, justify="left" if heading in ("precision", "cut") else "right")
+    for heading in ("gradient", "worst", "after the step", "syncs"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in report.rows:
+        numbers = [row.gradient_error, row.worst_error, row.parameters_error]
+        shown = ["failed", "", ""] if row.failure else [_scientific(value) for value in numbers]
+        table.add_row(
+            f"{row.window} ({report.windows[row.window - 1]})",
+            row.precision,
+            str(row.ranks),
+            row.cut,
+            str(row.micro_steps),
+            *shown,
+            str(row.sync_calls) if row.ranks > 1 else "",
+            Text("equal", style="green") if row.equal else Text("NOT EQUAL", style="red"),
+        )
+    return table
+
+
+def _table_of_parameters(report: Report, worst: int) -> Table:
+    title = f"the {min(worst, len(report.parameters))} parameters that differ most, of {len(report.parameters)}"
+    table = Table(title=title, title_justify="left", title_style="")
+    table.add_column("parameter")
+    configured = [report.precision] if report.precision != "fp64" else []
+    for heading in ("float64", *configured, "after the step"):
+        table.add_column(heading, justify="right")
+    for row in report.parameters[:worst]:
+        numbers = [row.float64_error, *([row.configured_error] if configured else []), row.step_error]
+        table.add_row(row.name, *(_scientific(value) for value in numbers))
+    return table
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _percent(value: float | None) -> str:
+    value = value or 0.0
+    return f"{100 * value:.3g} %" if value >= 1e-4 else f"{value:.1e}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value

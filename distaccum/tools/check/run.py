@@ -1,0 +1,308 @@
+"""The check itself: which experiments, in which order, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from distaccum.config import DDPConfig, as_plain
+from distaccum.config.enums import Compression, PrecisionName
+from distaccum.config.tools import CheckConfig
+from distaccum.errors import UserError
+from distaccum.planning import split_evenly
+from distaccum.runtime.devices import resolve_device
+from distaccum.runtime.world import World, joined_world
+from distaccum.tools.check import conclusions, coupling, numerics, randomness
+from distaccum.tools.check.findings import Finding, Severity
+from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
+from distaccum.tools.check.report import CutRow, ParameterRow, Report
+from distaccum.tools.check.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
+from distaccum.training.build import build_parts
+from distaccum.training.run import check_same_config
+
+TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
+"""In each precision, over all parameters together; 5e-2 in those with bfloat16's digits."""
+TOLERANCE_BF16 = 5e-2
+
+
+def check(config: CheckConfig) -> int:
+    """Examines what a configuration names, prints the report on rank 0, and returns the exit status on every rank.
+
+    Raises:
+        UserError: whatever in the configuration, the data or the machine keeps the check from going on.
+    """
+    with joined_world() as world, quiet_state():
+        device = resolve_device(config.device, world.local_rank)
+        world.init_process_group(device)
+        check_same_config(world, as_plain(config))
+        report = examine(config, world, device)
+        if world.is_main:
+            if config.check.json:
+                sys.stdout.write(report.as_json() + "\n")
+            else:
+                # In files and pipes, as wide as the tables need.
+                report.print(
+                    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140),
+                    config.check.worst,
+                )
+            sys.stdout.flush()
+        return world.from_main(report.status)
+
+
+def examine(config: CheckConfig, world: World, device: torch.device) -> Report:
+    """All experiments. The report is complete on rank 0 only."""
+    with world.together():
+        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        subject = Subject(config, parts, device)
+        windows = window_samples(subject)
+    report = Report(
+        model=type(subject.model).__name__,
+        precision=config.precision.name.value,
+        world_size=world.world_size,
+        tolerance_fp64=config.check.tolerance_fp64,
+        tolerance=config.check.tolerance or TOLERANCES.get(config.precision.name, TOLERANCE_BF16),
+        windows=[len(window) for window in windows],
+    )
+    examination = _Examination(subject, report, windows)
+    with world.together():
+        if world.is_main:
+            examination.alone()
+    # What rank 0 has found out is what the others go by.
+    subject.is_random, subject.has_float64, subject.widens, subject.noise, has_unused = world.from_main(
+        (subject.is_random, subject.has_float64, subject.widens, subject.noise, examination.has_unused)
+    )
+    if world.world_size > 1:
+        examination.on_ranks(world, has_unused)
+    if world.is_main:
+        examination.conclude()
+    return report
+
+
+class _Examination:
+    """The measurements and what they have come to so far."""
+
+    def __init__(self, subject: Subject, report: Report, windows: list[list[int]]) -> None:
+        self.subject = subject
+        self.report = report
+        self.windows = windows
+        self.has_unused = False
+        self._one_shots: dict[tuple[int, bool], Update] = {}
+        self._differences: dict[bool, list[Difference]] = {True: [], False: []}
+        self._errors_seen = False
+
+    def alone(self) -> None:
+        """All that one process can do."""
+        subject, windows, findings = self.subject, self.windows, self.report.findings
+        few = subject.samples.shortest(windows[0], 4)
+        findings += randomness.find_random_data(subject, few)
+        findings += randomness.find_precision(subject, few)
+        findings += randomness.find_randomness(subject, few)
+        findings += randomness.find_lost_eval_mode(subject)
+        # Experiments that compare two forwards say nothing about a model that gives something else each time.
+        is_repeatable = not self._has("nondeterministic")
+        if is_repeatable:
+            findings += randomness.find_state(subject, few)
+        for number, window in enumerate(windows):
+            for float64 in self._precisions():
+                self._measure_alone(number, window, float64)
+        first = self._one_shots[0, True]
+        self.has_unused = bool(first.without_gradient)
+        findings += numerics.find_without_gradient(subject, first, windows[0], self.report.world_size)
+        if first.failure or not is_repeatable:
+            return
+        findings += randomness.find_unequal_repeat(first, measure(subject, [windows[0]], float64=True))
+        trio = coupling.choose_trio(subject, windows)
+        if trio is not None:
+            findings += coupling.find_coupling(subject, trio)
+        findings += numerics.find_wrong_gradient(subject, few[:2])
+
+    def _has(self, kind: str) -> bool:
+        return any(finding.kind == kind for finding in self.report.findings)
+
+    def _precisions(self) -> list[bool]:
+        """True for float64, False for the configured precision."""
+        return [True] if self.subject.is_fp64 else [True, False]
+
+    def _measure_alone(self, number: int, window: list[int], float64: bool) -> None:
+        try:
+            one_shot = measure(self.subject, [window], float64=float64)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{len(window)} samples don't fit into the memory in one micro-batch, which is what the cuts are "
+                "compared with. Lower check.samples: a part of a window proves as much."
+            ) from error
+        self._one_shots[number, float64] = one_shot
+        if one_shot.failure:
+            self._add(number, float64, 1, "one shot", [len(window)], one_shot, [len(window)])
+            self._explain_failure(number, float64, one_shot)
+            return
+        configured = self.subject.loader.plan
+        sizes = cuts_of(
+            len(window), _sizes_as_configured(configured.micro_batch_size, configured.accumulation_steps, len(window))
+        )
+        if not float64:  # rounding is all that is left to see: two cuts show it
+            sizes = {name: cut for name, cut in sizes.items() if name in ("as configured", "micro-batches of 1")}
+        for name, cut in sizes.items():
+            try:
+                update = measure(self.subject, list(split(window, cut)), float64=float64)
+            except (ValueError, RuntimeError) as error:
+                update = Update(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            self._add(number, float64, 1, name, cut, update, cut)
+
+    def _explain_failure(self, number: int, float64: bool, update: Update) -> None:
+        known = {finding.kind for finding in self.report.findings}
+        if "weight" in update.failure and "wrong_weight" not in known:
+            self.report.findings.append(conclusions.weight_not_positive(update))
+        elif "nonfinite" not in known and "weight" not in update.failure:
+            self.report.findings += numerics.find_nonfinite(self.subject, self.windows[number], float64=float64)
+
+    def on_ranks(self, world: World, has_unused: bool) -> None:
+        """The same windows under DDP, on every rank together."""
+        config = ddp_config(self.subject, has_unused=has_unused)
+        calls: dict[str, int] = {}
+        for number, window in enumerate(self.windows):
+            shares = split_evenly(len(window), world.world_size)
+            if min(shares) == 0 or world.from_main(self._is_failed(number)):
+                continue
+            mine = list(split(window, shares))[world.rank]
+            for name, steps in _steps_on_ranks(shares, world.rank, config).items():
+                cut = list(split(mine, split_evenly(len(mine), steps)))
+                failure, placed = self._rehearse(world, cut, config)
+                for float64 in self._precisions():
+                    update = Update(failure=failure)
+                    if not failure:
+                        update = measure(self.subject, cut, float64=float64, ddp=placed)
+                    sizes = [size for sizes in world.gather([len(part) for part in cut]) for size in sizes]
+                    if world.is_main:
+                        calls.setdefault(name, update.sync_calls)
+                        self._add(number, float64, world.world_size, name, sizes, update, [len(part) for part in cut])
+        if world.is_main:
+            self._judge_collectives(calls, config)
+
+    def _rehearse(self, world: World, cut: list[list[int]], config: DDPConfig) -> tuple[str, DDPConfig]:
+        """Runs this rank's micro-batches without the others: what fails on one rank alone would leave them waiting."""
+        failure, lacks_gradient = "", False
+        try:
+            lacks_gradient = any(measure(self.subject, [part], float64=True).without_gradient for part in cut)
+        except (ValueError, RuntimeError, UserError) as error:
+            failure = f"rank {world.rank}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        failures = [said for said in world.gather(failure) if said]
+        if any(world.gather(lacks_gradient)):
+            config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
+        return (failures[0] if failures else ""), config
+
+    def _is_failed(self, number: int) -> bool:
+        return any(update.failure for (where, _), update in self._one_shots.items() if where == number)
+
+    def _judge_collectives(self, calls: dict[str, int], config: DDPConfig) -> None:
+        strategy = self.subject.config.strategy
+        if not isinstance(strategy, DDPConfig):
+            self.report.findings.append(conclusions.measured_under_ddp(strategy.name))
+        if not calls:
+            self.report.findings.append(conclusions.too_few_samples(self.report))
+        if config.compression is not Compression.none:
+            self.report.findings.append(conclusions.compression(config))
+        if len(set(calls.values())) > 1 and not config.static_graph:
+            shown = "; ".join(f"{count} with {name}" for name, count in calls.items())
+            self.report.findings.append(
+                Finding(
+                    kind="collectives_grow",
+                    severity=Severity.warning,
+                    because="the number of gradient collectives per update depends on the cut",
+                    what=f"Gradient collectives per update: {shown}.",
+                    where="DDP",
+                    remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each "
+                    "of them.",
+                )
+            )
+
+    def _add(
+        self, window: int, float64: bool, ranks: int, name: str, sizes: list[int], update: Update, mine: list[int]
+    ) -> None:
+        report = self.report
+        found: Difference | None = None
+        if not update.failure:
+            found = difference(update, self._one_shots[window, float64])
+            self._differences[float64].append(found)
+        worst = max(found.by_parameter, key=found.by_parameter.__getitem__, default=None) if found else None
+        report.rows.append(
+            CutRow(
+                window=window + 1,
+                precision="float64" if float64 else report.precision,
+                ranks=ranks,
+                cut=name,
+                micro_steps=len(mine),
+                sizes=sizes,
+                gradient_error=found.gradient if found else None,
+                worst_parameter=worst,
+                worst_error=found.by_parameter[worst] if found and worst is not None else None,
+                parameters_error=found.parameters if found else None,
+                factor=found.factor if found else None,
+                loss=update.loss,
+                sync_calls=update.sync_calls,
+                equal=found is not None and self._is_equal(found, float64),
+                failure=update.failure,
+            )
+        )
+
+    def _is_equal(self, found: Difference, float64: bool) -> bool:
+        if not float64:
+            return found.gradient <= self.report.tolerance
+        if self.subject.noise > NOISE:
+            return found.gradient <= max(self.report.tolerance_fp64, self.subject.noise)
+        return found.worst <= self.report.tolerance_fp64
+
+    def conclude(self) -> None:
+        """Makes the table of parameters, and sees to it that a difference has a reason."""
+        report = self.report
+        report.parameters = _parameter_rows(self._differences[True], self._differences[False])
+        amplified = max((found.parameters for found in self._differences[True]), default=0.0)
+        if (
+            all(row.equal for row in report.rows)
+            and amplified > report.tolerance_fp64
+            and not self._has("low_precision")
+        ):
+            report.findings.append(conclusions.amplified(type(self.subject.config.optim).__name__, amplified))
+        has_error = any(finding.severity is Severity.error for finding in report.findings)
+        if all(row.equal for row in report.rows) or has_error:
+            return
+        in_float64 = [row for row in report.rows if not row.equal and row.precision == "float64"]
+        report.findings.append(
+            conclusions.unexplained(report, in_float64) if in_float64 else conclusions.rounding(report)
+        )
+
+
+def _sizes_as_configured(micro_batch_size: int | None, accumulation_steps: int | None, size: int) -> list[int]:
+    steps = accumulation_steps if accumulation_steps is not None else -(-size // (micro_batch_size or size))
+    return split_evenly(size, max(1, min(steps, size)))
+
+
+def _steps_on_ranks(shares: Sequence[int], rank: int, config: DDPConfig) -> dict[str, int]:
+    """Micro-steps of this rank, by the name of the cut."""
+    share = shares[rank]
+    steps = {"one micro-step a rank": 1, "three micro-steps a rank": min(3, *shares)}
+    if not (config.static_graph or config.sync_batchnorm):
+        steps["unequal micro-steps"] = min(share, 1 + 2 * (rank % 2))
+    return steps
+
+
+def _parameter_rows(in_float64: list[Difference], configured: list[Difference]) -> list[ParameterRow]:
+    names = list(dict.fromkeys(name for found in (*in_float64, *configured) for name in found.by_parameter))
+    rows = [
+        ParameterRow(
+            name=name,
+            float64_error=_largest([found.by_parameter.get(name) for found in in_float64]),
+            configured_error=_largest([found.by_parameter.get(name) for found in configured]),
+            step_error=_largest([found.parameters_by_name.get(name) for found in in_float64]),
+        )
+        for name in names
+    ]
+    return sorted(rows, key=lambda row: (row.float64_error or 0.0, row.configured_error or 0.0), reverse=True)
+
+
+def _largest(values: Sequence[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)

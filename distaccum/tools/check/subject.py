@@ -1,0 +1,300 @@
+"""The model, the task and the samples that are examined; every experiment starts from the same state of all of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from distaccum import planning
+from distaccum.config import instantiate as targets
+from distaccum.config.enums import PrecisionName
+from distaccum.config.tools import CheckConfig
+from distaccum.errors import UserError
+from distaccum.loaders.collate import PadCollate
+from distaccum.runtime.devices import cast
+from distaccum.runtime.nested import tensors_of, to_device
+from distaccum.runtime.randomness import derived_seed, seed_everything
+from distaccum.tasks import TaskOutput, checked_output
+from distaccum.tools.check.recording import Call, Recording, recording
+from distaccum.tools.check.stillness import DrawWatch, StillDraws, WideCasts
+from distaccum.training.build import Parts
+
+NOISE = 1e-9
+"""In float64, a relative difference below this is rounding."""
+LOW_NOISES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The same for models and losses that compute in a lower format whatever they are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One forward of a micro-batch."""
+
+    loss: float
+    dtype: torch.dtype
+    """Of the loss."""
+    weight: float
+    calls: list[Call]
+    recording: Recording | None = None
+    drawing_modules: list[str] = field(default_factory=list)
+
+
+class Samples:
+    """The training samples, each loaded once so that every experiment sees the same ones."""
+
+    def __init__(self, config: CheckConfig, dataset: Any, device: torch.device) -> None:
+        collate = targets.build(config.data.collate_fn, "data.collate_fn") if config.data.collate_fn else None
+        self.collate: Callable[[list[Any]], Any] = collate or getattr(dataset, "collate_fn", None) or PadCollate()
+        self.dataset = dataset
+        self.device = device
+        self._seed = derived_seed(config.seed, "check", "samples")
+        self._loaded: dict[int, Any] = {}
+
+    def load(self, index: int, repeat: int = 0) -> Any:
+        """A sample as the dataset gives it now."""
+        seed_everything(derived_seed(self._seed, index, repeat))
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"sample {index} of the training data could not be loaded: {said}") from error
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self._loaded:
+            self._loaded[index] = self.load(index)
+        return self._loaded[index]
+
+    def batch(self, indices: Sequence[int], dtype: torch.dtype | None, draw: int = 0) -> Any:
+        """A micro-batch on the device, its floating-point tensors in `dtype`; `draw` is a seed for what collates it."""
+        # Copies, because a collate may pass samples through, and a model may change its inputs.
+        samples = [copy.deepcopy(self[index]) for index in indices]
+        seed_everything(derived_seed(self._seed, "collate", indices[0], draw))  # as in a training
+        try:
+            batch = self.collate(samples)
+        except Exception as error:
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"the samples {list(indices)} could not be made into a micro-batch: {said}") from error
+        return to_device(batch, self.device, float_dtype=dtype)
+
+    def shortest(self, indices: Sequence[int], count: int) -> list[int]:
+        """Those with the fewest elements, for experiments that any samples will do for."""
+        return sorted(indices, key=self.size)[:count]
+
+    def size(self, index: int) -> int:
+        """Number of elements of all of a sample's tensors, by which long samples are told from short ones."""
+        return sum(tensor.numel() for tensor in tensors_of(self[index]))
+
+
+class RowsOfOne(Samples):
+    """Micro-batches that are rows of one, which is collated once: what a collate does to samples stands aside."""
+
+    def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
+        vars(self).update(vars(samples))
+        self._whole = samples.batch(indices, None)
+        self._places = {index: place for place, index in enumerate(indices)}
+
+    def batch(self, indices: Sequence[int], dtype: torch.dtype | None, draw: int = 0) -> Any:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor[places] if tensor.ndim > 0 and len(tensor) == len(self._places) else tensor
+
+        places = [self._places[index] for index in indices]
+        return to_device(tree_map_only(Tensor, rows, self._whole), self.device, float_dtype=dtype)
+
+
+class Subject:
+    """What is examined.
+
+    Attributes:
+        is_random: True once it is known that forwards draw random numbers; they are then replaced by their means.
+        has_float64: False once it is known that the model can't be computed in float64.
+        widens: True once it is known that it casts to lower formats, which are then taken as float64.
+        noise: the relative difference that is rounding in the lowest format that is left.
+    """
+
+    def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
+        self.config = config
+        self.precision = parts.precision
+        self.woken = parts.woken
+        self.device = device
+        self.loader = parts.loader
+        self.task = parts.task
+        self.samples = Samples(config, parts.train_data, device)
+        self.is_random = False
+        self.has_float64 = True
+        self.widens = False
+        self.noise = NOISE
+        self._module = parts.module.to(device)
+        self._seed = derived_seed(config.seed, "check", "forward")
+        self._copied(self._module)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was built. Nothing here ever changes it."""
+        return self._module
+
+    @property
+    def is_fp64(self) -> bool:
+        return self.precision.name is PrecisionName.fp64
+
+    def fresh_model(self, *, float64: bool = True) -> nn.Module:
+        """A copy of the model in the state in which it was built."""
+        model = self._copied(self._module)
+        if float64 and self.has_float64:
+            return cast(model, torch.float64)
+        if self.precision.name is PrecisionName.bf16_params:
+            for parameter in model.parameters():
+                parameter.grad_dtype = torch.float32  # as in a training: gradients are added up in float32
+        return model
+
+    def replaced(self, **attributes: Any) -> Subject:
+        """The same, with another task or other samples."""
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
+
+    def fresh_task(self) -> Any:
+        try:
+            return copy.deepcopy(self.task)
+        except Exception:  # it holds something that can't be copied, so all experiments share it
+            return self.task
+
+    def _copied(self, module: nn.Module) -> nn.Module:
+        try:
+            return copy.deepcopy(module)
+        except Exception as error:
+            raise UserError(
+                f"the model can't be copied ({type(error).__name__}: {error}), and each measurement needs a fresh "
+                "copy. Let copy.deepcopy work on it (replace torch.nn.utils.weight_norm by "
+                "torch.nn.utils.parametrizations.weight_norm, for example)."
+            ) from error
+
+    def batch(self, indices: Sequence[int], *, float64: bool = True) -> Any:
+        in_double = float64 and self.has_float64
+        return self.samples.batch(indices, torch.float64 if in_double else self.precision.input_dtype)
+
+    @contextmanager
+    def stillness(self, still: bool | None = None, *, float64: bool) -> Iterator[None]:
+        """Encloses forwards, and backwards too, which may compute a forward again (activation checkpointing)."""
+        with ExitStack() as stack:
+            if self.widens and float64:
+                stack.enter_context(WideCasts())
+            if self.is_random if still is None else still:
+                stack.enter_context(StillDraws())  # type: ignore[no-untyped-call]
+            yield
+
+    def backward(self, loss_sum: Tensor) -> None:
+        with self.stillness(float64=loss_sum.dtype == torch.float64):
+            loss_sum.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def computing(self, *, float64: bool, seed: int = 0, still: bool | None = None) -> Iterator[None]:
+        """Encloses a forward, which draws the same random numbers each time, or their means."""
+        seed_everything(derived_seed(self._seed, seed))
+        in_double = float64 and self.has_float64
+        with self.stillness(still, float64=in_double), nullcontext() if in_double else self.precision.autocast():
+            yield
+
+    def output(
+        self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0, still: bool | None = None
+    ) -> TaskOutput:
+        """One forward. It always draws the same random numbers, or their means if the model is known to draw any."""
+        with self.computing(float64=float64, seed=seed, still=still):
+            return checked_output(task(model, batch))
+
+    def probe(
+        self,
+        indices: Sequence[int],
+        *,
+        model: nn.Module | None = None,
+        seed: int = 0,
+        still: bool | None = None,
+        float64: bool = True,
+        watch: bool = False,
+        record: bool = True,
+    ) -> Probe:
+        """Forwards a micro-batch through a fresh copy of the model, or through `model`, and records what happened."""
+        model = self.fresh_model(float64=float64) if model is None else model
+        batch = self.batch(indices, float64=float64)
+        with ExitStack() as stack:
+            recorded = stack.enter_context(recording(model)) if record else None
+            draws = None
+            if watch and recorded is not None:
+                draws = stack.enter_context(DrawWatch(recorded.running_module))
+            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed, still=still)
+        return Probe(
+            loss=float(output.loss_sum.detach()),
+            dtype=output.loss_sum.dtype,
+            weight=float(output.weight),
+            calls=recorded.calls if recorded else [],
+            recording=recorded,
+            drawing_modules=draws.modules if draws else [],
+        )
+
+    def close(self, one: float, other: float, *scale: float) -> bool:
+        """Whether two sums agree up to rounding; `scale` holds the numbers that were added up."""
+        if one == other or (math.isnan(one) and math.isnan(other)):
+            return True
+        return abs(one - other) <= self.noise * max(abs(one), abs(other), *map(abs, scale))
+
+
+def window_samples(subject: Subject) -> list[list[int]]:
+    """Dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
+    loader, section = subject.loader, subject.config.check
+    bounds = loader.sizes.bounds(0)
+    if len(bounds) > section.windows:
+        bounds = [*bounds[: section.windows - 1], bounds[-1]] if section.windows > 1 else bounds[:1]
+    return [
+        planning.shuffled(range(start, stop), loader.num_samples, loader.seed, 0).tolist()[: section.samples]
+        for start, stop in bounds
+    ]
+
+
+def cuts_of(size: int, configured: Sequence[int]) -> dict[str, list[int]]:
+    """Cuts of a window for one process, by name: sizes of the micro-batches. Those that coincide are listed once."""
+    growing = [1]
+    while sum(growing) + 2 * growing[-1] < size:
+        growing.append(2 * growing[-1])
+    growing.append(size - sum(growing))
+    candidates = {
+        "as configured": list(configured),
+        "micro-batches of 1": [1] * size,
+        "micro-batches of 2": [2] * (size // 2) + [1] * (size % 2),
+        "three parts": planning.split_evenly(size, min(3, size)),
+        "uneven": growing,
+    }
+    found: dict[str, list[int]] = {}
+    for name, sizes in candidates.items():
+        if sizes != [size] and min(sizes) > 0 and sizes not in found.values():
+            found[name] = sizes
+    return found
+
+
+def split(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Cuts a list into consecutive parts."""
+    start = 0
+    for size in sizes:
+        yield list(indices[start : start + size])
+        start += size
+
+
+@contextmanager
+def quiet_state() -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's random states back afterwards."""
+    import random
+
+    import numpy as np
+
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,212 @@
+"""Which placement to use, and why, in words: nothing but what was measured."""
+
+from __future__ import annotations
+
+from distaccum.config.tools import PlacementName
+from distaccum.observers.formatting import byte_size, rate
+from distaccum.tools.bench.rounds import milliseconds
+from distaccum.tools.compare.report import Report
+from distaccum.tools.compare.results import Row, is_within_noise
+
+_CLEARLY_LESS_MEMORY = 0.9
+"""A peak is called smaller when it is below this part of the other."""
+_AS_INEXACT_AS = 10.0
+"""Without float64, a placement passes if its error is at most so many times one shot's own."""
+
+
+def advise(report: Report) -> list[str]:
+    """Paragraphs: what to use, why, and what speaks for the others."""
+    measured = report.measured
+    if not measured:
+        return ["Nothing could be measured: the table says why for each placement."]
+    tolerance = float(report.config["compare"]["tolerance"])
+    exact = [row for row in measured if not row.is_lossy and is_exact(row, measured, tolerance)]
+    paragraphs = []
+    if not exact:
+        paragraphs.append(_nothing_exact(report, tolerance))
+        exact = [row for row in measured if not row.is_lossy] or measured
+    chosen, rivals = choose(exact)
+    paragraphs.append(_choice(chosen, rivals, tolerance))
+    paragraphs.append(_speed(chosen, measured))
+    others = (
+        _inexact(measured, tolerance),
+        _no_sync(measured),
+        _compression(chosen, measured),
+        _memory(chosen, exact),
+        _left_out(report),
+    )
+    return [*paragraphs, *(paragraph for paragraph in others if paragraph)]
+
+
+def is_exact(row: Row, rows: list[Row], tolerance: float) -> bool:
+    """Whether a row's update is that of the large batch; unknown counts as yes where nothing was compared."""
+    if row.error_float64 is not None:
+        return row.error_float64 <= tolerance
+    if row.error is None:
+        return all(other.error is None for other in rows)
+    floor = min(other.error for other in rows if other.error is not None)
+    return row.error <= _AS_INEXACT_AS * floor
+
+
+def choose(rows: list[Row]) -> tuple[Row, list[Row]]:
+    """The row to use, and those whose speed can't be told from its.
+
+    The fastest; but among those within the noise of the fastest, the one with clearly less memory, then with fewer
+    processes, then the one that is simplest (the order of the table).
+    """
+    fastest = min(rows, key=_seconds)
+    equals = [row for row in rows if row is fastest or is_within_noise(row, fastest)]
+    least = min((row.peak_memory or 0) for row in equals)
+    light = [row for row in equals if _CLEARLY_LESS_MEMORY * (row.peak_memory or 0) <= least]
+    chosen = min(light, key=lambda row: (row.num_processes, rows.index(row)))
+    return chosen, [row for row in equals if row is not chosen]
+
+
+def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
+    if chosen.placement == PlacementName.one_shot.value:
+        exactness = "it is the large batch itself, which fits"
+    elif chosen.error_float64 is not None and chosen.error_float64 <= tolerance:
+        exactness = f"its update is the large batch's (error {chosen.error_float64:.1e} in float64)"
+    elif chosen.error is not None:
+        exactness = f"its update differs from the large batch's by {chosen.error:.1e}"
+    else:
+        exactness = "its exactness could not be measured"
+    text = f"Use {chosen.title}: {exactness}, and no exact placement was faster"
+    if rivals:
+        names = _listed([row.title for row in rivals])
+        text += (
+            f" beyond the noise. {names} {'are' if len(rivals) > 1 else 'is'} as fast within the spread of the rounds; "
+            "among equals the choice is by memory, then by simplicity"
+        )
+    return f"{text}. Train with: {chosen.command}"
+
+
+def _speed(chosen: Row, rows: list[Row]) -> str:
+    text = f"It takes {milliseconds(_seconds(chosen))} an update, {rate(chosen.samples_per_second or 0.0)} samples/s"
+    single = [
+        row for row in rows if row.placement == PlacementName.single.value and row is not chosen and not row.is_uniform
+    ]
+    if single and chosen.speedup is not None:
+        best = min(single, key=_seconds)
+        if is_within_noise(chosen, best):
+            text += f", which is within the noise of {best.title}"
+        else:
+            text += f": {_seconds(best) / _seconds(chosen):.2f} times as fast as {best.title}"
+    if chosen.sync_share is not None and chosen.num_processes > 1:
+        text += f". {chosen.sync_share:.0%} of its time goes into the sync"
+    return f"{text}."
+
+
+def _inexact(rows: list[Row], tolerance: float) -> str | None:
+    """Placements that should be exact and aren't, if only some of them."""
+    wrong = [row for row in rows if not row.is_lossy and not is_exact(row, rows, tolerance)]
+    if not wrong or len(wrong) == sum(not row.is_lossy for row in rows):
+        return None
+    named = [
+        row.title if row.error_float64 is None else f"{row.title} ({row.error_float64:.1e} in float64)" for row in wrong
+    ]
+    return (
+        f"Not the large batch's update: {_listed(named)}. A layer or a loss that mixes samples, or randomness such as "
+        "dropout, depends on how a window is cut; `python -m distaccum.check` with the same overrides finds out which."
+    )
+
+
+def _no_sync(rows: list[Row]) -> str | None:
+    """What syncing in every micro-step costs."""
+    pairs = [
+        (every, once)
+        for every in rows
+        for once in rows
+        if every.placement == PlacementName.ddp_sync_every_step.value
+        and once.placement == PlacementName.ddp.value
+        and (every.world_size, every.accumulation_steps) == (once.world_size, once.accumulation_steps)
+        and every.accumulation_steps > 1
+    ]
+    if not pairs:
+        return None
+    every, once = max(pairs, key=lambda pair: (pair[0].accumulation_steps, pair[0].world_size))
+    cost = (
+        "which takes the same time here, within the noise"
+        if is_within_noise(every, once)
+        else f"and takes {_seconds(every) / _seconds(once):.2f} times as long"
+    )
+    return (
+        f"Syncing in every micro-step sends {byte_size(every.sync_bytes or 0)} in {every.sync_calls} collectives where "
+        f"no_sync sends {byte_size(once.sync_bytes or 0)} in {once.sync_calls} ({every.world_size} ranks × "
+        f"{every.accumulation_steps}), {cost}. On a slower network than this machine's the difference grows."
+    )
+
+
+def _compression(chosen: Row, rows: list[Row]) -> str | None:
+    lossy = [row for row in rows if row.is_lossy]
+    if not lossy:
+        return None
+    best = min(lossy, key=_seconds)
+    time = milliseconds(_seconds(best))
+    error = "" if best.error is None else f", and its update is off by {best.error:.1e}"
+    if _seconds(best) < _seconds(chosen) and not is_within_noise(best, chosen):
+        return (
+            f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth it is "
+            "not for a stopwatch to say."
+        )
+    return f"Compression buys no time here: the fastest, {best.title}, takes {time} an update{error}."
+
+
+def _memory(chosen: Row, rows: list[Row]) -> str | None:
+    sized = [row for row in rows if row.peak_memory]
+    if not sized or not chosen.peak_memory:
+        return None
+    least = min(sized, key=lambda row: row.peak_memory or 0)
+    assert least.peak_memory is not None
+    text = f"Its peak memory per process is {byte_size(chosen.peak_memory)} ({chosen.memory_kind})"
+    if least.peak_memory < _CLEARLY_LESS_MEMORY * chosen.peak_memory:
+        return (
+            f"{text}. If that is too much: {least.title} needs {byte_size(least.peak_memory)}, at "
+            f"{milliseconds(_seconds(least))} an update."
+        )
+    most = max(sized, key=lambda row: row.peak_memory or 0)
+    if least is not chosen:
+        return f"{text}; no exact placement needs clearly less."
+    return f"{text}, the least of all; the most is {byte_size(most.peak_memory or 0)} ({most.title})."
+
+
+def _nothing_exact(report: Report, tolerance: float) -> str:
+    if report.reference.problem is not None:
+        return f"Exactness could not be measured: there is no float64 reference ({report.reference.problem})."
+    errors = [row.error_float64 for row in report.measured if row.error_float64 is not None and not row.is_lossy]
+    found = f"from {min(errors):.1e} to {max(errors):.1e}" if errors else "unknown"
+    return (
+        f"No placement gives the large batch's update to {tolerance:g} in float64: errors are {found}. Then the model "
+        "or the loss itself depends on how a window is cut: dropout, BatchNorm, or a loss that couples samples. "
+        "`python -m distaccum.check` with the same overrides finds out which."
+    )
+
+
+def _left_out(report: Report) -> str | None:
+    failed = [row for row in report.rows if row.reason is not None]
+    if not failed:
+        return None
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for row in failed:
+        of_placement = reasons.setdefault((row.reason or "").rstrip("."), {}).setdefault(row.placement, [])
+        of_placement.append(row.title)
+    return "Not measured: " + "; ".join(f"{_briefly(titles)} ({reason})" for reason, titles in reasons.items()) + "."
+
+
+def _briefly(titles: dict[str, list[str]]) -> str:
+    """Rows by name; those of one placement together, by their number."""
+    return _listed(
+        [
+            rows[0] if len(rows) == 1 else f"{rows[0].partition(' · ')[0]} in {len(rows)} rows"
+            for rows in titles.values()
+        ]
+    )
+
+
+def _seconds(row: Row) -> float:
+    assert row.seconds is not None
+    return row.seconds
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,383 @@
+"""The comparison as one page that needs nothing else: its charts and its style are inside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from distaccum.config.tools import PlacementName
+from distaccum.observers.formatting import byte_size, rate
+from distaccum.tools.bench.rounds import milliseconds
+from distaccum.tools.compare.placements import PLACEMENTS
+from distaccum.tools.compare.report import Report
+from distaccum.tools.compare.results import Row
+from distaccum.tools.compare.terminal import error_text
+from distaccum.tools.pages import (
+    Axis,
+    Curve,
+    Dot,
+    Panel,
+    Segment,
+    definitions,
+    escaped,
+    key,
+    line_chart,
+    nice_ticks,
+    row_chart,
+    subject_of,
+    whole_page,
+)
+
+_STYLE = Path(__file__).with_name("page.css")
+
+
+def page_of(report: Report) -> str:
+    """The whole page."""
+    sections = [_header(report), _verdict(report)]
+    if report.measured:
+        sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
+    sections += [_table(report), _circumstances(report)]
+    title = f"{subject_of(report.config)}: placements compared"
+    return whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
+
+
+def _header(report: Report) -> str:
+    config = report.config
+    facts = [
+        f"window of {config['batch']['global_batch_size']} samples",
+        f"{report.reference.parameters:,} parameters" if report.reference.parameters else "",
+        f"{last_part(config['optim'].get('_target_', ''))}, {config['precision']['name']}",
+        report.machine,
+        report.date.replace("T", " ")[:16],
+    ]
+    return (
+        f"<header><h1>{escaped(subject_of(report.config))}</h1>"
+        f'<p class="facts">{escaped(" · ".join(fact for fact in facts if fact))}</p></header>'
+    )
+
+
+def last_part(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _verdict(report: Report) -> str:
+    paragraphs = []
+    for number, paragraph in enumerate(report.advice):
+        said, has_command, command = paragraph.partition(" Train with: ")
+        css = ' class="lead"' if number == 0 else ""
+        paragraphs.append(f"<p{css}>{escaped(said)}</p>")
+        if has_command:
+            paragraphs.append(f"<pre><code>{escaped(command)}</code></pre>")
+    return f'<section class="verdict"><h2>Which placement to use here</h2>{"".join(paragraphs)}</section>'
+
+
+def _labels(report: Report) -> list[tuple[str, str]]:
+    parted = [row.title.partition(" · ") for row in report.rows]
+    return [(title, numbers) for title, _, numbers in parted]
+
+
+def _reasons(report: Report) -> list[str | None]:
+    return [row.reason if row.reason is not None or row.seconds is not None else "not measured" for row in report.rows]
+
+
+def _times(report: Report) -> str:
+    time = Panel(
+        title="Time per update, ms",
+        share=0.62,
+        tick=lambda value: f"{value:g}",
+        label_width=150,
+        bars=[_time_bar(row) for row in report.rows],
+        whiskers=[
+            (row.low_seconds * 1e3, row.high_seconds * 1e3)
+            if row.low_seconds is not None and row.high_seconds is not None
+            else None
+            for row in report.rows
+        ],
+        labels=[
+            ""
+            if row.seconds is None
+            else milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
+            for row in report.rows
+        ],
+    )
+    memory = Panel(
+        title=f"Peak memory of a process ({_memory_kind(report)})",
+        share=0.38,
+        tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+        label_width=72,
+        binary=True,
+        bars=[_memory_bar(row) for row in report.rows],
+        labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
+    )
+    colours = key(
+        [
+            ("data", "waiting for data"),
+            ("compute", "computing"),
+            ("sync", "waiting in the sync"),
+            ("before", "Python and torch, before the model"),
+            ("training", "the training"),
+        ]
+    )
+    return (
+        f"<section><h2>Time and memory</h2>{colours}"
+        f"{row_chart('Time per update and peak memory', _labels(report), _reasons(report), [time, memory])}"
+        f'<p class="note">Medians of {report.config["compare"]["rounds"]} rounds, in which the placements took turns; '
+        "the whisker spans the middle half of the rounds. × is the speed-up over accumulation in one process with as "
+        "many steps.</p></section>"
+    )
+
+
+def _time_bar(row: Row) -> list[Segment]:
+    if row.reason is not None or row.seconds is None:
+        return []
+    shares = [
+        ("data", row.data_share, "waiting for data"),
+        ("compute", row.compute_share, "computing"),
+        ("sync", row.sync_share, "waiting in the sync"),
+    ]
+    return [
+        Segment(
+            row.seconds * 1e3 * (share or 0.0),
+            style,
+            f"{row.title}: {what} {milliseconds(row.seconds * (share or 0.0))} ({share or 0.0:.0%})",
+        )
+        for style, share, what in shares
+    ]
+
+
+def _memory_bar(row: Row) -> list[Segment]:
+    if row.reason is not None or row.peak_memory is None:
+        return []
+    before = min(max(row.memory_before), row.peak_memory)
+    each = ", ".join(byte_size(value) for value in row.memory)
+    hint = f"{row.title}: {each}; before the model {byte_size(before)}"
+    return [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
+
+
+def _memory_kind(report: Report) -> str:
+    return next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
+
+
+def _errors(report: Report) -> str:
+    precision = str(report.config["precision"]["name"])
+    tolerance = float(report.config["compare"]["tolerance"])
+    errors = Panel(
+        title="Error of the update, relative",
+        share=0.62,
+        tick=lambda value: "0" if value == 0 else f"1e{round(math.log10(value))}",
+        label_width=30,
+        dots=[_error_dots(row, precision) for row in report.rows],
+        limit=(tolerance, "exact to the left"),
+    )
+    traffic = Panel(
+        title="Gradients sent per update and rank",
+        share=0.38,
+        tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+        label_width=118,
+        binary=True,
+        bars=[
+            []
+            if row.reason is not None or row.sync_bytes is None
+            else [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
+            for row in report.rows
+        ],
+        labels=[
+            ""
+            if row.sync_bytes is None
+            else "nothing"
+            if not row.sync_calls
+            else f"{byte_size(row.sync_bytes)} in {row.sync_calls}"
+            for row in report.rows
+        ],
+    )
+    missing = [None if reason is None else "not measured" for reason in _reasons(report)]
+    colours = key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
+    return (
+        f"<section><h2>Exactness and traffic</h2>{colours}"
+        f"{row_chart('Error of the update and traffic', _labels(report), missing, [errors, traffic])}"
+        f'<p class="note">{escaped(_what_the_error_is(report))}</p></section>'
+    )
+
+
+def _what_the_error_is(report: Report) -> str:
+    if report.reference.problem is not None:
+        return f"There is no float64 reference, so there are no errors: {report.reference.problem}."
+    steps = report.reference.accumulation_steps
+    how = "in one shot" if steps == 1 else f"in {steps} micro-steps, because one shot did not fit into memory"
+    return (
+        f"‖difference‖ / ‖value‖ of the change of all parameters together over the first "
+        f"{report.config['compare']['exact_updates']} updates, against a float64 run of the same windows {how}."
+    )
+
+
+def _error_dots(row: Row, precision: str) -> list[Dot]:
+    if row.reason is not None:
+        return []
+    dots = []
+    if row.error is not None:
+        dots.append(Dot(row.error, "dot", f"{row.title}, {precision}: {row.error:.2e}", 5.2))
+    if row.error_float64 is not None:
+        dots.append(Dot(row.error_float64, "dot64", f"{row.title}, float64: {row.error_float64:.2e}", 3.4))
+    return dots
+
+
+def _scaling(report: Report) -> str:
+    """Samples per second over the number of ranks, each placement at its fastest number of accumulation steps."""
+    best: dict[str, dict[int, Row]] = {}
+    for row in report.measured:
+        of_placement = best.setdefault(row.placement, {})
+        other = of_placement.get(row.world_size)
+        if other is None or (row.samples_per_second or 0) > (other.samples_per_second or 0):
+            of_placement[row.world_size] = row
+    sizes = sorted({size for of_placement in best.values() for size in of_placement})
+    single = best.pop(PlacementName.single.value, {}).get(1)
+    best.pop(PlacementName.one_shot.value, None)
+    if len(sizes) < 2 or not best:
+        return ""
+    curves = []
+    if single is not None and single.samples_per_second is not None:
+        speed = single.samples_per_second
+        ideal = [(float(size), speed * size) for size in sizes]
+        curves.append(Curve("ideal", "c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True))
+    for name, of_placement in best.items():
+        rows = [of_placement[size] for size in sorted(of_placement)]
+        rows = [single, *rows] if single is not None and rows[0].world_size > 1 else rows
+        points = [(float(row.world_size), row.samples_per_second or 0.0) for row in rows]
+        hint = "; ".join(f"{row.title}: {rate(row.samples_per_second or 0.0)} samples/s" for row in rows)
+        title = PLACEMENTS[PlacementName[name]].title
+        curves.append(Curve(title, f"c-{name}", points, hint, has_marks=True))
+    chart = line_chart(
+        "Samples per second over the number of ranks",
+        curves,
+        x=Axis(title="ranks (replicas under DP)", is_log=True, ticks=[float(size) for size in sizes]),
+        y=Axis(title="Samples per second", low=0.0),
+    )
+    note = (
+        '<p class="note">Each placement with the accumulation steps that were fastest.</p>'
+        if len(report.config["compare"]["accumulation_steps"]) > 1
+        else ""
+    )
+    return f"<section><h2>Scaling</h2>{chart}{note}</section>"
+
+
+def _curves(report: Report) -> str:
+    rows = [row for row in report.measured if row.loss_curve and all(map(math.isfinite, row.loss_curve))]
+    if not rows:
+        return ""
+    groups = coinciding(rows)
+    curves = []
+    for group in sorted(groups, key=len, reverse=True):
+        row = group[0]
+        names = ", ".join(member.title for member in group)
+        name = row.title.partition(" · ")[0] if len(group) == 1 else f"{len(group)} coincide"
+        points = [(float(number), loss) for number, loss in enumerate(row.loss_curve, 1)]
+        style = "c-many" if len(group) > 1 else f"c-{row.placement}"
+        curves.append(Curve(name, style, points, names))
+    length = max(len(row.loss_curve) for row in rows)
+    chart = line_chart(
+        "Loss over the updates",
+        curves,
+        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])]),
+        y=Axis(title="Training loss", low=0.0),
+    )
+    together = max(groups, key=len)
+    note = (
+        '<p class="note">The same windows, the same curve: '
+        f"{escaped(_placements_in(together))} can't be told apart here.</p>"
+        if len(together) > 1
+        else ""
+    )
+    return f"<section><h2>Loss</h2>{chart}{note}</section>"
+
+
+def _placements_in(rows: Sequence[Row]) -> str:
+    return "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in rows))
+
+
+def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in groups whose loss curves are the same line on paper: closer than a two-hundredth of the range."""
+    losses = [loss for row in rows for loss in row.loss_curve]
+    near = (max(losses) - min(losses)) / 200
+    groups: list[list[Row]] = []
+    for row in rows:
+        for group in groups:
+            pairs = zip(group[0].loss_curve, row.loss_curve, strict=False)
+            if all(abs(one - other) <= near for one, other in pairs):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _table(report: Report) -> str:
+    precision = report.config["precision"]["name"]
+    heads = ["placement", "micro-batch", "time per update", "middle half", "samples/s", "speed-up"]
+    heads += ["data", "compute", "sync", "memory", "collectives", "sent", "error fp64", f"error {precision}"]
+    body = []
+    for row in report.rows:
+        cells = _cells(row)
+        if cells is None:
+            reason = row.reason or "not measured"
+            body.append(
+                f'<tr class="failed"><th scope="row">{escaped(row.title)}</th>'
+                f'<td colspan="{len(heads) - 1}" class="reason">{escaped(reason)}</td></tr>'
+            )
+        else:
+            data = "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
+            body.append(f'<tr><th scope="row">{escaped(row.title)}</th>{data}</tr>')
+        body += [
+            f'<tr class="failed"><td></td><td colspan="{len(heads) - 1}" class="reason">{escaped(note)}</td></tr>'
+            for note in row.notes
+        ]
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
+    return (
+        '<section><h2>All numbers</h2><div class="scroll"><table><thead><tr>'
+        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
+    )
+
+
+def _cells(row: Row) -> list[str] | None:
+    if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
+        return None
+    sizes = sorted(set(row.micro_batch_sizes))
+    shares = (row.data_share, row.compute_share, row.sync_share)
+    return [
+        "" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}",
+        milliseconds(row.seconds),
+        f"{milliseconds(row.low_seconds)} – {milliseconds(row.high_seconds)}",
+        rate(row.samples_per_second or 0.0),
+        "—" if row.speedup is None else f"{row.speedup:.2f}×",
+        *("—" if share is None else f"{share:.0%}" for share in shares),
+        "—" if row.peak_memory is None else byte_size(row.peak_memory),
+        str(row.sync_calls),
+        byte_size(row.sync_bytes or 0),
+        error_text(row.error_float64),
+        error_text(row.error),
+    ]
+
+
+def _circumstances(report: Report) -> str:
+    compare = report.config["compare"]
+    threads = compare["threads_per_rank"]
+    facts = [
+        ("command", report.command),
+        ("date", report.date),
+        ("machine", report.machine),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        ("took", f"{report.seconds:.0f} s"),
+        (
+            "timed",
+            f"{compare['rounds']} rounds × {compare['updates']} updates of full windows, after "
+            f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
+            f"thread{'s' if threads > 1 else ''}; the slowest rank counts",
+        ),
+    ]
+    config = yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)
+    return (
+        f"<section><h2>How this came about</h2>{definitions(facts)}"
+        f"<details><summary>The configuration</summary><pre><code>{escaped(config)}</code></pre></details></section>"
+    )

@@ -1,0 +1,133 @@
+"""The rows of a comparison, and the statistics that make them of what the ranks have answered."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distaccum.config.tools import PlacementName
+from distaccum.tools.bench.rounds import Round, middle_half
+from distaccum.tools.compare.placements import Case
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """What is known of one placement with its numbers. What could not be measured is None."""
+
+    key: str
+    placement: str
+    title: str
+    world_size: int
+    accumulation_steps: int
+    num_processes: int
+    is_lossy: bool
+    command: str
+    """How to train so; for the placement that knows no `no_sync`, how to train without that fault."""
+    is_uniform: bool = False
+    """Cut into equal micro-batches, where the others are cut by length."""
+    reason: str | None = None
+    """Why it could not run, or None."""
+    notes: list[str] = field(default_factory=list)
+    """What else went wrong."""
+    error_float64: float | None = None
+    """‖difference‖ / ‖value‖ of the parameters' change, computed in float64, from the float64 one-shot run's."""
+    error: float | None = None
+    """The same, computed in the configured precision."""
+    round_seconds: list[float] = field(default_factory=list)
+    """The median seconds per update of each round."""
+    seconds: float | None = None
+    """Seconds per update of the full window's size: the median over the rounds."""
+    low_seconds: float | None = None
+    """First quartile over the rounds."""
+    high_seconds: float | None = None
+    """Third quartile over the rounds."""
+    samples_per_second: float | None = None
+    speedup: float | None = None
+    """Against single accumulation with as many steps, or else its fastest."""
+    data_share: float | None = None
+    """Share of the time that was spent waiting for micro-batches."""
+    compute_share: float | None = None
+    sync_share: float | None = None
+    """Share that was spent waiting for the network and for other ranks."""
+    sync_calls: int | None = None
+    """Collectives that carried gradients, per update and rank."""
+    sync_bytes: int | None = None
+    """Bytes handed to them, per update and rank."""
+    micro_batch_sizes: list[int] = field(default_factory=list)
+    """Rank 0's micro-batches of a full window."""
+    memory: list[int] = field(default_factory=list)
+    """Peak of each process in bytes."""
+    memory_before: list[int] = field(default_factory=list)
+    """Peak of each process before there were data and a model: Python and torch."""
+    memory_kind: str = ""
+    loss_curve: list[float] = field(default_factory=list)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it has been timed, to the end."""
+        return self.reason is None and self.seconds is not None
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Of the process that used most."""
+        return max(self.memory) if self.memory else None
+
+
+def row_of(case: Case, command: str = "") -> Row:
+    """An empty row."""
+    return Row(
+        key=case.key,
+        placement=case.placement.name.value,
+        title=case.title,
+        world_size=case.world_size,
+        accumulation_steps=case.accumulation_steps,
+        num_processes=case.num_processes,
+        is_lossy=case.placement.is_lossy,
+        command=command,
+        is_uniform=case.is_uniform,
+        reason=case.impossible,
+    )
+
+
+def add_preparation(row: Row, answers: Sequence[dict[str, Any]]) -> None:
+    """Fills in the loss curve and the memory."""
+    row.loss_curve = answers[0]["loss_curve"]
+    row.micro_batch_sizes = answers[0]["micro_batch_sizes"]
+    row.memory = [answer["peak_memory"] for answer in answers]
+    row.memory_before = [answer["memory_before"] for answer in answers]
+    row.memory_kind = answers[0]["memory_kind"]
+
+
+def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
+    """Fills in times, shares and traffic."""
+    if not rounds:
+        return
+    row.round_seconds = [turn.seconds for turn in rounds]
+    row.seconds = statistics.median(row.round_seconds)
+    row.low_seconds, row.high_seconds = middle_half(row.round_seconds)
+    row.samples_per_second = rounds[0].samples / row.seconds
+    row.data_share = statistics.median(turn.data_share for turn in rounds)
+    row.sync_share = statistics.median(turn.sync_share for turn in rounds)
+    row.compute_share = 1.0 - row.data_share - row.sync_share
+    row.sync_calls = rounds[-1].sync_calls
+    row.sync_bytes = rounds[-1].sync_bytes
+
+
+def add_speedups(rows: Sequence[Row]) -> None:
+    """Fills in how many times as fast each row is as accumulation in one process, cut as configured."""
+    baselines = {
+        row.accumulation_steps: row.seconds
+        for row in rows
+        if row.placement == PlacementName.single.value and row.seconds is not None and not row.is_uniform
+    }
+    for row in rows:
+        if row.seconds is not None and baselines:
+            row.speedup = baselines.get(row.accumulation_steps, min(baselines.values())) / row.seconds
+
+
+def is_within_noise(row: Row, other: Row) -> bool:
+    """True if the middle halves of the rounds of both overlap: the order may be chance."""
+    (low, high), (other_low, other_high) = (middle_half(one.round_seconds) for one in (row, other))
+    return low <= other_high and other_low <= high

@@ -1,0 +1,244 @@
+"""Runs a comparison: the reference, then every placement, turn by turn, and writes what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from distaccum.config import as_plain
+from distaccum.config.redaction import redacted, redacted_arguments
+from distaccum.config.tools import CompareConfig
+from distaccum.errors import UserError
+from distaccum.observers.formatting import number
+from distaccum.runtime.files import write_result
+from distaccum.runtime.logs import console, logging_to
+from distaccum.tools.bench.environment import environment
+from distaccum.tools.bench.portable import to_portable
+from distaccum.tools.bench.rounds import Round, round_of
+from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
+from distaccum.tools.compare.advice import advise
+from distaccum.tools.compare.page import page_of
+from distaccum.tools.compare.placements import Case, cases_of, reference_case
+from distaccum.tools.compare.report import Reference, Report
+from distaccum.tools.compare.results import Row, add_preparation, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.terminal import show
+from distaccum.training.run_folder import held_run_folder
+
+logger = logging.getLogger(__name__)
+
+_KEPT_SHARE = 0.25
+"""A placement's processes may wait for their next turn if they take no more than this share of the memory left."""
+
+
+def compare(config: CompareConfig) -> Report:
+    """Compares what a configuration asks for; writes `compare.json` and `compare.html` into the run folder.
+
+    Raises:
+        UserError: the configuration can't be trained at all, or the folder can't be written.
+    """
+    if config.run_dir is not None and os.path.exists(Path(config.run_dir) / "compare.json"):
+        raise UserError(
+            f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "
+            "another folder, or remove that one."
+        )
+    with held_run_folder(config.run_dir, "none", as_plain(config)) as folder, logging_to(folder.path, 0):
+        run_dir = folder.path
+        started = time.monotonic()
+        report = _Comparison(config, run_dir).run()
+        report.seconds = time.monotonic() - started
+        found = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+        for name, text in (("compare.json", found), ("compare.html", page_of(report))):
+            write_result(run_dir / name, text, "Choose another run_dir.")
+        show(report, run_dir)
+    return report
+
+
+@dataclass(slots=True)
+class _Contender:
+    """A row in the making."""
+
+    case: Case
+    row: Row
+    session: Session | None = None
+    rounds: list[Round] = field(default_factory=list)
+    is_prepared: bool = False
+
+    def stop(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+
+class _Comparison:
+    def __init__(self, config: CompareConfig, run_dir: Path) -> None:
+        self.config = config
+        self.section = config.compare
+        self.run_dir = run_dir
+        self.reference_file = run_dir / "reference.pt"
+        self.reference: Reference | None = None
+        self.on_cuda = False
+
+    def run(self) -> Report:
+        contenders = [
+            _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
+            for case in cases_of(self.config)
+        ]
+        turns = len(contenders) * self.section.rounds
+        with ExitStack() as stack:
+            stack.callback(self.reference_file.unlink, missing_ok=True)
+            for contender in contenders:
+                stack.callback(contender.stop)
+            progress = stack.enter_context(
+                Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.completed}/{task.total}"),
+                    TimeElapsedColumn(),
+                    console=console,
+                    transient=True,
+                )
+            )
+            bar = progress.add_task("float64 reference", total=turns)
+            self.reference = self._make_reference()
+            for number_of_round in range(1, self.section.rounds + 1):
+                self._play_round(number_of_round, contenders, progress, bar)
+            progress.update(bar, description="ending")
+            for contender in contenders:
+                if contender.session is not None:
+                    contender.session.dismiss()  # all at once, and then wait for each
+        rows = [contender.row for contender in contenders]
+        for contender in contenders:
+            add_rounds(contender.row, contender.rounds)
+        add_speedups(rows)
+        report = Report(
+            **environment(),
+            config=redacted(as_plain(self.config)),
+            reference=self.reference,
+            rows=rows,
+            on_cuda=self.on_cuda,
+        )
+        report.advice = advise(report)
+        return report
+
+    def _play_round(self, turn: int, contenders: list[_Contender], progress: Progress, bar: TaskID) -> None:
+        if turn == 1:
+            # All are built before any is timed, so that starting one never disturbs another's time.
+            for contender in contenders:
+                progress.update(bar, description=f"starting · {contender.case.title}")
+                self._attempt(contender, self._prepare)
+        for contender in contenders:
+            progress.update(bar, description=f"round {turn} · {contender.case.title}")
+            self._attempt(contender, self._time)
+            progress.advance(bar)
+
+    def _attempt(self, contender: _Contender, step: Any) -> None:
+        """Takes a step with a placement; one that fails ends as a row that says why."""
+        if contender.row.reason is not None:
+            return
+        try:
+            step(contender)
+        except PlacementFailedError as failure:
+            contender.row.reason = str(failure)
+            contender.stop()
+            logger.info("%s can't run: %s", contender.case.title, failure)
+
+    def _start(self, case: Case, name: str) -> Session:
+        job = Job(
+            config=to_portable(case.configuration(self.config)),
+            num_processes=case.num_processes,
+            sync_every_step=case.placement.syncs_every_step,
+            threads=self.section.threads_per_rank,
+            reference=self.reference_file.absolute(),
+            log=self.run_dir / "logs" / f"{name}.log",
+        )
+        return Session(job, self.section.timeout_seconds)
+
+    def _prepare(self, contender: _Contender) -> None:
+        row = contender.row
+        session = contender.session = self._start(contender.case, contender.case.key)
+        answers = session.ask("prepare", curve_updates=self.section.curve_updates)
+        add_preparation(row, answers)
+        self.on_cuda = answers[0]["device"] != "CPU"
+        contender.is_prepared = True
+        exact = contender.case.exact_updates(self.config)
+        if self.section.exact_updates <= exact:
+            row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
+        elif self.reference is not None and self.reference.problem is None:
+            row.error = self._error_of(contender, None)
+            row.error_float64 = self._error_of(contender, "fp64") if contender.session is not None else None
+        logger.debug("%s: %s", row.title, row)
+        if not console.is_terminal:  # where there is no progress bar
+            logger.info("ready: %s", row.title)
+        if contender.session is not None and not self._may_stay(row):
+            contender.stop()
+
+    def _error_of(self, contender: _Contender, precision: str | None) -> float | None:
+        assert contender.session is not None
+        try:
+            answers = contender.session.ask("exactness", updates=self.section.exact_updates, precision=precision)
+        except PlacementFailedError as failure:
+            contender.row.notes.append(f"no error in {precision or 'the configured precision'}: {failure}")
+            if not failure.is_alive:
+                contender.stop()
+            return None
+        return float(answers[0]["error"])
+
+    def _time(self, contender: _Contender) -> None:
+        if contender.session is None:
+            contender.session = self._start(contender.case, contender.case.key)
+        answers = contender.session.ask(
+            "round", updates=self.section.updates, warmup_updates=self.section.warmup_updates
+        )
+        contender.rounds.append(round_of(answers))
+        logger.debug("%s: %s s per update", contender.case.title, number(contender.rounds[-1].seconds))
+        if not self._may_stay(contender.row):
+            contender.stop()
+
+    def _may_stay(self, row: Row) -> bool:
+        """Whether processes may be kept until their next turn."""
+        if self.section.keep_alive is not None:
+            return self.section.keep_alive
+        # What waits on a GPU takes up its memory, which the others are to have for themselves.
+        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * _available_memory()
+
+    def _make_reference(self) -> Reference:
+        """The float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
+
+        Raises:
+            UserError: the configuration can't be trained, whatever the placement.
+        """
+        problem = ""
+        for steps in dict.fromkeys([1, max(self.section.accumulation_steps)]):
+            try:
+                with self._start(reference_case(steps), "reference") as session:
+                    answer = session.ask("make_reference", updates=self.section.exact_updates)[0]
+                return Reference(accumulation_steps=steps, parameters=answer["parameters"])
+            except PlacementFailedError as failure:
+                if failure.kind == "user":
+                    raise UserError(str(failure)) from failure
+                problem = str(failure)
+                logger.debug("the reference in %d micro-steps: %s", steps, failure)
+                if failure.kind not in ("memory", "died"):
+                    break
+        logger.warning("there is no float64 reference, so no errors: %s", problem)
+        return Reference(problem=problem)
+
+
+def _available_memory() -> float:
+    """Bytes of memory that are left; infinitely many where that can't be known."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return float("inf")

@@ -1,0 +1,271 @@
+"""The evaluation of trained models: each alone, and all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from distaccum.config import DataConfig
+from distaccum.config import instantiate as targets
+from distaccum.config.components import SCHEMAS
+from distaccum.config.enums import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
+from distaccum.errors import UserError, printable
+from distaccum.loaders import EvaluationLoader
+from distaccum.models.ensemble import Ensemble, NotTogetherError, mean_of_weights
+from distaccum.observers.formatting import number
+from distaccum.planning import DEFAULT_MICRO_BATCH_SIZE
+from distaccum.runtime.devices import Precision, cast, resolve_device, resolve_precision
+from distaccum.runtime.files import write_result
+from distaccum.runtime.logs import console
+from distaccum.runtime.world import World, joined_world
+from distaccum.tasks import CoupledTask
+from distaccum.tools.evaluate.members import Member, find_members, load_weights
+from distaccum.training.build import collate_fn, loader_options
+from distaccum.training.evaluation import evaluate_model
+from distaccum.training.evaluator import metrics_of
+from distaccum.training.model import build_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What is to be evaluated.
+
+    Attributes:
+        paths: folders of runs or of checkpoints.
+        overrides: `KEY=VALUE`, changes to what the models were trained with.
+        combine: None for each model alone, unless there are several; then `probabilities`, if they can be combined.
+        output: a file for the same as JSON.
+        trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
+    """
+
+    paths: Sequence[Path]
+    overrides: Sequence[str] = ()
+    which: WhichCheckpoint = WhichCheckpoint.newest
+    weights: Weights = Weights.raw
+    combine: Combination | None = None
+    class_dim: int | None = None
+    device: DeviceChoice = DeviceChoice.auto
+    output: Path | None = None
+    trust: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """How one model does, or all of them together."""
+
+    name: str
+    update: int | None
+    metrics: dict[str, float]
+
+
+def evaluate(wishes: Wishes) -> int:
+    """Evaluates on all ranks that the launcher has started, and prints the table on rank 0; returns the exit status.
+
+    Raises:
+        UserError: whatever in the checkpoints, the data or the machine keeps them from being evaluated.
+    """
+    with joined_world() as world:
+        device = resolve_device(wishes.device, world.local_rank)
+        world.init_process_group(device)
+        members = find_members(wishes.paths, wishes.which, wishes.overrides, world, wishes.trust)
+        with world.together():
+            examination = _Examination(members, wishes, world, device)
+        rows = examination.rows(wishes.class_dim)
+        with world.together():
+            if world.is_main:
+                _tell(rows, examination, wishes)
+    return 0
+
+
+class _Examination:
+    """Everything built, on this rank's device; nothing in the constructor waits for another rank."""
+
+    def __init__(self, members: Sequence[Member], wishes: Wishes, world: World, device: torch.device) -> None:
+        config = members[0].config
+        data = _typed(DataConfig, config["data"], "data")
+        if data.evaluation is None:
+            raise UserError(
+                "the models were trained without evaluation data (data.evaluation=null): say what to evaluate on, as "
+                "in 'data.evaluation={_target_: distaccum.data.Digits, split: evaluation}'"
+            )
+        self.members = members
+        self.device = device
+        self.precision = resolve_precision(_precision_name(config["precision"]["name"]), device)
+        self.task = targets.build(_checked(config["task"], "task"), "task")
+        self.combine = self._combination(wishes)
+        options = loader_options(data, device, self.precision)
+        dataset = targets.build(data.evaluation, "data.evaluation")
+        self.loader = EvaluationLoader(
+            dataset,
+            batch_size=_batch_size(config["train"]["eval_batch_size"], config["batch"]["micro_batch_size"]),
+            collate_fn=collate_fn(data),
+            rank=world.rank,
+            world_size=world.world_size,
+            options=options,
+        )
+        train_data = _train_data(members)
+        self.models = [
+            _model(member, own_data, wishes.weights, self.precision, device)
+            for member, own_data in zip(members, train_data, strict=True)
+        ]
+        self.problem = ""
+
+    def _combination(self, wishes: Wishes) -> Combination | None:
+        if len(self.members) == 1:
+            if wishes.combine is not None:
+                raise UserError(
+                    f"--combine {wishes.combine.value} needs two models or more, and there is one. Leave it out, or "
+                    "name others too."
+                )
+            return None
+        if isinstance(self.task, CoupledTask):
+            if wishes.combine is Combination.weights:
+                return Combination.weights
+            if wishes.combine is None:
+                return None
+            raise UserError(
+                f"{type(self.task).__name__} compares embeddings, and those of different models have nothing to do "
+                "with each other: they can't be combined. Leave out --combine, and each model is evaluated alone."
+            )
+        return wishes.combine or Combination.probabilities
+
+    def _put_together(self, combine: Combination, class_dim: int | None) -> nn.Module:
+        if combine is Combination.weights:
+            return mean_of_weights(self.models)
+        dimension = class_dim if class_dim is not None else getattr(self.task, "class_dim", None)
+        return Ensemble(self.models, combine=combine, class_dim=dimension)
+
+    def rows(self, class_dim: int | None) -> list[Row]:
+        """Each model's, and all models' together; `problem` then says why they can't be, if so. All ranks call it."""
+        rows = [
+            Row(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
+            for member, model in zip(self.members, self.models, strict=True)
+        ]
+        if self.combine is not None:
+            name = f"all {len(self.members)}, {self.combine.value}"
+            try:
+                together = self._put_together(self.combine, class_dim)
+                rows.append(Row(name=name, update=None, metrics=self._metrics(together)))
+            except NotTogetherError as error:  # a matter of what models give, so the same on every rank
+                self.problem, self.combine = str(error), None
+        self.loader.close()
+        return rows
+
+    def _metrics(self, model: nn.Module) -> dict[str, float]:
+        loss, weight, sums = evaluate_model(
+            model, self.task, self.loader, device=self.device, autocast=self.precision.autocast
+        )
+        return {"loss": loss, **metrics_of(self.task, sums, weight)}
+
+
+Schema = TypeVar("Schema")
+
+
+def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
+    """A section as its schema has it; keys that the schema doesn't know are left out.
+
+    Raises:
+        UserError: a value is of another type, or impossible.
+    """
+    known = {entry.name for entry in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    given = {key: value for key, value in section.items() if key in known}
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
+    except OmegaConfBaseException as error:
+        key = f"{name}.{error.full_key}" if error.full_key else name
+        raise UserError(f"{key}: {str(error).splitlines()[0]}.") from error
+    assert isinstance(made, schema)
+    return made
+
+
+def _checked(section: dict[str, Any], group: str) -> dict[str, Any]:
+    """A section `task` or `model`, whose values have the types that its target's schema gives them, if it has one."""
+    for schema in SCHEMAS[group].values():
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(schema)}
+        if defaults["_target_"] == section.get("_target_"):
+            _typed(schema, section, group)
+    return section
+
+
+def _precision_name(name: Any) -> PrecisionName:
+    if name not in PrecisionName.__members__:
+        raise UserError(f"precision.name={name} is unknown: it must be {', '.join(PrecisionName.__members__)}.")
+    return PrecisionName[name]
+
+
+def _batch_size(size: Any, micro_batch_size: Any) -> int:
+    if size is None:
+        return micro_batch_size if type(micro_batch_size) is int else DEFAULT_MICRO_BATCH_SIZE
+    if type(size) is not int or size < 1:
+        raise UserError(f"train.eval_batch_size={size} is impossible: it must be a whole number, and at least 1.")
+    return size
+
+
+def _train_data(members: Sequence[Member]) -> list[Any]:
+    """Of each member; models may take arguments from it (the number of classes, say). Equal ones are built once."""
+    built: list[tuple[Any, Any]] = []
+    found = []
+    for member in members:
+        section = member.config["data"]["train"]
+        known = [data for other, data in built if other == section]
+        if not known:
+            known = [targets.build(section, "data.train")]
+            built.append((section, known[0]))
+        found.append(known[0])
+    return found
+
+
+def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
+    wrap = (member.config.get("strategy") or {}).get("wrap") or ()
+    module = build_model(_checked(member.config["model"], "model"), train_data, wrap)
+    module = cast(module.to(device), precision.parameter_dtype)
+    load_weights(module, member, weights)
+    return module
+
+
+def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> None:
+    samples = examination.loader.num_samples
+    title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("model")
+    table.add_column("update", justify="right")
+    names = list(rows[0].metrics)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        is_all = row.update is None
+        cells = [number(row.metrics[name]) for name in names]
+        update = "" if is_all else str(row.update)
+        table.add_row(Text(printable(row.name), overflow="fold"), update, *cells, style="bold" if is_all else "")
+    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    wide.print(table)
+    if wishes.output is not None:
+        _write(rows, samples, wishes, examination.combine)
+        console.print(printable(f"written: {wishes.output}"))
+    if examination.problem:
+        if wishes.combine is not None or wishes.class_dim is not None:
+            raise UserError(examination.problem)
+        console.print(Text(printable(f"each alone, and not together: {examination.problem}")))
+
+
+def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:
+    found = {
+        "samples": samples,
+        "weights": wishes.weights.value,
+        "combine": combine.value if combine else None,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    assert wishes.output is not None
+    write_result(wishes.output, json.dumps(found, indent=2) + "\n", "Choose another with --out.")

@@ -1,0 +1,301 @@
+"""Measuring what one rank holds, in real windows of the real accumulator, on real tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from distaccum.accumulation import Accumulator
+from distaccum.config import DPConfig, EmaConfig, StrategyConfig, SwaConfig
+from distaccum.runtime.devices import Precision
+from distaccum.runtime.memory import Meter, held_bytes, is_out_of_memory, metered
+from distaccum.runtime.nested import tensors_of
+from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
+from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
+from distaccum.tasks import TaskOutput, checked_output
+from distaccum.tools.memory.fake_ranks import fake_ranks
+from distaccum.training.model import checkpoint_blocks, evaluation_mode
+from distaccum.training.optim import build_optimizer
+from distaccum.training.weight_average import WeightAverage
+
+STEP = "optimizer step"
+EVALUATION = "evaluation"
+"""The moments that aren't a part of a micro-step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """All that one rank's memory depends on, besides model, task and the size of the micro-batch."""
+
+    strategy: StrategyConfig
+    world_size: int
+    accumulation_steps: int
+    optim: Any
+    """A section `optim`."""
+    activation_checkpointing: bool
+    wrap: Sequence[str] = ()
+    averages: Sequence[EmaConfig | SwaConfig] = ()
+    evaluation_batch_of: Callable[[int], Any] | None = None
+    """Makes the batch of an evaluation that goes with micro-batches of so many samples."""
+
+
+@dataclass(slots=True)
+class Footprint:
+    """What one rank holds under one setting, in bytes.
+
+    Attributes:
+        parameters, buffers, optimizer, averages: at rest, between two windows.
+        gradients: at the end of a window, those that the optimizer sees.
+        other: what else is held at rest (DDP's buckets, where gradients are no views of them).
+        activations: by size of the micro-batch, what its forward leaves for the backward.
+        batches: by size of the micro-batch, what the batch itself holds.
+        peaks: by size of the micro-batch and moment, the most that is held at once.
+        first_peak: by moment, the most in the first window of all, at the smallest size: gradients and optimizer state
+            come into being in it.
+    """
+
+    parameters: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    averages: int = 0
+    other: int = 0
+    activations: dict[int, int] = field(default_factory=dict)
+    batches: dict[int, int] = field(default_factory=dict)
+    peaks: dict[int, dict[str, int]] = field(default_factory=dict)
+    first_peak: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> dict[int, int]:
+        """By size of the micro-batch."""
+        return {size: max(moments.values()) for size, moments in self.peaks.items()}
+
+    def moment(self, size: int) -> str:
+        """When the peak is."""
+        moments = self.peaks[size]
+        return max(moments, key=moments.__getitem__)
+
+
+def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
+    """How many replicas share each micro-batch of a process."""
+    if not isinstance(strategy, DPConfig):
+        return 1
+    if strategy.replicas is not None:
+        return strategy.replicas
+    return torch.cuda.device_count() if device.type == "cuda" else DEFAULT_REPLICAS_ON_CPU
+
+
+def measure(
+    master: nn.Module,
+    setting: Setting,
+    task: Callable[[nn.Module, Any], TaskOutput],
+    batch_of: Callable[[int], Any],
+    sizes: Sequence[int],
+    *,
+    device: torch.device,
+    precision: Precision,
+    clip_norm: float | None = 1.0,
+    limit: float | None = None,
+) -> Footprint:
+    """Trains a copy of a model for some windows, one for each size of the micro-batch, as rank 0 of `world_size`.
+
+    Args:
+        master: on the CPU, without activation checkpointing. It stays as it is.
+        batch_of: makes a micro-batch of so many samples, on the device. Its memory counts.
+        sizes: of micro-batches, the smallest first.
+        limit: bytes; sizes that would need more, by those measured before, are left out, as are those for which memory
+            runs out.
+
+    Raises:
+        UserError: the strategy can't be had, …
+        Exception: memory runs out at the smallest size already (see `distaccum.runtime.memory.is_out_of_memory`).
+    """
+    with fake_ranks(setting.world_size):
+        return measure_here(
+            master,
+            setting,
+            task,
+            batch_of,
+            sizes,
+            device=device,
+            precision=precision,
+            clip_norm=clip_norm,
+            limit=limit,
+            has_ranks=setting.world_size == 1,
+        )
+
+
+def measure_here(
+    master: nn.Module,
+    setting: Setting,
+    task: Callable[[nn.Module, Any], TaskOutput],
+    batch_of: Callable[[int], Any],
+    sizes: Sequence[int],
+    *,
+    device: torch.device,
+    precision: Precision,
+    clip_norm: float | None = 1.0,
+    limit: float | None = None,
+    has_ranks: bool = True,
+) -> Footprint:
+    """As `measure`, in the process group that there is already, all of whose ranks call this.
+
+    Args:
+        has_ranks: False if what its collectives give is what has been in memory by chance.
+    """
+    # cuBLAS keeps the workspaces that it takes at its first use, in the threads of forwards and of backwards. They are
+    # taken before anything is measured: every setting needs them, and the first one alone would show them.
+    ones = torch.ones(8, 8, device=device, requires_grad=True)
+    (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        warnings.filterwarnings(
+            "ignore", message="`torch.jit.* is deprecated", category=DeprecationWarning
+        )  # by torch's own ZeRO-1
+        meter = stack.enter_context(metered(device))
+        windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
+        try:
+            footprint = _footprint(windows, batch_of, sizes, limit)
+        finally:
+            windows.close()
+    gc.collect()  # a placed model and its hooks hold each other
+    return footprint
+
+
+def _footprint(
+    windows: _Windows, batch_of: Callable[[int], Any], sizes: Sequence[int], limit: float | None
+) -> Footprint:
+    found = Footprint()
+    # Gradients and the optimizer's state come into being in the first window, and DDP's final buckets in the second.
+    found.first_peak, _ = windows.run(batch_of(sizes[0]))
+    windows.run(batch_of(sizes[0]))
+    windows.weigh(found)
+    for size in sizes:
+        if limit is not None and len(found.peaks) > 1 and max(found.peak.values()) / max(found.peaks) * size > limit:
+            break
+        batch = batch_of(size)
+        try:
+            peaks, activations = windows.run(batch)
+            peaks |= windows.evaluate(size)
+        except Exception as error:
+            if not found.peaks or not is_out_of_memory(error):
+                raise
+            break
+        found.batches[size] = held_bytes(tensors_of(batch))
+        found.peaks[size], found.activations[size] = peaks, activations
+    return found
+
+
+class _Windows:
+    """A placed copy of the model that makes updates."""
+
+    def __init__(
+        self,
+        master: nn.Module,
+        setting: Setting,
+        task: Callable[[nn.Module, Any], TaskOutput],
+        meter: Meter,
+        device: torch.device,
+        precision: Precision,
+        clip_norm: float | None,
+        has_ranks: bool,
+    ) -> None:
+        module = copy.deepcopy(master)
+        if setting.activation_checkpointing:
+            checkpoint_blocks(module, setting.wrap)
+        if setting.strategy.name == "dp":
+            meter.watch_threads_of(module)
+        self._strategy: Strategy = place(module, setting.strategy, device, precision.name)
+        parameters = self._strategy.model.parameters()
+        shard = shards_optimizer(setting.strategy)
+        self._optimizer = build_optimizer(setting.optim, parameters, device, shard=shard)
+        self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
+        self._gradient_bytes = 0
+        self._accumulator = Accumulator(
+            self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
+        )
+        self._task = task
+        self._evaluation_batch_of = setting.evaluation_batch_of
+        self._has_ranks = has_ranks
+        self._meter = meter
+        self._autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
+        # A fourth micro-step would be like the third: gradients are there, and it isn't the last.
+        self._micro_steps = min(setting.accumulation_steps, 3)
+        meter.lap()
+
+    def run(self, batch: Any) -> tuple[dict[str, int], int]:
+        """Makes an update of a window; returns the peak of each moment, and what forwards keep for the backward."""
+        peaks: dict[str, int] = {}
+        kept = 0
+
+        def lap(moment: str) -> None:
+            peaks[moment] = max(peaks.get(moment, 0), self._meter.lap())
+
+        self._meter.lap()
+        with self._accumulator.window([batch] * self._micro_steps) as micro_batches:
+            for number, micro_batch in enumerate(micro_batches, 1):
+                before = self._meter.now
+                with self._autocast():
+                    output = checked_output(self._task(self._strategy.model, micro_batch))
+                kept = max(kept, self._meter.now - before)
+                lap("forward")
+                self._accumulator.backward(output.loss_sum, output.weight, output.sums)
+                del output
+                is_last = number == self._micro_steps
+                lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")
+        self._make_finite()
+        self._gradient_bytes = held_bytes(self._gradients())
+        self._accumulator.step()
+        for average in self._averages:
+            average.after_update(average.config.first_update or 1)
+        lap(STEP)
+        return peaks, kept
+
+    def evaluate(self, size: int) -> dict[str, int]:
+        """The peak of a forward of the evaluation, if there is one."""
+        if self._evaluation_batch_of is None:
+            return {}
+        self._meter.lap()
+        module = self._strategy.module
+        with evaluation_mode(module), torch.no_grad(), self._autocast():
+            self._task(module, self._evaluation_batch_of(size))
+        self._strategy.at_rest()
+        return {EVALUATION: self._meter.lap()}
+
+    def _make_finite(self) -> None:
+        """What would have come from ranks that aren't there is what has been in memory by chance."""
+        if not self._has_ranks:
+            torch._foreach_zero_(local_parts(self._gradients()))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._strategy.model.parameters() if p.grad is not None]
+
+    def weigh(self, found: Footprint) -> None:
+        """Writes down what is held at rest."""
+        self._strategy.at_rest()
+        module = self._strategy.module
+        parameters: list[Tensor] = list(module.parameters())
+        inner = getattr(self._optimizer, "optim", self._optimizer)
+        buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
+        found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
+        # Buckets that several gradients are views of are counted once.
+        found.gradients, found.optimizer = self._gradient_bytes, held_bytes(tree_iter(list(inner.state.values())))
+        found.averages = sum(held_bytes(average.tensors().values()) for average in self._averages)
+        # Those that have no home in buckets are dropped between windows.
+        known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer
+        known += found.averages
+        found.other = max(0, self._meter.now - known)
+
+    def close(self) -> None:
+        self._accumulator.clear_gradients()
+        del self._accumulator, self._averages, self._optimizer, self._strategy

@@ -1,0 +1,7 @@
+"""What a run was and how it went, from its folder: one page for one run or for several."""
+
+from __future__ import annotations
+
+from distaccum.tools.report.run import write_page
+
+__all__ = ["write_page"]

@@ -1,0 +1,298 @@
+"""The charts of a page of runs, each with what it shows in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from distaccum.observers.formatting import byte_size, number, words
+from distaccum.tools.pages import (
+    Axis,
+    Band,
+    Curve,
+    Mark,
+    Panel,
+    Segment,
+    key,
+    line_chart,
+    moving_median,
+    row_chart,
+    thinned,
+)
+from distaccum.tools.report.runs import Run
+
+NUM_STYLES = 8
+"""Colours for runs; more runs than that have them again, dashed."""
+_POINTS = 480
+_STRETCHES = 60
+_WIDE_RANGE = 30.0
+_MANY_SKIPPED = 400
+Point = tuple[float, float]
+
+
+def style_of(index: int) -> str:
+    """The CSS class of a run's colour."""
+    return f"r{index % NUM_STYLES}"
+
+
+def window_of_median(length: int) -> int:
+    """Over how many updates a curve of so many takes its median: an odd number, about a fortieth."""
+    return 1 if length < 40 else 2 * (length // 80) + 1
+
+
+class Charts:
+    """The charts of some runs.
+
+    Args:
+        over_samples: the horizontal axis counts samples instead of updates.
+    """
+
+    def __init__(self, runs: Sequence[Run], *, over_samples: bool = False) -> None:
+        self._runs = runs
+        self._is_single = len(runs) == 1
+        self._over_samples = over_samples
+
+    def _placed(self, run: Run, points: Sequence[Point]) -> list[Point]:
+        """Points over the horizontal axis."""
+        if not self._over_samples:
+            return list(points)
+        samples = dict(run.metrics.values("samples"))
+        return [(samples[update], value) for update, value in points if update in samples]
+
+    def _series(self, name: str) -> list[tuple[int, Run, list[Point]]]:
+        found = []
+        for index, run in enumerate(self._runs):
+            group, _, metric = name.partition("/")
+            points = run.metrics.evaluated(metric) if group == "eval" else run.metrics.values(name)
+            points = self._placed(run, points)
+            if any(math.isfinite(value) for _, value in points):
+                found.append((index, run, points))
+        return found
+
+    def chart(
+        self, title: str, name: str, *, is_log: bool | None = None, from_zero: bool = False, averaged: bool = False
+    ) -> str:
+        """One measure of all runs over the updates; empty if none has it.
+
+        Args:
+            name: a key of the lines (`loss`), or `eval/METRIC`.
+            is_log: None: if the values are positive and span a wide range.
+            averaged: a median over some updates as the line, each update pale behind it.
+        """
+        series = self._series(name)
+        if not series:
+            return ""
+        is_evaluation = name.startswith("eval/")
+        curves: list[Curve] = []
+        for index, run, points in series:
+            curves += self._curves(index, run, points, averaged=averaged, has_marks=is_evaluation)
+        if self._is_single and name == "loss" and (evaluated := self._evaluated_losses()):
+            curves += self._curves(1, self._runs[0], evaluated, averaged=False, has_marks=True)
+        axis = self._axis(title, [value for _, _, points in series for _, value in points], is_log, from_zero)
+        marks = self._skipped(curves, axis) if name == "loss" else []
+        described = (
+            f"{title} over {self._x_name}: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
+        )
+        return _figure(self._drawn(described, [*curves, *marks], axis))
+
+    def _evaluated_losses(self) -> list[Point]:
+        return self._placed(self._runs[0], self._runs[0].metrics.evaluated("loss"))
+
+    def _curves(self, index: int, run: Run, points: list[Point], *, averaged: bool, has_marks: bool) -> list[Curve]:
+        style = style_of(index)
+        is_dashed = index >= NUM_STYLES
+        hint = self._in_words(run, points)
+        label = run.name if not self._is_single else "evaluation" if has_marks else "training"
+        length = window_of_median(len(points)) if averaged else 1
+        if length == 1:
+            marks = has_marks and len(points) <= 60
+            drawn = thinned(points, _POINTS)
+            return [Curve("", style, drawn, hint, has_marks=marks, is_dashed=is_dashed, label=label)]
+        medians = moving_median(points, length, _POINTS)
+        curves = [Curve("", style, medians, hint, is_dashed=is_dashed, label=label)]
+        if len(self._runs) <= 3:
+            curves.insert(0, Curve("", f"{style} pale", thinned(points, _POINTS), hint))
+        return curves
+
+    def _skipped(self, curves: Sequence[Curve], axis: Axis) -> list[Curve]:
+        """Updates that were left out, as marks at the bottom."""
+        heights = [y for curve in curves for _, y in curve.points if axis.has(y)]
+        bottom = axis.low if axis.low is not None else min(heights, default=1.0)
+        found = []
+        for run in self._runs:
+            points = self._placed(run, [(float(update), bottom) for update in run.skipped[:_MANY_SKIPPED]])
+            if points:
+                hint = f"{run.name}: {len(run.skipped)} skipped updates"
+                found.append(Curve("", "skipped", points, hint, has_marks=True, has_line=False))
+        return found
+
+    def _axis(self, title: str, values: Sequence[float], is_log: bool | None, from_zero: bool) -> Axis:
+        finite = [value for value in values if math.isfinite(value)]
+        low, high = min(finite), max(finite)
+        if is_log is None:
+            is_log = low > 0 and high > low * _WIDE_RANGE
+        return Axis(title=title, is_log=is_log and low > 0, low=0.0 if from_zero and low >= 0 and not is_log else None)
+
+    @property
+    def _x_name(self) -> str:
+        return "samples" if self._over_samples else "updates"
+
+    def _drawn(
+        self,
+        described: str,
+        curves: Sequence[Curve],
+        axis: Axis,
+        bands: Sequence[Band] = (),
+        low_x: float | None = None,
+    ) -> str:
+        marks = []
+        if self._is_single and not self._over_samples:
+            marks = [
+                Mark(float(update), "went on") for update in sorted(set(self._runs[0].resumed_after))[:3] if update
+            ]
+        x = Axis(title="sample" if self._over_samples else "update", low=low_x)
+        return line_chart(
+            described, curves, x=x, y=axis, bands=bands, marks=marks, width=400, height=250, has_names=False
+        )
+
+    def _in_words(self, run: Run, points: Sequence[Point]) -> str:
+        finite = [(x, y) for x, y in points if math.isfinite(y)]
+        if not finite:
+            return f"{run.name}: no finite value"
+        low, high = min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])
+        where = "sample" if self._over_samples else "update"
+        ends = [f"{number(y)} at {where} {x:,.0f}" for x, y in (finite[0], finite[-1])]
+        extremes = [f"{name} {number(y)} at {x:,.0f}" for name, (x, y) in (("lowest", low), ("highest", high))]
+        return f"{run.name}: {', '.join((*ends, *extremes))}"
+
+    def noise_scale(self) -> str:
+        """The gradient noise scale, with its error if there is one run, beside the window; empty if not measured."""
+        series = self._series("noise_scale")
+        if not series:
+            return ""
+        curves = [
+            Curve("", style_of(index), thinned(points, _POINTS), self._in_words(run, points), label=run.name)
+            for index, run, points in series
+        ]
+        bands = []
+        if self._is_single:
+            run = self._runs[0]
+            errors = dict(run.metrics.values("noise_scale_error"))
+            triples = [
+                (x, max(value - errors[x], value / 10), value + errors[x])
+                for x, value in series[0][2]
+                if math.isfinite(value) and value > 0 and math.isfinite(errors.get(x, math.nan))
+            ]
+            if triples:
+                bands.append(Band("r0", triples[:: max(1, len(triples) // _POINTS)], "the error of the noise scale"))
+            windows = [(x, v) for x, v in self._placed(run, _windows(run)) if math.isfinite(v)]
+            if windows:
+                curves.append(
+                    Curve("", "quiet-line", thinned(windows, _POINTS), "samples of the window", is_dashed=True)
+                )
+        values = [value for _, _, points in series for _, value in points if math.isfinite(value) and value > 0]
+        if not values:
+            return ""
+        low = min(values) / 2
+        axis = Axis(title="Gradient noise scale, samples", is_log=True, low=low)
+        described = f"Gradient noise scale: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
+        caption = "Dashed: the window." if self._is_single else ""
+        return _figure(self._drawn(described, curves, axis, bands), caption)
+
+    def memory(self) -> str:
+        """The peak of memory so far, on rank 0; empty if it is not known."""
+        series = self._series("peak_memory_bytes")
+        if not series:
+            return ""
+        mebi = 2.0**20
+        curves = []
+        for index, run, points in series:
+            hint = f"{run.name}: {byte_size(run.peak_memory or 0)} at most"
+            scaled = [(x, value / mebi) for x, value in points]
+            curves.append(Curve("", style_of(index), thinned(scaled, _POINTS), hint, len(points) <= 20, label=run.name))
+        described = "Peak memory of rank 0: " + "; ".join(curve.hint for curve in curves) + "."
+        return _figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
+
+    def time_split(self) -> str:
+        """What an update's time went into: over the updates for one run, in all for several."""
+        return self._time_of_one(self._runs[0]) if self._is_single else self._time_of_all()
+
+    def _time_of_one(self, run: Run) -> str:
+        if run.shares is None:
+            return ""
+        lines = [line for line in run.metrics.updates if all(key in line for key in _TIMES)]
+        stretches = min(_STRETCHES, len(lines))
+        layers: dict[str, list[tuple[float, float, float]]] = {"compute": [], "data": [], "sync": []}
+        for index in range(stretches):
+            part = lines[index * len(lines) // stretches : (index + 1) * len(lines) // stretches]
+            # The median, since the first update may take a hundred times as long.
+            total, data, sync = (1e3 * statistics.median(float(line[key] or 0.0) for line in part) for key in _TIMES)
+            middle = float(part[len(part) // 2]["update"])
+            compute = max(0.0, total - data - sync)
+            layers["compute"].append((middle, 0.0, compute))
+            layers["data"].append((middle, compute, compute + data))
+            layers["sync"].append((middle, compute + data, max(total, compute + data)))
+        shown = dict(zip(("data", "compute", "sync"), run.shares, strict=True))
+        bands = [
+            Band(name, triples, f"{_WORDS[name]}: {shown[name]:.0%} of the time") for name, triples in layers.items()
+        ]
+        described = f"Time of an update: {', '.join(band.hint for band in bands)}."
+        chart = self._drawn(described, [], Axis(title="Time of an update, ms", low=0.0), bands)
+        return f"<figure>{chart}{key([(name, f'{_WORDS[name]} {shown[name]:.0%}') for name in layers])}</figure>"
+
+    def _time_of_all(self) -> str:
+        runs = [run for run in self._runs if run.shares is not None]
+        if not runs:
+            return ""
+        bars, labels = [], []
+        for run in runs:
+            shares = run.shares
+            assert shares is not None
+            seconds = 1e3 * run.train_seconds / len(run.metrics.updates)
+            parts = zip(("data", "compute", "sync"), shares, strict=True)
+            bars.append([Segment(seconds * s, n, f"{run.name}: {_WORDS[n]} {s:.0%}") for n, s in parts])
+            labels.append(f"{number(seconds, 2)} ms")
+        time = Panel(
+            title="Mean time of an update, ms",
+            share=0.6,
+            tick=lambda v: f"{v:g}",
+            label_width=84,
+            bars=bars,
+            labels=labels,
+        )
+        memory = Panel(
+            title="Peak memory of rank 0",
+            share=0.4,
+            tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+            label_width=84,
+            binary=True,
+            bars=[[] if run.peak_memory is None else [Segment(run.peak_memory, "training", run.name)] for run in runs],
+            labels=["" if run.peak_memory is None else byte_size(run.peak_memory) for run in runs],
+        )
+        names = [(run.name if len(run.name) <= 30 else f"…{run.name[-29:]}", "") for run in runs]
+        described = "Time of an update: " + "; ".join(
+            f"{run.name} {label}" for run, label in zip(runs, labels, strict=True)
+        )
+        has_memory = any(run.peak_memory is not None for run in runs)
+        chart = row_chart(described, names, [None] * len(runs), [time, memory] if has_memory else [time])
+        return key(list(_WORDS.items())) + chart
+
+    def evaluations(self) -> list[str]:
+        """A chart for each metric of the evaluations; of one run's loss, that of the training has it."""
+        names = dict.fromkeys(name for run in self._runs for name in run.metrics.evaluation_metrics())
+        wanted = [name for name in names if not (self._is_single and name == "loss")]
+        return [self.chart(f"Evaluation: {words(name)}", f"eval/{name}") for name in wanted]
+
+
+_TIMES = ("update_seconds", "data_seconds", "sync_seconds")
+_WORDS = {"data": "waiting for data", "compute": "computing", "sync": "waiting in the sync"}
+
+
+def _windows(run: Run) -> list[Point]:
+    measured = run.metrics.values("window_samples")
+    return measured or [(u, run.window) for u, _ in run.metrics.values("noise_scale")]
+
+
+def _figure(chart: str, caption: str = "") -> str:
+    return f"<figure>{chart}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"

@@ -1,0 +1,136 @@
+"""One run of a study: a process of its own, watched until it has got to the target or to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distaccum.config import TrainConfig
+from distaccum.tools.bench.portable import to_portable
+from distaccum.tools.study.curves import Learning
+
+_LOOK_SECONDS = 0.25
+_SHARE_OF_LOOKING = 0.05
+"""Reading how far a long run is takes time: no more than this part of it."""
+_STOP_SECONDS = 60.0
+"""How long a run may take to save and leave."""
+
+
+class PointFailedError(Exception):
+    """A run ended with an error; the message is its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be run, and how."""
+
+    config: TrainConfig
+    ranks: int
+    threads: int
+    log: Path
+    """Where everything goes that the processes write."""
+
+
+def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], bool]) -> Learning:
+    """Runs a training until it has learned enough or is at its end; returns what it came to.
+
+    It goes on from its checkpoint, if there is one. However this ends, no process is left, and the run has saved.
+
+    Args:
+        look: reads how far it is.
+        is_enough: whether it may stop there.
+
+    Raises:
+        PointFailedError: it ended with an error.
+    """
+    assert job.config.run_dir is not None
+    with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps({"config": to_portable(job.config), "threads": job.threads}), encoding="utf-8")
+        process = _start(job, file)
+        try:
+            has_stopped = _watch(process, look, is_enough)
+        finally:
+            _stop(process)
+    if has_stopped:
+        # It says that it wants to be started again; but it was this study that had enough of it.
+        (Path(job.config.run_dir) / "unfinished.json").unlink(missing_ok=True)
+    elif process.returncode != 0:
+        raise PointFailedError(_reason(job.log, process.returncode))
+    return look()
+
+
+def _start(job: Job, file: Path) -> subprocess.Popen[bytes]:
+    launcher = [sys.executable]
+    if job.ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            [*launcher, "-m", "distaccum.tools.study.worker", str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the study, which tells the run to save and leave.
+            start_new_session=True,
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+                "OMP_NUM_THREADS": str(job.threads),
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            },
+        )
+
+
+def _watch(
+    process: subprocess.Popen[bytes], look: Callable[[], Learning], is_enough: Callable[[Learning], bool]
+) -> bool:
+    """Waits for the end of a run, and brings it about when it has learned enough; returns whether it did."""
+    pause = _LOOK_SECONDS
+    while True:
+        try:
+            process.wait(pause)
+            return False
+        except subprocess.TimeoutExpired:
+            began = time.monotonic()
+            if is_enough(look()):
+                _stop(process)
+                return True
+            pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Has a run save and leave, if it is still there."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_SECONDS)
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _reason(log: Path, status: int) -> str:
+    """Why a run failed: its own message, else the last exception."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines()]
+    said = [line.partition("error: ")[2] for line in lines if line.startswith("error: ") or "]:error: " in line]
+    raised = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
+    found = said[-1:] or raised[-1:]
+    if found:
+        return found[0][:400]
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"it was killed by {signal.Signals(-status).name}"
+    return f"it ended with status {status}; {log} has what it said"

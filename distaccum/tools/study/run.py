@@ -1,0 +1,352 @@
+"""A study from its start to its page: runs its points one after another, or one of them, and concludes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from distaccum.config import as_plain
+from distaccum.config import instantiate as targets
+from distaccum.config.enums import Goal
+from distaccum.config.redaction import redacted, redacted_arguments
+from distaccum.config.tools import StudyConfig
+from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
+from distaccum.observers.formatting import duration, number
+from distaccum.runtime.files import without_tilde, write_result, write_text
+from distaccum.runtime.logs import console, logging_to
+from distaccum.runtime.stop_signals import SIGNALS
+from distaccum.tools.bench.environment import environment
+from distaccum.tools.study.advice import advise
+from distaccum.tools.study.curves import Learning, crossing, read_learning
+from distaccum.tools.study.page import page_of, picture_of
+from distaccum.tools.study.point_process import Job, PointFailedError, run
+from distaccum.tools.study.points import Point, configuration, max_samples, measures_noise, points_of
+from distaccum.tools.study.results import FAILED, Result, Study, chosen_target, conclude, result_of
+from distaccum.tools.study.terminal import show
+from distaccum.training.run_folder import changes, held_run_folder
+
+logger = logging.getLogger(__name__)
+
+_OUTCOME = "outcome.json"
+_MAY_CHANGE = ("batch_sizes", "lr_rules", "metric", "goal", "target", "smoothing", "point", "threads_per_rank")
+"""Keys of `study` that another start of the same study may have otherwise: its runs stay what they are."""
+
+
+class _StoppedError(Exception):
+    """SIGTERM or SIGHUP: save, leave, and say that this wants to be started again."""
+
+
+def study(config: StudyConfig) -> int:
+    """Makes a study, or goes on with it; returns the exit status.
+
+    Writes `study.json`, `study.html` and `study.svg` into its folder, beside a run folder for each point.
+
+    Raises:
+        UserError: nothing can be learned from this configuration, or the folder can't be written or is another study's.
+    """
+    num_samples = len(targets.build(config.data.train, "data.train"))
+    points = points_of(config, num_samples)
+    if config.study.point is not None:
+        return _study_one(config, points, num_samples)
+    _check_same_study(config)
+    with held_run_folder(config.run_dir, "none", as_plain(config)) as folder, logging_to(folder.path, 0):
+        return _Study(config, folder.path, points, num_samples).make(points)
+
+
+def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> int:
+    """One point, beside other jobs that have the others; the last one concludes."""
+    index = config.study.point
+    assert index is not None
+    _check_array(len(points))
+    if config.run_dir is None:
+        raise UserError(
+            f"study.point={index} runs one point of a study that others run too: name its folder with run_dir=…."
+        )
+    if index >= len(points):
+        raise UserError(
+            f"study.point={index} is impossible: this study has {len(points)} points, 0 to {len(points) - 1}."
+        )
+    _check_same_study(config)
+    path = without_tilde(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.path.exists(path / "config.yaml"):
+            plain = as_plain(config)
+            plain["study"]["point"] = None
+            write_text(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise UserError(f"run_dir={path} can't be written: {error.strerror or error}.") from error
+    point = points[index]
+    with logging_to(path / "logs" / point.name, 0):
+        return _Study(config, path, points, num_samples).make([point])
+
+
+def _check_array(num_points: int) -> None:
+    """An array of another size would leave points out, or run some for nothing."""
+    count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
+    if count is not None and int(count) != num_points:
+        raise UserError(
+            f"a study of {num_points} points needs sbatch --array=0-{num_points - 1}, and the array has {count} jobs."
+        )
+
+
+def _check_same_study(config: StudyConfig) -> None:
+    """A folder that holds a study may only go on with that one."""
+    if config.run_dir is None:
+        return
+    path = without_tilde(config.run_dir)
+    if os.path.exists(path / "metrics.jsonl") or os.path.exists(path / "checkpoints"):
+        raise UserError(f"run_dir={config.run_dir} holds a run, and a study needs a folder of its own: choose another.")
+    if not os.path.exists(path / "points"):
+        return
+    try:
+        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict) or not isinstance(before.get("study"), dict):
+        raise UserError(
+            f"{path / 'config.yaml'} can't be read, so there is no telling whether run_dir={config.run_dir} holds this "
+            "study: choose another folder."
+        )
+    now = redacted(as_plain(config))
+    for plain in (before, now):
+        plain["study"] = {key: value for key, value in plain["study"].items() if key not in _MAY_CHANGE}
+    if different := changes(before, now):
+        raise UserError(
+            f"run_dir={config.run_dir} holds a study with other settings ({'; '.join(different[:5])}), whose runs "
+            "can't be compared with new ones. Choose another folder, or put that back."
+        )
+
+
+class _Study:
+    def __init__(self, config: StudyConfig, path: Path, points: list[Point], num_samples: int) -> None:
+        self.config = config
+        self.section = config.study
+        self.path = path
+        self.points = points
+        self.num_samples = num_samples
+        self.limit = max_samples(config, num_samples)
+        self.noise_scale = measures_noise(config, targets.build(config.task, "task"))
+        assert self.section.metric is not None
+        self.metric = self.section.metric
+        name = self.metric.rpartition("/")[2]
+        self.goal = self.section.goal or (Goal.min if name == "loss" else Goal.max)
+        self.smoothing_samples = max(1, self.section.smoothing * self.limit // self.section.evaluations)
+
+    def make(self, wanted: list[Point]) -> int:
+        """Runs the points that are wanted and not finished, and writes what is known then."""
+        waiting = [point for point in wanted if not self._is_over(point, self._learning(point))]
+        self._tell_start(waiting)
+        status = 0
+        try:
+            with _sigterm_raises():
+                self._run_all(waiting)
+        except (KeyboardInterrupt, _StoppedError) as stop:
+            status = EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else EXIT_UNFINISHED
+        results = [self._result(point) for point in self.points]
+        found = self._concluded(results)
+        if status == 0 and self.section.point is not None and not found.is_complete:
+            return status  # the job that ends last concludes
+        self._write_all(found)
+        show(found, self.path)
+        if all(result.outcome == FAILED for result in results):
+            raise UserError(f"no run of the study could be made. Of {results[0].title}: {results[0].reason}")
+        if status:
+            over = sum(self._is_over(point, self._learning(point)) for point in self.points)
+            console.print(
+                f"stopped: {over} of {len(self.points)} runs are finished, the one under way has saved. To go on, the "
+                f"same command with run_dir={self.path}",
+                soft_wrap=True,
+            )
+        return status
+
+    def _tell_start(self, waiting: list[Point]) -> None:
+        sizes = ", ".join(str(size) for size in dict.fromkeys(point.batch_size for point in self.points))
+        target = "chosen from the runs" if self.section.target is None else f"{self.section.target:g}"
+        logger.info(
+            "%d runs (batch sizes %s), each of at most %s samples; target of %s: %s",
+            len(self.points),
+            sizes,
+            f"{self.limit:,}",
+            self.metric,
+            target,
+        )
+        logger.info(
+            "every window has its full size (batch.drop_last=true); warm-up and schedule take the same samples at each "
+            "batch size"
+        )
+        if len(waiting) < len(self.points) and self.section.point is None:
+            logger.info("%d of them are finished already", len(self.points) - len(waiting))
+        logger.info("files: %s", self.path)
+
+    def _run_all(self, points: list[Point]) -> None:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            bar = progress.add_task("", total=len(points))
+            for number_of_point, point in enumerate(points):
+
+                def tell(learning: Learning, point: Point = point, done: int = number_of_point) -> None:
+                    value = learning.curve[-1].value if learning.curve else None
+                    shown = "" if value is None else f" · {self.metric} {number(value)}"
+                    progress.update(
+                        bar,
+                        description=f"{point.title}{shown}",
+                        completed=done + min(1.0, learning.samples / self.limit),
+                    )
+
+                tell(Learning())
+                self._run(point, tell)
+
+    def _run(self, point: Point, tell: Any) -> None:
+        run_dir = self._run_dir(point)
+        job = Job(
+            config=configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
+            ranks=self.section.ranks,
+            threads=self.section.threads_per_rank,
+            log=self.path / "logs" / f"{point.name}.log",
+        )
+
+        def is_enough(learning: Learning) -> bool:
+            tell(learning)
+            target = self.section.target
+            return target is not None and crossing(learning.curve, target, self.goal) is not None
+
+        (run_dir / _OUTCOME).unlink(missing_ok=True)
+        try:
+            learning = run(job, lambda: self._learning(point), is_enough)
+        except PointFailedError as failure:
+            # What the run says of a number that is not finite ends with how to go on all the same.
+            diverged = "train.on_nonfinite=skip" in str(failure)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / _OUTCOME, json.dumps({"reason": str(failure), "diverged": diverged}) + "\n")
+            logger.warning("%s: %s", point.title, failure)
+            return
+        logger.info("%s: %s", point.title, self._in_words(learning))
+
+    def _in_words(self, learning: Learning) -> str:
+        amount = f"{learning.updates:,} updates, {learning.samples:,} samples, {duration(learning.seconds)}"
+        if not learning.curve:
+            return f"{amount}, and no value of {self.metric}"
+        return f"{self.metric} {number(learning.curve[-1].value)} after {amount}"
+
+    def _run_dir(self, point: Point) -> Path:
+        return self.path / "points" / point.name
+
+    def _learning(self, point: Point) -> Learning:
+        return read_learning(self._run_dir(point), self.metric, self.section.smoothing, self.smoothing_samples)
+
+    def _is_over(self, point: Point, learning: Learning) -> bool:
+        """Whether there is nothing left to be run of it; what failed is tried again, what diverged is not."""
+        if self._outcome(point).get("diverged"):
+            return True
+        updates = configuration(point, self.config, self.num_samples, "").train.max_updates
+        assert updates is not None
+        target = self.section.target
+        return learning.updates >= updates or (
+            target is not None and crossing(learning.curve, target, self.goal) is not None
+        )
+
+    def _outcome(self, point: Point) -> dict[str, Any]:
+        try:
+            found = json.loads((self._run_dir(point) / _OUTCOME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _result(self, point: Point) -> Result:
+        learning, outcome = self._learning(point), self._outcome(point)
+        return result_of(
+            point,
+            learning,
+            is_over=self._is_over(point, learning),
+            reason=str(outcome.get("reason", "")),
+            diverged=bool(outcome.get("diverged")),
+        )
+
+    def _concluded(self, results: list[Result]) -> Study:
+        if self.metric != "train/loss":
+            self._check_metric(results)
+        target = self.section.target
+        found = Study(
+            **environment("distaccum.study"),
+            config=redacted(as_plain(self.config)),
+            num_samples=self.num_samples,
+            max_samples=self.limit,
+            metric=self.metric,
+            goal=self.goal.name,
+            target=chosen_target(results, self.goal) if target is None else target,
+            is_target_chosen=target is None,
+            results=results,
+        )
+        conclude(found)
+        found.advice = advise(found, redacted_arguments(sys.argv[1:]))
+        return found
+
+    def _check_metric(self, results: list[Result]) -> None:
+        if any(result.curve for result in results) or not any(result.updates for result in results):
+            return
+        for point in self.points:
+            path = self._run_dir(point) / "metrics.jsonl"
+            names = sorted(set(_evaluation_names(path)))
+            if names:
+                raise UserError(
+                    f"study.metric={self.metric}: the evaluations have no such metric. They have "
+                    f"{', '.join(f'eval/{name}' for name in names)}."
+                )
+
+    def _write_all(self, found: Study) -> None:
+        entries = json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
+        texts = {"study.json": entries, "study.html": page_of(found), "study.svg": picture_of(found)}
+        for name, text in texts.items():
+            if text:
+                write_result(self.path / name, text, "Mend that, and start the same command again.")
+
+
+def _evaluation_names(path: Path) -> list[str]:
+    from distaccum.observers.metrics_reading import read_metrics
+
+    try:
+        return read_metrics(path).evaluation_metrics()
+    except OSError:
+        return []
+
+
+def _finite(value: Any) -> Any:
+    """As JSON has it: what is not finite is null."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+        return None
+    return value
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def raise_stop(*_: Any) -> None:
+        raise _StoppedError
+
+    before = {number: signal.signal(number, raise_stop) for number in {signal.SIGTERM, signal.SIGHUP} & {*SIGNALS}}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,64 @@
+"""A study in the terminal: a table, what follows in words, and where the rest is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distaccum.observers.formatting import byte_size, duration, number
+from distaccum.runtime.logs import console
+from distaccum.tools.study.results import Result, Study
+
+_FULL_WIDTH = 132
+
+
+def show(study: Study, path: Path) -> None:
+    """Prints a study on the console."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, head in enumerate(heads(study)):
+        table.add_column(head, justify="left" if index in (1, 3) else "right", no_wrap=index != 3)
+    for result in study.results:
+        style = "bold" if result.name == study.recommended else "" if result.is_chosen else "dim"
+        table.add_row(*cells(result), style=style)
+    console.print()
+    (console if console.is_terminal else Console(width=_FULL_WIDTH)).print(table)
+    for paragraph in study.advice:
+        console.print()
+        console.print(Text(paragraph), soft_wrap=not console.is_terminal)
+    console.print()
+    console.print(Text(f"the page with the charts: {path / 'study.html'}"), soft_wrap=True)
+
+
+def heads(study: Study) -> list[str]:
+    """The names of the columns."""
+    target = "target" if study.target is None else f"{study.metric} {number(study.target)}"
+    return ["batch", "rule", "lr", target, "updates", "samples", "time", "best", "noise scale", "memory"]
+
+
+def cells(result: Result) -> list[str]:
+    """What the table says of a run."""
+    spot = result.reached
+    return [
+        str(result.batch_size),
+        " = ".join(result.rules),
+        f"{result.lr:.3g}",
+        OUTCOMES[result.outcome],
+        f"{spot.updates:,.0f}" if spot else "—",
+        f"{spot.samples:,.0f}" if spot else "—",
+        duration(spot.seconds) if spot else "—",
+        "—" if result.best is None else number(result.best),
+        "—" if result.noise_scale is None else f"{result.noise_scale:,.0f}",
+        "—" if result.peak_memory is None else byte_size(result.peak_memory),
+    ]
+
+
+OUTCOMES = {
+    "reached": "reached",
+    "limit": "not reached",
+    "diverged": "diverged",
+    "failed": "failed",
+    "missing": "not run to its end",
+}

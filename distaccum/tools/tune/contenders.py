@@ -1,0 +1,123 @@
+"""What takes part: the configuration with a setting, in processes of its own, and its times against another's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from distaccum.tools.bench.rounds import Round, middle_half, round_of
+from distaccum.tools.bench.sessions import PlacementFailedError, Session
+from distaccum.tools.tune.settings import Setting
+
+_UPDATES_BEFORE = 3
+"""Updates before anything is timed: buckets are laid out, the optimizer's state is made."""
+_MOST_UPDATES = 500
+
+
+class Verdict(Enum):
+    """What a candidate is, compared with the best before it."""
+
+    faster = "faster"
+    slower = "slower"
+    alike = "no clear difference"
+
+
+@dataclass(slots=True)
+class Contender:
+    """The configuration with a setting.
+
+    Attributes:
+        memory: bytes at the peak of the process that used most.
+        rounds: its turns, in the order of time.
+    """
+
+    title: str
+    setting: Setting
+    start: Callable[[], Session]
+    is_inexact: bool = False
+    memory: int = 0
+    memory_kind: str = ""
+    device: str = ""
+    micro_batch_sizes: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    session: Session | None = None
+
+    def prepare(self, most_memory: float | None) -> None:
+        """Starts the processes and makes the first updates.
+
+        Raises:
+            PlacementFailedError: it can't run, or needs more memory than it may.
+        """
+        self.session = self.start()
+        answers = self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
+        self.memory = max(answer["peak_memory"] for answer in answers)
+        self.memory_kind = answers[0]["memory_kind"]
+        self.device = answers[0]["device"]
+        self.micro_batch_sizes = answers[0]["micro_batch_sizes"]
+        if most_memory is not None and self.memory > most_memory:
+            raise PlacementFailedError(
+                f"needs {self.memory / 2**30:.2f} GiB, more than tune.memory_gb={most_memory / 2**30:g}", "memory"
+            )
+
+    def time(self, updates: int) -> float:
+        """Takes a turn of so many updates; returns the seconds of one.
+
+        Raises:
+            PlacementFailedError: it can't go on.
+        """
+        self.rounds.append(round_of(self.ask("round", updates=updates, warmup_updates=1)))
+        return self.rounds[-1].seconds
+
+    def updates_for(self, seconds: float) -> int:
+        """How many updates take so long, about."""
+        if not self.rounds:
+            self.time(1)
+            self.rounds.clear()
+            self.time(2)
+            first = self.rounds.pop().seconds
+        else:
+            first = self.seconds
+        return max(2, min(_MOST_UPDATES, round(seconds / first)))
+
+    @property
+    def seconds(self) -> float:
+        """Of an update: the median over the turns."""
+        return statistics.median(turn.seconds for turn in self.rounds)
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.rounds[0].samples / self.seconds
+
+    @property
+    def data_share(self) -> float:
+        return statistics.median(turn.data_share for turn in self.rounds)
+
+    def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Has all ranks do something; started anew, they are warmed up first."""
+        if self.session is None:
+            self.session = self.start()
+            self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
+        return self.session.ask(do, **arguments)
+
+    def stop(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+
+def verdict_of(ratios: Sequence[float], min_gain: float) -> Verdict:
+    """What the ratios of a candidate's times to the best's, turn by turn, say.
+
+    It is faster if the median gain is above `min_gain` and the middle half of the turns agree that there is one.
+
+    >>> verdict_of([0.80, 0.85, 0.99], 0.03).value, verdict_of([0.90, 1.10, 0.95], 0.03).value
+    ('faster', 'no clear difference')
+    """
+    middle = statistics.median(ratios)
+    low, high = middle_half(ratios)
+    if middle < 1 - min_gain and high < 1:
+        return Verdict.faster
+    return Verdict.slower if middle > 1 and low > 1 else Verdict.alike

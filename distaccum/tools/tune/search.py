@@ -1,0 +1,298 @@
+"""The search: one knob after the other, each candidate timed turn by turn with the best so far."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distaccum.config import ByLengthBatchConfig, DDPConfig, TrainConfig
+from distaccum.config.enums import Compression
+from distaccum.config.tools import TuneConfig
+from distaccum.errors import UserError
+from distaccum.tools.bench.rounds import middle_half
+from distaccum.tools.bench.sessions import PlacementFailedError, Session
+from distaccum.tools.tune import settings as keys
+from distaccum.tools.tune.contenders import Contender, Verdict, verdict_of
+from distaccum.tools.tune.report import Confirmation, Row
+from distaccum.tools.tune.settings import (
+    Setting,
+    applied,
+    merged,
+    micro_batch_of,
+    overrides_of,
+    value_in,
+    with_micro_batch,
+)
+
+_HOPELESS = 1.25
+"""A candidate whose first turn takes longer than the best's by this factor gets no second one."""
+_DATA_SHARE = 0.03
+"""Loader workers are tried where the best waits for data for at least this part of its time."""
+_BUCKETS_MIB = (1.0, 5.0, 25.0, 100.0)
+_WORKERS = (1, 2, 4)
+
+
+class Search:
+    """Finds the fastest setting.
+
+    Args:
+        base: the training as the user has it, on so many ranks.
+        start: starts the processes of a configuration; the string names their log.
+        tell: called with what is being done, and with each finished row.
+
+    Attributes:
+        rows: what was tried, in order; the first is the configuration as it is.
+        not_tried: what the time was too short for.
+    """
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        base: TrainConfig,
+        world_size: int,
+        start: Callable[[TrainConfig, str], Session],
+        tell: Callable[[str, Row | None], None],
+    ) -> None:
+        self.section = config.tune
+        self.base = base
+        self.world_size = world_size
+        self.rows: list[Row] = []
+        self.not_tried: list[str] = []
+        self._start = start
+        self._tell = tell
+        self._deadline = 0.0
+        self._ran_out_of_memory = False
+        self._lengths_differ = False
+        self.gradient_bytes = 0
+        self.default = self._contender("as configured", {})
+        self.best = self.default
+
+    def run(self) -> None:
+        """Tries every knob, in the order of what most depends on it.
+
+        Raises:
+            UserError: the configuration as it is can't be trained.
+        """
+        self._begin()
+        self._deadline = time.monotonic() + 60 * self.section.minutes
+        self._micro_batch()
+        if self._cut():
+            self._micro_batch()
+        self._checkpointing()
+        self._buckets()
+        self._workers()
+        self._compressions()
+
+    @property
+    def best_config(self) -> TrainConfig:
+        """The training with the best setting."""
+        return applied(self.base, self.best.setting)
+
+    def close(self) -> None:
+        for contender in {id(one): one for one in (self.default, self.best)}.values():
+            contender.stop()
+
+    # The knobs
+
+    def _begin(self) -> None:
+        self._tell("starting · as configured", None)
+        row = Row(knob="default", title="as configured", overrides=[])
+        try:
+            self.default.prepare(None)
+            facts = self.default.ask("facts")[0]
+            updates = self.default.updates_for(self.section.round_seconds)
+            for turn in range(self.section.rounds):
+                self._tell(f"turn {turn + 1} · as configured", None)
+                self.default.time(updates)
+        except PlacementFailedError as failure:
+            raise UserError(
+                f"the configuration can't be trained here as it is, so it can't be tuned: {failure}"
+            ) from failure
+        self._lengths_differ = bool(facts["lengths_differ"])
+        self.gradient_bytes = int(facts["gradient_bytes"])
+        row.samples_per_second = self.default.samples_per_second
+        row.memory = self.default.memory
+        self._add(row)
+
+    def _micro_batch(self) -> None:
+        """Doubles as long as that helps; halves if it didn't at all."""
+        config = applied(self.base, self.best.setting)
+        start = micro_batch_of(config, self.world_size)
+        share = -(-(config.batch.global_batch_size or 0) // self.world_size)
+        is_larger_better = self._climb(self._larger(start, share))
+        if not is_larger_better:
+            self._climb(iter([size for size in (start // 2, start // 4) if size >= 1]))
+
+    @staticmethod
+    def _larger(start: int, share: int) -> Iterator[int]:
+        size = start
+        while size < share:
+            size = min(2 * size, share)
+            yield size
+
+    def _climb(self, sizes: Iterator[int]) -> bool:
+        """Tries one size after the other; stops at a loss, a failure, or the second one that makes no difference."""
+        alike, has_won = 0, False
+        for size in sizes:
+            config = applied(self.base, self.best.setting)
+            verdict = self._try("micro-batch", f"micro-batch {size}", with_micro_batch(config, size))
+            has_won = has_won or verdict is Verdict.faster
+            alike = alike + 1 if verdict is Verdict.alike else 0
+            if verdict in (Verdict.slower, None) or alike == 2:
+                break
+        return has_won
+
+    def _cut(self) -> bool:
+        is_by_length = isinstance(self.base.batch, ByLengthBatchConfig)
+        if not is_by_length and not self._lengths_differ:
+            return False
+        other = keys.UNIFORM if is_by_length else keys.BY_LENGTH
+        setting: dict[str, Any] = {keys.CUT: other}
+        if not is_by_length:
+            # By length the number of micro-steps follows, so the micro-batch has to be said.
+            config = applied(self.base, self.best.setting)
+            setting[keys.MICRO_BATCH] = micro_batch_of(config, self.world_size)
+            if config.batch.accumulation_steps is not None:
+                setting[keys.STEPS] = None
+        return self._try("cut", f"cut {other}", setting) is Verdict.faster
+
+    def _checkpointing(self) -> None:
+        """Where a larger micro-batch had no room. Without such a one, computing more can't be faster."""
+        name = keys.CHECKPOINTING.partition(".")[2]
+        if not self._ran_out_of_memory or value_in(self.base.model, name) is not False:
+            return
+        config = applied(self.base, self.best.setting)
+        size = 2 * micro_batch_of(config, self.world_size)
+        setting = {**with_micro_batch(config, size), keys.CHECKPOINTING: True}
+        if self._try("checkpointing", f"activation checkpointing, micro-batch {size}", setting) is Verdict.faster:
+            self._micro_batch()
+
+    def _buckets(self) -> None:
+        strategy = self.base.strategy
+        if not isinstance(strategy, DDPConfig) or self.world_size == 1:
+            return
+        gradients = self.gradient_bytes / 2**20
+        for size in _BUCKETS_MIB:
+            # Above what there is to send, all sizes are one bucket.
+            is_same = size == strategy.bucket_cap_mb or min(size, strategy.bucket_cap_mb) >= gradients
+            if not is_same:
+                self._try("bucket", f"buckets of {size:g} MiB", {keys.BUCKET: size})
+
+    def _workers(self) -> None:
+        if self.best.data_share < _DATA_SHARE:
+            return
+        for count in _WORKERS:
+            if count > self.base.data.num_workers and self._try(
+                "workers", f"{count} loader worker{'s' if count > 1 else ''}", {keys.WORKERS: count}
+            ) in (Verdict.slower, None):
+                break
+
+    def _compressions(self) -> None:
+        if not isinstance(self.base.strategy, DDPConfig) or self.world_size == 1:
+            return
+        for compression in self.section.compressions:
+            setting: dict[str, Any] = {keys.COMPRESSION: compression}
+            if compression is Compression.powersgd:
+                setting["strategy.powersgd_start_update"] = 2
+            self._try("compression", f"compression {compression.name}", setting, is_inexact=True)
+
+    # One candidate
+
+    def _try(self, knob: str, title: str, changes: Setting, *, is_inexact: bool = False) -> Verdict | None:
+        """Times a candidate turn by turn with the best; takes it if it is faster. None: it can't run, or time is up."""
+        if time.monotonic() > self._deadline:
+            self.not_tried.append(title)
+            return None
+        setting = merged(self.best.setting, changes)
+        contender = self._contender(title, setting, is_inexact=is_inexact)
+        row = Row(knob=knob, title=title, overrides=overrides_of(setting), is_inexact=is_inexact)
+        verdict = None
+        try:
+            ratios = self._ratios(contender)
+            verdict = verdict_of(ratios, self.section.min_gain)
+            low, high = middle_half(ratios)
+            row.ratio, row.low_ratio, row.high_ratio = statistics.median(ratios), low, high
+            row.samples_per_second, row.memory = contender.samples_per_second, contender.memory
+            row.verdict = verdict.value
+            row.is_taken = verdict is Verdict.faster and (not is_inexact or self.section.accept_inexact)
+        except PlacementFailedError as failure:
+            self._ran_out_of_memory = self._ran_out_of_memory or failure.kind == "memory"
+            row.verdict = str(failure)
+        except BaseException:
+            contender.stop()
+            raise
+        if row.is_taken:
+            self.best.stop()
+            self.best = contender
+        else:
+            contender.stop()
+        self._add(row)
+        return verdict
+
+    def _ratios(self, contender: Contender) -> list[float]:
+        """Times of a candidate by the best's, turn by turn."""
+        best = self.best
+        limit = self.section.memory_gb
+        on_gpu = best.device != "CPU"
+        if on_gpu:
+            best.stop()  # what waits takes up memory that the candidate is to have
+        self._tell(f"starting · {contender.title}", None)
+        contender.prepare(limit * 2**30 if limit is not None else None)
+        updates = best.updates_for(self.section.round_seconds)
+        ratios: list[float] = []
+        for turn in range(self.section.rounds):
+            self._tell(f"turn {turn + 1} · {contender.title}", None)
+            against = best.rounds[turn % len(best.rounds)].seconds if on_gpu else best.time(updates)
+            ratios.append(contender.time(updates) / against)
+            if ratios[0] > _HOPELESS:
+                break
+        return ratios
+
+    def confirm(self) -> Confirmation | None:
+        """The best against the default, in turns of their own; the default is the best again if it is no slower.
+
+        Returns:
+            None if there is nothing to confirm.
+        """
+        if self.best is self.default:
+            return None
+        pairs: list[tuple[float, float]] = []
+        on_gpu = self.best.device != "CPU"
+        updates = self.best.updates_for(self.section.round_seconds)
+        if on_gpu:
+            self.best.stop()  # the default is to have its memory
+        for turn in range(self.section.confirm_rounds):
+            self._tell(f"confirming · turn {turn + 1}", None)
+            found = []
+            # Who is first in one turn is second in the next.
+            for contender in (self.default, self.best) if turn % 2 == 0 else (self.best, self.default):
+                found.append((contender is self.best, contender.time(updates)))
+                if on_gpu:
+                    contender.stop()
+            seconds = dict(found)
+            pairs.append((seconds[False], seconds[True]))
+        ratios = [mine / default for default, mine in pairs]
+        low, high = middle_half(ratios)
+        is_faster = verdict_of(ratios, 0.0) is Verdict.faster
+        confirmation = Confirmation(
+            default_seconds=statistics.median([default for default, _ in pairs]),
+            seconds=statistics.median([mine for _, mine in pairs]),
+            ratio=statistics.median(ratios),
+            low_ratio=low,
+            high_ratio=high,
+            is_faster=is_faster,
+        )
+        if not is_faster:
+            self.best.stop()
+            self.best = self.default
+        return confirmation
+
+    def _contender(self, title: str, setting: Setting, *, is_inexact: bool = False) -> Contender:
+        name = "_".join(overrides_of(setting)).replace("/", "_") or "default"
+        return Contender(title, setting, lambda: self._start(applied(self.base, setting), name), is_inexact=is_inexact)
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        self._tell("", row)

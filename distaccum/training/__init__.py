@@ -1,0 +1,1 @@
+"""A training run around the accumulator: build, resume, update, evaluate."""

@@ -1,0 +1,290 @@
+"""The largest micro-batch that fits into memory: tried where that is safe, reckoned where it isn't.
+
+The model's own forward and backward are run, on the costliest sample as often as the micro-batch is large, and
+everything that this changes is put back: gradients, buffers and random generators. What a forward changes besides
+(attributes of its own that are no buffers) stays changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from distaccum.accumulation.recovery import MicroStepOutput
+from distaccum.checkpoints import random_state, set_random_state
+from distaccum.errors import UserError
+from distaccum.loaders import WindowLoader
+from distaccum.planning import split_evenly
+from distaccum.runtime.buffers import KeptBuffers
+from distaccum.runtime.memory import free_cached_memory, free_memory, is_out_of_memory
+from distaccum.runtime.nested import tensors_of
+from distaccum.strategies import Strategy, local_parts
+from distaccum.strategies.optimizers import probe_state
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES_TO_LOOK_AT = 32
+"""Of which the largest is taken for the costliest there is, where the dataset doesn't say how long its samples are."""
+_COARSENESS = 16
+"""The search ends when it is known to this part of itself."""
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` for which `fits`, to within a sixteenth; 0 if there is none.
+
+    Doubles from 2 (a single sample is a special case to some layers: BatchNorm refuses it), then bisects.
+    """
+    good, size = 0, min(2, most)
+    while size <= most and fits(size):
+        good = size
+        if size == most:
+            return most
+        size = min(2 * size, most)
+    bad = size
+    while bad - good > max(1, good // _COARSENESS):
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+class Fitting:
+    """Finds the largest micro-batch of one rank.
+
+    Args:
+        loader: of the windows; none of them is used.
+        strategy: how the model is placed.
+        forward: of the user's own module with a micro-batch.
+        optimizer: whose state will need memory too.
+        lengths: numbers, one for each sample, if the dataset says them.
+        memory_share: part of the free memory to plan with, where sizes are reckoned.
+        ranks_on_host: that share the host's memory.
+    """
+
+    def __init__(
+        self,
+        loader: WindowLoader,
+        strategy: Strategy,
+        forward: Callable[[nn.Module, Any], MicroStepOutput],
+        optimizer: torch.optim.Optimizer,
+        *,
+        lengths: Any = None,
+        memory_share: float = 0.8,
+        ranks_on_host: int = 1,
+    ) -> None:
+        self._loader = loader
+        self._strategy = strategy
+        self._forward = forward
+        self._optimizer = optimizer
+        self._lengths = lengths
+        self._memory_share = memory_share
+        self._ranks_on_host = ranks_on_host
+        self._device = strategy.device
+        self._on_cuda = strategy.device.type == "cuda"
+
+    def samples(self) -> int:
+        """The largest micro-batch that fits, in samples; never more than a rank's share of a window.
+
+        Ranks don't wait for each other in here, but for those of strategies whose forwards hold collectives: these take
+        the same two micro-steps on all ranks.
+
+        Raises:
+            UserError: not even a single sample fits; or one can't be loaded.
+        """
+        plan = self._loader.plan
+        share = max(split_evenly(plan.global_batch_size, plan.world_size))
+        sample = self._costliest_sample()
+        with self._everything_put_back():
+            if self._strategy.equal_micro_steps:
+                return self._reckoned(sample, share)
+            most = share if self._on_cuda else self._reckoned_on_host(sample, share)
+            ballast = self._ballast() if self._on_cuda else None
+            size = largest_that_fits(lambda size: self._fits(sample, size), most)
+            del ballast
+        if size == 0:
+            raise UserError(
+                f"batch.micro_batch_size=auto: not even a single sample (number {sample} of the training data, the "
+                "costliest that was found) fits into memory. Take a smaller model, smaller samples, a smaller number "
+                "format (precision=bf16), strategy=fsdp on several devices, or a larger device."
+            )
+        return size
+
+    def _costliest_sample(self) -> int:
+        if self._lengths is not None and len(self._lengths) == self._loader.num_samples:
+            return int(np.argmax(np.asarray(self._lengths)))
+        count = min(_SAMPLES_TO_LOOK_AT, self._loader.num_samples)
+        indices = [number * self._loader.num_samples // count for number in range(count)]
+        batches = self._loader.load(0, 0, [[index] for index in indices])
+        sizes = [sum(tensor.numel() for tensor in tensors_of(batch)) for batch in batches]
+        return indices[sizes.index(max(sizes))]
+
+    def _micro_step(self, sample: int, size: int) -> None:
+        (batch,) = self._loader.load(0, 0, [[sample] * size])
+        self._forward(self._strategy.module, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+
+    def _fits(self, sample: int, size: int) -> bool:
+        """Tries. Gradients of the tries before stay, as they do within a window."""
+        try:
+            self._micro_step(sample, size)
+            self._wait()
+            logger.debug("batch.micro_batch_size=auto: %d fit", size)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        logger.debug("batch.micro_batch_size=auto: %d don't fit", size)
+        free_cached_memory(self._device)
+        return False
+
+    def _wait(self) -> None:
+        if self._on_cuda:
+            torch.cuda.synchronize(self._device)
+
+    def _reckoned_on_host(self, sample: int, share: int) -> int:
+        """The host rarely says that memory has run out; but if it does, trying is all there is."""
+        try:
+            return self._reckoned(sample, share)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached_memory(self._device)
+        return share
+
+    def _reckoned(self, sample: int, share: int) -> int:
+        """What fits according to the memory that two small micro-batches take, which grows with their size."""
+        small = min(2, share)
+        at_small = self._measured_first(sample, small)
+        if small == share:
+            return share
+        room = free_memory(self._device) * self._memory_share / (1 if self._on_cuda else self._ranks_on_host)
+        large = self._second_size(at_small, small, share, room)
+        if large == small:
+            return small if at_small + self._bytes_to_come() <= room else 1
+        slope = (self._measured(sample, large) - at_small) / (large - small)
+        fixed = at_small - slope * small + self._bytes_to_come()
+        size = share if slope <= 0 else int((room - fixed) / slope)
+        logger.debug("batch.micro_batch_size=auto: %.0f bytes a sample, %.0f free for %d", slope, room, size)
+        return max(1, min(share, size))
+
+    def _measured_first(self, sample: int, size: int) -> int:
+        try:
+            return self._measured(sample, size)
+        except Exception as error:
+            if not self._strategy.equal_micro_steps or not is_out_of_memory(error):
+                raise
+            # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
+            raise UserError(
+                f"batch.micro_batch_size=auto: memory runs out with {size} samples already. Give "
+                "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
+                "(precision=bf16), or more devices."
+            ) from error
+
+    def _second_size(self, at_small: int, small: int, share: int, room: float) -> int:
+        """The larger size to measure: one that fits even if all that the small one takes is in proportion to it.
+
+        The same on all ranks that take their micro-steps together.
+        """
+        most = room - self._bytes_to_come()
+        wanted = (min(8, share), min(4, share))
+        large = next((size for size in wanted if size > small and at_small / small * size <= most), small)
+        group = self._strategy.process_group
+        if self._strategy.equal_micro_steps and group is not None:
+            agreed = torch.tensor(large, device=self._device)
+            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+            large = int(agreed)
+        return large
+
+    def _measured(self, sample: int, size: int) -> int:
+        """Bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
+        seen: dict[int, int] = {}
+        if not self._on_cuda:
+            known = {tensor.untyped_storage().data_ptr() for tensor in local_parts(list(self._tensors_of_model()))}
+
+            def keep(tensor: Tensor) -> Tensor:
+                part = local_parts([tensor])[0]
+                if part.layout is torch.strided:
+                    storage = part.untyped_storage()
+                    if storage.data_ptr() not in known:
+                        seen[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                self._micro_step(sample, size)
+            return sum(seen.values())
+        # Gradients, and what libraries allocate at their first call. Not with a single sample, which BatchNorm refuses.
+        self._micro_step(sample, size)
+        self._wait()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self._micro_step(sample, size)
+        self._wait()
+        return torch.cuda.max_memory_allocated(self._device) - before
+
+    def _tensors_of_model(self) -> Iterator[Tensor]:
+        yield from self._strategy.module.parameters()
+        yield from self._strategy.module.buffers()
+
+    # What is not there yet
+
+    def _bytes_to_come(self) -> int:
+        """Of gradients and the optimizer's state, as far as they have not been made."""
+        missing = sum(part.nbytes for part in local_parts([p for p in self._parameters() if p.grad is None]))
+        return missing + self._state_bytes_to_come()
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _state_bytes_to_come(self) -> int:
+        # By name, as importing the class takes long.
+        inner: Any = self._optimizer
+        if type(inner).__name__ == "ZeroRedundancyOptimizer":
+            inner = inner.optim
+        parameters = [p for group in inner.param_groups for p in group["params"] if p not in inner.state]
+        return int(sum(part.nbytes for part in local_parts(parameters)) * _state_factor(inner)) if parameters else 0
+
+    def _ballast(self) -> Tensor:
+        """Takes up the memory that the optimizer's state will need."""
+        try:
+            return torch.empty(self._state_bytes_to_come(), dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "batch.micro_batch_size=auto: there is not even room for the optimizer's state, about "
+                f"{self._state_bytes_to_come() / 2**30:.1f} GiB. Take an optimizer with less state, "
+                "strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
+            ) from error
+
+    @contextmanager
+    def _everything_put_back(self) -> Iterator[None]:
+        module, device = self._strategy.module, self._device
+        generators = random_state(device)
+        buffers = KeptBuffers(module)
+        gradients = [(p, p.grad if p.grad is None else p.grad.clone()) for p in module.parameters()]
+        try:
+            yield
+        finally:
+            self._strategy.drop_gradients()
+            self._strategy.at_rest()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            buffers.put_back()
+            set_random_state(generators, device)
+            free_cached_memory(device)
+
+
+def _state_factor(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes of an optimizer's state for each byte of parameters, as a step of another one of its kind shows."""
+    state = probe_state(optimizer)
+    if state is None:
+        return 2.0
+    parts = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+    return sum(value.nbytes for value in parts) / (4 * 1024)

@@ -1,0 +1,215 @@
+"""Where a run stands, as its checkpoints say it, and whether another configuration can go on from there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from distaccum.checkpoints import Checkpoint, putting_back
+from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, misfit
+from distaccum.config import LoopConfig
+from distaccum.errors import UserError
+from distaccum.loaders import Window, WindowLoader
+from distaccum.observers import EvaluationRecord
+from distaccum.planning.window_sizes import BatchSizes
+from distaccum.training.totals import Totals
+
+logger = logging.getLogger(__name__)
+
+_EVALUATION: Form = {"update": is_natural, "epoch": is_natural, "metrics": {str: is_number}, "seconds": is_number}
+_PROGRESS: Form = {
+    "totals": lambda value: (
+        is_dict(value) and value.keys() <= asdict(Totals()).keys() and misfit(value, {str: is_number}) is None
+    ),
+    "total_seconds": is_number,
+    "epoch": is_natural,
+    "next_window": is_natural,
+    "position": lambda value: value is None or is_natural(value),
+    "owes_evaluation": lambda value: isinstance(value, bool),
+    "evaluation": lambda value: value is None or misfit(value, _EVALUATION) is None,
+    "windows": {
+        "batch.global_batch_size": is_natural,
+        "batch.drop_last": lambda value: isinstance(value, bool),
+        "seed": lambda value: isinstance(value, int),
+        "training samples": is_natural,
+    },
+    "config": is_dict,
+}
+"""What a trainer's checkpoint says of where the run stands."""
+
+
+def check_progress(checkpoint: Checkpoint, mend: str) -> None:
+    """Refuses a checkpoint that no trainer has saved.
+
+    Raises:
+        UserError: what it doesn't say as a trainer does.
+    """
+    progress = checkpoint.state["progress"]
+    where = misfit(progress, _PROGRESS)
+    if where is None and progress["totals"].get("updates") != checkpoint.update:
+        where = ".totals.updates"
+    if where is not None:
+        raise UserError(
+            f"{checkpoint.path} was not saved by distaccum.train, which says {where.removeprefix('.')} "
+            f"another way. {mend}"
+        )
+
+
+class RunProgress:
+    """What a run has done so far and which window is its next.
+
+    Args:
+        loader: of the windows.
+        loop: how long the run is.
+
+    Attributes:
+        totals: what has been done.
+        epoch: of the next window; one that is over stays the current one until the next window has been begun.
+        next_window: its number in the epoch.
+        owes_evaluation: whether an evaluation has been due since the last window, and is not done.
+        evaluation: the last one.
+    """
+
+    def __init__(self, loader: WindowLoader, loop: LoopConfig) -> None:
+        self._loader = loader
+        self._loop = loop
+        self.totals = Totals()
+        self.epoch, self.next_window = 0, 0
+        self.owes_evaluation = False
+        self.evaluation: EvaluationRecord | None = None
+        self._ahead = 0
+        """Updates that the run has made beyond the windows before its next one."""
+        self._seconds_before, self._started = 0.0, time.perf_counter()
+
+    def start_clock(self) -> None:
+        """To be called when the training begins: what was before that is not in its seconds."""
+        self._started = time.perf_counter()
+
+    @property
+    def total_seconds(self) -> float:
+        """How long the run has taken so far, before it was interrupted too."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def updates(self) -> int:
+        """Number of the last update that was made, from 1; 0 if there was none."""
+        return self.totals.updates
+
+    @property
+    def total_updates(self) -> int:
+        """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
+        return total_updates(self._loop, self._loader.sizes, self._ahead)
+
+    def windows(self) -> Iterator[Window]:
+        """From the next one to the run's last. `totals` count them meanwhile."""
+        while self.updates < self.total_updates:
+            for window in self._loader.epoch(self.epoch, self.next_window):
+                self.epoch, self.next_window = window.epoch, window.index
+                yield window
+                if self.updates == self.total_updates:
+                    return
+            self.epoch, self.next_window = self.epoch + 1, 0
+
+    def sample_micro_batch(self) -> Any:
+        """A micro-batch of the next window, loaded aside."""
+        is_over = self.next_window >= self._loader.sizes.count(self.epoch)
+        return self._loader.sample_micro_batch(*((self.epoch + 1, 0) if is_over else (self.epoch, self.next_window)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `go_on_from` puts back, as JSON has it, but for the sizes of windows, which the loader says itself."""
+        done = self._loader.sizes.bounds(self.epoch)[self.next_window - 1][1] if self.next_window else 0
+        return {
+            "totals": asdict(self.totals),
+            "total_seconds": self.total_seconds,
+            "epoch": self.epoch,
+            "next_window": self.next_window,
+            "position": done,
+            "owes_evaluation": self.owes_evaluation,
+            "evaluation": asdict(self.evaluation) if self.evaluation else None,
+            "windows": _windows_identity(self._loader),
+        }
+
+    def go_on_from(self, checkpoint: Checkpoint, *, override: bool) -> None:
+        """Puts back what `state_dict` said when the checkpoint was saved, and the sizes of the loader's windows.
+
+        Args:
+            override: go on although the windows are no longer the same ones.
+
+        Raises:
+            UserError: they are not, and there is no override.
+        """
+        progress = checkpoint.state["progress"]
+        # They tell the next window.
+        with putting_back(checkpoint, "loader"):
+            self._loader.sizes.load_state_dict(checkpoint.states.get("loader", {}))
+        if different := _different_windows(progress["windows"], self._loader):
+            if not override:
+                raise UserError(
+                    f"{checkpoint.path} was saved with {different}: the windows would no longer be the same. Put it "
+                    "back as it was, or set resume_override=true to go on from there all the same, or begin anew in "
+                    "another run_dir."
+                )
+            logger.warning("resume_override: saved with %s", different)
+        self.epoch = progress["epoch"]
+        self.next_window = _next_window(progress, self._loader)
+        self._ahead = updates_ahead(progress, self._loader)
+        with putting_back(checkpoint, "progress"):
+            self.totals = Totals(**progress["totals"])
+            self.evaluation = EvaluationRecord(**progress["evaluation"]) if progress["evaluation"] else None
+        self._seconds_before = progress["total_seconds"]
+        self.owes_evaluation = progress["owes_evaluation"]
+
+
+def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:
+    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale.
+
+    Args:
+        ahead: of a run whose windows have become others on the way (see `updates_ahead`).
+    """
+    limits = [loop.max_updates, sizes.first_number(loop.epochs) + ahead if loop.epochs is not None else None]
+    return min(limit for limit in limits if limit is not None)
+
+
+def updates_ahead(progress: dict[str, Any], loader: WindowLoader) -> int:
+    """How many more updates a run has made than there are windows before its next one: 0, unless its windows have
+    become others on the way."""
+    made: int = progress["totals"]["updates"]
+    return made - loader.number(progress["epoch"], _next_window(progress, loader))
+
+
+def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
+    """All that the samples of a window depend on."""
+    return {
+        "batch.global_batch_size": loader.plan.global_batch_size,
+        "batch.schedule": str(loader.sizes.rule),
+        "batch.drop_last": loader.drop_last,
+        "seed": loader.seed,
+        "training samples": loader.num_samples,
+    }
+
+
+def _different_windows(before: dict[str, Any], loader: WindowLoader) -> str:
+    """What `_windows_identity` said before and now, where it differs; empty where nothing does."""
+    now = _windows_identity(loader)
+    before = {"batch.schedule": "constant", **before}
+    return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
+
+
+def _window_at(loader: WindowLoader, epoch: int, position: int) -> int:
+    """The first window of an epoch that begins at a position, or later."""
+    return sum(start < position for start, _ in loader.sizes.bounds(epoch))
+
+
+def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
+    """The number in its epoch of the window that a run goes on with.
+
+    Where the windows are others by now, that is the first which begins where the run had come to, or later.
+    """
+    index: int = progress["next_window"]
+    if not _different_windows(progress["windows"], loader):
+        return index
+    done = progress.get("position", index * progress["windows"]["batch.global_batch_size"])
+    return _window_at(loader, progress["epoch"], done)

@@ -1,0 +1,228 @@
+"""The folder of a run: made once, held by one job at a time, found again by the job's restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from distaccum.checkpoints import checkpoints_in, clear_leftovers
+from distaccum.config import flat
+from distaccum.config.redaction import redacted
+from distaccum.errors import UserError
+from distaccum.runtime.files import WRITING, open_regular, opened, read_plain_yaml, without_tilde, write_text
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+UNFINISHED = "unfinished.json"
+"""Left by a run that was asked to stop and has saved; launchers start such a run again."""
+
+_LOCK = "run.lock"
+_MOST_BYTES_OF_LOCK = 1 << 16
+_NOT_THE_RUNS_OWN = frozenset(
+    ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
+)
+"""Keys that may differ between a run and its continuation without making it another run."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Attributes:
+    path: the folder.
+    is_restart: it holds a run that this one goes on with, or starts over if it has saved nothing yet.
+    """
+
+    path: Path
+    is_restart: bool
+
+
+@contextmanager
+def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> Iterator[RunFolder]:
+    """Makes or finds the run folder and keeps other jobs out of it. To be called on rank 0.
+
+    A new run's has its `config.yaml` then; for one that goes on, `begin` writes it.
+
+    Args:
+        run_dir: the folder, or None for a new one in `runs/`, named by the time.
+        resume: as in the configuration.
+        plain: the whole configuration.
+
+    Raises:
+        UserError: another job is writing in it, it holds the results of another run, or can't be written.
+    """
+    if run_dir == "":
+        raise UserError("run_dir is empty. Name a folder, or leave run_dir out for a new one in runs/.")
+    with contextlib.ExitStack() as stack:
+        try:
+            path = _folder(run_dir)
+            is_relaunch = stack.enter_context(_locked(path)) == _launch() and _is_relaunched()
+            clear_leftovers(path / CHECKPOINTS)
+            for leftover in path.glob(f".*{WRITING}"):
+                leftover.unlink()
+            # torchrun has started the same command again: its own results are no reason to refuse it.
+            is_restart = _is_restart(path, run_dir, "auto" if is_relaunch else resume, plain)
+            folder = RunFolder(path, is_restart)
+        except OSError as error:
+            raise _cannot_write(run_dir if run_dir is not None else "runs", error) from error
+        if not folder.is_restart:
+            begin(folder, plain)
+        yield folder
+
+
+def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
+    """Writes the run's configuration, and takes away what said that it was not finished.
+
+    For a run that goes on, once that is sure: one that is refused leaves its folder as it was.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    try:
+        text = yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True)
+        write_text(folder.path / "config.yaml", text)
+        (folder.path / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder.path, error) from error
+
+
+def _cannot_write(path: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"the run folder {path} can't be written: {error.strerror or error}. Choose another with run_dir=…"
+    )
+
+
+def _folder(run_dir: str | None) -> Path:
+    if run_dir is not None:
+        path = without_tilde(run_dir)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+    return _folder_before_restart() or _made_anew(Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def _folder_before_restart() -> Path | None:
+    """The folder that the same torchrun's ranks had before it restarted them."""
+    if not _is_relaunched():
+        return None
+    mine = _launch()
+    locks = sorted(Path("runs").glob(f"*/{_LOCK}"), key=lambda lock: lock.parent.name, reverse=True)
+    return next((lock.parent for lock in locks if _holder(lock).get("launch") == mine), None)
+
+
+def _is_relaunched() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _launch() -> str | None:
+    """What tells one start of torchrun from another; None without torchrun."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    # A static rendezvous calls all of them none; the launcher's own process outlives the ranks that it restarts.
+    return f"none {socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def _made_anew(path: Path) -> Path:
+    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
+    folder, number = path, 1
+    while True:
+        try:
+            # Asking first whether it is there would let two runs that start at once take the same one.
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}_{number}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[str | None]:
+    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies.
+
+    Gives the launch that held it before.
+    """
+    before = _holder(path / _LOCK).get("launch")  # opening the file again later would let go of the lock
+    with open(path / _LOCK, "a+", encoding="utf-8", opener=opened) as file:
+        _wait_for_lock(file, path)
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "launch": _launch()}, file)
+        file.flush()
+        yield before
+
+
+def _wait_for_lock(file: TextIO, path: Path, patience_seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + patience_seconds  # a rank that was just killed may take a moment to be gone
+    while True:
+        try:
+            # Not flock: data-loader workers would inherit it, and outlive a killed rank by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | PermissionError):
+                raise
+            if time.monotonic() > deadline:
+                holder = _holder(path / _LOCK)
+                raise UserError(
+                    f"run_dir={path} is in use: process {holder.get('pid', '?')} on {holder.get('host', '?')} is "
+                    "writing there. Wait for it or stop it, or choose another folder."
+                ) from None
+            time.sleep(0.2)
+
+
+def _holder(lock: Path) -> dict[str, Any]:
+    try:
+        with open_regular(lock, _MOST_BYTES_OF_LOCK) as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, Any]) -> bool:
+    has_checkpoints = bool(checkpoints_in(path / CHECKPOINTS))
+    if not has_checkpoints and not (path / METRICS).exists():
+        # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
+        return False
+    if resume == "none":
+        raise UserError(
+            f"run_dir={run_dir} holds the results of another run, which would be overwritten. Choose another folder, "
+            "or remove that one."
+        )
+    if has_checkpoints or _is_same_run(path, plain):
+        return True
+    raise UserError(
+        f"run_dir={run_dir} holds the results of another run, with other settings and without a checkpoint to go on "
+        "from. Choose another folder, or remove that one."
+    )
+
+
+def _is_same_run(path: Path, plain: dict[str, Any]) -> bool:
+    before = read_plain_yaml(path / "config.yaml")
+    return before is not None and not changes(before, redacted(plain))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two configurations differ in, as far as it belongs to the run itself: `optim.lr: 0.1 → 0.2`."""
+    old, new = flat(before), flat(now)
+    keys = [key for key in {**old, **new} if key.partition(".")[0] not in _NOT_THE_RUNS_OWN]
+    # As text, because NaN is not equal to itself.
+    return [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if repr(old.get(key)) != repr(new.get(key))]
+
+
+def leave_marker(path: Path, update: int, signal_name: str) -> None:
+    """Says that the run is not finished and wants to be started again."""
+    content = {"update": update, "signal": signal_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    try:
+        write_text(path / UNFINISHED, json.dumps(content) + "\n")
+    except OSError as error:
+        logger.warning("%s can't be written: %s", path / UNFINISHED, error.strerror or error)

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from distaccum.config import SingleConfig
+from distaccum.config.components import SGDConfig
+from distaccum.config.compose import compose
+from distaccum.config.enums import PrecisionName
+from distaccum.config.tools import MemoryConfig
+from distaccum.errors import UserError
+from distaccum.runtime.devices import Precision
+from distaccum.tasks import TaskOutput
+from distaccum.tools.memory.measuring import Setting, measure
+from distaccum.tools.memory.run import examine, memory
+
+SMALL = [
+    "data=text",
+    "data.max_length=32",
+    "model=gpt",
+    "task=language_modeling",
+    "device=cpu",
+    "batch.global_batch_size=16",
+    "batch.micro_batch_size=4",
+]
+
+
+def composed(*overrides: str) -> MemoryConfig:
+    config = compose([*SMALL, *overrides], config_name="memory")
+    assert isinstance(config, MemoryConfig)
+    return config
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return examine(composed())
+
+
+def test_what_is_at_rest(report: Any) -> None:
+    found = report.configured.footprint
+    assert found.gradients == found.parameters
+    assert 2 * found.parameters <= found.optimizer <= 2.01 * found.parameters
+    assert not torch.distributed.is_initialized()
+
+
+def test_rows(report: Any) -> None:
+    rows = {row.label: row for row in report.rows}
+    configured = rows["configured"]
+    assert (configured.accumulation_steps, configured.micro_batch) == (4, 4)
+    assert rows["K = 1"].micro_batch == 16
+    assert rows["K = 1"].peak > 2 * configured.peak - configured.rest
+    assert rows["activation checkpointing on"].peak < configured.peak
+    assert rows["activation checkpointing on"].activations < 0.5 * configured.activations
+    zero = rows["ddp shard_optimizer=true, 2 ranks"].footprint
+    assert zero.optimizer < 0.6 * configured.footprint.optimizer
+    sharded = rows["fsdp, 2 ranks"].footprint
+    for part in ("parameters", "gradients", "optimizer"):
+        assert getattr(sharded, part) == pytest.approx(getattr(configured.footprint, part) / 2, rel=0.02)
+
+
+def test_other_sizes_are_predicted(report: Any) -> None:
+    for row in report.rows:
+        points = dict(row.footprint.peak)
+        largest = max(points)
+        measured = points.pop(largest)
+        assert type(row.line)(points).at(largest) == pytest.approx(measured, rel=0.1), row.label
+
+
+def test_in_words_and_as_json(report: Any) -> None:
+    out = StringIO()
+    report.print(Console(file=out, width=80))
+    text = out.getvalue()
+    assert "It fits: " in text
+    assert "To save memory, change first: " in text
+    assert max(map(len, text.splitlines())) <= 80
+    found = json.loads(report.as_json())
+    assert found["fits"] is True
+    assert found["rows"][0]["activation_bytes_per_sample"] > 0
+
+
+def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory(composed("memory.limit_gb=0.006", "memory.alternatives=false", "memory.json=true")) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    most = found["rows"][0]["largest_micro_batch"]
+    assert 1 <= most < 4
+    assert f"batch.micro_batch_size={most}" in " ".join(found["words"])
+
+
+def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        memory(composed())
+
+
+class OutOfMemoryAbove:
+    """A task for which memory runs out in micro-batches of more than so many samples."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> TaskOutput:
+        if len(batch) > self.most:
+            raise torch.OutOfMemoryError("injected")
+        return TaskOutput(model(batch).sum(), len(batch))
+
+
+def _measured(most: int) -> Any:
+    setting = Setting(
+        strategy=SingleConfig(),
+        world_size=1,
+        accumulation_steps=1,
+        optim=SGDConfig(),
+        activation_checkpointing=False,
+    )
+    cpu = torch.device("cpu")
+    precision = Precision(PrecisionName.fp32, "cpu")
+    task = OutOfMemoryAbove(most)
+    return measure(
+        nn.Linear(3, 2), setting, task, lambda n: torch.ones(n, 3), [1, 2, 4], device=cpu, precision=precision
+    )
+
+
+def test_sizes_for_which_memory_runs_out_are_left_out() -> None:
+    assert list(_measured(most=4).peaks) == [1, 2, 4]
+    found = _measured(most=2)
+    assert list(found.peaks) == list(found.activations) == list(found.batches) == [1, 2]
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        _measured(most=0)
+
+
+@pytest.mark.parametrize("also_configured", [False, True])
+def test_a_setting_that_does_not_fit_is_an_answer(
+    also_configured: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def without_room(*arguments: Any, **options: Any) -> Any:
+        if arguments[1].activation_checkpointing or also_configured:
+            raise torch.OutOfMemoryError("injected")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr("distaccum.tools.memory.run.measure", without_room)
+    status = memory(composed())
+    said = capfd.readouterr()
+    assert status == also_configured
+    if also_configured:
+        assert said.err.startswith("error: it does not fit: memory ran out on cpu with micro-batches of 1, ")
+        assert "Traceback" not in said.err
+    else:
+        assert "Not measured: activation checkpointing on (memory ran out)." in said.out
+
+
+class Scaled(nn.Module):
+    """With a parameter of no dimension, which FSDP can't shard."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table(tokens.long()) * self.scale
+
+
+def test_placements_that_a_model_cannot_have_are_left_out_and_evaluations_count() -> None:
+    small = composed("model=custom", f"model._target_={__name__}.Scaled", "train.eval_batch_size=64")
+    report = examine(small)
+    assert report.configured.moment == "evaluation"
+    assert report.configured.footprint.peaks[4]["evaluation"] > 4 * report.configured.footprint.peaks[4]["forward"] / 3
+    assert "Not measured: fsdp, 2 ranks (strategy=fsdp can't shard scale, a parameter of shape []);" in " ".join(
+        report.words()
+    )
+    assert {"configured", "ddp, 2 ranks"} <= {row.label for row in report.rows}
+    small.train.eval_batch_size = None
+    small.memory.alternatives = False
+    assert examine(small).configured.moment != "evaluation"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["compile=true"], "compile=true has another peak"),
+        (["batch.schedule=ramp", "batch.ramp_from=4", "batch.ramp_updates=9"], "memory measures windows of one size"),
+    ],
+)
+def test_what_it_would_measure_wrong_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        composed(*overrides)

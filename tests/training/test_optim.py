@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distaccum import Accumulator
+from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
+from distaccum.config.components import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
+from distaccum.config.enums import Implementation
+from distaccum.errors import UserError
+from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
+
+CPU = torch.device("cpu")
+
+
+def _parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(3, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        (SGDConfig(lr=0.1, momentum=0.9, nesterov=True), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
+        (AdamConfig(lr=0.1, amsgrad=True), lambda p: torch.optim.Adam(p, 0.1, amsgrad=True)),
+        (
+            AdamConfig(_target_="torch.optim.AdamW", lr=0.1, weight_decay=0.1, betas=[0.8, 0.9]),
+            lambda p: torch.optim.AdamW(p, 0.1, (0.8, 0.9), weight_decay=0.1),
+        ),
+        (RMSpropConfig(lr=0.1, alpha=0.5), lambda p: torch.optim.RMSprop(p, 0.1, 0.5)),
+        (AdagradConfig(lr=0.1), lambda p: torch.optim.Adagrad(p, 0.1)),
+    ],
+)
+@pytest.mark.parametrize("implementation", [Implementation.auto, Implementation.foreach, Implementation.forloop])
+def test_optimizers_do_what_torch_does(config: Any, reference: Any, implementation: Implementation) -> None:
+    config.implementation = implementation
+    mine, theirs = _parameters(), _parameters()
+    optimizers = [build_optimizer(config, mine, CPU), reference(theirs)]
+    for _ in range(3):
+        for parameters, optimizer in zip((mine, theirs), optimizers, strict=True):
+            parameters[0].grad = parameters[0].detach() * torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64)
+            optimizer.step()
+    assert torch.allclose(mine[0], theirs[0], rtol=1e-12, atol=0)
+    assert not torch.equal(mine[0], torch.ones(3, dtype=torch.float64))
+
+
+def test_fused_is_taken_where_torch_has_it() -> None:
+    assert build_optimizer(AdamConfig(), _parameters(), CPU).defaults["fused"]
+    assert build_optimizer(RMSpropConfig(), _parameters(), CPU).defaults["foreach"]
+    forloop = build_optimizer(AdamConfig(implementation=Implementation.forloop), _parameters(), CPU)
+    assert not forloop.defaults["fused"]
+    assert forloop.defaults["foreach"] is False
+    with pytest.raises(UserError, match=r"no fused torch.optim.RMSprop on cpu"):
+        build_optimizer(RMSpropConfig(implementation=Implementation.fused), _parameters(), CPU)
+
+
+def test_anybodys_own_optimizer() -> None:
+    section = {"_target_": "torch.optim.NAdam", "lr": 0.5, "momentum_decay": 0.1}
+    optimizer = build_optimizer(section, _parameters(), CPU)
+    assert isinstance(optimizer, torch.optim.NAdam)
+    assert optimizer.defaults["momentum_decay"] == 0.1
+    with pytest.raises(UserError, match="optim built a list"):
+        build_optimizer({"_target_": "builtins.list"}, _parameters(), CPU)
+
+
+class ScheduleFree(torch.optim.SGD):
+    def train(self) -> None: ...
+    def eval(self) -> None: ...
+
+
+def test_optimizers_that_a_window_has_no_step_for_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(UserError, match="LBFGS evaluates the loss itself"):
+        Accumulator(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(UserError, match="optim=ScheduleFree has two sets of weights"):
+        build_optimizer({"_target_": f"{__name__}.ScheduleFree", "lr": 0.1}, model.parameters(), CPU)
+
+
+def test_what_cannot_be_optimized_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing to train"):
+        build_optimizer(AdamConfig(), [nn.Parameter(torch.ones(1), requires_grad=False)], CPU)
+    with pytest.raises(UserError, match=r"refuses its arguments: Invalid learning rate: -1.0"):
+        build_optimizer(AdamConfig(lr=-1.0), _parameters(), CPU)
+
+
+def _factors(config: ScheduleConfig, total: int) -> list[float]:
+    factor = schedule_factor(config, total)
+    return [factor(update) for update in range(1, total + 1)]
+
+
+def test_schedules_by_hand() -> None:
+    assert _factors(ScheduleConfig(), 3) == [1, 1, 1]
+    assert _factors(ScheduleConfig(warmup_updates=4), 6) == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert _factors(DecayScheduleConfig(name="linear", final_factor=0.2), 5) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert _factors(DecayScheduleConfig(name="cosine"), 5) == pytest.approx([1, 0.85355, 0.5, 0.14645, 0], abs=1e-5)
+    assert _factors(DecayScheduleConfig(name="linear", warmup_updates=2), 4) == pytest.approx([0.5, 1, 0.5, 0])
+    for as_long in (ScheduleConfig(warmup_updates=2), DecayScheduleConfig(name="cosine", warmup_updates=2)):
+        assert _factors(as_long, 2) == [0.5, 1]
+    step = StepScheduleConfig(every_updates=2, factor=0.1)
+    assert _factors(step, 5) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    warm_step = StepScheduleConfig(every_updates=2, factor=0.1, warmup_updates=2)
+    assert _factors(warm_step, 5) == pytest.approx([0.5, 1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_schedules_of_very_short_runs(total: int) -> None:
+    for config in (ScheduleConfig(), DecayScheduleConfig(name="cosine"), StepScheduleConfig()):
+        assert _factors(config, total)[0] == 1
+
+
+def test_impossible_schedules_are_refused() -> None:
+    with pytest.raises(UserError, match=r"warmup_updates=11 is longer than the run, which has 10 updates"):
+        schedule_factor(ScheduleConfig(warmup_updates=11), 10)
+
+
+def test_a_schedule_sets_every_group() -> None:
+    groups = [{"params": _parameters(), "lr": 1.0}, {"params": _parameters(), "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    schedule = Schedule(optimizer, lambda update: 1 / update)
+    assert schedule.apply(4) == 0.25
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.025]
+    # A function of the number alone: asked again, or out of order, it says the same.
+    assert (schedule.apply(2), schedule.apply(4)) == (0.5, 0.25)
