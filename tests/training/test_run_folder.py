@@ -170,8 +170,8 @@ def test_a_second_job_on_one_folder_is_refused() -> None:
 def _env() -> dict[str, str]:
     import os
 
-    here = Path(__file__).parent.parent
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    here = Path(__file__).parent
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here)))}
 
 
 @pytest.mark.parametrize("run_dir", ["file", "file/run", "file/a/b"])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from command_line import TINY, Ended, evaluations, updates
+from rebinding import Rebinding
 from safetensors.torch import load_file
-from test_buffers import Rebinding
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
