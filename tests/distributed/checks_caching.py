@@ -10,7 +10,7 @@ import pytest
 import torch
 from coupled import FEATURES, Embedder, Pairs, one_shot, train_pairs
 from examples import CollectiveCounter, curves, distance, flat, placed
-from test_buffers import Rebinding
+from rebinding import Rebinding
 from torch import Tensor, nn
 
 from distaccum import (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from examples import CollectiveCounter, flat
-from test_buffers import Rebinding
+from rebinding import Rebinding
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

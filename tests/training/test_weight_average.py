@@ -199,7 +199,7 @@ def test_skipped_updates_are_not_averaged(train: Callable[..., Ended]) -> None:
     kept = [override for override in TINY if not override.startswith("model")]
     more = [
         "model=custom",
-        "model._target_=test_averaging.SometimesNan",
+        "model._target_=test_weight_average.SometimesNan",
         "train.on_nonfinite=skip",
         "schedule=constant",
     ]
