@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from distaccum.config import TrainConfig
 from distaccum.tools.bench.portable import to_portable
+from distaccum.tools.bench.processes import has_ended, log_of, start_worker
 from distaccum.tools.study.curves import Learning
 
 _LOOK_SECONDS = 0.25
@@ -54,9 +53,15 @@ def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], 
     """
     assert job.config.run_dir is not None
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
-        file = Path(folder) / "job.json"
-        file.write_text(json.dumps({"config": to_portable(job.config), "threads": job.threads}), encoding="utf-8")
-        process = _start(job, file)
+        process = start_worker(
+            "distaccum.tools.study.worker",
+            {"config": to_portable(job.config)},
+            Path(folder),
+            num_processes=job.ranks,
+            threads=job.threads,
+            log=job.log,
+            is_apart=True,  # the study tells the run to save and leave
+        )
         try:
             has_stopped = _watch(process, look, is_enough)
         finally:
@@ -69,43 +74,18 @@ def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], 
     return look()
 
 
-def _start(job: Job, file: Path) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable]
-    if job.ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            [*launcher, "-m", "distaccum.tools.study.worker", str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is for the study, which tells the run to save and leave.
-            start_new_session=True,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
-                "OMP_NUM_THREADS": str(job.threads),
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            },
-        )
-
-
 def _watch(
     process: subprocess.Popen[bytes], look: Callable[[], Learning], is_enough: Callable[[Learning], bool]
 ) -> bool:
     """Waits for the end of a run, and brings it about when it has learned enough; returns whether it did."""
     pause = _LOOK_SECONDS
-    while True:
-        try:
-            process.wait(pause)
-            return False
-        except subprocess.TimeoutExpired:
-            began = time.monotonic()
-            if is_enough(look()):
-                _stop(process)
-                return True
-            pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
+    while not has_ended(process, pause):
+        began = time.monotonic()
+        if is_enough(look()):
+            _stop(process)
+            return True
+        pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
+    return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -113,9 +93,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_SECONDS)
-    if process.poll() is None:
+    if not has_ended(process, _STOP_SECONDS):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -123,8 +101,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(log: Path, status: int) -> str:
     """Why a run failed: its own message, else the last exception."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in log_of(log).splitlines()]
     said = [line.partition("error: ")[2] for line in lines if line.startswith("error: ") or "]:error: " in line]
     raised = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
     found = said[-1:] or raised[-1:]
