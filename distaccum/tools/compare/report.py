@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from distaccum.tools.bench.environment import Circumstances
 from distaccum.tools.compare.results import Row
 
 
@@ -21,14 +21,9 @@ class Reference:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report:
+class Report(Circumstances):
     """What `compare.json` holds."""
 
-    date: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-    config: dict[str, Any]
     reference: Reference
     rows: list[Row]
     on_cuda: bool = False

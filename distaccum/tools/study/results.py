@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from distaccum.config.enums import Goal
+from distaccum.tools.bench.environment import Circumstances
 from distaccum.tools.study.curves import Learning, Spot, best_value, crossing
 from distaccum.tools.study.fit import Fit, Measured, fit
 from distaccum.tools.study.points import Point
@@ -46,14 +46,9 @@ class Result:
 
 
 @dataclass(kw_only=True, slots=True)
-class Study:
+class Study(Circumstances):
     """What `study.json` holds."""
 
-    date: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-    config: dict[str, Any]
     num_samples: int
     """Of the training data."""
     max_samples: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config import instantiate as targets
@@ -26,7 +25,8 @@ from distaccum.observers.formatting import duration, number
 from distaccum.runtime.files import without_tilde, write_result, write_text
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.stop_signals import SIGNALS
-from distaccum.tools.bench.environment import environment
+from distaccum.tools.bench.environment import as_json, environment
+from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.study.advice import advise
 from distaccum.tools.study.curves import Learning, crossing, read_learning
 from distaccum.tools.study.page import page_of, picture_of
@@ -191,14 +191,7 @@ class _Study:
         logger.info("files: %s", self.path)
 
     def _run_all(self, points: list[Point]) -> None:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
+        with progress_bar(TextColumn("{task.completed:.1f}/{task.total}")) as progress:
             bar = progress.add_task("", total=len(points))
             for number_of_point, point in enumerate(points):
 
@@ -312,8 +305,7 @@ class _Study:
                 )
 
     def _write_all(self, found: Study) -> None:
-        entries = json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
-        texts = {"study.json": entries, "study.html": page_of(found), "study.svg": picture_of(found)}
+        texts = {"study.json": as_json(found), "study.html": page_of(found), "study.svg": picture_of(found)}
         for name, text in texts.items():
             if text:
                 write_result(self.path / name, text, "Mend that, and start the same command again.")
@@ -326,17 +318,6 @@ def _evaluation_names(path: Path) -> list[str]:
         return read_metrics(path).evaluation_metrics()
     except OSError:
         return []
-
-
-def _finite(value: Any) -> Any:
-    """As JSON has it: what is not finite is null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
-        return None
-    return value
 
 
 @contextmanager
