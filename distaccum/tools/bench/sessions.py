@@ -91,7 +91,8 @@ class Session:
         """True as long as an answer is missing: ranks that compute, or hang, don't hear."""
         try:
             self._process = self._start()
-            self._meet()
+            self._pids += [greeting["pid"] for greeting in self._answers("starting")]
+            self._lines.sort(key=lambda line: line.rank)
         except BaseException:
             self.close()
             raise
@@ -109,21 +110,11 @@ class Session:
         self._server.bind(str(folder / "line"))
         self._server.listen(self._job.num_processes)
         self._selector.register(self._server, selectors.EVENT_READ, None)
-        told = {
-            "config": self._job.config,
-            "sync_every_step": self._job.sync_every_step,
-            "reference": str(self._job.reference),
-            "socket": str(folder / "line"),
-        }
         job = self._job
+        told = {"config": job.config, "sync_every_step": job.sync_every_step, "reference": str(job.reference)}
+        told["socket"] = str(folder / "line")
         worker = "distaccum.tools.bench.worker"
         return start_worker(worker, told, folder, num_processes=job.num_processes, threads=job.threads, log=job.log)
-
-    def _meet(self) -> None:
-        """Waits until every rank has said its name."""
-        for greeting in self._answers("starting"):
-            self._pids.append(greeting["pid"])
-        self._lines.sort(key=lambda line: line.rank)
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
         """Has all ranks do something; returns their answers, by rank."""

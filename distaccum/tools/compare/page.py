@@ -10,8 +10,7 @@ from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
-from distaccum.tools.compare.report import Report
-from distaccum.tools.compare.results import Row
+from distaccum.tools.compare.results import Report, Row
 from distaccum.tools.compare.terminal import cells, heads
 from distaccum.tools.pages import page as html
 from distaccum.tools.pages.lines import Axis, Curve, line_chart

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress, TaskID, TextColumn
 
 from distaccum.config import as_plain
@@ -19,6 +20,7 @@ from distaccum.errors import UserError
 from distaccum.observers.formatting import number
 from distaccum.runtime.files import write_result
 from distaccum.runtime.logs import console, logging_to
+from distaccum.runtime.memory import free_memory
 from distaccum.tools.bench.environment import as_json, environment, refuse_other_results
 from distaccum.tools.bench.portable import to_portable
 from distaccum.tools.bench.rounds import Round, round_of
@@ -27,8 +29,7 @@ from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import page_of
 from distaccum.tools.compare.placements import Case, cases_of, reference_case
-from distaccum.tools.compare.report import Reference, Report
-from distaccum.tools.compare.results import Row, add_preparation, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import Reference, Report, Row, add_preparation, add_rounds, add_speedups, row_of
 from distaccum.tools.compare.terminal import show
 from distaccum.training.run_folder import held_run_folder
 
@@ -193,7 +194,7 @@ class _Comparison:
         if self.section.keep_alive is not None:
             return self.section.keep_alive
         # What waits on a GPU takes up its memory, which the others are to have for themselves.
-        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * _available_memory()
+        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * free_memory(torch.device("cpu"))
 
     def _make_reference(self) -> Reference:
         """The float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
@@ -216,13 +217,3 @@ class _Comparison:
                     break
         logger.warning("there is no float64 reference, so no errors: %s", problem)
         return Reference(problem=problem)
-
-
-def _available_memory() -> float:
-    """Bytes of memory that are left; infinitely many where that can't be known."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    return float("inf")

@@ -10,8 +10,7 @@ from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
-from distaccum.tools.compare.report import Report
-from distaccum.tools.compare.results import Row
+from distaccum.tools.compare.results import Report, Row
 
 _FULL_WIDTH = 150
 _IN_TERMINAL = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)

@@ -153,7 +153,9 @@ def _over_batch_size(study: Study) -> list[str]:
         if not any(point[1] > 0 for curve in curves for point in curve.points):
             continue
         noise = study.noise_scale if title.startswith("Updates") else None
-        more = [Mark(noise, "noise scale")] if noise is not None and not marks_overlap(noise, fitted) else []
+        # Its label must not lie on that of the critical batch size.
+        is_near = noise is not None and fitted and abs(math.log(noise / fitted.critical_batch_size)) < 0.7
+        more = [] if noise is None or is_near else [Mark(noise, "noise scale")]
         ticks = sizes if len(sizes) <= 5 else None
         drawn = [point for curve in curves for point in curve.points]
         chart = line_chart(
@@ -192,12 +194,6 @@ def _noise(study: Study) -> list[str]:
         size=_SIZE,
     )
     return [html.figure(chart)]
-
-
-def marks_overlap(noise: float, fitted: object) -> bool:
-    """Whether the label of the noise scale would lie on that of the critical batch size."""
-    critical = getattr(fitted, "critical_batch_size", None)
-    return critical is not None and abs(math.log(noise / critical)) < 0.7
 
 
 def _learning(study: Study) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from distaccum.config import TrainConfig
@@ -28,18 +27,15 @@ class PointFailedError(Exception):
     """A run ended with an error; the message is its own."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is to be run, and how."""
-
-    config: TrainConfig
-    ranks: int
-    threads: int
-    log: Path
-    """Where everything goes that the processes write."""
-
-
-def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], bool]) -> Learning:
+def run(
+    config: TrainConfig,
+    look: Callable[[], Learning],
+    is_enough: Callable[[Learning], bool],
+    *,
+    ranks: int,
+    threads: int,
+    log: Path,
+) -> Learning:
     """Runs a training until it has learned enough or is at its end; returns what it came to.
 
     It goes on from its checkpoint, if there is one. However this ends, no process is left, and the run has saved.
@@ -47,19 +43,20 @@ def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], 
     Args:
         look: reads how far it is.
         is_enough: whether it may stop there.
+        log: where everything goes that the processes write.
 
     Raises:
         PointFailedError: it ended with an error.
     """
-    assert job.config.run_dir is not None
+    assert config.run_dir is not None
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
         process = start_worker(
             "distaccum.tools.study.worker",
-            {"config": to_portable(job.config)},
+            {"config": to_portable(config)},
             Path(folder),
-            num_processes=job.ranks,
-            threads=job.threads,
-            log=job.log,
+            num_processes=ranks,
+            threads=threads,
+            log=log,
             is_apart=True,  # the study tells the run to save and leave
         )
         try:
@@ -68,9 +65,9 @@ def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], 
             _stop(process)
     if has_stopped:
         # It says that it wants to be started again; but it was this study that had enough of it.
-        (Path(job.config.run_dir) / "unfinished.json").unlink(missing_ok=True)
+        (Path(config.run_dir) / "unfinished.json").unlink(missing_ok=True)
     elif process.returncode != 0:
-        raise PointFailedError(_reason(job.log, process.returncode))
+        raise PointFailedError(_reason(log, process.returncode))
     return look()
 
 

@@ -12,8 +12,7 @@ from rows_by_hand import report, row
 
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import coinciding, page_of
-from distaccum.tools.compare.report import Reference, Report
-from distaccum.tools.compare.results import Row
+from distaccum.tools.compare.results import Reference, Report, Row
 from distaccum.tools.pages.lines import spread_labels
 from distaccum.tools.pages.svg import nice_ticks
 
