@@ -22,7 +22,7 @@ from distaccum.runtime.devices import Precision
 from distaccum.runtime.world import joined_world
 from distaccum.tasks import LanguageModeling
 from distaccum.tools.memory.lines import PeakLine
-from distaccum.tools.memory.measuring import Setting, measure, measure_here, replicas_of
+from distaccum.tools.memory.measuring import Setting, measure, replicas_of
 from distaccum.training.optim import has_8bit
 
 LENGTH = 64
@@ -81,7 +81,9 @@ def measured(names: list[str], sizes: list[int]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for name in names:
         for steps in STEPS:
-            footprint = measure_here(model(), setting(name, steps), LanguageModeling(), batch_of, sizes, **keywords())
+            footprint = measure(
+                model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True, **keywords()
+            )
             found[f"{name}|{steps}"] = {str(size): peak for size, peak in footprint.peak.items()}
     return found
 

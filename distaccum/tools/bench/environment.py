@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import json
+import math
 import os
 import platform
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,24 @@ import torch
 
 import distaccum
 from distaccum.config.redaction import redacted_arguments
+from distaccum.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class Circumstances:
+    """What the results of every tool begin with."""
+
+    date: str
+    command: str
+    machine: str
+    versions: dict[str, str]
+    config: dict[str, Any]
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """All but the configuration, for a page."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return [("command", self.command), ("date", self.date), ("machine", self.machine), ("versions", versions)]
 
 
 def environment(module: str = "distaccum.compare") -> dict[str, Any]:
@@ -28,6 +50,32 @@ def environment(module: str = "distaccum.compare") -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def refuse_other_results(run_dir: str | None, name: str, what: str) -> None:
+    """Keeps a tool from writing over what it found before.
+
+    Raises:
+        UserError: the folder has a file of that name, the results of another such (what: `tuning`).
+    """
+    if run_dir is not None and os.path.exists(Path(run_dir) / name):
+        raise UserError(
+            f"run_dir={run_dir} holds the results of another {what}, which would be overwritten. Choose another "
+            "folder, or remove that one."
+        )
+
+
+def as_json(found: Circumstances) -> str:
+    """Results as their file has them; what is not finite is null, for JSON knows no such numbers."""
+    return json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _machine() -> str:

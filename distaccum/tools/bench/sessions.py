@@ -9,14 +9,13 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from distaccum.tools.bench.processes import has_ended, log_of, start_worker
 
 _GRACE_SECONDS = 10.0
 """How long processes may take to end when they are asked to."""
@@ -92,7 +91,8 @@ class Session:
         """True as long as an answer is missing: ranks that compute, or hang, don't hear."""
         try:
             self._process = self._start()
-            self._meet()
+            self._pids += [greeting["pid"] for greeting in self._answers("starting")]
+            self._lines.sort(key=lambda line: line.rank)
         except BaseException:
             self.close()
             raise
@@ -100,9 +100,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -112,30 +110,11 @@ class Session:
         self._server.bind(str(folder / "line"))
         self._server.listen(self._job.num_processes)
         self._selector.register(self._server, selectors.EVENT_READ, None)
-        file = folder / "job.json"
-        told = {
-            "config": self._job.config,
-            "sync_every_step": self._job.sync_every_step,
-            "threads": self._job.threads,
-            "reference": str(self._job.reference),
-            "socket": str(folder / "line"),
-        }
-        file.write_text(json.dumps(told), encoding="utf-8")
-        self._job.log.parent.mkdir(parents=True, exist_ok=True)
-        with self._job.log.open("ab") as log:
-            return subprocess.Popen(
-                [*_launcher(self._job.num_processes), "-m", "distaccum.tools.bench.worker", str(file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(self._job.threads),
-            )
-
-    def _meet(self) -> None:
-        """Waits until every rank has said its name."""
-        for greeting in self._answers("starting"):
-            self._pids.append(greeting["pid"])
-        self._lines.sort(key=lambda line: line.rank)
+        job = self._job
+        told = {"config": job.config, "sync_every_step": job.sync_every_step, "reference": str(job.reference)}
+        told["socket"] = str(folder / "line")
+        worker = "distaccum.tools.bench.worker"
+        return start_worker(worker, told, folder, num_processes=job.num_processes, threads=job.threads, log=job.log)
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
         """Has all ranks do something; returns their answers, by rank."""
@@ -195,9 +174,8 @@ class Session:
     def _died(self) -> PlacementFailedError:
         """Why processes are gone that have said nothing."""
         assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE_SECONDS)
-        text = self._job.log.read_text(encoding="utf-8", errors="replace") if self._job.log.exists() else ""
+        has_ended(self._process, _GRACE_SECONDS)
+        text = log_of(self._job.log)
         status = self._process.returncode
         if status == -signal.SIGKILL or "Signal 9" in text or "exitcode  : -9" in text:
             return PlacementFailedError("killed by signal 9: out of memory, most likely", "memory")
@@ -219,14 +197,13 @@ class Session:
         self.dismiss()
         process = self._process
         if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1 if self._is_waiting else _GRACE_SECONDS)
-            if process.poll() is None:
+            if not has_ended(process, 0.1 if self._is_waiting else _GRACE_SECONDS):
                 process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(2.0)
-            if process.poll() is None:
-                self._kill()
+            if not has_ended(process, 2.0):
+                # Ranks that torchrun could not end; while it lives, their numbers are their own.
+                for pid in self._pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.kill()
                 process.wait()
         for line in self._lines:
@@ -234,25 +211,3 @@ class Session:
         self._selector.close()
         self._server.close()
         self._folder.cleanup()
-
-    def _kill(self) -> None:
-        """Ends ranks that torchrun could not end; while it lives, their numbers are their own."""
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _launcher(num_processes: int) -> Sequence[str]:
-    if num_processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        # What this process finds, its children find too: the package in a checkout, the user's own modules.
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
-from distaccum.tools.compare.report import Report
-from distaccum.tools.compare.results import Row, is_within_noise
+from distaccum.tools.compare.results import Report, Row, is_within_noise
 
 _CLEARLY_LESS_MEMORY = 0.9
 """A peak is called smaller when it is below this part of the other."""

@@ -6,42 +6,28 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
-from distaccum.tools.compare.report import Report
-from distaccum.tools.compare.results import Row
-from distaccum.tools.compare.terminal import error_text
-from distaccum.tools.pages import (
-    Axis,
-    Curve,
-    Dot,
-    Panel,
-    Segment,
-    definitions,
-    escaped,
-    key,
-    line_chart,
-    nice_ticks,
-    row_chart,
-    subject_of,
-    whole_page,
-)
+from distaccum.tools.compare.results import Report, Row
+from distaccum.tools.compare.terminal import cells, heads
+from distaccum.tools.pages import page as html
+from distaccum.tools.pages.lines import Axis, Curve, line_chart
+from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
+from distaccum.tools.pages.svg import bytes_tick, nice_ticks
 
 _STYLE = Path(__file__).with_name("page.css")
 
 
 def page_of(report: Report) -> str:
     """The whole page."""
-    sections = [_header(report), _verdict(report)]
+    sections = [_header(report), html.advice("Which placement to use here", report.advice)]
     if report.measured:
         sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
     sections += [_table(report), _circumstances(report)]
-    title = f"{subject_of(report.config)}: placements compared"
-    return whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
+    title = f"{html.subject_of(report.config)}: placements compared"
+    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
 
 
 def _header(report: Report) -> str:
@@ -49,29 +35,11 @@ def _header(report: Report) -> str:
     facts = [
         f"window of {config['batch']['global_batch_size']} samples",
         f"{report.reference.parameters:,} parameters" if report.reference.parameters else "",
-        f"{last_part(config['optim'].get('_target_', ''))}, {config['precision']['name']}",
+        f"{str(config['optim'].get('_target_', '')).rpartition('.')[2]}, {config['precision']['name']}",
         report.machine,
         report.date.replace("T", " ")[:16],
     ]
-    return (
-        f"<header><h1>{escaped(subject_of(report.config))}</h1>"
-        f'<p class="facts">{escaped(" · ".join(fact for fact in facts if fact))}</p></header>'
-    )
-
-
-def last_part(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _verdict(report: Report) -> str:
-    paragraphs = []
-    for number, paragraph in enumerate(report.advice):
-        said, has_command, command = paragraph.partition(" Train with: ")
-        css = ' class="lead"' if number == 0 else ""
-        paragraphs.append(f"<p{css}>{escaped(said)}</p>")
-        if has_command:
-            paragraphs.append(f"<pre><code>{escaped(command)}</code></pre>")
-    return f'<section class="verdict"><h2>Which placement to use here</h2>{"".join(paragraphs)}</section>'
+    return html.header(html.subject_of(config), " · ".join(fact for fact in facts if fact))
 
 
 def _labels(report: Report) -> list[tuple[str, str]]:
@@ -106,13 +74,13 @@ def _times(report: Report) -> str:
     memory = Panel(
         title=f"Peak memory of a process ({_memory_kind(report)})",
         share=0.38,
-        tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+        tick=bytes_tick,
         label_width=72,
         binary=True,
         bars=[_memory_bar(row) for row in report.rows],
         labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
     )
-    colours = key(
+    colours = html.key(
         [
             ("data", "waiting for data"),
             ("compute", "computing"),
@@ -121,13 +89,12 @@ def _times(report: Report) -> str:
             ("training", "the training"),
         ]
     )
-    return (
-        f"<section><h2>Time and memory</h2>{colours}"
-        f"{row_chart('Time per update and peak memory', _labels(report), _reasons(report), [time, memory])}"
-        f'<p class="note">Medians of {report.config["compare"]["rounds"]} rounds, in which the placements took turns; '
-        "the whisker spans the middle half of the rounds. × is the speed-up over accumulation in one process with as "
-        "many steps.</p></section>"
+    chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
+    told = (
+        f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
+        "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
+    return html.section("Time and memory", colours, chart, html.note(told))
 
 
 def _time_bar(row: Row) -> list[Segment]:
@@ -175,7 +142,7 @@ def _errors(report: Report) -> str:
     traffic = Panel(
         title="Gradients sent per update and rank",
         share=0.38,
-        tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+        tick=bytes_tick,
         label_width=118,
         binary=True,
         bars=[
@@ -194,12 +161,9 @@ def _errors(report: Report) -> str:
         ],
     )
     missing = [None if reason is None else "not measured" for reason in _reasons(report)]
-    colours = key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
-    return (
-        f"<section><h2>Exactness and traffic</h2>{colours}"
-        f"{row_chart('Error of the update and traffic', _labels(report), missing, [errors, traffic])}"
-        f'<p class="note">{escaped(_what_the_error_is(report))}</p></section>'
-    )
+    colours = html.key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
+    chart = row_chart("Error of the update and traffic", _labels(report), missing, [errors, traffic])
+    return html.section("Exactness and traffic", colours, chart, html.note(_what_the_error_is(report)))
 
 
 def _what_the_error_is(report: Report) -> str:
@@ -255,12 +219,9 @@ def _scaling(report: Report) -> str:
         x=Axis(title="ranks (replicas under DP)", is_log=True, ticks=[float(size) for size in sizes]),
         y=Axis(title="Samples per second", low=0.0),
     )
-    note = (
-        '<p class="note">Each placement with the accumulation steps that were fastest.</p>'
-        if len(report.config["compare"]["accumulation_steps"]) > 1
-        else ""
-    )
-    return f"<section><h2>Scaling</h2>{chart}{note}</section>"
+    has_choice = len(report.config["compare"]["accumulation_steps"]) > 1
+    told = "Each placement with the accumulation steps that were fastest." if has_choice else ""
+    return html.section("Scaling", chart, html.note(told))
 
 
 def _curves(report: Report) -> str:
@@ -284,17 +245,11 @@ def _curves(report: Report) -> str:
         y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
-    note = (
-        '<p class="note">The same windows, the same curve: '
-        f"{escaped(_placements_in(together))} can't be told apart here.</p>"
-        if len(together) > 1
-        else ""
-    )
-    return f"<section><h2>Loss</h2>{chart}{note}</section>"
-
-
-def _placements_in(rows: Sequence[Row]) -> str:
-    return "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in rows))
+    told = ""
+    if len(together) > 1:
+        names = "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in together))
+        told = f"The same windows, the same curve: {names} can't be told apart here."
+    return html.section("Loss", chart, html.note(told))
 
 
 def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
@@ -314,70 +269,20 @@ def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _table(report: Report) -> str:
-    precision = report.config["precision"]["name"]
-    heads = ["placement", "micro-batch", "time per update", "middle half", "samples/s", "speed-up"]
-    heads += ["data", "compute", "sync", "memory", "collectives", "sent", "error fp64", f"error {precision}"]
-    body = []
+    rows = []
     for row in report.rows:
-        cells = _cells(row)
-        if cells is None:
-            reason = row.reason or "not measured"
-            body.append(
-                f'<tr class="failed"><th scope="row">{escaped(row.title)}</th>'
-                f'<td colspan="{len(heads) - 1}" class="reason">{escaped(reason)}</td></tr>'
-            )
-        else:
-            data = "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
-            body.append(f'<tr><th scope="row">{escaped(row.title)}</th>{data}</tr>')
-        body += [
-            f'<tr class="failed"><td></td><td colspan="{len(heads) - 1}" class="reason">{escaped(note)}</td></tr>'
-            for note in row.notes
-        ]
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
-    return (
-        '<section><h2>All numbers</h2><div class="scroll"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
-    )
-
-
-def _cells(row: Row) -> list[str] | None:
-    if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
-        return None
-    sizes = sorted(set(row.micro_batch_sizes))
-    shares = (row.data_share, row.compute_share, row.sync_share)
-    return [
-        "" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}",
-        milliseconds(row.seconds),
-        f"{milliseconds(row.low_seconds)} – {milliseconds(row.high_seconds)}",
-        rate(row.samples_per_second or 0.0),
-        "—" if row.speedup is None else f"{row.speedup:.2f}×",
-        *("—" if share is None else f"{share:.0%}" for share in shares),
-        "—" if row.peak_memory is None else byte_size(row.peak_memory),
-        str(row.sync_calls),
-        byte_size(row.sync_bytes or 0),
-        error_text(row.error_float64),
-        error_text(row.error),
-    ]
+        rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
+        rows += [["", told] for told in row.notes]
+    return html.section("All numbers", html.table(["placement", *heads(str(report.config["precision"]["name"]))], rows))
 
 
 def _circumstances(report: Report) -> str:
     compare = report.config["compare"]
     threads = compare["threads_per_rank"]
-    facts = [
-        ("command", report.command),
-        ("date", report.date),
-        ("machine", report.machine),
-        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        ("took", f"{report.seconds:.0f} s"),
-        (
-            "timed",
-            f"{compare['rounds']} rounds × {compare['updates']} updates of full windows, after "
-            f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
-            f"thread{'s' if threads > 1 else ''}; the slowest rank counts",
-        ),
-    ]
-    config = yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)
-    return (
-        f"<section><h2>How this came about</h2>{definitions(facts)}"
-        f"<details><summary>The configuration</summary><pre><code>{escaped(config)}</code></pre></details></section>"
+    timed = (
+        f"{compare['rounds']} rounds × {compare['updates']} updates of full windows, after "
+        f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
+        f"thread{'s' if threads > 1 else ''}; the slowest rank counts"
     )
+    facts = [*report.facts, ("took", f"{report.seconds:.0f} s"), ("timed", timed)]
+    return html.section("How this came about", html.definitions(facts), html.configuration(report.config))

@@ -1,4 +1,4 @@
-"""The rows of a comparison, and the statistics that make them of what the ranks have answered."""
+"""A comparison, whole: its rows, and the statistics that make them of what the ranks have answered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distaccum.config.tools import PlacementName
+from distaccum.tools.bench.environment import Circumstances
 from distaccum.tools.bench.rounds import Round, middle_half
 from distaccum.tools.compare.placements import Case
 
@@ -73,6 +74,36 @@ class Row:
     def peak_memory(self) -> int | None:
         """Of the process that used most."""
         return max(self.memory) if self.memory else None
+
+
+@dataclass(kw_only=True, slots=True)
+class Reference:
+    """The float64 run whose update the others are compared with."""
+
+    accumulation_steps: int = 1
+    """1: one shot."""
+    parameters: int = 0
+    """Numbers in the model's parameters."""
+    problem: str | None = None
+    """Why there is none, or None."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report(Circumstances):
+    """What `compare.json` holds."""
+
+    reference: Reference
+    rows: list[Row]
+    on_cuda: bool = False
+    advice: list[str] = field(default_factory=list)
+    """What to use here and why, a paragraph each."""
+    seconds: float = 0.0
+    """How long the comparison took."""
+
+    @property
+    def measured(self) -> list[Row]:
+        """Rows that have been timed."""
+        return [row for row in self.rows if row.is_measured]
 
 
 def row_of(case: Case, command: str = "") -> Row:

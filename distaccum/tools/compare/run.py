@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -13,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+import torch
+from rich.progress import Progress, TaskID, TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config.redaction import redacted, redacted_arguments
@@ -22,15 +20,16 @@ from distaccum.errors import UserError
 from distaccum.observers.formatting import number
 from distaccum.runtime.files import write_result
 from distaccum.runtime.logs import console, logging_to
-from distaccum.tools.bench.environment import environment
+from distaccum.runtime.memory import free_memory
+from distaccum.tools.bench.environment import as_json, environment, refuse_other_results
 from distaccum.tools.bench.portable import to_portable
 from distaccum.tools.bench.rounds import Round, round_of
 from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
+from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import page_of
 from distaccum.tools.compare.placements import Case, cases_of, reference_case
-from distaccum.tools.compare.report import Reference, Report
-from distaccum.tools.compare.results import Row, add_preparation, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import Reference, Report, Row, add_preparation, add_rounds, add_speedups, row_of
 from distaccum.tools.compare.terminal import show
 from distaccum.training.run_folder import held_run_folder
 
@@ -46,18 +45,13 @@ def compare(config: CompareConfig) -> Report:
     Raises:
         UserError: the configuration can't be trained at all, or the folder can't be written.
     """
-    if config.run_dir is not None and os.path.exists(Path(config.run_dir) / "compare.json"):
-        raise UserError(
-            f"run_dir={config.run_dir} holds the results of another comparison, which would be overwritten. Choose "
-            "another folder, or remove that one."
-        )
+    refuse_other_results(config.run_dir, "compare.json", "comparison")
     with held_run_folder(config.run_dir, "none", as_plain(config)) as folder, logging_to(folder.path, 0):
         run_dir = folder.path
         started = time.monotonic()
         report = _Comparison(config, run_dir).run()
         report.seconds = time.monotonic() - started
-        found = json.dumps(dataclasses.asdict(report), indent=1) + "\n"
-        for name, text in (("compare.json", found), ("compare.html", page_of(report))):
+        for name, text in (("compare.json", as_json(report)), ("compare.html", page_of(report))):
             write_result(run_dir / name, text, "Choose another run_dir.")
         show(report, run_dir)
     return report
@@ -98,16 +92,7 @@ class _Comparison:
             stack.callback(self.reference_file.unlink, missing_ok=True)
             for contender in contenders:
                 stack.callback(contender.stop)
-            progress = stack.enter_context(
-                Progress(
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    TextColumn("{task.completed}/{task.total}"),
-                    TimeElapsedColumn(),
-                    console=console,
-                    transient=True,
-                )
-            )
+            progress = stack.enter_context(progress_bar(TextColumn("{task.completed}/{task.total}")))
             bar = progress.add_task("float64 reference", total=turns)
             self.reference = self._make_reference()
             for number_of_round in range(1, self.section.rounds + 1):
@@ -209,7 +194,7 @@ class _Comparison:
         if self.section.keep_alive is not None:
             return self.section.keep_alive
         # What waits on a GPU takes up its memory, which the others are to have for themselves.
-        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * _available_memory()
+        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * free_memory(torch.device("cpu"))
 
     def _make_reference(self) -> Reference:
         """The float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
@@ -232,13 +217,3 @@ class _Comparison:
                     break
         logger.warning("there is no float64 reference, so no errors: %s", problem)
         return Reference(problem=problem)
-
-
-def _available_memory() -> float:
-    """Bytes of memory that are left; infinitely many where that can't be known."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
-    return float("inf")

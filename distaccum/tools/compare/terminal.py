@@ -4,81 +4,62 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
-from distaccum.tools.compare.report import Report
-from distaccum.tools.compare.results import Row
+from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
+from distaccum.tools.compare.results import Report, Row
 
 _FULL_WIDTH = 150
-_MOST_IMPORTANT = (0, 3, 5, 7, 8)
-"""Columns for a narrow terminal: time, speed-up, memory, bytes sent, error."""
+_IN_TERMINAL = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)
+"""Columns for a terminal: the page has room for more."""
+_MOST_IMPORTANT = (1, 4, 8, 10, 11)
+"""Columns for a narrow one: time, speed-up, memory, bytes sent, error."""
 
 
 def show(report: Report, run_dir: Path) -> None:
     """Prints a report on the console; in a narrow one, the table has the columns that matter most."""
     is_narrow = console.is_terminal and console.width < _FULL_WIDTH
-    heads = _heads(str(report.config["precision"]["name"]))
-    shown = [index for index in range(len(heads)) if not is_narrow or index in _MOST_IMPORTANT]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("placement", overflow="fold")
-    for index in shown:
-        table.add_column(heads[index], justify="right", no_wrap=True)
+    names = heads(str(report.config["precision"]["name"]))
+    shown = _MOST_IMPORTANT if is_narrow else _IN_TERMINAL
+    table = table_of("placement", *(names[index] for index in shown))
     for row in report.rows:
-        values = cells(row)
+        values = cells(row) or ["—"] * len(names)
         table.add_row(row.title, *(values[index] for index in shown), style="" if row.reason is None else "dim")
     console.print()
-    # A file or a pipe has no width: the table takes what it needs.
-    (console if console.is_terminal else Console(width=_FULL_WIDTH)).print(table)
+    print_table(table, _FULL_WIDTH)
     for row in report.rows:
-        if row.reason is not None:
-            console.print(Text(f"{row.title}: {row.reason}", style="yellow"))
-        for note in row.notes:
-            console.print(Text(f"{row.title}: {note}", style="yellow"))
-    for paragraph in report.advice:
-        console.print()
-        console.print(Text(paragraph), soft_wrap=not console.is_terminal)
-    console.print()
+        for told in (*((row.reason,) if row.reason is not None else ()), *row.notes):
+            console.print(Text(f"{row.title}: {told}", style="yellow"))
+    print_paragraphs(report.advice)
     console.print(Text(f"took {report.seconds:.0f} s; the page with the charts: {run_dir / 'compare.html'}"))
 
 
-def _heads(precision: str) -> list[str]:
+def heads(precision: str) -> list[str]:
+    """The names of the columns beside that of the row."""
     return [
-        "time",
-        "middle half",
-        "samples/s",
-        "speed-up",
-        "in sync",
-        "memory",
-        "syncs",
-        "sent",
-        "error fp64",
-        f"error {precision}",
-    ]
+        "micro-batch", "time", "middle half", "samples/s", "speed-up", "data", "compute", "in sync", "memory", "syncs",
+        "sent", "error fp64", f"error {precision}",
+    ]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
-    """What the table says of a row beside its name."""
+    """What the tables say of a row beside its name; nothing if it was not measured."""
     if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
-        return ["—"] * len(_heads(""))
+        return []
+    sizes = sorted(set(row.micro_batch_sizes))
+    shares = (row.data_share, row.compute_share, row.sync_share)
     return [
+        "" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}",
         milliseconds(row.seconds),
         f"{milliseconds(row.low_seconds)} – {milliseconds(row.high_seconds)}",
         rate(row.samples_per_second or 0.0),
         "—" if row.speedup is None else f"{row.speedup:.2f}×",
-        "—" if row.sync_share is None else f"{row.sync_share:.0%}",
+        *("—" if share is None else f"{share:.0%}" for share in shares),
         "—" if row.peak_memory is None else byte_size(row.peak_memory),
         str(row.sync_calls),
         byte_size(row.sync_bytes or 0),
-        error_text(row.error_float64),
-        error_text(row.error),
+        *("—" if error is None else "0" if error == 0 else f"{error:.1e}" for error in (row.error_float64, row.error)),
     ]
-
-
-def error_text(error: float | None) -> str:
-    """An error as it stands in a table."""
-    return "—" if error is None else "0" if error == 0 else f"{error:.1e}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
@@ -22,7 +23,6 @@ from distaccum.runtime.nested import tensors_of
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
 from distaccum.tasks import TaskOutput, checked_output
-from distaccum.tools.memory.fake_ranks import fake_ranks
 from distaccum.training.model import checkpoint_blocks, evaluation_mode
 from distaccum.training.optim import build_optimizer
 from distaccum.training.weight_average import WeightAverage
@@ -94,6 +94,28 @@ def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
     return torch.cuda.device_count() if device.type == "cuda" else DEFAULT_REPLICAS_ON_CPU
 
 
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """Makes this process rank 0 of a process group whose other ranks aren't there: its collectives return at once.
+
+    What a rank holds in memory doesn't depend on what the others send. With 1, there is no process group at all.
+    """
+    if world_size == 1:
+        yield
+        return
+    assert not dist.is_initialized(), "there are real ranks already"
+    # Here and not above: torch keeps it among its own tests' helpers, and it is needed for nothing else.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own helpers, among themselves
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def measure(
     master: nn.Module,
     setting: Setting,
@@ -105,6 +127,7 @@ def measure(
     precision: Precision,
     clip_norm: float | None = 1.0,
     limit: float | None = None,
+    has_ranks: bool = False,
 ) -> Footprint:
     """Trains a copy of a model for some windows, one for each size of the micro-batch, as rank 0 of `world_size`.
 
@@ -114,60 +137,28 @@ def measure(
         sizes: of micro-batches, the smallest first.
         limit: bytes; sizes that would need more, by those measured before, are left out, as are those for which memory
             runs out.
+        has_ranks: there is a process group, all of whose ranks call this; else the other ranks are made up.
 
     Raises:
         UserError: the strategy can't be had, …
         Exception: memory runs out at the smallest size already (see `distaccum.runtime.memory.is_out_of_memory`).
     """
-    with fake_ranks(setting.world_size):
-        return measure_here(
-            master,
-            setting,
-            task,
-            batch_of,
-            sizes,
-            device=device,
-            precision=precision,
-            clip_norm=clip_norm,
-            limit=limit,
-            has_ranks=setting.world_size == 1,
-        )
-
-
-def measure_here(
-    master: nn.Module,
-    setting: Setting,
-    task: Callable[[nn.Module, Any], TaskOutput],
-    batch_of: Callable[[int], Any],
-    sizes: Sequence[int],
-    *,
-    device: torch.device,
-    precision: Precision,
-    clip_norm: float | None = 1.0,
-    limit: float | None = None,
-    has_ranks: bool = True,
-) -> Footprint:
-    """As `measure`, in the process group that there is already, all of whose ranks call this.
-
-    Args:
-        has_ranks: False if what its collectives give is what has been in memory by chance.
-    """
     # cuBLAS keeps the workspaces that it takes at its first use, in the threads of forwards and of backwards. They are
     # taken before anything is measured: every setting needs them, and the first one alone would show them.
     ones = torch.ones(8, 8, device=device, requires_grad=True)
     (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with nullcontext() if has_ranks else fake_ranks(setting.world_size), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings(
             "ignore", message="`torch.jit.* is deprecated", category=DeprecationWarning
         )  # by torch's own ZeRO-1
-        meter = stack.enter_context(metered(device))
-        windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
-        try:
-            footprint = _footprint(windows, batch_of, sizes, limit)
-        finally:
-            windows.close()
+        has_ranks = has_ranks or setting.world_size == 1
+        with metered(device) as meter:
+            windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
+            try:
+                footprint = _footprint(windows, batch_of, sizes, limit)
+            finally:
+                windows.close()
     gc.collect()  # a placed model and its hooks hold each other
     return footprint
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from distaccum.observers.formatting import byte_size
+from distaccum.tools.bench.terminal import table_of
 from distaccum.tools.memory.lines import PeakLine
 from distaccum.tools.memory.measuring import Footprint
 
@@ -164,10 +165,7 @@ class Report:
             console.print(Text(sentence))
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column("setting", ratio=1)
-        for name in ("batch", "rest", "activ.", "peak", "largest"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = table_of("setting", "batch", "rest", "activ.", "peak", "largest")
         for row in self.rows:
             table.add_row(
                 Text(row.label),

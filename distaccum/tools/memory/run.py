@@ -160,9 +160,13 @@ def _rows(
     global_batch_size, num_samples = parts.loader.plan.global_batch_size, len(parts.train_data)
     rows: list[Row] = []
     left_out = []
-    with _progress(config) as tick:
+    console = Console(stderr=True)
+    is_silent = config.memory.json or not console.is_terminal
+    column = TextColumn("measuring: {task.description}")
+    with Progress(column, console=console, transient=True, disable=is_silent) as progress:
+        task = progress.add_task("", total=None)
         for change, label, setting in wanted:
-            tick(label)
+            progress.update(task, description=label, refresh=True)
             steps = setting.accumulation_steps
             size = micro_batch
             if (steps, setting.world_size) != (configured.accumulation_steps, configured.world_size):
@@ -270,24 +274,3 @@ def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class _progress:  # noqa: N801 - used as a context
-    """What is being measured, in the terminal."""
-
-    def __init__(self, config: MemoryConfig) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("measuring: {task.description}"),
-            console=console,
-            transient=True,
-            disable=config.memory.json or not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._bar.start()
-        return lambda label: self._bar.update(self._task, description=label, refresh=True)
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()

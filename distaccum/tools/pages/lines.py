@@ -192,21 +192,18 @@ def line_chart(
     y: Axis,
     bands: Sequence[Band] = (),
     marks: Sequence[Mark] = (),
-    width: float = 530.0,
-    height: float = 330.0,
-    has_names: bool = True,
-    names_room: float = _LABEL_ROOM,
+    size: tuple[float, float] | None = None,
 ) -> str:
     """A chart of lines.
 
     Args:
         name: what it shows, for those who can't see it.
-        has_names: curves have their names at the right, moved apart where they would touch. Otherwise the page's key
-            has to say what colours mean.
+        size: width and height, for curves without names: the page's key has to say what colours mean. None: curves
+            have their names at the right, moved apart where they would touch.
     """
-    frame = _Frame(
-        x=x, y=y, left=52.0, right=width - (names_room if has_names else 14.0), top=34.0, bottom=height - 44.0
-    )
+    width, height = size or (530.0, 330.0)
+    room = _LABEL_ROOM if size is None else 14.0
+    frame = _Frame(x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0)
     points = [point for curve in curves for point in curve.points]
     frame.fit(
         [value for value, _ in points if x.has(value)]
@@ -226,7 +223,7 @@ def line_chart(
             ends.append((end, curve))
     for mark in marks:
         frame.draw_mark(mark)
-    if has_names:
+    if size is None:
         heights = spread_labels([end[1] for end, _ in ends], frame.top - 6, frame.bottom + 4)
         for (end, curve), height_of_name in zip(ends, heights, strict=True):
             at = frame.right + 10

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from distaccum.tools.pages.svg import escaped
 
 MADE_BY = '<meta name="generator" content="distaccum">'
@@ -73,11 +75,60 @@ def subject_of(config: dict[str, Any]) -> str:
     return " on ".join(name for name in names if name)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways where it is too wide; the first cell of each row names it."""
+def header(title: str, *lines: str) -> str:
+    """The head of a page, with facts in short."""
+    facts = "".join(f'<p class="facts">{escaped(line)}</p>' for line in lines if line)
+    return f"<header><h1>{escaped(title)}</h1>{facts}</header>"
+
+
+def advice(heading: str, paragraphs: Iterable[str]) -> str:
+    """What to do, the most important first; a command after `Train with: ` stands by itself."""
+    content = []
+    for number, paragraph in enumerate(paragraphs):
+        said, has_command, command = paragraph.partition("Train with: ")
+        if said.strip():
+            css = ' class="lead"' if number == 0 else ""
+            content.append(f"<p{css}>{escaped(said.strip())}</p>")
+        if has_command:
+            content.append(f"<pre><code>{escaped(command)}</code></pre>")
+    return section(heading, *content, style="verdict")
+
+
+def note(text: str) -> str:
+    """Small print under charts; empty if there is nothing to say."""
+    return f'<p class="note">{escaped(text)}</p>' if text else ""
+
+
+def figure(chart: str, caption: str = "") -> str:
+    return f"<figure>{chart}{f'<figcaption>{escaped(caption)}</figcaption>' if caption else ''}</figure>"
+
+
+def charts(figures: Iterable[str]) -> str:
+    """Charts side by side, as many as there is room for; those that are empty are left out."""
+    shown = "".join(figures)
+    return f'<div class="charts">{shown}</div>' if shown else ""
+
+
+def configuration(config: dict[str, Any], name: str = "The configuration") -> str:
+    """A configuration, to be unfolded."""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return f"<details><summary>{escaped(name)}</summary><pre><code>{escaped(text)}</code></pre></details>"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], styles: Sequence[str] = ()) -> str:
+    """A table that scrolls sideways where it is too wide; the first cell of each row names it.
+
+    Args:
+        rows: the last cell of one that has fewer than `heads`, a reason why it has no more, takes all the rest.
+        styles: a CSS class for each row, or none.
+    """
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escaped(first)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
+    body = ""
+    for number, (first, *rest) in enumerate(rows):
+        style = styles[number] if styles else ""
+        cells = "".join(f"<td>{escaped(cell)}</td>" for cell in rest)
+        if len(rest) < len(heads) - 1:
+            style, cells = "failed", f'<td colspan="{len(heads) - 1}" class="reason">{escaped(rest[-1])}</td>'
+        css = f' class="{style}"' if style else ""
+        body += f'<tr{css}><th scope="row">{escaped(first)}</th>{cells}</tr>'
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

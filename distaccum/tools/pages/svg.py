@@ -9,6 +9,8 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
+from distaccum.observers.formatting import byte_size
+
 
 def escaped(text: str) -> str:
     return html.escape(text, quote=True)
@@ -95,3 +97,8 @@ def short(value: float) -> str:
         if size >= limit:
             return f"{value / limit:.4g}{unit}"
     return f"{value:.4g}"
+
+
+def bytes_tick(value: float) -> str:
+    """Bytes for an axis with ticks at powers of two."""
+    return "0" if value == 0 else byte_size(int(value)).replace(".0 ", " ")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from distaccum.tools.report.run import write_page
+from distaccum.tools.report.page import write_page
 
 __all__ = ["write_page"]

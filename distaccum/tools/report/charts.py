@@ -7,19 +7,11 @@ import statistics
 from collections.abc import Sequence
 
 from distaccum.observers.formatting import byte_size, number, words
-from distaccum.tools.pages import (
-    Axis,
-    Band,
-    Curve,
-    Mark,
-    Panel,
-    Segment,
-    key,
-    line_chart,
-    moving_median,
-    row_chart,
-    thinned,
-)
+from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
+from distaccum.tools.pages.page import figure, key
+from distaccum.tools.pages.rows import Panel, Segment, row_chart
+from distaccum.tools.pages.svg import bytes_tick
+from distaccum.tools.pages.thinning import moving_median, thinned
 from distaccum.tools.report.runs import Run
 
 NUM_STYLES = 8
@@ -94,7 +86,7 @@ class Charts:
         described = (
             f"{title} over {self._x_name}: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
         )
-        return _figure(self._drawn(described, [*curves, *marks], axis))
+        return figure(self._drawn(described, [*curves, *marks], axis))
 
     def _evaluated_losses(self) -> list[Point]:
         return self._placed(self._runs[0], self._runs[0].metrics.evaluated("loss"))
@@ -152,9 +144,7 @@ class Charts:
                 Mark(float(update), "went on") for update in sorted(set(self._runs[0].resumed_after))[:3] if update
             ]
         x = Axis(title="sample" if self._over_samples else "update", low=low_x)
-        return line_chart(
-            described, curves, x=x, y=axis, bands=bands, marks=marks, width=400, height=250, has_names=False
-        )
+        return line_chart(described, curves, x=x, y=axis, bands=bands, marks=marks, size=(400.0, 250.0))
 
     def _in_words(self, run: Run, points: Sequence[Point]) -> str:
         finite = [(x, y) for x, y in points if math.isfinite(y)]
@@ -198,7 +188,7 @@ class Charts:
         axis = Axis(title="Gradient noise scale, samples", is_log=True, low=low)
         described = f"Gradient noise scale: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
         caption = "Dashed: the window." if self._is_single else ""
-        return _figure(self._drawn(described, curves, axis, bands), caption)
+        return figure(self._drawn(described, curves, axis, bands), caption)
 
     def memory(self) -> str:
         """The peak of memory so far, on rank 0; empty if it is not known."""
@@ -212,7 +202,7 @@ class Charts:
             scaled = [(x, value / mebi) for x, value in points]
             curves.append(Curve("", style_of(index), thinned(scaled, _POINTS), hint, len(points) <= 20, label=run.name))
         described = "Peak memory of rank 0: " + "; ".join(curve.hint for curve in curves) + "."
-        return _figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
+        return figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
 
     def time_split(self) -> str:
         """What an update's time went into: over the updates for one run, in all for several."""
@@ -239,7 +229,7 @@ class Charts:
         ]
         described = f"Time of an update: {', '.join(band.hint for band in bands)}."
         chart = self._drawn(described, [], Axis(title="Time of an update, ms", low=0.0), bands)
-        return f"<figure>{chart}{key([(name, f'{_WORDS[name]} {shown[name]:.0%}') for name in layers])}</figure>"
+        return figure(chart + key([(name, f"{_WORDS[name]} {shown[name]:.0%}") for name in layers]))
 
     def _time_of_all(self) -> str:
         runs = [run for run in self._runs if run.shares is not None]
@@ -264,7 +254,7 @@ class Charts:
         memory = Panel(
             title="Peak memory of rank 0",
             share=0.4,
-            tick=lambda value: "0" if value == 0 else byte_size(int(value)).replace(".0 ", " "),
+            tick=bytes_tick,
             label_width=84,
             binary=True,
             bars=[[] if run.peak_memory is None else [Segment(run.peak_memory, "training", run.name)] for run in runs],
@@ -292,7 +282,3 @@ _WORDS = {"data": "waiting for data", "compute": "computing", "sync": "waiting i
 def _windows(run: Run) -> list[Point]:
     measured = run.metrics.values("window_samples")
     return measured or [(u, run.window) for u, _ in run.metrics.values("noise_scale")]
-
-
-def _figure(chart: str, caption: str = "") -> str:
-    return f"<figure>{chart}{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"

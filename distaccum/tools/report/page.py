@@ -1,41 +1,61 @@
-"""The page of one run or of several."""
+"""The page of one run or of several, and its file."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from distaccum.errors import UserError, require
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
-from distaccum.tools.pages import definitions, escaped, key, section, subject_of, table, whole_page
+from distaccum.runtime.files import write_text
+from distaccum.tools.pages import page as html
+from distaccum.tools.pages.svg import escaped
 from distaccum.tools.report.charts import Charts, style_of, window_of_median
-from distaccum.tools.report.runs import Run, differences
+from distaccum.tools.report.runs import Run, differences, read_runs
 from distaccum.tools.report.story import comparison, facts, how_it_went, what_to_look_at
 
 _STYLE = Path(__file__).with_name("page.css")
 _MANY_UPDATES = 480
 
 
+def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the page of some runs; returns its path.
+
+    Args:
+        out: None: `report.html` in the run's folder, or in the current one if there are several runs.
+
+    Raises:
+        UserError: a folder holds no run, or the file can't be written or is somebody else's.
+    """
+    runs = read_runs(folders)
+    path = out if out is not None else folders[0] if len(folders) == 1 else Path()
+    if out is None or os.path.isdir(path):
+        path = path / "report.html"
+    try:
+        if path.is_file() and not path.is_symlink():  # a link is replaced, whatever it leads to
+            with path.open("rb") as file:
+                is_a_page = html.MADE_BY.encode() in file.read(1000)
+            require(is_a_page, f"{path} exists already and is no page of distaccum: choose another file with --out.")
+        write_text(path, page_of(runs))
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another with --out.") from error
+    return path
+
+
 def page_of(runs: Sequence[Run]) -> str:
     """The whole page."""
     is_single = len(runs) == 1
-    subjects = list(dict.fromkeys(subject_of(run.config) or run.name for run in runs))
+    subjects = list(dict.fromkeys(html.subject_of(run.config) or run.name for run in runs))
     title = subjects[0] if is_single else f"{len(runs)} runs: {', '.join(subjects[:3])}"
-    sections = [_header(title, runs), _verdict(runs)]
+    where = " · ".join(str(run.path) for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
+    sections = [html.header(title, facts(runs[0]) if is_single else "", where), _verdict(runs)]
     if not is_single:
         sections.append(_runs_table(runs))
     sections += [_progress(runs), _machine(runs), _differences(runs), _circumstances(runs)]
-    return whole_page(title, sections, _STYLE.read_text(encoding="utf-8"), has_hover=True)
-
-
-def _header(title: str, runs: Sequence[Run]) -> str:
-    line = facts(runs[0]) if len(runs) == 1 else ""
-    where = " · ".join(str(run.path) for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
-    lines = "".join(f'<p class="facts">{escaped(text)}</p>' for text in (line, where) if text)
-    return f"<header><h1>{escaped(title)}</h1>{lines}</header>"
+    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"), has_hover=True)
 
 
 def _verdict(runs: Sequence[Run]) -> str:
@@ -51,7 +71,7 @@ def _verdict(runs: Sequence[Run]) -> str:
         content.append(f"<h3>What to look at</h3><ul>{items}{more}</ul>")
     else:
         content.append("<p>Nothing stands out: no skipped update, no long wait for data or in the sync.</p>")
-    return section("How it went", *content, style="verdict")
+    return html.section("How it went", *content, style="verdict")
 
 
 def _state(run: Run) -> str:
@@ -80,8 +100,8 @@ def _runs_table(runs: Sequence[Run]) -> str:
                 "—" if run.peak_memory is None else byte_size(run.peak_memory),
             ]
         )
-    note = '<p class="note">In brackets: the update of the best evaluation.</p>' if metrics else ""
-    return section("The runs", table(heads, rows), note)
+    told = "In brackets: the update of the best evaluation." if metrics else ""
+    return html.section("The runs", html.table(heads, rows), html.note(told))
 
 
 def _count(value: float) -> str:
@@ -91,31 +111,30 @@ def _count(value: float) -> str:
 def _progress(runs: Sequence[Run]) -> str:
     """What was learned."""
     is_single = len(runs) == 1
-    charts = Charts(runs)
-    figures = [charts.chart("Loss" if is_single else "Training loss", "loss", averaged=True), *charts.evaluations()]
+    drawn = Charts(runs)
+    figures = [drawn.chart("Loss" if is_single else "Training loss", "loss", averaged=True), *drawn.evaluations()]
     if len({run.window for run in runs}) > 1:
         # Of windows of unequal size, updates alone are no fair comparison.
         over_samples = Charts(runs, over_samples=True)
         figures += [over_samples.chart("Training loss", "loss", averaged=True), *over_samples.evaluations()]
     figures += [
-        charts.chart("Gradient norm before clipping", "grad_norm", averaged=True),
-        charts.chart("Learning rate", "lr", is_log=False, from_zero=True),
-        charts.noise_scale(),
-        charts.chart("Coherence of the micro-gradients", "coherence"),
+        drawn.chart("Gradient norm before clipping", "grad_norm", averaged=True),
+        drawn.chart("Learning rate", "lr", is_log=False, from_zero=True),
+        drawn.noise_scale(),
+        drawn.chart("Coherence of the micro-gradients", "coherence"),
     ]
-    colours = _colours(runs)
-    return section("Learning", colours, _grid(figures), f'<p class="note">{escaped(_how_drawn(runs))}</p>')
+    return html.section("Learning", _colours(runs), html.charts(figures), html.note(_how_drawn(runs)))
 
 
 def _colours(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        return key([(style_of(index), run.name) for index, run in enumerate(runs)])
+        return html.key([(style_of(index), run.name) for index, run in enumerate(runs)])
     entries = [("r0", "training")]
     if runs[0].metrics.evaluations:
         entries.append(("r1", "evaluation (of the loss)"))
     if runs[0].skipped:
         entries.append(("skipped", "skipped update"))
-    return key(entries)
+    return html.key(entries)
 
 
 def _how_drawn(runs: Sequence[Run]) -> str:
@@ -137,18 +156,13 @@ def _how_drawn(runs: Sequence[Run]) -> str:
 
 def _machine(runs: Sequence[Run]) -> str:
     """What it took."""
-    charts = Charts(runs)
-    throughput = charts.chart("Samples per second", "samples_per_second", is_log=False, from_zero=True, averaged=True)
+    drawn = Charts(runs)
+    throughput = drawn.chart("Samples per second", "samples_per_second", is_log=False, from_zero=True, averaged=True)
     if len(runs) == 1:
-        content = _grid([throughput, charts.time_split(), charts.memory()])
+        content = html.charts([throughput, drawn.time_split(), drawn.memory()])
     else:
-        content = charts.time_split() + _grid([throughput, charts.memory()])
-    return section("Time and memory", content) if content else ""
-
-
-def _grid(figures: Sequence[str]) -> str:
-    shown = [figure for figure in figures if figure]
-    return f'<div class="charts">{"".join(shown)}</div>' if shown else ""
+        content = drawn.time_split() + html.charts([throughput, drawn.memory()])
+    return html.section("Time and memory", content) if content else ""
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -156,8 +170,8 @@ def _differences(runs: Sequence[Run]) -> str:
         return ""
     rows = [[name, *texts] for name, texts in differences(runs)]
     if not rows:
-        return section("What differs in the configuration", "<p>Nothing: all runs were told the same.</p>")
-    return section("What differs in the configuration", table(["key", *(run.name for run in runs)], rows))
+        return html.section("What differs in the configuration", "<p>Nothing: all runs were told the same.</p>")
+    return html.section("What differs in the configuration", html.table(["key", *(run.name for run in runs)], rows))
 
 
 def _circumstances(runs: Sequence[Run]) -> str:
@@ -170,12 +184,9 @@ def _circumstances(runs: Sequence[Run]) -> str:
             after = ", ".join(f"{update:,}" for update in run.resumed_after)
             facts_of_run.append(("went on", f"from the checkpoint after update {after}"))
         facts_of_run += [("not read", problem) for problem in run.problems]
-        entries.append(definitions(facts_of_run))
+        entries.append(html.definitions(facts_of_run))
         if run.config:
-            text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
             name = "The configuration" if len(runs) == 1 else f"The configuration of {run.name}"
-            entries.append(
-                f"<details><summary>{escaped(name)}</summary><pre><code>{escaped(text)}</code></pre></details>"
-            )
+            entries.append(html.configuration(run.config, name))
     made = time.strftime("%Y-%m-%d %H:%M")
-    return section("Where this comes from", *entries, f'<p class="note">Made by distaccum.report, {made}.</p>')
+    return html.section("Where this comes from", *entries, html.note(f"Made by distaccum.report, {made}."))

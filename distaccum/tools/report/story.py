@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
-from distaccum.tools.pages import subject_of
+from distaccum.tools.pages.page import subject_of
 from distaccum.tools.report.runs import Run, is_better_low, number_of
 
 _MUCH_DATA = 0.1

@@ -59,16 +59,6 @@ def _recommended(study: Study) -> Result:
     return min(chosen, key=lambda result: abs(math.log(result.batch_size / critical)))
 
 
-def is_below_all(study: Study) -> bool:
-    """Whether the critical batch size lies below all that were tried, as far as the points tell."""
-    return study.fit is not None and study.fit.critical_batch_size < study.chosen[0].batch_size / 1.5
-
-
-def is_above_all(study: Study) -> bool:
-    """Whether it lies above all that were tried."""
-    return study.fit is not None and study.fit.critical_batch_size > study.chosen[-1].batch_size * 1.5
-
-
 def _use(study: Study, best: Result) -> str:
     spot = best.reached
     assert spot is not None
@@ -84,13 +74,13 @@ def _use(study: Study, best: Result) -> str:
         )
     fitted = study.fit
     critical = f"about {round_number(fitted.critical_batch_size)}{_range(study)}"
-    if is_above_all(study):
+    if fitted.critical_batch_size > study.chosen[-1].batch_size * 1.5:
         return (
             f"Use {best.batch_size}, or more: it takes {took}, and the critical batch size lies above all that were "
             f"tried ({critical}). So far each doubling of the batch has nearly halved the updates, at little cost in "
             "samples."
         )
-    if is_below_all(study):
+    if fitted.critical_batch_size < study.chosen[0].batch_size / 1.5:
         return (
             f"Use {best.batch_size}, or less: it takes {took}, and the critical batch size lies below all that were "
             f"tried ({critical}). A larger batch saves hardly any updates and costs samples in proportion."

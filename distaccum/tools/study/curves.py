@@ -40,8 +40,6 @@ class Learning:
     noise_curve: list[tuple[float, float]] = field(default_factory=list)
     """Samples, and the noise scale measured then."""
     peak_memory: int | None = None
-    is_finite: bool = True
-    """False if a loss was NaN or infinite and not skipped."""
 
 
 def read_learning(run_dir: Path, metric: str, smoothing: int, smoothing_samples: int) -> Learning:
@@ -70,7 +68,6 @@ def read_learning(run_dir: Path, metric: str, smoothing: int, smoothing_samples:
         ]
         curve = _smoothed(evaluated, smoothing)
     last = list(spots.values())[-1]
-    skipped = {line["update"] for line in metrics.updates if line.get("skipped")}
     noise_curve = [
         (spots[int(update)].samples, value)
         for update, value in metrics.values("noise_scale")
@@ -86,7 +83,6 @@ def read_learning(run_dir: Path, metric: str, smoothing: int, smoothing_samples:
         noise_scale=statistics.median(noise[len(noise) // 2 :]) if noise else None,
         noise_curve=noise_curve,
         peak_memory=int(max(memory)) if memory else None,
-        is_finite=all(math.isfinite(spot.value) or number in skipped for number, spot in spots.items()),
     )
 
 

@@ -6,80 +6,54 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from distaccum.observers.formatting import duration, number
-from distaccum.tools.pages import (
-    Axis,
-    Curve,
-    Mark,
-    definitions,
-    escaped,
-    key,
-    line_chart,
-    section,
-    short,
-    standalone,
-    subject_of,
-    thinned,
-    whole_page,
-)
+from distaccum.tools.pages import page as html
+from distaccum.tools.pages.lines import Axis, Curve, Mark, line_chart
+from distaccum.tools.pages.svg import short
+from distaccum.tools.pages.thinning import thinned
 from distaccum.tools.study.advice import round_number, what_metric
 from distaccum.tools.study.curves import Spot
-from distaccum.tools.study.results import Result, Study, measured
+from distaccum.tools.study.results import Study, measured
 from distaccum.tools.study.terminal import cells, heads
 
 _STYLE = Path(__file__).with_name("page.css")
 _POINTS = 300
 _NUM_SHADES = 8
+_SIZE = (400.0, 280.0)
 
 
 def page_of(study: Study) -> str:
     """The whole page."""
-    subject = subject_of(study.config)
+    title = f"{html.subject_of(study.config)}: what batch size?"
     sections = [
-        _header(study, subject),
-        _verdict(study),
+        _header(study, title),
+        html.advice("What batch size to use, and what it costs", study.advice),
         _tradeoff(study),
         _learning(study),
         _table(study),
         _circumstances(study),
     ]
-    return whole_page(f"{subject}: what batch size?", sections, _STYLE.read_text(encoding="utf-8"), has_hover=True)
+    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"), has_hover=True)
 
 
 def picture_of(study: Study) -> str:
     """The main chart as an SVG file; empty if no run reached the target."""
     if not study.chosen:
         return ""
-    return standalone(_updates_over_samples(study, 620, 400), _STYLE.read_text(encoding="utf-8"))
+    return html.standalone(_updates_over_samples(study, (620, 400)), _STYLE.read_text(encoding="utf-8"))
 
 
-def _header(study: Study, subject: str) -> str:
-    section_of = study.config["study"]
+def _header(study: Study, title: str) -> str:
+    ranks = study.config["study"]["ranks"]
     sizes = list(dict.fromkeys(result.batch_size for result in study.results))
     facts = [
         f"batch sizes {', '.join(map(str, sizes))}",
         f"{len(study.results)} runs",
-        f"{section_of['ranks']} rank{'s' * (section_of['ranks'] > 1)} each",
+        f"{ranks} rank{'s' * (ranks > 1)} each",
         study.machine,
         study.date.replace("T", " ")[:16],
     ]
-    return (
-        f"<header><h1>{escaped(subject)}: what batch size?</h1>"
-        f'<p class="facts">{escaped(" · ".join(facts))}</p></header>'
-    )
-
-
-def _verdict(study: Study) -> str:
-    content = []
-    for index, paragraph in enumerate(study.advice):
-        said, has_command, command = paragraph.partition("Train with: ")
-        if said.strip():
-            content.append(f"<p{' class=lead' if index == 0 else ''}>{escaped(said)}</p>")
-        if has_command:
-            content.append(f"<pre><code>{escaped(command)}</code></pre>")
-    return section("What batch size to use, and what it costs", *content, style="verdict")
+    return html.header(title, " · ".join(facts))
 
 
 def _shade(study: Study, size: int) -> str:
@@ -93,22 +67,18 @@ def _tradeoff(study: Study) -> str:
     """What the target takes at each batch size."""
     if not study.chosen:
         return ""
-    figures = [f"<figure>{_updates_over_samples(study)}</figure>", *_over_batch_size(study)]
-    note = (
+    figures = [html.figure(_updates_over_samples(study)), *_over_batch_size(study)]
+    told = (
         f"Each dot: the run of a batch size that brought {what_metric(study)} to {number(study.target or 0.0)} in "
         "fewest updates; grey: with another learning rate. Line: (S/S_min - 1)(E/E_min - 1) = 1 for S updates and E "
         "samples, fitted (McCandlish et al. 2018). The critical batch size takes twice the fewest of both."
         if study.fit is not None
         else "Two batch sizes at least have to reach the target for a curve."
     )
-    return section("What the target takes", f'<div class="charts">{"".join(figures)}</div>', _note(note))
+    return html.section("What the target takes", html.charts(figures), html.note(told))
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{escaped(text)}</p>'
-
-
-def _updates_over_samples(study: Study, width: float = 400, height: float = 280) -> str:
+def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> str:
     curves, marks = [], []
     fitted = study.fit
     reached = [result for result in study.results if result.reached is not None]
@@ -136,9 +106,7 @@ def _updates_over_samples(study: Study, width: float = 400, height: float = 280)
         x=_log_axis("samples", [x for curve in curves for x, _ in curve.points]),
         y=_log_axis("Updates against samples to the target", [y for curve in curves for _, y in curve.points]),
         marks=marks,
-        width=width,
-        height=height,
-        has_names=False,
+        size=size,
     )
 
 
@@ -185,7 +153,9 @@ def _over_batch_size(study: Study) -> list[str]:
         if not any(point[1] > 0 for curve in curves for point in curve.points):
             continue
         noise = study.noise_scale if title.startswith("Updates") else None
-        more = [Mark(noise, "noise scale")] if noise is not None and not marks_overlap(noise, fitted) else []
+        # Its label must not lie on that of the critical batch size.
+        is_near = noise is not None and fitted and abs(math.log(noise / fitted.critical_batch_size)) < 0.7
+        more = [] if noise is None or is_near else [Mark(noise, "noise scale")]
         ticks = sizes if len(sizes) <= 5 else None
         drawn = [point for curve in curves for point in curve.points]
         chart = line_chart(
@@ -194,11 +164,9 @@ def _over_batch_size(study: Study) -> list[str]:
             x=_log_axis("batch size", [x for x, _ in drawn] + [mark.value for mark in (*marks, *more)], ticks),
             y=_log_axis(title, [y for _, y in drawn]),
             marks=[*marks, *more],
-            width=400,
-            height=280,
-            has_names=False,
+            size=_SIZE,
         )
-        figures.append(f"<figure>{chart}</figure>")
+        figures.append(html.figure(chart))
     return [*figures, *_noise(study)]
 
 
@@ -223,17 +191,9 @@ def _noise(study: Study) -> list[str]:
             "Gradient noise scale", [y for curve in curves for _, y in curve.points] + [m.value for m in marks]
         ),
         marks=marks,
-        width=400,
-        height=280,
-        has_names=False,
+        size=_SIZE,
     )
-    return [f"<figure>{chart}</figure>"]
-
-
-def marks_overlap(noise: float, fitted: object) -> bool:
-    """Whether the label of the noise scale would lie on that of the critical batch size."""
-    critical = getattr(fitted, "critical_batch_size", None)
-    return critical is not None and abs(math.log(noise / critical)) < 0.7
+    return [html.figure(chart)]
 
 
 def _learning(study: Study) -> str:
@@ -260,63 +220,44 @@ def _learning(study: Study) -> str:
             points = thinned([(of_spot(spot), spot.value) for spot in result.curve], _POINTS)
             best = "—" if result.best is None else number(result.best)
             hint = f"{result.title}: best {best} in {result.updates:,} updates, {duration(result.seconds)}"
-            curves.append(
-                Curve(
-                    "", _shade(study, result.batch_size), points, hint, is_dashed=_is_second(result), label=result.title
-                )
-            )
+            style, is_sqrt_alone = _shade(study, result.batch_size), result.rules == ["sqrt"]
+            curves.append(Curve("", style, points, hint, is_dashed=is_sqrt_alone, label=result.title))
         chart = line_chart(
             f"{title} over {name}: {'; '.join(curve.hint for curve in curves)}.",
             curves,
             x=Axis(title=name, is_log=is_log_x),
             y=Axis(title=title, is_log=is_log),
             marks=marks,
-            width=400,
-            height=280,
-            has_names=False,
+            size=_SIZE,
         )
-        figures.append(f"<figure>{chart}</figure>")
+        figures.append(html.figure(chart))
     sizes = list(dict.fromkeys(result.batch_size for result in runs))
-    colours = key([(_shade(study, size), str(size)) for size in sizes])
+    colours = html.key([(_shade(study, size), str(size)) for size in sizes])
     rules = study.config["study"]["lr_rules"]
     dashes = f" Dashed: the rule {rules[1]}; whole: {rules[0]}." if len(rules) == 2 else ""
-    note = _note(
+    told = (
         f"Each place is a mean over {study.config['study']['smoothing']} evaluations, or as many samples.{dashes} "
         "Seconds leave evaluations out; an update counts as 20 usual ones at most, so that the start of a process does "
         "not show."
     )
-    return section("How they learned", colours, f'<div class="charts">{"".join(figures)}</div>', note)
-
-
-def _is_second(result: Result) -> bool:
-    return result.rules[0] == "sqrt" and len(result.rules) == 1
+    return html.section("How they learned", colours, html.charts(figures), html.note(told))
 
 
 def _table(study: Study) -> str:
-    names = heads(study)
-    body = []
+    rows, styles = [], []
     for result in study.results:
-        style = (
-            " class=recommended" if result.name == study.recommended else "" if result.is_chosen else " class=failed"
-        )
-        first, *rest = cells(result)
-        row = "".join(f"<td>{escaped(cell)}</td>" for cell in rest)
-        body.append(f'<tr{style}><th scope="row">{escaped(first)}</th>{row}</tr>')
+        rows.append(cells(result))
+        styles.append("recommended" if result.name == study.recommended else "" if result.is_chosen else "failed")
         if result.reason:
-            reason = f'<td></td><td colspan="{len(names) - 1}" class="reason">{escaped(result.reason)}</td>'
-            body.append(f"<tr class=failed>{reason}</tr>")
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in names)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return section("All runs", f'<div class="scroll">{table}</div>')
+            rows.append(["", result.reason])
+            styles.append("")
+    return html.section("All runs", html.table(heads(study), rows, styles))
 
 
 def _circumstances(study: Study) -> str:
     fitted = study.fit
-    facts: list[tuple[str, str]] = [
-        ("command", study.command),
-        ("date", study.date),
-        ("machine", study.machine),
-        ("versions", ", ".join(f"{name} {version}" for name, version in study.versions.items())),
+    facts = [
+        *study.facts,
         ("runs", f"at most {study.max_samples:,} samples each, of {study.num_samples:,} training samples; one seed"),
         (
             "kept alike",
@@ -324,17 +265,13 @@ def _circumstances(study: Study) -> str:
         ),
     ]
     if fitted is not None:
-        facts.append(
-            (
-                "fit",
-                f"S_min {fitted.min_updates:,.1f} updates, E_min {fitted.min_samples:,.0f} samples, critical batch "
-                f"size {fitted.critical_batch_size:,.0f} ({_limit(fitted.low)} to {_limit(fitted.high)}), "
-                f"{fitted.num_points} points, Huber's loss of the logarithms of updates",
-            )
+        said = (
+            f"S_min {fitted.min_updates:,.1f} updates, E_min {fitted.min_samples:,.0f} samples, critical batch size "
+            f"{fitted.critical_batch_size:,.0f} ({_limit(fitted.low)} to {_limit(fitted.high)}), {fitted.num_points} "
+            "points, Huber's loss of the logarithms of updates"
         )
-    text = yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True)
-    details = f"<details><summary>The configuration</summary><pre><code>{escaped(text)}</code></pre></details>"
-    return section("How this came about", definitions(facts), details)
+        facts.append(("fit", said))
+    return html.section("How this came about", html.definitions(facts), html.configuration(study.config))
 
 
 def _limit(value: float) -> str:

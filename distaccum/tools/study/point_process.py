@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from distaccum.config import TrainConfig
 from distaccum.tools.bench.portable import to_portable
+from distaccum.tools.bench.processes import has_ended, log_of, start_worker
 from distaccum.tools.study.curves import Learning
 
 _LOOK_SECONDS = 0.25
@@ -29,18 +27,15 @@ class PointFailedError(Exception):
     """A run ended with an error; the message is its own."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is to be run, and how."""
-
-    config: TrainConfig
-    ranks: int
-    threads: int
-    log: Path
-    """Where everything goes that the processes write."""
-
-
-def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], bool]) -> Learning:
+def run(
+    config: TrainConfig,
+    look: Callable[[], Learning],
+    is_enough: Callable[[Learning], bool],
+    *,
+    ranks: int,
+    threads: int,
+    log: Path,
+) -> Learning:
     """Runs a training until it has learned enough or is at its end; returns what it came to.
 
     It goes on from its checkpoint, if there is one. However this ends, no process is left, and the run has saved.
@@ -48,47 +43,32 @@ def run(job: Job, look: Callable[[], Learning], is_enough: Callable[[Learning], 
     Args:
         look: reads how far it is.
         is_enough: whether it may stop there.
+        log: where everything goes that the processes write.
 
     Raises:
         PointFailedError: it ended with an error.
     """
-    assert job.config.run_dir is not None
+    assert config.run_dir is not None
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
-        file = Path(folder) / "job.json"
-        file.write_text(json.dumps({"config": to_portable(job.config), "threads": job.threads}), encoding="utf-8")
-        process = _start(job, file)
+        process = start_worker(
+            "distaccum.tools.study.worker",
+            {"config": to_portable(config)},
+            Path(folder),
+            num_processes=ranks,
+            threads=threads,
+            log=log,
+            is_apart=True,  # the study tells the run to save and leave
+        )
         try:
             has_stopped = _watch(process, look, is_enough)
         finally:
             _stop(process)
     if has_stopped:
         # It says that it wants to be started again; but it was this study that had enough of it.
-        (Path(job.config.run_dir) / "unfinished.json").unlink(missing_ok=True)
+        (Path(config.run_dir) / "unfinished.json").unlink(missing_ok=True)
     elif process.returncode != 0:
-        raise PointFailedError(_reason(job.log, process.returncode))
+        raise PointFailedError(_reason(log, process.returncode))
     return look()
-
-
-def _start(job: Job, file: Path) -> subprocess.Popen[bytes]:
-    launcher = [sys.executable]
-    if job.ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("ab") as log:
-        return subprocess.Popen(
-            [*launcher, "-m", "distaccum.tools.study.worker", str(file)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is for the study, which tells the run to save and leave.
-            start_new_session=True,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
-                "OMP_NUM_THREADS": str(job.threads),
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            },
-        )
 
 
 def _watch(
@@ -96,16 +76,13 @@ def _watch(
 ) -> bool:
     """Waits for the end of a run, and brings it about when it has learned enough; returns whether it did."""
     pause = _LOOK_SECONDS
-    while True:
-        try:
-            process.wait(pause)
-            return False
-        except subprocess.TimeoutExpired:
-            began = time.monotonic()
-            if is_enough(look()):
-                _stop(process)
-                return True
-            pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
+    while not has_ended(process, pause):
+        began = time.monotonic()
+        if is_enough(look()):
+            _stop(process)
+            return True
+        pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
+    return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -113,9 +90,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is not None:
         return
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_SECONDS)
-    if process.poll() is None:
+    if not has_ended(process, _STOP_SECONDS):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -123,8 +98,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(log: Path, status: int) -> str:
     """Why a run failed: its own message, else the last exception."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in log_of(log).splitlines()]
     said = [line.partition("error: ")[2] for line in lines if line.startswith("error: ") or "]:error: " in line]
     raised = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
     found = said[-1:] or raised[-1:]

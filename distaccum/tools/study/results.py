@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from distaccum.config.enums import Goal
+from distaccum.tools.bench.environment import Circumstances
 from distaccum.tools.study.curves import Learning, Spot, best_value, crossing
 from distaccum.tools.study.fit import Fit, Measured, fit
 from distaccum.tools.study.points import Point
@@ -17,7 +18,7 @@ REACHED, LIMIT, DIVERGED, FAILED, MISSING = "reached", "limit", "diverged", "fai
 
 
 @dataclass(kw_only=True, slots=True)
-class Result:
+class Result(Learning):
     """One run, and how far it got."""
 
     name: str
@@ -32,28 +33,14 @@ class Result:
     """Best smoothed value of the metric."""
     reached: Spot | None = None
     """Where it reached the target."""
-    updates: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    """In updates."""
-    noise_scale: float | None = None
-    peak_memory: int | None = None
-    curve: list[Spot] = field(default_factory=list)
-    noise_curve: list[tuple[float, float]] = field(default_factory=list)
-    """Samples, and the noise scale measured then."""
     is_chosen: bool = False
     """Of the runs of its batch size, it reached the target in fewest updates."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Study:
+class Study(Circumstances):
     """What `study.json` holds."""
 
-    date: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-    config: dict[str, Any]
     num_samples: int
     """Of the training data."""
     max_samples: int
@@ -91,13 +78,7 @@ def result_of(point: Point, learning: Learning, *, is_over: bool, reason: str = 
         lr=point.lr,
         outcome=outcome,
         reason=reason,
-        updates=learning.updates,
-        samples=learning.samples,
-        seconds=learning.seconds,
-        noise_scale=learning.noise_scale,
-        peak_memory=learning.peak_memory,
-        curve=learning.curve,
-        noise_curve=learning.noise_curve,
+        **{entry.name: getattr(learning, entry.name) for entry in dataclasses.fields(Learning)},
     )
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config import instantiate as targets
@@ -23,14 +22,16 @@ from distaccum.config.redaction import redacted, redacted_arguments
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
 from distaccum.observers.formatting import duration, number
+from distaccum.observers.metrics_reading import read_metrics
 from distaccum.runtime.files import without_tilde, write_result, write_text
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.stop_signals import SIGNALS
-from distaccum.tools.bench.environment import environment
+from distaccum.tools.bench.environment import as_json, environment
+from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.study.advice import advise
 from distaccum.tools.study.curves import Learning, crossing, read_learning
 from distaccum.tools.study.page import page_of, picture_of
-from distaccum.tools.study.point_process import Job, PointFailedError, run
+from distaccum.tools.study.point_process import PointFailedError, run
 from distaccum.tools.study.points import Point, configuration, max_samples, measures_noise, points_of
 from distaccum.tools.study.results import FAILED, Result, Study, chosen_target, conclude, result_of
 from distaccum.tools.study.terminal import show
@@ -191,14 +192,7 @@ class _Study:
         logger.info("files: %s", self.path)
 
     def _run_all(self, points: list[Point]) -> None:
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
+        with progress_bar(TextColumn("{task.completed:.1f}/{task.total}")) as progress:
             bar = progress.add_task("", total=len(points))
             for number_of_point, point in enumerate(points):
 
@@ -216,12 +210,6 @@ class _Study:
 
     def _run(self, point: Point, tell: Any) -> None:
         run_dir = self._run_dir(point)
-        job = Job(
-            config=configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
-            ranks=self.section.ranks,
-            threads=self.section.threads_per_rank,
-            log=self.path / "logs" / f"{point.name}.log",
-        )
 
         def is_enough(learning: Learning) -> bool:
             tell(learning)
@@ -230,7 +218,14 @@ class _Study:
 
         (run_dir / _OUTCOME).unlink(missing_ok=True)
         try:
-            learning = run(job, lambda: self._learning(point), is_enough)
+            learning = run(
+                configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
+                lambda: self._learning(point),
+                is_enough,
+                ranks=self.section.ranks,
+                threads=self.section.threads_per_rank,
+                log=self.path / "logs" / f"{point.name}.log",
+            )
         except PointFailedError as failure:
             # What the run says of a number that is not finite ends with how to go on all the same.
             diverged = "train.on_nonfinite=skip" in str(failure)
@@ -303,8 +298,10 @@ class _Study:
         if any(result.curve for result in results) or not any(result.updates for result in results):
             return
         for point in self.points:
-            path = self._run_dir(point) / "metrics.jsonl"
-            names = sorted(set(_evaluation_names(path)))
+            names: list[str] = []
+            with suppress(OSError):
+                metrics = read_metrics(self._run_dir(point) / "metrics.jsonl")
+                names = sorted(set(metrics.evaluation_metrics()))
             if names:
                 raise UserError(
                     f"study.metric={self.metric}: the evaluations have no such metric. They have "
@@ -312,31 +309,10 @@ class _Study:
                 )
 
     def _write_all(self, found: Study) -> None:
-        entries = json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
-        texts = {"study.json": entries, "study.html": page_of(found), "study.svg": picture_of(found)}
+        texts = {"study.json": as_json(found), "study.html": page_of(found), "study.svg": picture_of(found)}
         for name, text in texts.items():
             if text:
                 write_result(self.path / name, text, "Mend that, and start the same command again.")
-
-
-def _evaluation_names(path: Path) -> list[str]:
-    from distaccum.observers.metrics_reading import read_metrics
-
-    try:
-        return read_metrics(path).evaluation_metrics()
-    except OSError:
-        return []
-
-
-def _finite(value: Any) -> Any:
-    """As JSON has it: what is not finite is null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
-        return None
-    return value
 
 
 @contextmanager

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from distaccum.observers.formatting import byte_size, duration, number
 from distaccum.runtime.logs import console
+from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
 from distaccum.tools.study.results import Result, Study
 
 _FULL_WIDTH = 132
@@ -17,18 +16,13 @@ _FULL_WIDTH = 132
 
 def show(study: Study, path: Path) -> None:
     """Prints a study on the console."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, head in enumerate(heads(study)):
-        table.add_column(head, justify="left" if index in (1, 3) else "right", no_wrap=index != 3)
+    table = table_of(*heads(study), left=(1, 3), folded=(3,))
     for result in study.results:
         style = "bold" if result.name == study.recommended else "" if result.is_chosen else "dim"
         table.add_row(*cells(result), style=style)
     console.print()
-    (console if console.is_terminal else Console(width=_FULL_WIDTH)).print(table)
-    for paragraph in study.advice:
-        console.print()
-        console.print(Text(paragraph), soft_wrap=not console.is_terminal)
-    console.print()
+    print_table(table, _FULL_WIDTH)
+    print_paragraphs(study.advice)
     console.print(Text(f"the page with the charts: {path / 'study.html'}"), soft_wrap=True)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from distaccum.tools.bench.environment import Circumstances
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,14 +85,9 @@ class Forecast:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report:
+class Report(Circumstances):
     """What `tune.json` holds."""
 
-    date: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-    config: dict[str, Any]
     world_size: int
     rows: list[Row]
     suggestion: list[str] = field(default_factory=list)

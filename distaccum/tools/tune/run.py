@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -13,18 +11,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distaccum.config import SingleConfig, TrainConfig, as_plain
 from distaccum.config.enums import DeviceChoice
 from distaccum.config.redaction import redacted, redacted_arguments
 from distaccum.config.tools import TuneConfig
 from distaccum.errors import UserError
-from distaccum.runtime.files import without_tilde, write_text
+from distaccum.runtime.files import without_tilde, write_result, write_text
 from distaccum.runtime.logs import console, logging_to
-from distaccum.tools.bench.environment import environment
+from distaccum.tools.bench.environment import as_json, environment, refuse_other_results
 from distaccum.tools.bench.portable import to_portable
 from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
+from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.tune.forecast import forecast_of, why_not
 from distaccum.tools.tune.report import Report, Row
 from distaccum.tools.tune.search import Search
@@ -42,11 +40,7 @@ def tune(config: TuneConfig) -> Report:
         UserError: the configuration can't be trained as it is, or a file can't be written.
     """
     world_size = _world_size(config)
-    if config.run_dir is not None and os.path.exists(Path(config.run_dir) / "tune.json"):
-        raise UserError(
-            f"run_dir={config.run_dir} holds the results of another tuning, which would be overwritten. Choose another "
-            "folder, or remove that one."
-        )
+    refuse_other_results(config.run_dir, "tune.json", "tuning")
     written = without_tilde(config.tune.write) if config.tune.write is not None else None
     if written is not None and written.exists():
         raise UserError(f"tune.write={written} exists already. Choose another name, or remove that file.")
@@ -54,7 +48,7 @@ def tune(config: TuneConfig) -> Report:
         started = time.monotonic()
         report, setting = _run(config, world_size, folder.path)
         report.seconds = time.monotonic() - started
-        _write(folder.path / "tune.json", json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+        write_result(folder.path / "tune.json", as_json(report), "Choose another run_dir.")
         show(report, folder.path)
         if written is not None:
             _write_experiment(written, setting, report)
@@ -65,20 +59,10 @@ def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[Report, Se
     section = config.tune
     base = base_of(config, world_size)
     threads = section.threads_per_rank or (len(os.sched_getaffinity(0)) if world_size == 1 else 1)
-    report = Report(
-        **environment("distaccum.tune"),
-        config=redacted(as_plain(config)),
-        world_size=world_size,
-        rows=[],
-        suggestion=[],
-    )
+    report = Report(**environment("distaccum.tune"), config=redacted(as_plain(config)), world_size=world_size, rows=[])
     started = time.monotonic()
     with ExitStack() as stack:
-        progress = stack.enter_context(
-            Progress(
-                TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
-            )
-        )
+        progress = stack.enter_context(progress_bar())
         bar = progress.add_task("starting", total=60 * section.minutes)
 
         def tell(doing: str, row: Row | None) -> None:
@@ -138,13 +122,10 @@ def _world_size(config: TuneConfig) -> int:
 def _write_experiment(path: Path, setting: Setting, report: Report) -> None:
     chosen = [entry.partition("=")[2] for entry in sys.argv[1:] if entry.lstrip("+").startswith("experiment=")]
     comment = f"Made on {report.date[:10]} by: {report.command}"
-    _write(path, experiment_of(setting, chosen[-1] if chosen else None, comment))
-    console.print(f"written: {path} (experiment={path.stem})", soft_wrap=True)
-
-
-def _write(path: Path, text: str) -> None:
+    text = experiment_of(setting, chosen[-1] if chosen else None, comment)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}. Choose another path.") from error
+    console.print(f"written: {path} (experiment={path.stem})", soft_wrap=True)

@@ -12,7 +12,7 @@ import yaml
 from distaccum.config import BatchConfig, ByLengthBatchConfig, DDPConfig, SingleConfig, TrainConfig
 from distaccum.config.enums import Balance
 from distaccum.config.tools import TuneConfig
-from distaccum.planning import BatchPlan, resolve_batch
+from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
 
 Setting = Mapping[str, Any]
@@ -64,24 +64,19 @@ def value_in(section: Any, name: str) -> Any:
     return section.get(name) if isinstance(section, dict) else getattr(section, name, None)
 
 
-def plan_of(config: TrainConfig, world_size: int) -> BatchPlan:
-    """How the windows of a configuration are cut, if uniformly.
+def micro_batch_of(config: TrainConfig, world_size: int) -> int:
+    """Samples of the largest micro-batch of a full window, cut uniformly.
 
     Raises:
         UserError: the batch numbers don't fit together.
     """
-    return resolve_batch(
+    plan = resolve_batch(
         world_size=world_size,
         global_batch_size=config.batch.global_batch_size,
         micro_batch_size=config.batch.given_size,
         accumulation_steps=config.batch.accumulation_steps,
         equal_micro_steps=needs_equal_micro_steps(config.strategy),
     )
-
-
-def micro_batch_of(config: TrainConfig, world_size: int) -> int:
-    """Samples of the largest micro-batch of a full window."""
-    plan = plan_of(config, world_size)
     return max(size for sizes in plan.cut(plan.global_batch_size).sizes for size in sizes)
 
 

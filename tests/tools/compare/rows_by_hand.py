@@ -11,8 +11,7 @@ from distaccum.config.tools import PlacementName
 from distaccum.tools.bench.environment import environment
 from distaccum.tools.bench.rounds import Round
 from distaccum.tools.compare.placements import PLACEMENTS, Case
-from distaccum.tools.compare.report import Reference, Report
-from distaccum.tools.compare.results import Row, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import Reference, Report, Row, add_rounds, add_speedups, row_of
 
 MIB = 2**20
 

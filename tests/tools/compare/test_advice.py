@@ -4,8 +4,7 @@ import pytest
 from rows_by_hand import report, row
 
 from distaccum.tools.compare.advice import advise
-from distaccum.tools.compare.report import Reference
-from distaccum.tools.compare.results import Row
+from distaccum.tools.compare.results import Reference, Row
 
 SLOW = (40.0, 41.0, 42.0, 41.0, 40.0)
 MIDDLING = (30.0, 31.0, 32.0, 31.0, 30.0)

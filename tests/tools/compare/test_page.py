@@ -12,9 +12,9 @@ from rows_by_hand import report, row
 
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import coinciding, page_of
-from distaccum.tools.compare.report import Reference, Report
-from distaccum.tools.compare.results import Row
-from distaccum.tools.pages import nice_ticks, spread_labels
+from distaccum.tools.compare.results import Reference, Report, Row
+from distaccum.tools.pages.lines import spread_labels
+from distaccum.tools.pages.svg import nice_ticks
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

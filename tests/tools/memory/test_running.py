@@ -94,6 +94,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         memory(composed())

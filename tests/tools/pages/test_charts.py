@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distaccum.tools.pages import Axis, Band, Curve, Mark, axis_ticks, line_chart, moving_median, short, thinned
+from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
 from distaccum.tools.pages.page import table, whole_page
+from distaccum.tools.pages.svg import axis_ticks, short
+from distaccum.tools.pages.thinning import moving_median, thinned
 
 values = st.floats(allow_nan=True, allow_infinity=True)
 

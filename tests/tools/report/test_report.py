@@ -21,7 +21,7 @@ from command_line import TINY, Ended
 from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import read_metrics
 from distaccum.report import main
-from distaccum.tools.pages import MADE_BY
+from distaccum.tools.pages.page import MADE_BY
 from distaccum.tools.report import write_page
 from distaccum.tools.report.runs import differences, read_runs
 from distaccum.tools.report.story import what_to_look_at
