@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from distaccum.observers.metrics_reading import parsed
 from distaccum.runtime.files import open_regular, replacing, sync
 
 
@@ -76,10 +76,11 @@ def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]
     last_wanted = offset = 0
     with open_regular(source) as file:
         for number, line in enumerate(file, start=1):
-            key = _key(line)
-            if key is None:
+            entry = parsed(line)
+            if entry is None:
                 unreadable.append(number)
-            elif key.update <= last_update:
+            elif entry["update"] <= last_update:
+                key = _Key(entry["update"], "eval" in entry)
                 kept.repeated += key in places
                 places[key] = _Place(offset, len(line), line.endswith(b"\n"))
                 last_wanted = number
@@ -87,16 +88,6 @@ def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]
     # What comes after is dropped in any case: half a line of a killed run, zeros after a power cut.
     kept.unreadable = [number for number in unreadable if number < last_wanted]
     return places
-
-
-def _key(line: bytes) -> _Key | None:
-    try:
-        value: Any = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or type(value.get("update")) is not int:
-        return None
-    return _Key(value["update"], "eval" in value)
 
 
 def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:

@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> Metrics:
     metrics = Metrics()
     with open_regular(path) as file:
         for line in file:
-            entry = _parsed(line)
+            entry = parsed(line)
             if entry is None:
                 metrics.unreadable += line.endswith(b"\n")
             else:
@@ -85,7 +85,8 @@ def read_metrics(path: Path) -> Metrics:
     return metrics
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """A line's object, if it is one of a run."""
     try:
         entry = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
