@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
-from distaccum.errors import UserError, not_importable
+from distaccum.errors import UserError, not_importable, require
 
 logger = logging.getLogger("distaccum.data")
 
@@ -117,10 +117,8 @@ def _part(paths: dict[str, Path], split: str, evaluation_fraction: float) -> dic
 
 
 def _check_arguments(evaluation_fraction: float, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    if not 0 <= evaluation_fraction < 1:
-        raise UserError(f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
-    if image_size < 1:
-        raise UserError(f"ImageFolder: image_size={image_size} is impossible: it must be at least 1.")
+    require(0 <= evaluation_fraction < 1, f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
+    require(image_size >= 1, f"ImageFolder: image_size={image_size} is impossible: it must be at least 1.")
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise UserError(
             f"ImageFolder: mean={list(mean)} and std={list(std)} must have three values each, one per channel, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from distaccum.errors import UserError
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.metrics_lines import KeptLines, keep_lines
+from distaccum.observers.metrics_reading import KeptLines, keep_lines
 from distaccum.runtime.files import LineFile
 
 logger = logging.getLogger(__name__)
