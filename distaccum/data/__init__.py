@@ -5,8 +5,7 @@ imported only by the datasets that need them.
 """
 
 from distaccum.data.coins import Coins
-from distaccum.data.digit_views import DigitViews
-from distaccum.data.digits import Digits
+from distaccum.data.digits import Digits, DigitViews
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText

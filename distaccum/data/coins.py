@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -99,10 +100,8 @@ def coins_and_mask() -> tuple[Tensor, Tensor]:
 
 def _extended(values: Tensor, size: int, filling: float) -> Tensor:
     """With rows and columns added at the ends, to sides that are multiples of `size`."""
-    height, width = (-(-side // size) * size for side in values.shape)
-    whole = values.new_full((height, width), filling)
-    whole[: values.shape[0], : values.shape[1]] = values
-    return whole
+    below, right = (-side % size for side in values.shape)
+    return F.pad(values, (0, right, 0, below), value=filling)
 
 
 def _patches(values: Tensor, size: int, step: int) -> Tensor:

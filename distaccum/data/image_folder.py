@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
-from distaccum.errors import UserError, not_importable
+from distaccum.errors import UserError, not_importable, require
 
 logger = logging.getLogger("distaccum.data")
 
@@ -71,15 +71,14 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         _check_arguments(evaluation_fraction, image_size, mean, std)
         root = Path(root)
         self.classes = _class_names(root, "root")
-        if evaluation_root is not None:
-            evaluation_root = Path(evaluation_root)
-            _check_same_classes(root, self.classes, evaluation_root)
         self.num_classes = len(self.classes)
         self.input_shape = (3, image_size, image_size)
         self._image_size = image_size
         self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
         if evaluation_root is not None:
+            evaluation_root = Path(evaluation_root)
+            _check_same_classes(root, self.classes, evaluation_root)
             files = _images_by_class(evaluation_root if split == EVALUATION else root, self.classes, log=True)
             if split == TRAIN:
                 _check_apart(files + _images_by_class(evaluation_root, self.classes, log=False))
@@ -118,10 +117,8 @@ def _part(paths: dict[str, Path], split: str, evaluation_fraction: float) -> dic
 
 
 def _check_arguments(evaluation_fraction: float, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    if not 0 <= evaluation_fraction < 1:
-        raise UserError(f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
-    if image_size < 1:
-        raise UserError(f"ImageFolder: image_size={image_size} is impossible: it must be at least 1.")
+    require(0 <= evaluation_fraction < 1, f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
+    require(image_size >= 1, f"ImageFolder: image_size={image_size} is impossible: it must be at least 1.")
     if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise UserError(
             f"ImageFolder: mean={list(mean)} and std={list(std)} must have three values each, one per channel, "
@@ -167,7 +164,8 @@ def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[
     Raises:
         UserError: no images at all, none in one of the folders, or the same one in two.
     """
-    extensions = _extensions()
+    pillow = _pillow_image()
+    extensions = {extension for extension, name in pillow.registered_extensions().items() if name in pillow.OPEN}
     others = 0
     files: list[dict[str, Path]] = []
     for name in classes:
@@ -213,12 +211,6 @@ def _pillow_image() -> ModuleType:
     except (ImportError, MemoryError) as error:
         raise not_importable("ImageFolder", "Pillow", error) from error
     return Image
-
-
-def _extensions() -> set[str]:
-    """Lower-case extensions, with their dot, of the formats that Pillow reads."""
-    image = _pillow_image()
-    return {extension for extension, name in image.registered_extensions().items() if name in image.OPEN}
 
 
 def _read(path: Path, size: int) -> Tensor:

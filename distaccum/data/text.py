@@ -84,7 +84,8 @@ def paragraphs(split: str) -> list[str]:
     held_out: dict[str, None] = {}  # a dict keeps the order; a set would not
     others: dict[str, None] = {}
     for name in sorted(topics):
-        (held_out if is_held_out(name) else others).update(dict.fromkeys(_paragraphs_of(topics[name])))
+        texts = (text.strip() for text in topics[name].split("\n\n"))
+        (held_out if is_held_out(name) else others).update((text, None) for text in texts if text)
     return list(held_out) if split == EVALUATION else [text for text in others if text not in held_out]
 
 
@@ -97,11 +98,6 @@ def cut(length: int, max_length: int) -> Iterator[tuple[int, int]]:
     """Cuts a paragraph of `length` bytes into consecutive `(start, stop)` of at most `max_length`."""
     for start in range(0, length, max_length):
         yield start, min(start + max_length, length)
-
-
-def _paragraphs_of(document: str) -> list[str]:
-    stripped = (text.strip() for text in document.split("\n\n"))
-    return [text for text in stripped if text]
 
 
 def _byte_entropy(text: bytes) -> float:

@@ -10,9 +10,8 @@ from distaccum.errors import UserError
 def require_at_least_one(model: str, **values: int | Sequence[int]) -> None:
     """Raises a `UserError` that names the argument, unless each number (or each of a list) is at least 1."""
     for name, value in values.items():
-        numbers = [value] if isinstance(value, int) else list(value)
-        if any(number < 1 for number in numbers):
-            shown = numbers if not isinstance(value, int) else value
+        shown = value if isinstance(value, int) else list(value)
+        if any(number < 1 for number in (shown if isinstance(shown, list) else [shown])):
             raise UserError(f"{model}: {name}={shown} is impossible: it must be at least 1.")
 
 

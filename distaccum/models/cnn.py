@@ -10,7 +10,30 @@ from torch import Tensor, nn
 from distaccum.errors import UserError
 from distaccum.models.checks import require_at_least_one, require_probability, require_sample_shape
 
-CHANNELS_PER_GROUP = 8
+_CHANNELS_PER_GROUP = 8
+
+
+def require_images(model: str, input_shape: Sequence[int], channels: Sequence[int]) -> None:
+    """Raises a `UserError` unless these are the shape of an image and the channels of a network's stages."""
+    if len(input_shape) != 3:
+        raise UserError(
+            f"{model}: input_shape={list(input_shape)} must be channels, height and width; "
+            "for samples that are no images there is model=mlp."
+        )
+    if len(channels) == 0 or any(number % _CHANNELS_PER_GROUP for number in channels):
+        raise UserError(
+            f"{model}: channels={list(channels)} must be one or more multiples of {_CHANNELS_PER_GROUP}, "
+            "the size of a group of GroupNorm."
+        )
+
+
+def convolution(before: int, after: int) -> list[nn.Module]:
+    """A 3×3 convolution, GroupNorm, which has the bias, and ReLU."""
+    return [
+        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        nn.GroupNorm(after // _CHANNELS_PER_GROUP, after),
+        nn.ReLU(),
+    ]
 
 
 class CNN(nn.Module):
@@ -41,16 +64,7 @@ class CNN(nn.Module):
         super().__init__()
         require_at_least_one("CNN", input_shape=input_shape, num_classes=num_classes, channels=channels)
         require_probability("CNN", dropout=dropout)
-        if len(input_shape) != 3:
-            raise UserError(
-                f"CNN: input_shape={list(input_shape)} must be channels, height and width; "
-                "for samples that are no images there is model=mlp."
-            )
-        if len(channels) == 0 or any(number % CHANNELS_PER_GROUP for number in channels):
-            raise UserError(
-                f"CNN: channels={list(channels)} must be one or more multiples of {CHANNELS_PER_GROUP}, "
-                "the size of a group of GroupNorm."
-            )
+        require_images("CNN", input_shape, channels)
         self.input_shape = tuple(input_shape)
         before, height, width = self.input_shape
         stages: list[nn.Module] = []
@@ -58,11 +72,7 @@ class CNN(nn.Module):
             if stage > 0 and min(height, width) >= 2:
                 stages.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
-            stages += [
-                nn.Conv2d(before, number, kernel_size=3, padding=1, bias=False),  # GroupNorm has the bias
-                nn.GroupNorm(number // CHANNELS_PER_GROUP, number),
-                nn.ReLU(),
-            ]
+            stages += convolution(before, number)
             before = number
         self.stages = nn.Sequential(*stages)
         # Rounded up: an odd side gives a smaller second part, and nothing is left out.

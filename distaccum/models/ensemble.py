@@ -70,6 +70,7 @@ class Ensemble(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         total: Tensor | None = None
+        is_probabilities = self._combine is Combination.probabilities
         for member in self.members:
             output = member(*arguments, **named)
             own = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
@@ -84,9 +85,9 @@ class Ensemble(nn.Module):
                     f"the members' outputs can't be put together: they are of shapes {list(total.shape)} and "
                     f"{list(part.shape)}."
                 )
-            total = part if total is None else self._together(total, part)
+            total = part if total is None else torch.logaddexp(total, part) if is_probabilities else total + part
         assert total is not None
-        is_probabilities, count = self._combine is Combination.probabilities, len(self.members)
+        count = len(self.members)
         mean = total - math.log(count) if is_probabilities else total / count
         return mean if own is output else _OnlyLogits(logits=mean)
 
@@ -101,9 +102,6 @@ class Ensemble(nn.Module):
                 "that classes lie along."
             )
         return wide.log_softmax(self._class_dim)
-
-    def _together(self, total: Tensor, part: Tensor) -> Tensor:
-        return torch.logaddexp(total, part) if self._combine is Combination.probabilities else total + part
 
 
 def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,10 @@ class _Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = _Attention(width, num_heads, dropout)
         self.perceptron_norm = nn.LayerNorm(width)
-        self.perceptron = _Perceptron(width)
+        layers = OrderedDict[str, nn.Module](
+            to_hidden=nn.Linear(width, 4 * width), activation=nn.GELU(), to_stream=nn.Linear(4 * width, width)
+        )
+        self.perceptron = nn.Sequential(layers)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, stream: Tensor) -> Tensor:
@@ -124,17 +128,4 @@ class _Attention(nn.Module):
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
         outputs: Tensor = self.to_stream(mixed.transpose(1, 2).reshape(batch, length, width))
-        return outputs
-
-
-class _Perceptron(nn.Module):
-    """Two layers, four times as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.to_hidden = nn.Linear(width, 4 * width)
-        self.to_stream = nn.Linear(4 * width, width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs: Tensor = self.to_stream(F.gelu(self.to_hidden(inputs)))
         return outputs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distaccum.errors import UserError
 from distaccum.models.checks import require_at_least_one, require_sample_shape
-from distaccum.models.cnn import CHANNELS_PER_GROUP
+from distaccum.models.cnn import convolution, require_images
 
 
 class UNet(nn.Module):
@@ -33,13 +33,7 @@ class UNet(nn.Module):
     def __init__(self, *, input_shape: Sequence[int], num_classes: int, channels: Sequence[int] = (16, 32, 64)) -> None:
         super().__init__()
         require_at_least_one("UNet", input_shape=input_shape, num_classes=num_classes, channels=channels)
-        if len(input_shape) != 3:
-            raise UserError(f"UNet: input_shape={list(input_shape)} must be channels, height and width.")
-        if len(channels) == 0 or any(number % CHANNELS_PER_GROUP for number in channels):
-            raise UserError(
-                f"UNet: channels={list(channels)} must be one or more multiples of {CHANNELS_PER_GROUP}, "
-                "the size of a group of GroupNorm."
-            )
+        require_images("UNet", input_shape, channels)
         factor = 2 ** (len(channels) - 1)
         if input_shape[1] % factor or input_shape[2] % factor:
             raise UserError(
@@ -72,11 +66,4 @@ class UNet(nn.Module):
 
 
 def _stage(before: int, after: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for channels in (before, after):
-        layers += [
-            nn.Conv2d(channels, after, kernel_size=3, padding=1, bias=False),  # GroupNorm has the bias
-            nn.GroupNorm(after // CHANNELS_PER_GROUP, after),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*convolution(before, after), *convolution(after, after))

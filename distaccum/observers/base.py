@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,6 @@ class UpdateRecord:
     """Samples of this window, over all ranks."""
     loss: float
     """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
-    metrics: dict[str, float]
-    """The task's metrics over the window (`accuracy`, …)."""
     grad_norm: float
     """Norm of the window's mean gradient before clipping, over all parameters together."""
     lr: float
@@ -54,40 +52,34 @@ class UpdateRecord:
     update_seconds: float
     """Wall time of the window, loading included."""
     samples_per_second: float
-    data_seconds: float
-    """Part of `update_seconds` spent waiting for micro-batches."""
-    sync_seconds: float
-    """Part of `update_seconds` spent waiting for the network and for the other ranks."""
     sync_calls: int
     """Collectives that carried gradients."""
     sync_bytes: int
     """Bytes that this rank handed to them."""
-    skipped: bool
-    """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
-    compile_seconds: float = 0.0
-    """Part of `update_seconds` that rank 0 spent compiling."""
+    metrics: dict[str, float]
+    """The task's metrics over the window (`accuracy`, …)."""
+    data_seconds: float
+    """Part of `update_seconds` spent waiting for micro-batches."""
+    sync_seconds: float
+    """Part of `update_seconds` spent waiting for the network and for the other ranks."""
     noise_scale: float | None = None
     """Gradient noise scale in samples, smoothed; infinite while the gradient can't be told from noise. None in updates
-    in which it is not measured."""
+    in which it is not measured, as the two after it."""
     noise_scale_error: float | None = None
     """Standard error of it; infinite while there is one measurement."""
     coherence: float | None = None
     """Of this window's micro-gradients: mean pairwise inner product over mean square."""
-
-    @property
-    def noise(self) -> dict[str, float]:
-        """What is known of the noise, by name: the three numbers above, or nothing."""
-        if self.noise_scale is None or self.noise_scale_error is None or self.coherence is None:
-            return {}
-        return {
-            "noise_scale": self.noise_scale,
-            "noise_scale_error": self.noise_scale_error,
-            "coherence": self.coherence,
-        }
-
+    skipped: bool
+    """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
+    compile_seconds: float = 0.0
+    """Part of `update_seconds` that rank 0 spent compiling."""
     peak_memory_bytes: int | None = None
     """This rank's highest point so far: device memory on CUDA, resident set on CPU. Looked up at updates 1, 2, 4, 8, …
     and each hundredth; None at the others."""
+
+    def known(self) -> dict[str, Any]:
+        """All fields but those that are None, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def compute_seconds(self) -> float:

@@ -48,7 +48,8 @@ class EarlyStopping:
             )
         self.evaluations += 1
         value = float(metrics[self.metric])  # a task's own may be NumPy's, which JSON knows nothing of
-        if self._improves(value):
+        is_better = self.best is None or (value < self.best if self.goal is Goal.min else value > self.best)
+        if is_better and math.isfinite(value):
             self.best = value
             self.best_evaluation = self.evaluations
         return self.is_over
@@ -57,13 +58,6 @@ class EarlyStopping:
     def is_over(self) -> bool:
         """True when it is time to stop."""
         return self.evaluations - self.best_evaluation >= self.patience
-
-    def _improves(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        if self.best is None:
-            return True
-        return value < self.best if self.goal is Goal.min else value > self.best
 
     @property
     def reason(self) -> str:

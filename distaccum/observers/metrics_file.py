@@ -10,7 +10,7 @@ from typing import Any
 
 from distaccum.errors import UserError
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
-from distaccum.observers.metrics_lines import KeptLines, keep_lines
+from distaccum.observers.metrics_reading import KeptLines, keep_lines
 from distaccum.runtime.files import LineFile
 
 logger = logging.getLogger(__name__)
@@ -91,31 +91,10 @@ class MetricsFile(Observer):
             )
 
     def on_update(self, record: UpdateRecord) -> None:
-        line: dict[str, Any] = {
-            "update": record.update,
-            "epoch": record.epoch,
-            "samples": record.samples,
-            "window_samples": record.window_samples,
-            "loss": record.loss,
-            "grad_norm": record.grad_norm,
-            "lr": record.lr,
-            "micro_steps": record.micro_steps,
-            "weight": record.weight,
-            "update_seconds": record.update_seconds,
-            "samples_per_second": record.samples_per_second,
-            "sync_calls": record.sync_calls,
-            "sync_bytes": record.sync_bytes,
-            "metrics": record.metrics,
-            "data_seconds": record.data_seconds,
-            "sync_seconds": record.sync_seconds,
-            **record.noise,
-        }
-        if record.skipped:
-            line["skipped"] = True
-        if record.compile_seconds:
-            line["compile_seconds"] = record.compile_seconds
-        if record.peak_memory_bytes is not None:
-            line["peak_memory_bytes"] = record.peak_memory_bytes
+        line = record.known()
+        for key in ("skipped", "compile_seconds"):
+            if not line[key]:
+                del line[key]
         self._write(line)
 
     def on_evaluation(self, record: EvaluationRecord) -> None:

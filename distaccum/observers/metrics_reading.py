@@ -1,14 +1,17 @@
-"""Reading a `metrics.jsonl` back: of a run that is finished, or killed, or still running, by any version."""
+"""Reading a `metrics.jsonl` back, of a run that is finished, killed or still running, by any version; and keeping
+those of its lines that a run has use for that goes on after an update."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distaccum.runtime.files import open_regular
+from distaccum.runtime.files import open_regular, replacing, sync
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,3 +95,112 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     is_of_a_run = isinstance(entry, dict) and type(entry.get("update")) is int and entry["update"] >= 0
     return entry if is_of_a_run else None
+
+
+class _Key(NamedTuple):
+    """What a line tells of. Sorted, an update comes before its evaluation."""
+
+    update: int
+    is_evaluation: bool
+
+
+class _Place(NamedTuple):
+    offset: int
+    num_bytes: int
+    is_whole: bool
+    """With its line break."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KeptLines:
+    """What `keep_lines` found."""
+
+    unreadable: list[int] = field(default_factory=list)
+    """Numbers, from 1, of lines among those kept that are no JSON objects with an update; they were dropped."""
+    repeated: int = 0
+    """Lines about something that a later line tells of too; they were dropped."""
+    missing: list[tuple[int, int]] = field(default_factory=list)
+    """First and last of updates in a row that have no line."""
+    last_evaluated: int = -1
+    """The last update with an evaluation; -1 if there is none."""
+
+
+def keep_lines(source: Path | None, target: Path, last_update: int) -> KeptLines:
+    """Makes `target` hold the lines of `source` about updates and evaluations up to `last_update`.
+
+    Each once, in order, byte for byte. At any moment `target` is as it was or as it is to be.
+
+    Args:
+        source: May be the same file; None, or a file that is not there, for no lines.
+        last_update: 0 for none.
+
+    Raises:
+        OSError: one of the files can't be read or written.
+    """
+    kept = KeptLines()
+    places = _scan(source, last_update, kept) if source is not None and source.exists() else {}
+    keys = sorted(places)
+    kept.missing = _gaps((key.update for key in keys if not key.is_evaluation), last_update)
+    kept.last_evaluated = max((key.update for key in keys if key.is_evaluation), default=-1)
+    wanted = [places[key] for key in keys]
+    end = _end_of_prefix(wanted)
+    if source is not None and source == target and end is not None and not target.is_symlink():
+        # What is to stay is how the file begins: cutting it takes no room, and there may be none.
+        if end != target.stat().st_size:
+            os.truncate(target, end)
+            sync(target)
+    else:
+        _copy(source, target, wanted)
+    return kept
+
+
+def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]:
+    """Where the lines are that are wanted."""
+    places: dict[_Key, _Place] = {}
+    unreadable = []
+    last_wanted = offset = 0
+    with open_regular(source) as file:
+        for number, line in enumerate(file, start=1):
+            entry = _parsed(line)
+            if entry is None:
+                unreadable.append(number)
+            elif entry["update"] <= last_update:
+                key = _Key(entry["update"], "eval" in entry)
+                kept.repeated += key in places
+                places[key] = _Place(offset, len(line), line.endswith(b"\n"))
+                last_wanted = number
+            offset += len(line)
+    # What comes after is dropped in any case: half a line of a killed run, zeros after a power cut.
+    kept.unreadable = [number for number in unreadable if number < last_wanted]
+    return places
+
+
+def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:
+    gaps = []
+    expected = 1
+    for update in (*updates, last_update + 1):
+        if update > expected:
+            gaps.append((expected, update - 1))
+        expected = update + 1
+    return gaps
+
+
+def _end_of_prefix(places: list[_Place]) -> int | None:
+    """Where these lines end, if they are what the file begins with."""
+    end = 0
+    for place in places:
+        if place.offset != end or not place.is_whole:
+            return None
+        end += place.num_bytes
+    return end
+
+
+def _copy(source: Path | None, target: Path, places: list[_Place]) -> None:
+    with replacing(target) as writing:
+        if source is None or not places:
+            return
+        with open_regular(source) as reading:
+            for place in places:
+                reading.seek(place.offset)
+                line = reading.read(place.num_bytes)
+                writing.write(line if place.is_whole else line + b"\n")

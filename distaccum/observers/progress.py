@@ -56,10 +56,7 @@ class Progress(Observer):
         self._total_updates = start.total_updates
         self._skipped_updates = start.skipped_updates
         per_epoch = "" if start.updates_per_epoch is None else f" ({start.updates_per_epoch:,} per epoch)"
-        rows = [
-            ("plan", start.plan),
-            ("updates", f"{start.total_updates:,}{per_epoch}"),
-        ]
+        rows = [("plan", start.plan), ("updates", f"{start.total_updates:,}{per_epoch}")]
         if start.resumed_update:
             rows.append(("resumed", f"after update {start.resumed_update:,}"))
         self._print_rows([*rows, *_files(start.run_dir)])
@@ -84,8 +81,8 @@ class Progress(Observer):
     def on_update(self, record: UpdateRecord) -> None:
         now = time.monotonic()
         self._skipped_updates += record.skipped
-        if record.noise:
-            self._noise = noise_text(record.noise["noise_scale"], record.noise["noise_scale_error"])
+        if record.noise_scale is not None and record.noise_scale_error is not None:
+            self._noise = noise_text(record.noise_scale, record.noise_scale_error)
         remaining_seconds = self._remaining_seconds(record, now)
         due_after = self._seconds if self._live is None else _REFRESH_SECONDS
         due = self._shown_at is None or now - self._shown_at >= due_after or record.update >= self._total_updates
@@ -129,7 +126,22 @@ class Progress(Observer):
         return pace * max(0, self._total_updates - record.update)
 
     def _fields(self, record: UpdateRecord, remaining_seconds: float) -> dict[str, tuple[str, str]]:
-        return _fields(record, self._total_updates, remaining_seconds, self._skipped_updates, self._noise)
+        """What is shown of an update, in order: a long text and a short one by name. Metrics are named `metric…`."""
+        speed = rate(record.samples_per_second)
+        texts = {
+            "count": (_count(record.update, self._total_updates),) * 2,
+            "epoch": (f"epoch {record.epoch}",) * 2,
+            "loss": (f"loss {number(record.loss)}",) * 2,
+        }
+        for index, (name, value) in enumerate(record.metrics.items()):
+            texts[f"metric{index}"] = (f"{words(name)} {number(value, decimals=3)}",) * 2
+        if self._skipped_updates:
+            texts["skipped"] = (f"{self._skipped_updates:,} skipped",) * 2
+        if self._noise:
+            texts["noise"] = f"noise scale {self._noise}", f"noise {self._noise}"
+        texts["rate"] = f"{speed} samples/s", f"{speed}/s"
+        texts["eta"] = (f"ETA {clock(remaining_seconds)}",) * 2
+        return texts
 
     def _print_update(self, record: UpdateRecord, remaining_seconds: float) -> None:
         self._unprinted = None
@@ -161,31 +173,6 @@ class Progress(Observer):
         self._console.print(text, soft_wrap=True)
 
 
-_COUNT, _EPOCH, _LOSS, _SKIPPED, _NOISE, _RATE, _ETA = "count", "epoch", "loss", "skipped", "noise", "rate", "eta"
-
-
-def _fields(
-    record: UpdateRecord, total_updates: int, remaining_seconds: float, skipped_updates: int, noise: str
-) -> dict[str, tuple[str, str]]:
-    """What is shown of an update, in order: a long text and a short one by name. Metrics are named `metric…`."""
-    count = _count(record.update, total_updates)
-    speed = rate(record.samples_per_second)
-    texts = {
-        _COUNT: (count, count),
-        _EPOCH: (f"epoch {record.epoch}",) * 2,
-        _LOSS: (f"loss {number(record.loss)}",) * 2,
-    }
-    for index, (name, value) in enumerate(record.metrics.items()):
-        texts[f"metric{index}"] = (f"{words(name)} {number(value, decimals=3)}",) * 2
-    if skipped_updates:
-        texts[_SKIPPED] = (f"{skipped_updates:,} skipped",) * 2
-    if noise:
-        texts[_NOISE] = f"noise scale {noise}", f"noise {noise}"
-    texts[_RATE] = f"{speed} samples/s", f"{speed}/s"
-    texts[_ETA] = (f"ETA {clock(remaining_seconds)}",) * 2
-    return texts
-
-
 def _count(update: int, total_updates: int) -> str:
     return f"{update:>{len(str(total_updates))}}/{total_updates}"
 
@@ -200,7 +187,7 @@ class _Bar:
     def __init__(self, total_updates: int, done: int) -> None:
         self._total_updates = total_updates
         self._done = done
-        self._texts: dict[str, tuple[str, str]] = {_COUNT: (_count(done, total_updates),) * 2}
+        self._texts: dict[str, tuple[str, str]] = {"count": (_count(done, total_updates),) * 2}
         self._width = 0
         self._cuts = 0
 
@@ -236,7 +223,7 @@ class _Bar:
         texts = {name: short for name, (_, short) in self._texts.items()}
         yield list(texts.values())
         metrics = [name for name in texts if name.startswith("metric")]
-        for name in (*reversed(metrics[1:]), _EPOCH, _NOISE, _RATE, *metrics[:1], _SKIPPED, _ETA, _LOSS):
+        for name in (*reversed(metrics[1:]), "epoch", "noise", "rate", *metrics[:1], "skipped", "eta", "loss"):
             if texts.pop(name, None) is not None:
                 yield list(texts.values())
 

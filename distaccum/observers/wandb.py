@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,29 +141,11 @@ class Wandb(Observer):
         return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {reason}. {mend}")
 
     def on_update(self, record: UpdateRecord) -> None:
-        values: dict[str, float] = {
-            "epoch": record.epoch,
-            "samples": record.samples,
-            "window_samples": record.window_samples,
-            "loss": record.loss,
-            **record.metrics,
-            "grad_norm": record.grad_norm,
-            "lr": record.lr,
-            "micro_steps": record.micro_steps,
-            "weight": record.weight,
-            "update_seconds": record.update_seconds,
-            "samples_per_second": record.samples_per_second,
-            "data_seconds": record.data_seconds,
-            "compute_seconds": record.compute_seconds,
-            "sync_seconds": record.sync_seconds,
-            "sync_calls": record.sync_calls,
-            "sync_bytes": record.sync_bytes,
-            "skipped": int(record.skipped),
-            **record.noise,
-        }
-        if record.peak_memory_bytes is not None:
-            values["peak_memory_bytes"] = record.peak_memory_bytes
-        self._log("train", record.update, values)
+        values = record.known()
+        metrics = values.pop("metrics")
+        del values["update"], values["compile_seconds"]
+        own = {"compute_seconds": record.compute_seconds, "skipped": int(record.skipped)}
+        self._log("train", record.update, {**metrics, **values, **own})
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         references = {f"reference/{name}": value for name, value in record.references.items()}
@@ -175,23 +158,8 @@ class Wandb(Observer):
 
     def on_end(self, end: RunEnd) -> None:
         assert self._run is not None, "on_start comes first"
-        summary: dict[str, Any] = {
-            "updates": end.updates,
-            "samples": end.samples,
-            "skipped_updates": end.skipped_updates,
-            "stopped_early": end.stopped_early,
-            "train_seconds": end.train_seconds,
-            "total_seconds": end.total_seconds,
-            "samples_per_second": end.samples_per_second,
-            "warm_up_updates": end.warm_up_updates,
-            "warm_up_seconds": end.warm_up_seconds,
-            "compile_seconds": end.compile_seconds,
-            "data_share": end.data_share,
-            "compute_share": end.compute_share,
-            "sync_share": end.sync_share,
-            "peak_memory_bytes": end.peak_memory_bytes,
-            "peak_memory_kind": end.peak_memory_kind,
-        }
+        others = ("evaluation", "interrupted", "is_saved", "run_dir")
+        summary = {name: value for name, value in asdict(end).items() if name not in others}
         run = self._run
         self._later(lambda: run.summary.update(summary))
         if end.interrupted is None:

@@ -2,10 +2,8 @@
 
 from distaccum.accumulation.result import TaskOutput, as_number, checked_output
 from distaccum.tasks.base import CoupledTask, Task
-from distaccum.tasks.classification import Classification
 from distaccum.tasks.contrastive import Contrastive
-from distaccum.tasks.language_modeling import LanguageModeling
-from distaccum.tasks.segmentation import Segmentation
+from distaccum.tasks.cross_entropy import Classification, LanguageModeling, Segmentation
 
 __all__ = [
     "Classification",

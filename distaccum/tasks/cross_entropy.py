@@ -1,4 +1,4 @@
-"""What the two cross-entropy tasks have in common."""
+"""Cross-entropies: one class per sample, per token or per pixel."""
 
 from __future__ import annotations
 
@@ -6,58 +6,156 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from distaccum.accumulation.result import TaskOutput
 from distaccum.errors import UserError
+from distaccum.tasks.base import Task
 
 
-def inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """The two tensors of a micro-batch, the targets as int64.
+class _CrossEntropy(Task):
+    """What the three have in common. Raises a `UserError` in a call, for a micro-batch or logits of another form."""
+
+    class_dim: int = 1
+    ignore_index = torch.iinfo(torch.int64).min
+    """No target is ignored. With torch's default, one of -100 would add nothing to the loss and still count."""
+    label_smoothing = 0.0
+    _logits_form: tuple[str, ...]
+    _targets_form: tuple[str, ...]
+
+    def _computed(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, and the number of classes."""
+        name = type(self).__name__
+        inputs, targets = _inputs_and_targets(batch, name)
+        logits = model(inputs)
+        fits = (logits.dim(), targets.dim()) == (len(self._logits_form), len(self._targets_form))
+        if not fits or logits.select(self.class_dim, 0).shape != targets.shape:
+            raise UserError(
+                f"{name} needs logits [{', '.join(self._logits_form)}] and targets [{', '.join(self._targets_form)}], "
+                f"and got logits {list(logits.shape)} and targets {list(targets.shape)}."
+            )
+        rows, flat = logits.movedim(self.class_dim, -1).flatten(0, -2), targets.flatten()
+        predicted = rows.detach().argmax(dim=-1)
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()  # a sum over many elements overflows float16 and loses digits in bfloat16
+        try:
+            loss_sum = F.cross_entropy(
+                rows, flat, reduction="sum", ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+            )
+        except IndexError as error:  # on CUDA it is the device that stops: looking at targets would make the host wait
+            raise UserError(
+                f"{name}: the model has {rows.shape[-1]} outputs, which does not cover all targets ({error}) "
+                "They must be integers from 0 to one below the number of outputs."
+            ) from error
+        return loss_sum, predicted, flat, rows.shape[-1]
+
+
+class Classification(_CrossEntropy):
+    """Cross-entropy over classes. Weight: samples. Metric: `accuracy`.
+
+    A micro-batch is `(inputs, targets)`, the targets integers `[B]`; the model's logits are `[B, C]`.
+
+    Args:
+        label_smoothing: probability mass spread over all classes, in [0, 1).
 
     Raises:
-        UserError: the micro-batch is anything else, or the targets are no integers.
+        UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
+
+    _logits_form, _targets_form = ("samples", "classes"), ("samples",)
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"task.label_smoothing={label_smoothing} must lie in [0, 1).")
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        loss_sum, predicted, targets, _ = self._computed(model, batch)
+        return TaskOutput(loss_sum=loss_sum, weight=len(targets), sums={"accuracy": (predicted == targets).sum()})
+
+
+class LanguageModeling(_CrossEntropy):
+    """Cross-entropy over the next token. Weight: valid targets. Metric: `accuracy`.
+
+    A micro-batch is `(inputs, targets)`, both integers `[B, T]`, the targets already one token ahead; the model's
+    logits are `[B, T, V]`.
+
+    Args:
+        ignore_index: the target of padding, which counts neither in the loss nor in the weight.
+
+    Raises:
+        UserError: from a call, a micro-batch or logits of another form.
+    """
+
+    class_dim = -1
+    _logits_form, _targets_form = ("samples", "length", "tokens"), ("samples", "length")
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        loss_sum, predicted, targets, _ = self._computed(model, batch)
+        valid = targets != self.ignore_index
+        correct = (valid & (predicted == targets)).sum()
+        # The number of valid targets stays on the device: reading it here would make the host wait.
+        return TaskOutput(loss_sum=loss_sum, weight=valid.sum(), sums={"accuracy": correct})
+
+
+class Segmentation(_CrossEntropy):
+    """Cross-entropy over the class of each pixel. Weight: valid pixels.
+
+    Metrics: `accuracy` over pixels, and `mean_iou`, the mean over classes of intersection / union. Both are made of
+    counts, so they are those of all pixels together, whatever the micro-batches and ranks. In `mean_iou`, classes that
+    neither the targets nor the predictions have don't count.
+
+    A micro-batch is `(images, targets)`, the targets integers `[B, H, W]`; the model's logits are `[B, C, H, W]`.
+
+    Args:
+        ignore_index: the target of pixels that count nowhere.
+
+    Raises:
+        UserError: from a call, a micro-batch or logits of another form.
+    """
+
+    _logits_form, _targets_form = ("samples", "classes", "height", "width"), ("samples", "height", "width")
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        self.ignore_index = ignore_index
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        loss_sum, predicted, targets, classes = self._computed(model, batch)
+        valid = targets != self.ignore_index
+        hits = _counts(targets, valid & (predicted == targets), classes)
+        there, claimed = _counts(targets, valid, classes), _counts(predicted, valid, classes)
+        sums = {"intersections": hits, "unions": there + claimed - hits}
+        # As above, the number stays on the device.
+        return TaskOutput(loss_sum=loss_sum, weight=valid.sum(), sums=sums)
+
+    def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
+        hits, unions = sums["intersections"], sums["unions"]
+        is_there = unions > 0
+        return {"accuracy": float(hits.sum()) / weight, "mean_iou": float((hits[is_there] / unions[is_there]).mean())}
+
+
+def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:
+    """How many of the chosen pixels each class has, `[classes]`."""
+    # Not bincount, whose result has a size that the host waits for.
+    counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels.device)
+    places = torch.where(chosen, labels, classes)
+    return counts.scatter_add_(0, places, torch.ones_like(places))[:classes]
+
+
+def _inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
+    """The two tensors of a micro-batch, the targets as int64."""
     if not (isinstance(batch, tuple | list) and [isinstance(field, Tensor) for field in batch] == [True, True]):
+        got = f"a {type(batch).__name__}"
+        if isinstance(batch, tuple | list):
+            got = f"{len(batch)} fields ({', '.join(type(field).__name__ for field in batch)})"
         raise UserError(
-            f"{task} needs micro-batches of two tensors, (inputs, targets), and got {_described(batch)}. Change the "
-            "samples of the dataset, set data.collate_fn, or write a task of your own (task=custom)."
+            f"{task} needs micro-batches of two tensors, (inputs, targets), and got {got}. Change the samples of the "
+            "dataset, set data.collate_fn, or write a task of your own (task=custom)."
         )
     inputs, targets = batch
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise UserError(f"{task} needs integers as targets, and got {targets.dtype}.")
     return inputs, targets.long()  # an unsigned format has no place for an ignore_index of -100
-
-
-def summed_cross_entropy(
-    logits: Tensor, targets: Tensor, task: str, *, ignore_index: int, label_smoothing: float = 0.0
-) -> Tensor:
-    """Sum of the cross-entropies, a scalar, in float32 at least.
-
-    Args:
-        logits: `[N, C]`.
-        targets: integers `[N]` in `range(C)`, or `ignore_index`.
-        task: name of the task, for messages.
-        ignore_index: the target that adds nothing.
-        label_smoothing: probability mass spread over all classes.
-
-    Raises:
-        UserError: a target outside the classes. On CUDA it is the device that stops: looking at the targets would make
-            the host wait for them.
-    """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()  # a sum over many elements overflows float16 and loses digits in bfloat16
-    try:
-        return F.cross_entropy(
-            logits, targets, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-    except IndexError as error:
-        raise UserError(
-            f"{task}: the model has {logits.shape[-1]} outputs, which does not cover all targets ({error}) "
-            "They must be integers from 0 to one below the number of outputs."
-        ) from error
-
-
-def _described(batch: Any) -> str:
-    if isinstance(batch, tuple | list):
-        return f"{len(batch)} fields ({', '.join(type(field).__name__ for field in batch)})"
-    return f"a {type(batch).__name__}"

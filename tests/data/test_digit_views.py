@@ -5,7 +5,7 @@ import torch
 
 from distaccum import WindowLoader
 from distaccum.data import Digits, DigitViews
-from distaccum.data.digit_views import random_views
+from distaccum.data.digits import random_views
 
 
 def test_samples() -> None:

@@ -310,12 +310,12 @@ def test_a_kill_while_lines_are_rewritten_loses_none(tmp_path: Path, unbroken: b
     # Their order is wrong, so that cutting the end off is not enough.
     before = _without(unbroken, 1) + unbroken[: _after(unbroken, 1)]
     code = (
-        "import os, signal, sys; from pathlib import Path; from distaccum.observers import metrics_lines\n"
+        "import os, signal, sys; from pathlib import Path; from distaccum.observers import metrics_reading\n"
         "call, run_dir = sys.argv[1], Path(sys.argv[2])\n"
         "def hook(event, arguments):\n"
         "    if event == call and '.writing' in str(arguments[0]): os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.addaudithook(hook); path = run_dir / 'metrics.jsonl'\n"
-        "metrics_lines.keep_lines(path, path, 4)"
+        "metrics_reading.keep_lines(path, path, 4)"
     )
     for call in ("open", "os.rename"):
         (tmp_path / "metrics.jsonl").write_bytes(before)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
-from distaccum.tools.check.findings import Finding, Severity
 from distaccum.tools.check.measuring import Update
-from distaccum.tools.check.report import CutRow, Report
+from distaccum.tools.check.report import CutRow, Finding, Report, Severity
 
 
 def weight_not_positive(update: Update) -> Finding:
     return Finding(
         kind="wrong_weight",
-        severity=Severity.error,
         because=f"the weights of a window add up to {update.weight:g}",
         what=f"The total weight is {update.weight:g}, so there is nothing to take the mean of.",
         where="the weight that the task returns",
@@ -66,7 +64,6 @@ def unexplained(report: Report, rows: list[CutRow]) -> Finding:
         because, where = f"the gradient of {row.worst_parameter} depends on the cut", str(row.worst_parameter)
     return Finding(
         kind="unexplained",
-        severity=Severity.error,
         because=because,
         what="None of the experiments found the reason. "
         + (f"The gradient is {row.factor:.6g} times the one-shot gradient." if row.factor is not None else ""),
@@ -92,7 +89,6 @@ def rounding(report: Report) -> Finding:
     row = max((row for row in report.rows if not row.equal), key=lambda row: row.gradient_error or 0.0)
     return Finding(
         kind="rounding",
-        severity=Severity.error,
         because=f"{report.precision} rounds more than the tolerance of {report.tolerance:g} allows",
         what="In float64 all cuts give the same update; in the configured precision "
         + (row.failure or f"it differs by {row.gradient_error:.1e}."),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distaccum.runtime.nested import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
-from distaccum.tools.check.findings import Finding, Severity
 from distaccum.tools.check.numerics import find_nonfinite
 from distaccum.tools.check.recording import Call, Select, agree, all_tensors, described, first_parting
+from distaccum.tools.check.report import Finding
 from distaccum.tools.check.subject import Probe, RowsOfOne, Subject
 
 _SIZE = 4
@@ -23,8 +22,7 @@ _OTHERS = (0, 2, 3)
 """Places in it of all but B: some before it and some after, for layers that look only one way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trio:
+class Trio(NamedTuple):
     """Three samples and the company they are put in.
 
     The company holds the longest sample there is, so that all micro-batches of it are padded alike.
@@ -34,10 +32,6 @@ class Trio:
     b: int
     c: int
     company: list[int]
-
-    @property
-    def all(self) -> list[int]:
-        return [self.a, self.b, self.c, *self.company]
 
 
 def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | None:
@@ -50,17 +44,15 @@ def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | No
     small, company = by_size[:-2], by_size[-2:]
     # As different as can be: two equal samples in the roles of B and C would show nothing.
     first = small[0]
-    others = [index for index in small[1:] if _differ(subject, first, index)]
+    others = [index for index in small[1:] if not _all_agree(subject.batch([first]), subject.batch([index]))]
     return Trio(first, others[0], others[-1], company) if len(others) >= 2 else None
 
 
-def _differ(subject: Subject, one: int, other: int) -> bool:
-    ours, theirs = all_tensors(subject.batch([one])), all_tensors(subject.batch([other]))
-    return not all(agree(a, b, 0.0) for a, b in zip(ours, theirs, strict=False))
+def _all_agree(one: Any, other: Any) -> bool:
+    return all(agree(a, b, 0.0) for a, b in zip(all_tensors(one), all_tensors(other), strict=False))
 
 
-@dataclass(slots=True)
-class _Sums:
+class _Sums(NamedTuple):
     """What the experiments say about a sum, the loss or the weight."""
 
     additive: bool
@@ -79,13 +71,14 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
         # Its loss may couple samples, and its embeddings may not.
         subject = subject.replaced(task=_SummedEmbeddings(subject.task))
     company = trio.company
+    everyone = [trio.a, trio.b, trio.c, *company]
     if findings := _collation(subject, trio):
-        rows = RowsOfOne(subject.samples, trio.all)
+        rows = RowsOfOne(subject.samples, everyone)
         if not any(tensor.shape[:1] == (1,) for tensor in all_tensors(rows.batch([trio.a], None))):
             return findings  # what is collated can't be taken apart
         subject = subject.replaced(samples=rows)
-    if not math.isfinite(subject.probe(trio.all, record=False).loss):
-        return findings + find_nonfinite(subject, trio.all, float64=True)
+    if not math.isfinite(subject.probe(everyone, record=False).loss):
+        return [*findings, find_nonfinite(subject, everyone, float64=True)]
     probes = {
         "both": subject.probe([trio.a, trio.b, *company]),
         "other": subject.probe([trio.a, trio.c, *company]),
@@ -96,10 +89,9 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
         "twice": subject.probe([trio.a, trio.b, *company] * 2, record=False),
     }
     alone = _alone(subject, trio)
-    losses = _sums(subject, {name: probe.loss for name, probe in probes.items()}, [p.loss for p in alone])
-    weights = _sums(subject, {name: probe.weight for name, probe in probes.items()}, [p.weight for p in alone])
-    module = _mixing_module(subject, probes)
-    outputs_move = module is not None and (_root_moves(subject, probes) or not losses.additive)
+    losses, weights = (_sums(subject, probes, alone, name) for name in ("loss", "weight"))
+    module, root_moves = _mixing_module(subject, probes)
+    outputs_move = module is not None and (root_moves or not losses.additive)
     if module is not None and outputs_move:
         findings.append(_mixing(subject.model, module))
     if losses.constant and probes["both"].loss != 0:
@@ -120,7 +112,6 @@ class _SummedEmbeddings:
 
     def __init__(self, task: CoupledTask) -> None:
         self._task = task
-        self.__name__ = f"{type(task).__name__}, of its embeddings"
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
         embeddings = self._task.embed(model, batch)
@@ -139,7 +130,9 @@ def _alone(subject: Subject, trio: Trio) -> list[Probe]:
         return []
 
 
-def _sums(subject: Subject, value: dict[str, float], alone: list[float]) -> _Sums:
+def _sums(subject: Subject, probes: dict[str, Probe], probes_alone: list[Probe], which: str) -> _Sums:
+    value: dict[str, float] = {name: getattr(probe, which) for name, probe in probes.items()}
+    alone: list[float] = [getattr(probe, which) for probe in probes_alone]
     sizes = list(value.values())
     return _Sums(
         additive=subject.close(value["both"] + value["none"], value["a"] + value["b"], *sizes),
@@ -175,23 +168,18 @@ def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequen
     return select
 
 
-def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> str | None:
+def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | None, bool]:
+    """Where the other samples' rows move first when B is replaced, and whether the model's own outputs for them do."""
     both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
     select = _rows(both, larger, _SIZE, _OTHERS)
-    return first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
-
-
-def _root_moves(subject: Subject, probes: dict[str, Probe]) -> bool:
-    """Whether the model's own output for the other samples moves when B is replaced."""
-    both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
-    select = _rows(both, larger, _SIZE, _OTHERS)
+    name = first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
     for number, (mine, yours) in enumerate(zip(both, other, strict=False)):
         if mine.name == "" == yours.name:
             for left, right in zip(mine.outputs, yours.outputs, strict=False):
                 a, b = select(number, left, right), select(number, right, left)
                 if a is not None and b is not None and not agree(a, b, subject.noise):
-                    return True
-    return False
+                    return name, True
+    return name, False
 
 
 def _collation(subject: Subject, trio: Trio) -> list[Finding]:
@@ -213,7 +201,6 @@ def _collation(subject: Subject, trio: Trio) -> list[Finding]:
     return [
         Finding(
             kind="collate_couples_samples" if mixes else "random_collate",
-            severity=Severity.error,
             because=f"the collate function {does}",
             what="A sample's own row in the micro-batch changes when another sample is replaced."
             if mixes
@@ -251,7 +238,6 @@ def _mixing(model: nn.Module, name: str) -> Finding:
         )
     return Finding(
         kind="mixes_samples",
-        severity=Severity.error,
         because=f"{where} mixes the samples of a micro-batch",
         what=f"What it gives for one sample changes when another sample of the micro-batch is replaced. {what}",
         where=where,
@@ -260,14 +246,13 @@ def _mixing(model: nn.Module, name: str) -> Finding:
 
 
 def _task_name(subject: Subject) -> str:
-    return f"task ({getattr(type(subject.task), '__name__', 'callable')})"
+    return f"task ({type(subject.task).__name__})"
 
 
 def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
     where = _task_name(subject)
     return Finding(
         kind="mean_loss",
-        severity=Severity.error,
         because=f"the {where} returns a mean where a sum is asked",
         what=f"loss_sum is {once:.6g} for a micro-batch, and {twice:.6g} when every sample of it is taken twice.",
         where=where,
@@ -282,7 +267,6 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
     parts = probes["a"].loss + probes["b"].loss
     return Finding(
         kind="loss_couples_samples",
-        severity=Severity.error,
         because=f"the loss of the {where} couples the samples of a micro-batch",
         what="The model's outputs for a sample don't depend on the others, but the loss does: sums over micro-batches "
         f"that hold the same samples are {whole:.6g} and {parts:.6g}, {abs(whole - parts):.2g} apart.",
@@ -300,7 +284,6 @@ def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
     constant = 2 * probes["both"].loss - probes["twice"].loss
     return Finding(
         kind="loss_constant_term",
-        severity=Severity.error,
         because=f"the loss of the {where} has a term that is added once per micro-batch",
         what=f"Every sample taken twice gives twice the loss, less {constant:.6g}: that much comes with each "
         "micro-batch, whatever its size.",
@@ -331,7 +314,6 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     if not is_ragged:
         return Finding(
             kind="batch_size_dependence",
-            severity=Severity.error,
             because=f"{where} computes another thing when the micro-batch has another size",
             what="Two samples of one shape have another loss together than the sum of each alone.",
             where=where,
@@ -340,7 +322,6 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
         )
     return Finding(
         kind="padding_dependence",
-        severity=Severity.error,
         because=f"the result for a sample depends on how far it is padded, from {where} on",
         what="A short sample's loss changes when it is padded to the length of a longer one, though no layer mixes "
         "samples. Another cut pads it to another length.",
@@ -361,7 +342,6 @@ def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> F
         )
     return Finding(
         kind="wrong_weight",
-        severity=Severity.error,
         because=f"the {where} of a micro-batch is not the sum of its parts' weights",
         what=what,
         where=where,

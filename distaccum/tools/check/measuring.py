@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.gradient_caching import accumulate_coupled
@@ -37,7 +37,6 @@ class Update:
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
     without_gradient: list[str] = field(default_factory=list)
     loss: float = math.nan
     weight: float = math.nan
@@ -57,19 +56,16 @@ def measure(
     Args:
         ddp: place the model on the ranks so; `micro_batches` are then this rank's.
     """
-    model = subject.fresh_model(float64=float64)
-    strategy: Strategy = SingleStrategy(model)
-    if ddp is not None:
-        strategy = place(model, ddp, subject.device, PrecisionName.fp64 if float64 else subject.precision.name)
+    precision = PrecisionName.fp64 if float64 else subject.precision.name
     scale = subject.config.precision.init_scale if isinstance(subject.config.precision, Fp16Config) else None
     while True:
+        model = subject.fresh_model(float64=float64)
+        strategy = SingleStrategy(model) if ddp is None else place(model, ddp, subject.device, precision)
         update = _measure_once(subject, strategy, micro_batches, float64, None if float64 else scale)
         # The scaler of a training lowers its scale when float16 overflows, and goes on.
         if ddp is not None or float64 or scale is None or not update.failure or scale <= 1:
             return update
         scale /= 16
-        model = subject.fresh_model(float64=float64)
-        strategy = SingleStrategy(model)
 
 
 def _measure_once(
@@ -88,7 +84,7 @@ def _measure_once(
 
     def capture(*_: object) -> None:
         update.gradients = {
-            name: parameter.grad.detach().to("cpu", torch.float64, copy=True)
+            name: _as_float64(parameter.grad)
             for name, parameter in model.named_parameters()
             if parameter.grad is not None
         }
@@ -112,9 +108,13 @@ def _measure_once(
     hook.remove()
     update.loss, update.weight, update.sync_calls = result.loss, result.weight, result.sync_calls
     if not update.gradients:
-        update.failure = _why_skipped(result.loss, result.weight, result.grad_norm)
-    update.parameters = _as_float64(dict(model.named_parameters()))
-    update.buffers = _as_float64(dict(model.named_buffers()))
+        if not result.weight > 0:
+            update.failure = f"the total weight is {result.weight:g}"
+        elif not math.isfinite(result.loss):
+            update.failure = f"the loss is {result.loss}"
+        else:
+            update.failure = f"the norm of the gradient is {result.grad_norm}"
+    update.parameters = {name: _as_float64(parameter) for name, parameter in model.named_parameters()}
     return update
 
 
@@ -135,16 +135,8 @@ def _accumulate_coupled(
         accumulate_coupled(accumulator, [list(part) for part in micro_batches], embed=embed, loss=task.window_loss)
 
 
-def _why_skipped(loss: float, weight: float, grad_norm: float) -> str:
-    if not weight > 0:
-        return f"the total weight is {weight:g}"
-    if not math.isfinite(loss):
-        return f"the loss is {loss}"
-    return f"the norm of the gradient is {grad_norm}"
-
-
-def _as_float64(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", torch.float64, copy=True) for name, tensor in tensors.items()}
+def _as_float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

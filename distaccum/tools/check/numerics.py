@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from distaccum.config import DDPConfig
+from distaccum.errors import listed
 from distaccum.runtime.nested import tensors_of
-from distaccum.tools.check.findings import Finding, Severity
 from distaccum.tools.check.measuring import Update
 from distaccum.tools.check.recording import described
+from distaccum.tools.check.report import Finding, Severity
 from distaccum.tools.check.subject import NOISE, Subject
 
 _STEPS = (1e-5, 1e-7, 1e-8)
@@ -26,26 +27,22 @@ _GROUP = 8
 """Parameters that are examined together."""
 
 
-def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> list[Finding]:
+def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> Finding:
     """Names where NaN or infinity first comes up in a window whose loss or gradient has some."""
     probe = subject.probe(window, float64=float64)
     digits = "float64" if float64 else subject.precision.name.value
     for index in window:
         for tensor in tensors_of(subject.samples[index]):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return [_nonfinite(f"sample {index} of the training data", "The data hold it.", digits)]
+                return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
     assert probe.recording is not None
     call = probe.recording.first_nonfinite()
     if call is not None and not math.isfinite(probe.loss):
         what = "What goes into it is finite, and what comes out is not."
-        return [_nonfinite(described(subject.model, call.name), what, digits)]
+        return _nonfinite(described(subject.model, call.name), what, digits)
     if not math.isfinite(probe.loss):
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
-        return [_nonfinite(f"task ({type(subject.task).__name__})", what, digits)]
-    return [_nonfinite_gradient(subject, window, float64, digits)]
-
-
-def _nonfinite_gradient(subject: Subject, window: Sequence[int], float64: bool, digits: str) -> Finding:
+        return _nonfinite(f"task ({type(subject.task).__name__})", what, digits)
     model = subject.fresh_model(float64=float64)
     output = subject.output(model, subject.fresh_task(), subject.batch(window, float64=float64), float64=float64)
     subject.backward(output.loss_sum)
@@ -59,7 +56,6 @@ def _nonfinite_gradient(subject: Subject, window: Sequence[int], float64: bool, 
 def _nonfinite(where: str, what: str, digits: str) -> Finding:
     return Finding(
         kind="nonfinite",
-        severity=Severity.error,
         because=f"NaN or infinity comes from {where}",
         what=f"In {digits}: {what}",
         where=where,
@@ -68,20 +64,20 @@ def _nonfinite(where: str, what: str, digits: str) -> Finding:
     )
 
 
-def find_without_gradient(subject: Subject, update: Update, window: Sequence[int], world_size: int) -> list[Finding]:
+def find_without_gradient(
+    subject: Subject, update: Update, window: Sequence[int], world_size: int
+) -> Iterator[Finding]:
     """Parameters that the loss of a window does not reach, and those that the loss of some samples doesn't reach."""
     never = update.without_gradient
-    sometimes = [name for name in unreached(subject, window[:4]) if name not in never]
-    findings = []
+    sometimes = [name for name in _unreached(subject, window[:4]) if name not in never]
     if never:
-        findings.append(_without_gradient(subject, never, "no gradient", "no_gradient", world_size))
+        yield _without_gradient(subject, never, "no gradient", "no_gradient", world_size)
     if sometimes:
         kind = "sometimes_no_gradient"
-        findings.append(_without_gradient(subject, sometimes, "no gradient from some samples", kind, world_size))
-    return findings
+        yield _without_gradient(subject, sometimes, "no gradient from some samples", kind, world_size)
 
 
-def unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
+def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
     """Parameters that get no gradient from one or another of these samples alone."""
     found: dict[str, None] = {}
     for index in indices:
@@ -98,7 +94,7 @@ def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, 
     strategy = subject.config.strategy
     is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
     will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
-    where = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    where = listed(names, 6)
     plural = "s" if len(names) > 1 else ""
     return Finding(
         kind=kind,
@@ -116,13 +112,13 @@ def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, 
     )
 
 
-def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Compares the analytic gradient with central differences of the loss, in float64.
 
     Parameters are examined in groups whose gradients weigh alike, and one by one in a group that is off.
     """
     if not subject.has_float64 or subject.noise > NOISE:
-        return []
+        return
     slopes = _Slopes(subject, indices)
     wrong: list[tuple[str, float, float]] = []
     for start in range(0, len(slopes.names), _GROUP):
@@ -133,7 +129,8 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> list[Findin
             off = slopes.off([name])
             if off is not None:
                 wrong.append((name, *off))
-    return [_wrong_gradient(subject.model, wrong)] if wrong else []
+    if wrong:
+        yield _wrong_gradient(subject.model, wrong)
 
 
 class _Slopes:
@@ -211,7 +208,7 @@ class _Slopes:
 
 def _wrong_gradient(model: nn.Module, wrong: list[tuple[str, float, float]]) -> Finding:
     name, analytic, numeric = wrong[-1]
-    names = ", ".join(entry[0] for entry in wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+    names = listed([entry[0] for entry in wrong], 6)
     owner = described(model, name.rpartition(".")[0])
     return Finding(
         kind="wrong_gradient",

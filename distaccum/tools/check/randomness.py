@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from distaccum.errors import listed
 from distaccum.runtime.nested import tensors_of
-from distaccum.tools.check.findings import Finding, Severity
 from distaccum.tools.check.measuring import Update
 from distaccum.tools.check.recording import agree, all_tensors, described, first_parting
+from distaccum.tools.check.report import Finding, Severity
 from distaccum.tools.check.stillness import WideCasts
 from distaccum.tools.check.subject import LOW_NOISES, Probe, Subject
 
 
-def find_precision(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Finds out whether model and loss can be computed in float64.
 
     Sets `subject.widens`, `subject.has_float64` and `subject.noise`.
@@ -26,12 +27,21 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> list[Finding]:
     formats = [*probe.recording.formats(), ("the task", probe.dtype)]
     name, low = max(formats, key=lambda entry: torch.finfo(entry[1]).eps)
     if low not in LOW_NOISES:
-        return []
+        return
     subject.noise = LOW_NOISES[low]
     where, digits = described(subject.model, name), str(low).removeprefix("torch.")
+    why = f"what it gives is {digits} even when all it gets is float64"
     if reason:
-        return [_low_precision("the model", digits, f"it can't be computed in float64 ({reason})")]
-    return [_low_precision(where, digits, f"what it gives is {digits} even when all it gets is float64")]
+        where, why = "the model", f"it can't be computed in float64 ({reason})"
+    yield Finding(
+        kind="low_precision",
+        severity=Severity.info,
+        because=f"{where} computes in low precision",
+        what=f"The proof is as sharp as {digits} and no sharper: {why}.",
+        where=where,
+        remedy="Make tensors in the dtype of the inputs (x.new_zeros, torch.zeros_like, dtype=x.dtype) for a sharp "
+        "proof. Training is not affected.",
+    )
 
 
 def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
@@ -54,44 +64,29 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
         return subject.probe(indices), str(error).splitlines()[0]
 
 
-def _low_precision(where: str, digits: str, why: str) -> Finding:
-    return Finding(
-        kind="low_precision",
-        severity=Severity.info,
-        because=f"{where} computes in low precision",
-        what=f"The proof is as sharp as {digits} and no sharper: {why}.",
-        where=where,
-        remedy="Make tensors in the dtype of the inputs (x.new_zeros, torch.zeros_like, dtype=x.dtype) for a sharp "
-        "proof. Training is not affected.",
-    )
-
-
-def find_randomness(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Finds dropout and other draws; sets `subject.is_random`. Also finds what differs although nothing was drawn."""
     first = subject.probe(indices, watch=True)
     again = subject.probe(indices)
     others = [subject.probe(indices, seed=seed) for seed in (1, 2, 3)]
     other = next((probe for probe in others if probe.loss != first.loss), others[0])
-    findings = []
     if not subject.close(first.loss, again.loss):
         collated = zip(*(all_tensors(subject.batch(indices)) for _ in range(2)), strict=True)
         name = first_parting(first.calls, again.calls, tolerance=subject.noise)
         is_collate = not all(agree(one, other, 0.0) for one, other in collated)
-        findings.append(_unrepeatable(subject, "data.collate_fn" if is_collate else name))
+        yield _unrepeatable(subject, "data.collate_fn" if is_collate else name)
     elif first.loss != other.loss and not math.isnan(first.loss):
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]
         parting = first_parting(first.calls, other.calls)
         names = first.drawing_modules or ([parting] if parting is not None else ["the task"])
-        findings.append(_random(subject, names, is_stilled=subject.close(*still)))
-    return findings
+        yield _random(subject, names, is_stilled=subject.close(*still))
 
 
 def _unrepeatable(subject: Subject, name: str | None) -> Finding:
     where = described(subject.model, name) if name is not None else "the task"
     return Finding(
         kind="nondeterministic",
-        severity=Severity.error,
         because=f"{where} gives another result each time, with the same inputs, state and seeds",
         what="The same forward was run twice from the same state and seeds, and the loss differs beyond rounding.",
         where=where,
@@ -101,17 +96,16 @@ def _unrepeatable(subject: Subject, name: str | None) -> Finding:
 
 
 def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Finding:
-    shown = ", ".join(described(subject.model, name) for name in names[:6])
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    where = listed([described(subject.model, name) for name in names], 6)
     kinds = {_kind(subject.model, name) for name in names}
     how = "every draw replaced by its mean" if is_stilled else "fixed seeds"
     return Finding(
         kind="random_forward",
         severity=Severity.info,
-        because=f"{shown}{more} draw random numbers",
+        because=f"{where} draw random numbers",
         what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest was "
         f"measured with {how}.",
-        where=f"{shown}{more}",
+        where=where,
         remedy=f"None needed: {' and '.join(sorted(kinds))} is part of what is learned. Set its probability to 0 if "
         "you want runs with different cuts to be comparable bit for bit.",
     )
@@ -125,7 +119,7 @@ def _kind(model: nn.Module, name: str) -> str:
     return "dropout" if "dropout" in type(module).__name__.lower() or hasattr(module, "dropout") else "randomness"
 
 
-def find_random_data(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Does the dataset give the same sample for the same index?"""
     for index in indices:
         first, again = subject.samples[index], subject.samples.load(index, repeat=1)
@@ -140,20 +134,18 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> list[Finding]:
                 "a sample gets then depends on the rank, the worker and the order of loading, so the window is not the "
                 "same for every cut, nor after a resume."
             )
-            return [
-                Finding(
-                    kind="random_data",
-                    severity=Severity.info if seeded else Severity.warning,
-                    because=f"{where} is another one each time it is loaded",
-                    what=f"{what} The rest was measured with each sample loaded once.",
-                    where=where,
-                    remedy="None needed."
-                    if seeded
-                    else "Draw from torch, random or numpy.random, which the loader seeds for each sample; or seed the "
-                    "generator with the index and the epoch.",
-                )
-            ]
-    return []
+            yield Finding(
+                kind="random_data",
+                severity=Severity.info if seeded else Severity.warning,
+                because=f"{where} is another one each time it is loaded",
+                what=f"{what} The rest was measured with each sample loaded once.",
+                where=where,
+                remedy="None needed."
+                if seeded
+                else "Draw from torch, random or numpy.random, which the loader seeds for each sample; or seed the "
+                "generator with the index and the epoch.",
+            )
+            return
 
 
 def _same(one: object, other: object) -> bool:
@@ -162,14 +154,13 @@ def _same(one: object, other: object) -> bool:
         return False
     if not ours and not isinstance(one, tuple | list | dict):
         return bool(torch.as_tensor(one == other).all())
-    return all(_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return all(
+        agree(a, b, 0.0) or (a.shape == b.shape and bool(torch.isnan(a).any()))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return agree(one, other, 0.0) or (one.shape == other.shape and bool(torch.isnan(one).any()))
-
-
-def find_state(subject: Subject, indices: Sequence[int]) -> list[Finding]:
+def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Does a forward leave something behind that the next one depends on?"""
     model = subject.fresh_model()
     before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
@@ -183,30 +174,27 @@ def find_state(subject: Subject, indices: Sequence[int]) -> list[Finding]:
     ]
     matters = not (subject.close(first.loss, second.loss) and subject.close(slope, slope_then))
     if not matters and not changed:
-        return []
+        return
     parting = first_parting(first.calls, second.calls, tolerance=subject.noise)
-    where = ", ".join(changed[:6]) if changed else described(subject.model, parting or "")
+    where = listed(changed, 6) if changed else described(subject.model, parting or "")
     if matters and parting is not None and changed:
         where += f", used by {described(subject.model, parting)}"
-    what = "A forward changes it"
-    return [
-        Finding(
-            kind="state_in_forward",
-            severity=Severity.error if matters else Severity.info,
-            because=f"each forward changes {where}, and the next one depends on it",
-            what=f"{what}, and the same micro-batch then has another loss or gradient: relative changes of "
-            f"{_change(first.loss, second.loss):.1e} and {_change(slope, slope_then):.1e}. Another cut has another "
-            "number of forwards."
-            if matters
-            else f"{what}; the loss doesn't depend on it. It will be another one for another number of micro-steps and "
-            "ranks, in checkpoints and evaluations too.",
-            where=where,
-            remedy="Change it once per update, after the optimizer's step, from the update's number or from sums over "
-            "the window; or leave it alone in training."
-            if matters
-            else "If it counts or averages, count in samples or updates, not in forwards.",
-        )
-    ]
+    yield Finding(
+        kind="state_in_forward",
+        severity=Severity.error if matters else Severity.info,
+        because=f"each forward changes {where}, and the next one depends on it",
+        what="A forward changes it, and the same micro-batch then has another loss or gradient: relative changes of "
+        f"{_change(first.loss, second.loss):.1e} and {_change(slope, slope_then):.1e}. Another cut has another number "
+        "of forwards."
+        if matters
+        else "A forward changes it; the loss doesn't depend on it. It will be another one for another number of "
+        "micro-steps and ranks, in checkpoints and evaluations too.",
+        where=where,
+        remedy="Change it once per update, after the optimizer's step, from the update's number or from sums over the "
+        "window; or leave it alone in training."
+        if matters
+        else "If it counts or averages, count in samples or updates, not in forwards.",
+    )
 
 
 def _change(before: float, after: float) -> float:
@@ -228,42 +216,36 @@ def _gradient_norms(subject: Subject, indices: Sequence[int]) -> tuple[float, fl
 
 
 def _is_batchnorm_statistic(model: nn.Module, name: str) -> bool:
-    owner, _, _ = name.rpartition(".")
-    return isinstance(model.get_submodule(owner), nn.modules.batchnorm._NormBase)
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._NormBase)
 
 
-def find_lost_eval_mode(subject: Subject) -> list[Finding]:
+def find_lost_eval_mode(subject: Subject) -> Iterator[Finding]:
     """Modules that were built in evaluation mode, and train in training mode."""
     lost = [name for name in subject.woken if not list(subject.model.get_submodule(name).children())]
     if not lost:
-        return []
-    is_whole = "" in subject.woken  # as pretrained models come
-    where = ", ".join(described(subject.model, name) for name in lost[:6])
-    return [
-        Finding(
-            kind="eval_mode_lost",
-            severity=Severity.info if is_whole else Severity.warning,
-            because=f"{where} won't stay in evaluation mode",
-            what="It was built in evaluation mode, and the training begins with train(), which puts it into training "
-            "mode: with dropout, and BatchNorm's statistics move.",
-            where=where,
-            remedy="If it is to stay frozen, set train.keep_modes=true, or override train() in your model: call "
-            "super().train(mode), then .eval() on what is to stay.",
-        )
-    ]
+        return
+    where = listed([described(subject.model, name) for name in lost], 6)
+    yield Finding(
+        kind="eval_mode_lost",
+        severity=Severity.info if "" in subject.woken else Severity.warning,  # a whole one: as pretrained models come
+        because=f"{where} won't stay in evaluation mode",
+        what="It was built in evaluation mode, and the training begins with train(), which puts it into training mode: "
+        "with dropout, and BatchNorm's statistics move.",
+        where=where,
+        remedy="If it is to stay frozen, set train.keep_modes=true, or override train() in your model: call "
+        "super().train(mode), then .eval() on what is to stay.",
+    )
 
 
-def find_unequal_repeat(one: Update, again: Update) -> list[Finding]:
+def find_unequal_repeat(one: Update, again: Update) -> Iterator[Finding]:
     """The same cut twice: gradients that are not the same bits."""
     names = [
         name
         for name, gradient in one.gradients.items()
         if not torch.equal(gradient, again.gradients.get(name, gradient))
     ]
-    if not names:
-        return []
-    return [
-        Finding(
+    if names:
+        yield Finding(
             kind="nondeterministic_bits",
             severity=Severity.info,
             because="the same cut run twice doesn't give the same bits",
@@ -272,4 +254,3 @@ def find_unequal_repeat(one: Update, again: Update) -> list[Finding]:
             where=names[0],
             remedy="torch.use_deterministic_algorithms(True) gives the same bits; the update is right either way.",
         )
-    ]

@@ -39,10 +39,8 @@ class Recording:
 
     def first_nonfinite(self) -> Call | None:
         """The first call whose inputs were finite and whose outputs are not."""
-        for call in self.calls:
-            if _all_finite(call.inputs) and not _all_finite(call.outputs):
-                return call
-        return None
+        calls = (call for call in self.calls if _all_finite(call.inputs) and not _all_finite(call.outputs))
+        return next(calls, None)
 
     def formats(self) -> list[tuple[str, torch.dtype]]:
         """Modules, and the floating-point formats of their outputs."""

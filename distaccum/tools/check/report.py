@@ -5,15 +5,49 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distaccum.tools.check.findings import Finding, Severity
-
 EQUAL_STATUS, NOT_EQUAL_STATUS = 0, 1
+_LIMITS = {
+    "random_forward": "up to random numbers (dropout)",
+    "random_data": "for the same samples (the dataset draws them at random)",
+    "low_precision": "as far as float32 can tell",
+}
+"""What a verdict of equality is limited to, by the kind of a finding."""
+
+
+class Severity(Enum):
+    error = "error"
+    """The update depends on the cut, or is not a number at all."""
+    warning = "warning"
+    """The update is the same for every cut, but something else will go wrong, or is not what it looks like."""
+    info = "info"
+    """Good to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that was found by experiment.
+
+    Attributes:
+        kind: a stable name for programs (`mixes_samples`, `mean_loss`, …).
+        because: a clause that ends the sentence "not equal, because …".
+        what: what was seen, with numbers.
+        where: the module, parameter, sample or task it is about.
+        remedy: what to do.
+    """
+
+    kind: str
+    severity: Severity = Severity.error
+    because: str
+    what: str
+    where: str
+    remedy: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +124,8 @@ class Report:
         ranks = f" and {self.world_size} ranks" if self.world_size > 1 else ""
         over = f"over {len({(row.ranks, row.cut) for row in self.rows})} cuts{ranks} of {len(self.windows)} window"
         over += "s" if len(self.windows) > 1 else ""
-        limits = [finding.kind for finding in self.findings]
-        up_to = " up to random numbers (dropout)" if "random_forward" in limits else ""
-        up_to += " for the same samples (the dataset draws them at random)" if "random_data" in limits else ""
-        up_to += " as far as float32 can tell" if "low_precision" in limits else ""
+        kinds = {finding.kind for finding in self.findings}
+        up_to = "".join(f" {limit}" for kind, limit in _LIMITS.items() if kind in kinds)
         return f"EQUAL{up_to}: the update is that of the large batch, to {worst:.0e} in float64, {over}."
 
     def _how_far(self) -> str:

@@ -17,9 +17,8 @@ from distaccum.planning import split_evenly
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
-from distaccum.tools.check.findings import Finding, Severity
 from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
-from distaccum.tools.check.report import CutRow, ParameterRow, Report
+from distaccum.tools.check.report import CutRow, Finding, ParameterRow, Report, Severity
 from distaccum.tools.check.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
 from distaccum.training.build import build_parts
 from distaccum.training.run import check_same_config
@@ -90,14 +89,15 @@ class _Examination:
         self.report = report
         self.windows = windows
         self.has_unused = False
+        self._precisions = [True] if subject.precision.name is PrecisionName.fp64 else [True, False]
+        """True for float64, False for the configured precision."""
         self._one_shots: dict[tuple[int, bool], Update] = {}
         self._differences: dict[bool, list[Difference]] = {True: [], False: []}
-        self._errors_seen = False
 
     def alone(self) -> None:
         """All that one process can do."""
         subject, windows, findings = self.subject, self.windows, self.report.findings
-        few = subject.samples.shortest(windows[0], 4)
+        few = sorted(windows[0], key=subject.samples.size)[:4]
         findings += randomness.find_random_data(subject, few)
         findings += randomness.find_precision(subject, few)
         findings += randomness.find_randomness(subject, few)
@@ -107,7 +107,7 @@ class _Examination:
         if is_repeatable:
             findings += randomness.find_state(subject, few)
         for number, window in enumerate(windows):
-            for float64 in self._precisions():
+            for float64 in self._precisions:
                 self._measure_alone(number, window, float64)
         first = self._one_shots[0, True]
         self.has_unused = bool(first.without_gradient)
@@ -123,10 +123,6 @@ class _Examination:
     def _has(self, kind: str) -> bool:
         return any(finding.kind == kind for finding in self.report.findings)
 
-    def _precisions(self) -> list[bool]:
-        """True for float64, False for the configured precision."""
-        return [True] if self.subject.is_fp64 else [True, False]
-
     def _measure_alone(self, number: int, window: list[int], float64: bool) -> None:
         try:
             one_shot = measure(self.subject, [window], float64=float64)
@@ -137,13 +133,12 @@ class _Examination:
             ) from error
         self._one_shots[number, float64] = one_shot
         if one_shot.failure:
-            self._add(number, float64, 1, "one shot", [len(window)], one_shot, [len(window)])
+            self._add(number, float64, "one shot", [len(window)], one_shot)
             self._explain_failure(number, float64, one_shot)
             return
-        configured = self.subject.loader.plan
-        sizes = cuts_of(
-            len(window), _sizes_as_configured(configured.micro_batch_size, configured.accumulation_steps, len(window))
-        )
+        plan, size = self.subject.loader.plan, len(window)
+        steps = plan.accumulation_steps or -(-size // (plan.micro_batch_size or size))
+        sizes = cuts_of(size, split_evenly(size, max(1, min(steps, size))))
         if not float64:  # rounding is all that is left to see: two cuts show it
             sizes = {name: cut for name, cut in sizes.items() if name in ("as configured", "micro-batches of 1")}
         for name, cut in sizes.items():
@@ -151,14 +146,14 @@ class _Examination:
                 update = measure(self.subject, list(split(window, cut)), float64=float64)
             except (ValueError, RuntimeError) as error:
                 update = Update(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            self._add(number, float64, 1, name, cut, update, cut)
+            self._add(number, float64, name, cut, update)
 
     def _explain_failure(self, number: int, float64: bool, update: Update) -> None:
         known = {finding.kind for finding in self.report.findings}
         if "weight" in update.failure and "wrong_weight" not in known:
             self.report.findings.append(conclusions.weight_not_positive(update))
         elif "nonfinite" not in known and "weight" not in update.failure:
-            self.report.findings += numerics.find_nonfinite(self.subject, self.windows[number], float64=float64)
+            self.report.findings.append(numerics.find_nonfinite(self.subject, self.windows[number], float64=float64))
 
     def on_ranks(self, world: World, has_unused: bool) -> None:
         """The same windows under DDP, on every rank together."""
@@ -166,20 +161,21 @@ class _Examination:
         calls: dict[str, int] = {}
         for number, window in enumerate(self.windows):
             shares = split_evenly(len(window), world.world_size)
-            if min(shares) == 0 or world.from_main(self._is_failed(number)):
+            is_failed = any(update.failure for (where, _), update in self._one_shots.items() if where == number)
+            if min(shares) == 0 or world.from_main(is_failed):
                 continue
             mine = list(split(window, shares))[world.rank]
             for name, steps in _steps_on_ranks(shares, world.rank, config).items():
                 cut = list(split(mine, split_evenly(len(mine), steps)))
                 failure, placed = self._rehearse(world, cut, config)
-                for float64 in self._precisions():
+                for float64 in self._precisions:
                     update = Update(failure=failure)
                     if not failure:
                         update = measure(self.subject, cut, float64=float64, ddp=placed)
                     sizes = [size for sizes in world.gather([len(part) for part in cut]) for size in sizes]
                     if world.is_main:
                         calls.setdefault(name, update.sync_calls)
-                        self._add(number, float64, world.world_size, name, sizes, update, [len(part) for part in cut])
+                        self._add(number, float64, name, sizes, update, world.world_size, len(cut))
         if world.is_main:
             self._judge_collectives(calls, config)
 
@@ -194,9 +190,6 @@ class _Examination:
         if any(world.gather(lacks_gradient)):
             config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
         return (failures[0] if failures else ""), config
-
-    def _is_failed(self, number: int) -> bool:
-        return any(update.failure for (where, _), update in self._one_shots.items() if where == number)
 
     def _judge_collectives(self, calls: dict[str, int], config: DDPConfig) -> None:
         strategy = self.subject.config.strategy
@@ -221,7 +214,14 @@ class _Examination:
             )
 
     def _add(
-        self, window: int, float64: bool, ranks: int, name: str, sizes: list[int], update: Update, mine: list[int]
+        self,
+        window: int,
+        float64: bool,
+        name: str,
+        sizes: list[int],
+        update: Update,
+        ranks: int = 1,
+        micro_steps: int | None = None,
     ) -> None:
         report = self.report
         found: Difference | None = None
@@ -235,7 +235,7 @@ class _Examination:
                 precision="float64" if float64 else report.precision,
                 ranks=ranks,
                 cut=name,
-                micro_steps=len(mine),
+                micro_steps=len(sizes) if micro_steps is None else micro_steps,
                 sizes=sizes,
                 gradient_error=found.gradient if found else None,
                 worst_parameter=worst,
@@ -259,50 +259,40 @@ class _Examination:
     def conclude(self) -> None:
         """Makes the table of parameters, and sees to it that a difference has a reason."""
         report = self.report
-        report.parameters = _parameter_rows(self._differences[True], self._differences[False])
+        report.parameters = self._parameter_rows()
         amplified = max((found.parameters for found in self._differences[True]), default=0.0)
-        if (
-            all(row.equal for row in report.rows)
-            and amplified > report.tolerance_fp64
-            and not self._has("low_precision")
-        ):
+        all_equal = all(row.equal for row in report.rows)
+        if all_equal and amplified > report.tolerance_fp64 and not self._has("low_precision"):
             report.findings.append(conclusions.amplified(type(self.subject.config.optim).__name__, amplified))
-        has_error = any(finding.severity is Severity.error for finding in report.findings)
-        if all(row.equal for row in report.rows) or has_error:
+        if all_equal or any(finding.severity is Severity.error for finding in report.findings):
             return
         in_float64 = [row for row in report.rows if not row.equal and row.precision == "float64"]
         report.findings.append(
             conclusions.unexplained(report, in_float64) if in_float64 else conclusions.rounding(report)
         )
 
+    def _parameter_rows(self) -> list[ParameterRow]:
+        in_float64, configured = ([one.by_parameter for one in self._differences[key]] for key in (True, False))
+        steps = [found.parameters_by_name for found in self._differences[True]]
+        rows = [
+            ParameterRow(
+                name=name,
+                float64_error=_largest(in_float64, name),
+                configured_error=_largest(configured, name),
+                step_error=_largest(steps, name),
+            )
+            for name in dict.fromkeys(name for errors in (*in_float64, *configured) for name in errors)
+        ]
+        return sorted(rows, key=lambda row: (row.float64_error or 0.0, row.configured_error or 0.0), reverse=True)
 
-def _sizes_as_configured(micro_batch_size: int | None, accumulation_steps: int | None, size: int) -> list[int]:
-    steps = accumulation_steps if accumulation_steps is not None else -(-size // (micro_batch_size or size))
-    return split_evenly(size, max(1, min(steps, size)))
+
+def _largest(errors: Sequence[dict[str, float]], name: str) -> float | None:
+    return max((by_name[name] for by_name in errors if name in by_name), default=None)
 
 
 def _steps_on_ranks(shares: Sequence[int], rank: int, config: DDPConfig) -> dict[str, int]:
     """Micro-steps of this rank, by the name of the cut."""
-    share = shares[rank]
     steps = {"one micro-step a rank": 1, "three micro-steps a rank": min(3, *shares)}
     if not (config.static_graph or config.sync_batchnorm):
-        steps["unequal micro-steps"] = min(share, 1 + 2 * (rank % 2))
+        steps["unequal micro-steps"] = min(shares[rank], 1 + 2 * (rank % 2))
     return steps
-
-
-def _parameter_rows(in_float64: list[Difference], configured: list[Difference]) -> list[ParameterRow]:
-    names = list(dict.fromkeys(name for found in (*in_float64, *configured) for name in found.by_parameter))
-    rows = [
-        ParameterRow(
-            name=name,
-            float64_error=_largest([found.by_parameter.get(name) for found in in_float64]),
-            configured_error=_largest([found.by_parameter.get(name) for found in configured]),
-            step_error=_largest([found.parameters_by_name.get(name) for found in in_float64]),
-        )
-        for name in names
-    ]
-    return sorted(rows, key=lambda row: (row.float64_error or 0.0, row.configured_error or 0.0), reverse=True)
-
-
-def _largest(values: Sequence[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)

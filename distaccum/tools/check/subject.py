@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from distaccum.errors import UserError
 from distaccum.loaders.collate import PadCollate
 from distaccum.runtime.devices import cast
 from distaccum.runtime.nested import tensors_of, to_device
-from distaccum.runtime.randomness import derived_seed, seed_everything
+from distaccum.runtime.randomness import GlobalStates, derived_seed, seed_everything
 from distaccum.tasks import TaskOutput, checked_output
 from distaccum.tools.check.recording import Call, Recording, recording
 from distaccum.tools.check.stillness import DrawWatch, StillDraws, WideCasts
@@ -42,8 +42,8 @@ class Probe:
     """Of the loss."""
     weight: float
     calls: list[Call]
-    recording: Recording | None = None
-    drawing_modules: list[str] = field(default_factory=list)
+    recording: Recording | None
+    drawing_modules: list[str]
 
 
 class Samples:
@@ -60,11 +60,8 @@ class Samples:
     def load(self, index: int, repeat: int = 0) -> Any:
         """A sample as the dataset gives it now."""
         seed_everything(derived_seed(self._seed, index, repeat))
-        try:
+        with _refusal(f"sample {index} of the training data could not be loaded"):
             return self.dataset[index]
-        except Exception as error:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"sample {index} of the training data could not be loaded: {said}") from error
 
     def __getitem__(self, index: int) -> Any:
         if index not in self._loaded:
@@ -76,20 +73,22 @@ class Samples:
         # Copies, because a collate may pass samples through, and a model may change its inputs.
         samples = [copy.deepcopy(self[index]) for index in indices]
         seed_everything(derived_seed(self._seed, "collate", indices[0], draw))  # as in a training
-        try:
+        with _refusal(f"the samples {list(indices)} could not be made into a micro-batch"):
             batch = self.collate(samples)
-        except Exception as error:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"the samples {list(indices)} could not be made into a micro-batch: {said}") from error
         return to_device(batch, self.device, float_dtype=dtype)
-
-    def shortest(self, indices: Sequence[int], count: int) -> list[int]:
-        """Those with the fewest elements, for experiments that any samples will do for."""
-        return sorted(indices, key=self.size)[:count]
 
     def size(self, index: int) -> int:
         """Number of elements of all of a sample's tensors, by which long samples are told from short ones."""
         return sum(tensor.numel() for tensor in tensors_of(self[index]))
+
+
+@contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: {said}") from error
 
 
 class RowsOfOne(Samples):
@@ -112,6 +111,7 @@ class Subject:
     """What is examined.
 
     Attributes:
+        model: as it was built. Nothing here ever changes it.
         is_random: True once it is known that forwards draw random numbers; they are then replaced by their means.
         has_float64: False once it is known that the model can't be computed in float64.
         widens: True once it is known that it casts to lower formats, which are then taken as float64.
@@ -130,22 +130,20 @@ class Subject:
         self.has_float64 = True
         self.widens = False
         self.noise = NOISE
-        self._module = parts.module.to(device)
+        self.model = parts.module.to(device)
         self._seed = derived_seed(config.seed, "check", "forward")
-        self._copied(self._module)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model as it was built. Nothing here ever changes it."""
-        return self._module
-
-    @property
-    def is_fp64(self) -> bool:
-        return self.precision.name is PrecisionName.fp64
+        self.fresh_model(float64=False)  # which may refuse
 
     def fresh_model(self, *, float64: bool = True) -> nn.Module:
         """A copy of the model in the state in which it was built."""
-        model = self._copied(self._module)
+        try:
+            model = copy.deepcopy(self.model)
+        except Exception as error:
+            raise UserError(
+                f"the model can't be copied ({type(error).__name__}: {error}), and each measurement needs a fresh "
+                "copy. Let copy.deepcopy work on it (replace torch.nn.utils.weight_norm by "
+                "torch.nn.utils.parametrizations.weight_norm, for example)."
+            ) from error
         if float64 and self.has_float64:
             return cast(model, torch.float64)
         if self.precision.name is PrecisionName.bf16_params:
@@ -164,16 +162,6 @@ class Subject:
             return copy.deepcopy(self.task)
         except Exception:  # it holds something that can't be copied, so all experiments share it
             return self.task
-
-    def _copied(self, module: nn.Module) -> nn.Module:
-        try:
-            return copy.deepcopy(module)
-        except Exception as error:
-            raise UserError(
-                f"the model can't be copied ({type(error).__name__}: {error}), and each measurement needs a fresh "
-                "copy. Let copy.deepcopy work on it (replace torch.nn.utils.weight_norm by "
-                "torch.nn.utils.parametrizations.weight_norm, for example)."
-            ) from error
 
     def batch(self, indices: Sequence[int], *, float64: bool = True) -> Any:
         in_double = float64 and self.has_float64
@@ -287,14 +275,9 @@ def split(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
 @contextmanager
 def quiet_state() -> Iterator[None]:
     """Gives Python's, NumPy's and torch's random states back afterwards."""
-    import random
-
-    import numpy as np
-
-    state, numpy_state = random.getstate(), np.random.get_state()
+    states = GlobalStates.now()
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
+            states.put_back()
