@@ -469,7 +469,7 @@ def test_a_stopped_worker_ends_with_a_training_that_is_killed() -> None:
         "batches = source.batches(lambda: requests(4)); next(batches)\n"
         "import multiprocessing; print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     training = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
