@@ -30,7 +30,7 @@ def mapped(value: Any, function: Callable[[Tensor], Any], other: Callable[[Any],
     if isinstance(value, dict) or (isinstance(value, Mapping) and (other is None or not hasattr(value, "to"))):
         entries: Any = {key: mapped(entry, function, other) for key, entry in value.items()}
         try:
-            return type(value)(entries)
+            return type(value)(entries)  # type: ignore[call-arg]
         except TypeError:  # a defaultdict, say, which takes its factory first
             return entries
     if isinstance(value, tuple | list):
