@@ -27,33 +27,20 @@ if TYPE_CHECKING:
     from distaccum.training.evaluation import evaluate_model
     from distaccum.training.trainer import Trainer
 
-_HOMES = {
-    "Accumulator": "accumulation",
-    "accumulate_coupled": "accumulation",
-    "UpdateResult": "accumulation",
-    "CheckpointConfig": "config",
-    "Checkpointer": "checkpoints",
-    "Ensemble": "models.ensemble",
-    "UserError": "errors",
-    "evaluate_model": "training.evaluation",
-    "EvaluationLoader": "loaders",
-    "LoaderOptions": "loaders",
-    "Window": "loaders",
-    "WindowLoader": "loaders",
-    "NoiseScale": "accumulation",
-    "Observer": "observers",
-    "Recovery": "accumulation",
-    "BatchPlan": "planning",
-    "Cut": "planning",
-    "resolve_batch": "planning",
-    "shuffled": "planning",
-    "split_evenly": "planning",
-    "window_bounds": "planning",
-    "CoupledTask": "tasks",
-    "Task": "tasks",
-    "TaskOutput": "tasks",
-    "Trainer": "training.trainer",
+_NAMES = {
+    "accumulation": "Accumulator NoiseScale Recovery UpdateResult accumulate_coupled",
+    "checkpoints": "Checkpointer",
+    "config": "CheckpointConfig",
+    "errors": "UserError",
+    "loaders": "EvaluationLoader LoaderOptions Window WindowLoader",
+    "models.ensemble": "Ensemble",
+    "observers": "Observer",
+    "planning": "BatchPlan Cut resolve_batch shuffled split_evenly window_bounds",
+    "tasks": "CoupledTask Task TaskOutput",
+    "training.evaluation": "evaluate_model",
+    "training.trainer": "Trainer",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "Accumulator",

@@ -5,6 +5,8 @@ Hydra stops here: what the entry points call gets typed dataclasses. torch is im
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import logging
 import os
 import sys
@@ -33,7 +35,48 @@ _SECONDS_TO_BE_STOPPED = 5.0
 """How long a rank that has nothing to say waits for the launcher to stop it, once another rank has failed."""
 
 
-def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
+_OWN_RANKS = {
+    "compare": "compare.world_sizes=[…] how many ranks to compare",
+    "study": "study.ranks=… how many ranks each run is to have",
+    "tune": "tune.world_size=… how many ranks to tune for",
+}
+"""Tools that start their own ranks → what says how many."""
+
+
+def run_tool(name: str) -> None:
+    """Runs `distaccum.tools.NAME.NAME` as `run_entry_point` does.
+
+    `--json` is short for `NAME.json=true`, where there is such a key: the command line is Hydra's, which knows no such
+    word.
+    """
+
+    def run(config: Any) -> int | None:
+        if name in _OWN_RANKS and "RANK" in os.environ:
+            raise UserError(
+                f"distaccum.{name} starts its own ranks, and a launcher that sets RANK (torchrun?) has started it. Run "
+                f"`python -m distaccum.{name} …`, and say with {_OWN_RANKS[name]}."
+            )
+        # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
+        tool: Callable[[Any], int | None] = getattr(importlib.import_module(f"distaccum.tools.{name}"), name)
+        return tool(config)
+
+    if name in ("check", "memory"):
+        sys.argv = [f"{name}.json=true" if argument == "--json" else argument for argument in sys.argv]
+    run_entry_point(name, run)
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of a program without a configuration: a mistake ends with one message and how to write it."""
+
+    def __init__(self, name: str, how: str, description: str) -> None:
+        super().__init__(prog=f"python -m distaccum.{name}", description=description, allow_abbrev=False)
+        self._how = how
+
+    def error(self, message: str) -> NoReturn:
+        exit_before_ranks_are_joined(UserError(f"{message}. Write: {self.prog} {self._how}; --help shows all."))
+
+
+def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
     """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
 
     Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
@@ -43,11 +86,9 @@ def run_entry_point(run: Callable[[Any], int | None], config_name: str) -> None:
     try:
         _register()
         os.getcwd()
-    except FileNotFoundError:
-        print_error("the current folder is no longer there. Change to one that is: cd PATH.")
-        sys.exit(EXIT_STATUS)
-    except UserError as error:
-        print_error(str(error))
+    except (FileNotFoundError, UserError) as error:
+        is_gone = isinstance(error, FileNotFoundError)
+        print_error("the current folder is no longer there. Change to one that is: cd PATH." if is_gone else str(error))
         sys.exit(EXIT_STATUS)
     # Hydra then hands its errors on instead of printing them in its own way, with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"

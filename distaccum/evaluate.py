@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import NoReturn
 
-from distaccum.cli import exit_before_ranks_are_joined, leave, outcome_of
+from distaccum.cli import Parser, exit_before_ranks_are_joined, leave, outcome_of
 from distaccum.config.enums import Combination, DeviceChoice, Weights, WhichCheckpoint
 from distaccum.errors import UserError
 from distaccum.runtime.logs import make_output_safe
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        exit_before_ranks_are_joined(
-            UserError(f"{message}. Write: {self.prog} PATH [PATH …] [KEY=VALUE …]; --help shows all.")
-        )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m distaccum.evaluate",
-        description="Evaluates what training has saved, each model alone and all of them together. Under torchrun, the "
-        "ranks share the data.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "evaluate",
+        "PATH [PATH …] [KEY=VALUE …]",
+        "Evaluates what training has saved, each model alone and all of them together. Under torchrun, the ranks share "
+        "the data.",
     )
     parser.add_argument(
         "argument",
@@ -36,16 +28,12 @@ def _parser() -> argparse.ArgumentParser:
         "trained with, of data.evaluation.…, task.…, precision.name or train.eval_batch_size",
     )
 
-    def choice(name: str, kind: type, default: str, text: str) -> None:
-        parser.add_argument(name, choices=[entry.value for entry in kind], default=default, help=text)  # type: ignore[attr-defined]
+    def choice(name: str, kind: type[Enum], default: str | None, text: str) -> None:
+        parser.add_argument(name, choices=[entry.value for entry in kind], default=default, help=text)
 
     choice("--which", WhichCheckpoint, "newest", "of a run's checkpoints (default: newest)")
     choice("--weights", Weights, "raw", "the weights themselves, or an average of them (default: raw)")
-    parser.add_argument(
-        "--combine",
-        choices=[entry.value for entry in Combination],
-        help="what of several models is averaged (default: probabilities)",
-    )
+    choice("--combine", Combination, None, "what of several models is averaged (default: probabilities)")
     parser.add_argument("--class-dim", type=int, metavar="N", help="dimension of the outputs that classes lie along")
     choice("--device", DeviceChoice, "auto", "auto, cpu or cuda (default: auto)")
     parser.add_argument(

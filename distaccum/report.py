@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from distaccum.errors import EXIT_STATUS, UserError, printable
-from distaccum.runtime.logs import check_printed, console, make_output_safe, print_error
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print_error(f"{message}. Write: {self.prog} RUN_DIR [RUN_DIR …] [--out PAGE.html]")
-        sys.exit(EXIT_STATUS)
+from distaccum.cli import Parser, leave, outcome_of
+from distaccum.errors import printable
+from distaccum.runtime.logs import console, make_output_safe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Exit status: 0, or 2 for bad input."""
     make_output_safe()
-    parser = _Parser(
-        prog="python -m distaccum.report",
-        description="Writes one page that needs nothing else: how one run went, or how several compare.",
-        allow_abbrev=False,
+    parser = Parser(
+        "report",
+        "RUN_DIR [RUN_DIR …] [--out PAGE.html]",
+        "Writes one page that needs nothing else: how one run went, or how several compare.",
     )
     parser.add_argument("run_dir", nargs="+", type=Path, metavar="RUN_DIR", help="the folder of a run")
     parser.add_argument(
@@ -37,12 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Here and not above: --help and a mistake on the command line shouldn't wait for it.
     from distaccum.tools.report import write_page
 
-    try:
-        console.print(printable(str(write_page(given.run_dir, given.out))))
-        check_printed()
-    except UserError as error:
-        print_error(str(error))
-        sys.exit(EXIT_STATUS)
+    leave(outcome_of(lambda: console.print(printable(str(write_page(given.run_dir, given.out))))) or 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def _run(config: TrainConfig) -> int:
 
 def main() -> None:
     """The console script."""
-    run_entry_point(_run, config_name="train")
+    run_entry_point("train", _run)
 
 
 if __name__ == "__main__":

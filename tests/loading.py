@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from distaccum.loaders import LoaderOptions
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 
 WITH_WORKERS = [
@@ -53,15 +54,10 @@ def new_source(
     collate_fn: Any = default_collate,
     pin_memory: bool = False,
 ) -> Any:
-    return closing(
-        BatchSource(
-            new_fetcher(dataset, collate_fn),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=persistent and num_workers > 0,
-            prefetch_factor=None,
-        )
+    options = LoaderOptions(
+        num_workers=num_workers, pin_memory=pin_memory, persistent_workers=persistent and num_workers > 0
     )
+    return closing(BatchSource(new_fetcher(dataset, collate_fn), options))
 
 
 def requests(count: int, size: int = 2) -> Iterator[Request]:

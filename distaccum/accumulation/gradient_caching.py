@@ -18,7 +18,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate, pairwise
 from typing import Any
@@ -106,7 +105,7 @@ def accumulate_coupled(
         between(Stage.whole_window, len(first.batches))
         whole = _WholeWindow(first, loss)
         torch.clear_autocast_cache()  # weights cast without a graph would be taken again, and get no gradient
-    after = _RandomStates(strategy)
+    after = _random_states(strategy)
     held = _held_again(window, first.batches)
     with accumulator.window(held, started=started, data_seconds=first.data_seconds) as micro_batches:
         for number, batch in enumerate(micro_batches):
@@ -141,7 +140,7 @@ class _FirstPass:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.batches: list[Any] = []
-        self.states: list[_RandomStates] = []
+        self.states: list[GlobalStates] = []
         self.rows: list[int] = []
         """Of each micro-step; none of a placeholder."""
         self.form: Any = None
@@ -161,7 +160,7 @@ class _FirstPass:
             if batch is _END:
                 break
             self.batches.append(batch)
-            self.states.append(_RandomStates(self.strategy))
+            self.states.append(_random_states(self.strategy))
             between(Stage.embedding, len(self.batches))
             if embed is not None:
                 with torch.no_grad():
@@ -280,26 +279,11 @@ def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
         nodes.extend(following for following, _ in node.next_functions)
 
 
-@dataclass(slots=True)
-class _RandomStates:
+def _random_states(strategy: Strategy) -> GlobalStates:
     """The states of all generators that a forward on this rank may draw from."""
-
-    strategy: Strategy
-    _cpu: GlobalStates = field(default_factory=GlobalStates.now)
-    _cuda: dict[Any, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self._cuda_devices()}
-
-    def _cuda_devices(self) -> list[Any]:
-        if isinstance(self.strategy.model, nn.DataParallel):
-            return list(self.strategy.model.device_ids)
-        return [self.strategy.device] if self.strategy.device.type == "cuda" else []
-
-    def put_back(self) -> None:
-        self._cpu.put_back()
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
+    if isinstance(strategy.model, nn.DataParallel):
+        return GlobalStates.now(strategy.model.device_ids)
+    return GlobalStates.now([strategy.device] if strategy.device.type == "cuda" else [])
 
 
 @contextmanager

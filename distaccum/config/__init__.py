@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from distaccum.config.basics import MISSING, as_plain, flat, require_name
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
-from distaccum.config.insight import InsightConfig
 from distaccum.config.loop import (
     CheckpointConfig,
     DecayScheduleConfig,
     EarlyStoppingConfig,
     EmaConfig,
+    InsightConfig,
     LoopConfig,
     OptimConfig,
     ScheduleConfig,

@@ -65,12 +65,10 @@ def _register() -> None:
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-    OmegaConf.register_new_resolver("distaccum.default_strategy", _default_strategy, replace=True)
+    OmegaConf.register_new_resolver(
+        "distaccum.default_strategy", lambda: "ddp" if launch().world_size > 1 else "single", replace=True
+    )
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
-
-
-def _default_strategy() -> str:
-    return "ddp" if launch().world_size > 1 else "single"
 
 
 def _typed(composed: DictConfig) -> TrainConfig:
@@ -164,20 +162,16 @@ def _explain_wrong_value(error: BaseException, override: str) -> str:
     return f"{override}: {reason}."
 
 
-def _explain_unknown_key(error: BaseException, key: str) -> str:
-    return f"there is no key {key}.{_what_there_is_instead(error, key)}"
-
-
-def _what_there_is_instead(cause: BaseException, key: str) -> str:
-    """What the section of an unknown key has, as far as OmegaConf's exception knows."""
+def _explain_unknown_key(cause: BaseException, key: str) -> str:
+    """What there is instead of it, as far as OmegaConf's exception knows the section."""
     parent = getattr(cause, "parent_node", None)
     if not isinstance(parent, DictConfig) or parent._is_none() or parent._is_missing():
-        return " `--cfg job` shows all keys."
+        return f"there is no key {key}. `--cfg job` shows all keys."
     section = str(parent._get_full_key(None) or "")
     asked = key.removeprefix(f"{section}.").split(".")[0]
     known = [str(entry) for entry in parent if entry != "hydra"]
     is_open = not dataclasses.is_dataclass(OmegaConf.get_type(parent))
-    parts = []
+    parts = [f"there is no key {key}."]
     if not is_open and (options := _options_with(section, asked)):
         parts.append(f"It belongs to {' or '.join(f'{section}={option}' for option in options)}.")
     if nearest := difflib.get_close_matches(asked, known, n=1):
@@ -186,7 +180,7 @@ def _what_there_is_instead(cause: BaseException, key: str) -> str:
         parts.append(f"{section or 'The configuration'} has: {', '.join(known)}.")
     if is_open:
         parts.append(f"To add a key to {section}, write +{key}=….")
-    return "".join(f" {part}" for part in parts)
+    return " ".join(parts)
 
 
 def _options_with(group: str, key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Optimizer, schedule, the loop itself, and what is kept of it."""
+"""Optimizer, schedule, the loop itself, what is kept of it, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -199,3 +199,25 @@ class CheckpointConfig:
         require_at_least(1, checkpoint__every_updates=self.every_updates, checkpoint__keep_last=self.keep_last)
         require_at_least(0, checkpoint__keep_best=self.keep_best, checkpoint__grace_seconds=self.grace_seconds)
         require_positive(checkpoint__every_minutes=self.every_minutes)
+
+
+@dataclass(kw_only=True, slots=True)
+class InsightConfig:
+    """What a run tells of its gradients, besides training: no bit of the training changes, unless said."""
+
+    noise_scale: bool = False
+    """Measure the gradient noise scale (McCandlish et al. 2018), with its error, and the coherence of the
+    micro-gradients. Where a window is one micro-batch on one rank, those that are measured are cut in two, which
+    changes rounding."""
+    every_updates: int = 64
+    """Measure in each so-many-th update. What it costs is in those updates alone."""
+    smoothing: float = 0.9
+    """What the weight of a measurement is multiplied by at each later one: the noise scale is a mean over about
+    1 / (1 - smoothing) measurements."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, insight__every_updates=self.every_updates)
+        require(
+            0 <= self.smoothing < 1,
+            f"insight.smoothing={self.smoothing} is impossible: it must be at least 0 and below 1.",
+        )

@@ -9,8 +9,7 @@ from typing import Any
 from distaccum.config.basics import MISSING
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
 from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, WandbMode
-from distaccum.config.insight import InsightConfig
-from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, LoopConfig, ScheduleConfig
+from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, InsightConfig, LoopConfig, ScheduleConfig
 from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig
 from distaccum.errors import require, require_at_least, require_positive
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from distaccum.errors import UserError
+from distaccum.errors import UserError, listed
 
 _MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
 
@@ -74,7 +74,7 @@ class PadCollate:
         if len(dtypes) > 1:
             # Promoting them would make the dtype depend on which samples happen to be in the micro-batch.
             raise UserError(
-                f"{what} cannot be made into a micro-batch: their dtypes differ ({_listed(dtypes)}). {_MEND}"
+                f"{what} cannot be made into a micro-batch: their dtypes differ ({listed(dtypes, 4)}). {_MEND}"
             )
         shapes = _distinct([tuple(tensor.shape) for tensor in tensors])
         if len(shapes) == 1:
@@ -82,7 +82,7 @@ class PadCollate:
             return stacked
         if any(len(shape) == 0 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(
-                f"{what} cannot be made into a micro-batch: their shapes {_listed(shapes)} differ in more than the "
+                f"{what} cannot be made into a micro-batch: their shapes {listed(shapes, 4)} differ in more than the "
                 f"size of the first dimension. {_MEND}"
             )
         return _padded(tensors, self.pad_values[min(index, len(self.pad_values) - 1)], what)
@@ -139,7 +139,7 @@ def _check_fields(kinds: list[Any]) -> None:
     distinct = _distinct(kinds)
     if len(distinct) > 1:
         raise UserError(
-            f"the samples cannot be made into a micro-batch: they do not have the same fields ({_listed(distinct)}). "
+            f"the samples cannot be made into a micro-batch: they do not have the same fields ({listed(distinct, 4)}). "
             f"{_MEND}"
         )
 
@@ -151,8 +151,3 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
         if value not in found:
             found.append(value)
     return found
-
-
-def _listed(values: Sequence[Any], at_most: int = 4) -> str:
-    shown = ", ".join(str(value) for value in values[:at_most])
-    return f"{shown} and {len(values) - at_most} more" if len(values) > at_most else shown

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from distaccum import planning
 from distaccum.errors import UserError
-from distaccum.loaders.fetch import Request
-from distaccum.loaders.options import LoaderOptions, batch_source, on_device, placement, size_of
+from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
+from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class EvaluationLoader:
         self._largest_share = shares[0] if equal_batches else 0
         self.set_batch_size(batch_size)
         self._options = options or LoaderOptions()
-        self._source = batch_source(dataset, collate_fn, "evaluation", self._options, seed=0)
+        self._source = BatchSource(MicroBatches(dataset, collate_fn, "evaluation", seed=0), self._options)
 
     def set_batch_size(self, batch_size: int) -> None:
         """Cuts iterations to come into batches of so many samples; with equal batches, all ranks the same way."""

@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from distaccum.errors import UserError
+from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.options import LoaderOptions
 from distaccum.loaders.workers import DataWorkers
 from distaccum.runtime.randomness import DrawDetector, derived_seed, mixed_seed, seed_cpu
 
@@ -51,9 +53,9 @@ class MicroBatches(Dataset[Any]):
     make a sample depend on the order of loading. `python -m distaccum.check` names such datasets.
     """
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any], role: str, seed: int) -> None:
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, role: str, seed: int) -> None:
         self.dataset = dataset
-        self.collate_fn = collate_fn
+        self.collate_fn = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
         self.role = role
         self.seed = seed
         self.is_random = False
@@ -135,23 +137,12 @@ class BatchSource:
 
     Args:
         fetcher: loads a micro-batch.
-        num_workers, pin_memory, persistent_workers, prefetch_factor: as in `torch.utils.data.DataLoader`.
+        options: of which those count that a `torch.utils.data.DataLoader` has.
     """
 
-    def __init__(
-        self,
-        fetcher: MicroBatches,
-        *,
-        num_workers: int,
-        pin_memory: bool,
-        persistent_workers: bool,
-        prefetch_factor: int | None,
-    ) -> None:
+    def __init__(self, fetcher: MicroBatches, options: LoaderOptions) -> None:
         self._fetcher = fetcher
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
-        self._persistent_workers = persistent_workers
-        self._prefetch_factor = prefetch_factor
+        self._options = options
         self._sampler = _Requests()
         self._iteration: object | None = None
         self._workers = DataWorkers(self._new_loader, fetcher.role)
@@ -163,12 +154,12 @@ class BatchSource:
             UserError: a sample can't be loaded; a worker process has died or can't be started; there are workers and
                 another iteration has taken them over.
         """
-        if self._num_workers == 0 and not self._pin_memory:
+        if self._options.num_workers == 0 and not self._options.pin_memory:
             # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
             yield from (_whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
             return
         self._sampler.requests = requests
-        if self._num_workers == 0:
+        if self._options.num_workers == 0:
             yield from map(_whole, self._new_loader())
             return
         self._iteration = None
@@ -187,13 +178,8 @@ class BatchSource:
                     return
                 yield _whole(batch)
         finally:
-            if self._iteration is iteration and not self._persistent_workers:
+            if self._iteration is iteration and not self._options.persistent_workers:
                 self.close()
-
-    def one(self, request: Request) -> Any:
-        """Loads a single micro-batch, as `aside` does."""
-        (batch,) = self.aside([request])
-        return batch
 
     def aside(self, requests: Sequence[Request]) -> Iterator[Any]:
         """Loads micro-batches, and leaves the workers and an iteration that is under way alone.
@@ -204,13 +190,7 @@ class BatchSource:
         Raises:
             UserError: as `batches`.
         """
-        source = BatchSource(
-            self._fetcher,
-            num_workers=min(1, self._num_workers),
-            pin_memory=False,
-            persistent_workers=False,
-            prefetch_factor=None,
-        )
+        source = BatchSource(self._fetcher, LoaderOptions(num_workers=min(1, self._options.num_workers)))
         return source.batches(lambda: iter(requests))
 
     def close(self) -> None:
@@ -223,10 +203,10 @@ class BatchSource:
             self._fetcher,
             batch_size=None,  # the sampler asks for whole micro-batches
             sampler=self._sampler,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            persistent_workers=self._persistent_workers,
-            prefetch_factor=self._prefetch_factor,
+            num_workers=self._options.num_workers,
+            pin_memory=self._options.pin_memory,
+            persistent_workers=self._options.persistent_workers,
+            prefetch_factor=self._options.prefetch_factor,
             worker_init_fn=begin_worker,
             # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
             generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),

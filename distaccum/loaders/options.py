@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from distaccum.errors import UserError
-from distaccum.loaders.collate import PadCollate
-from distaccum.loaders.fetch import BatchSource, MicroBatches
 from distaccum.runtime.nested import tensors_of, to_device
 
 
@@ -55,23 +53,6 @@ class LoaderOptions:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
         on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
         return on_cpu and self.num_workers == 0 and not self.pin_memory
-
-
-def batch_source(
-    dataset: Dataset[Any],
-    collate_fn: Callable[[list[Any]], Any] | None,
-    role: str,
-    options: LoaderOptions,
-    seed: int,
-) -> BatchSource:
-    collate = collate_fn or getattr(dataset, "collate_fn", None) or PadCollate()
-    return BatchSource(
-        MicroBatches(dataset, collate, role, seed),
-        num_workers=options.num_workers,
-        pin_memory=options.pin_memory,
-        persistent_workers=options.persistent_workers,
-        prefetch_factor=options.prefetch_factor,
-    )
 
 
 def on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:

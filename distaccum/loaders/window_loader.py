@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distaccum import planning
-from distaccum.loaders.fetch import Request
-from distaccum.loaders.options import LoaderOptions, batch_source, on_device, placement, size_of
+from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
+from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
 from distaccum.loaders.window import Recutting, Window
 from distaccum.planning import recut as recutting
 from distaccum.planning.by_length import CostModel, Grouping, Timeline
@@ -100,7 +100,7 @@ class WindowLoader:
         self._limit: Timeline[int | None] = Timeline(None)
         self._options = options or LoaderOptions()
         self._loads_together = self._options.waits_for_loading
-        self._source = batch_source(dataset, collate_fn, "training", self._options, seed)
+        self._source = BatchSource(MicroBatches(dataset, collate_fn, "training", seed), self._options)
 
     def __len__(self) -> int:
         """Windows in an epoch; with a schedule of their sizes, in the next one."""
@@ -141,7 +141,8 @@ class WindowLoader:
         Raises:
             UserError: a sample can't be loaded.
         """
-        return self._moved(self._source.one(next(self._requests(epoch, window))))
+        (batch,) = self._source.aside([next(self._requests(epoch, window))])
+        return self._moved(batch)
 
     def _moved(self, batch: Any) -> Any:
         options = self._options

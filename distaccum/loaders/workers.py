@@ -44,15 +44,12 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_PIN = 6.0
 """What the thread that pins memory gets to end; it looks every 5 s."""
 
-_NEWER_PYTHON = "A newer Python, 3.12 or the last 3.11, is not known to leave them hanging"
+_NEWER_PYTHON = (
+    " A newer Python, 3.12 or the last 3.11, is not known to leave them hanging." if sys.version_info < (3, 12) else ""
+)
 
-_SHORTAGES = {
-    errno.EMFILE: "Allow more open files (ulimit -n)",
-    errno.ENFILE: "Have the system allow more open files",
-    errno.ENOSPC: "Make room in shared memory (/dev/shm)",
-    errno.ENOMEM: "Give the job more memory",
-    errno.EAGAIN: "Allow more processes (ulimit -u)",
-}
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)
+"""Of open files, memory, shared memory (`/dev/shm`) or processes."""
 
 _DEATHS = {
     signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
@@ -123,12 +120,12 @@ class DataWorkers:
                     "started anew.%s",
                     self._role,
                     seconds,
-                    f" {_NEWER_PYTHON}." if sys.version_info < (3, 12) else "",
+                    _NEWER_PYTHON,
                 )
         raise UserError(
             f"the worker processes that load the {self._role} data were started {len(_SECONDS_TO_BEGIN)} times and "
             f"never began, in the end within {_SECONDS_TO_BEGIN[-1]:g} s. Set data.num_workers=0 to load without "
-            f"them.{f' {_NEWER_PYTHON}.' if sys.version_info < (3, 12) else ''}"
+            f"them.{_NEWER_PYTHON}"
         )
 
     def next(self) -> Any:
@@ -192,7 +189,7 @@ class DataWorkers:
         has_started = False
         try:
             # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
-            Finalize(iterator, _kill, args=(iterator._workers,), exitpriority=0)
+            Finalize(iterator, _kill_and_join, args=(iterator._workers,), exitpriority=0)
             # Workers of another kind inherit no locks, and import for as long as they have to.
             limit = seconds if multiprocessing.get_start_method() == "fork" else math.inf
             if self._guarded(lambda: self._have_begun(gate, limit)):
@@ -212,8 +209,8 @@ class DataWorkers:
         number = error.errno if isinstance(error, OSError) else None
         if "Too many open files" in str(error):
             number = errno.EMFILE  # torch makes a RuntimeError of it
-        if number in _SHORTAGES:
-            return f"{what}: {os.strerror(number)}. {_SHORTAGES[number]}, or lower data.num_workers."
+        if number is not None and number in _SHORTAGES:
+            return f"{what}: {os.strerror(number)}. Raise that limit (ulimit, /dev/shm), or lower data.num_workers."
         if isinstance(error, OSError | RuntimeError) or multiprocessing.get_start_method() == "fork":
             return None
         return (
@@ -291,7 +288,11 @@ def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
             # that one. If the training has been killed before, it would stay for ever, and with it the sockets that the
             # other ranks wait at.
             threading.Thread(target=_end_with, args=(training,), daemon=True).start()
-        _ignore_signals(worker)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            # It is for the training process to decide what to do about Ctrl-C or a scheduler's signal, which reach
+            # workers too: it may have a window to finish, and needs them for that. They end with it in any case.
+            # Not SIG_IGN, which programs that a dataset starts would inherit.
+            signal.signal(number, lambda *_: None)
     finally:
         gate.begun.release()  # torch hands an exception over in the place of the first batch
     gate.opened.acquire()
@@ -313,23 +314,9 @@ def _end_with(training: Any) -> None:
     os._exit(1)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leaves it to the training process what to do about Ctrl-C or a scheduler's signal, which reach workers too.
-
-    It may have a window to finish, and needs its workers for that. They end with it in any case.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        # Not SIG_IGN, which programs that a dataset starts would inherit.
-        signal.signal(number, lambda *_: None)
-
-
-def _kill(workers: list[Any]) -> None:
+def _kill_and_join(workers: list[Any]) -> None:
     for worker in workers:
         worker.kill()
-
-
-def _kill_and_join(workers: list[Any]) -> None:
-    _kill(workers)
     for worker in workers:
         worker.join(timeout=1)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 _GLOO = re.compile(r"gloo/transport|Gloo connectFullMesh|Connection (closed|reset) by peer|Timed out waiting \d+ms for")
 _MOST_NAMED = 4
+AGAIN = "Start again with the same command: a run that has a checkpoint goes on from it."
 
 
 class State(Enum):
@@ -91,10 +92,9 @@ def process_state(sign: Sign) -> Fate | None:
 
 def is_broken_collective(error: BaseException) -> bool:
     """True for what ranks get that wait for one that died or hung, also when it is the cause of another error."""
-    causes: Iterator[BaseException] = _chain(error)
     return any(
         isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and bool(_GLOO.search(str(cause))))
-        for cause in causes
+        for cause in _chain(error)
     )
 
 
@@ -148,43 +148,43 @@ def explain(me: Sign, others: Mapping[Fate, Sequence[Sign]], *, timeout_seconds:
             f"the ranks waited for each other in vain for {timeout_seconds:g} s: {places}. Either they have come to "
             f"different collectives, or the network between them is stuck.{_logs(everyone)}"
         )
-    reason = " ".join(str(error).split()).partition(". ")[0]
     return (
-        f"the connection between the ranks broke in {me.doing}, although all of them are there: {reason}. That is the "
-        f"network, most likely. {_AGAIN}"
+        f"the connection between the ranks broke in {me.doing}, although all of them are there: {reason_of(error)}. "
+        f"That is the network, most likely. {AGAIN}"
     )
 
 
-_AGAIN = "Start again with the same command: a run that has a checkpoint goes on from it."
+def reason_of(error: BaseException) -> str:
+    """The first sentence of an error."""
+    return " ".join(str(error).split()).partition(". ")[0]
 
 
 def _accuse(fate: Fate, signs: Sequence[Sign], me: Sign, timeout_seconds: float) -> str:
-    ranks = _ranks(signs)
-    is_are, it_they = ("is", "it") if len(signs) == 1 else ("are", "they")
+    ranks = ("rank " if len(signs) == 1 else "ranks ") + _listed([str(sign.rank) for sign in signs])
+    is_are, has, it_they, gives = ("is", "has", "it", "gives") if len(signs) == 1 else ("are", "have", "they", "give")
     last_heard = "Last heard of in " + _each([sign.doing for sign in signs], signs) + "."
     match fate:
         case Fate.gone:
             is_here = all(sign.host == me.host for sign in signs)
             why = "killed, perhaps for want of memory" if is_here else "killed, out of memory, or the host is down"
-            return f"{ranks} {is_are} gone: {why}. {last_heard} {_AGAIN}"
+            return f"{ranks} {is_are} gone: {why}. {last_heard} {AGAIN}"
         case Fate.stopped:
             processes = _listed([str(sign.pid) for sign in signs])
             return (
                 f"{ranks} {is_are} stopped, by SIGSTOP or by a debugger (process {processes}). {last_heard} End what "
-                f"is stopped. {_AGAIN}"
+                f"is stopped. {AGAIN}"
             )
         case Fate.mute:
             return (
-                f"{ranks} {'gives' if len(signs) == 1 else 'give'} no sign of life, although the process is there: it "
-                f"hangs in a call that keeps all of Python waiting. {last_heard}{_logs(signs)} {_AGAIN}"
+                f"{ranks} {gives} no sign of life, although the process is there: it "
+                f"hangs in a call that keeps all of Python waiting. {last_heard}{_logs(signs)} {AGAIN}"
             )
         case Fate.left:
-            return f"{ranks} {'has' if len(signs) == 1 else 'have'} left before the others. {last_heard} {_AGAIN}"
+            return f"{ranks} {has} left before the others. {last_heard} {AGAIN}"
     stays = [
         f"in {sign.doing} for {max(1.0, sign.seconds):.0f} s" + (f", at {sign.where}" if sign.where else "")
         for sign in signs
     ]
-    has = "has" if len(signs) == 1 else "have"
     return (
         f"{ranks} {has} not come to {me.doing} within {timeout_seconds:g} s: {it_they} {has} been "
         f"{_each(stays, signs)}.{_logs(signs)} If {it_they} {is_are} only slow, raise distributed.timeout_seconds."
@@ -196,10 +196,6 @@ def _logs(signs: Sequence[Sign]) -> str:
     if not paths:
         return ""
     return f" {'Its stack is' if len(signs) == 1 else 'Their stacks are'} in {_listed(paths)}."
-
-
-def _ranks(signs: Sequence[Sign]) -> str:
-    return ("rank " if len(signs) == 1 else "ranks ") + _listed([str(sign.rank) for sign in signs])
 
 
 def _each(texts: Sequence[str], signs: Sequence[Sign]) -> str:

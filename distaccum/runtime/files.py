@@ -91,14 +91,6 @@ def opened(path: str | Path, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
-def is_at(descriptor: int, path: Path) -> bool:
-    """True if an open file is still the one of that name: it was not removed, and no other took its place."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat(follow_symlinks=False))
-    except OSError:
-        return False
-
-
 def sync(path: Path) -> None:
     """Sees to it that what a file holds, or which files a folder holds, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -163,10 +155,8 @@ class LineFile:
         self.pending: deque[bytes] = deque()
         """Lines that are not in the file yet, the oldest first."""
         self._failing = False
-        self._torn = False
         flags = os.O_CREAT | os.O_EXCL if new else 0
         self._descriptor: int | None = self._open(flags)
-        self._size = os.fstat(self._descriptor).st_size
 
     def _open(self, flags: int = 0) -> int:
         return opened(self.path, os.O_RDWR | os.O_APPEND | flags)
@@ -206,18 +196,16 @@ class LineFile:
     def _write_pending(self) -> OSError | None:
         num_lines = len(self.pending)
         try:
-            self._descriptor = self._current()
+            descriptor = self._current()
             while self.pending:
-                self._write(self._descriptor, self.pending[0])
+                _write_whole(descriptor, self.pending[0])
                 self.pending.popleft()
         except OSError as error:
             # The next try opens the file anew: on a server that was away, this descriptor may never work again.
-            descriptor, self._descriptor = self._descriptor, None
-            if descriptor is not None:
+            if self._descriptor is not None:
                 with contextlib.suppress(OSError):
-                    self._take_back(descriptor)
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+                    os.close(self._descriptor)
+                self._descriptor = None
             return error
         if self._failing:
             self._failing = False
@@ -227,39 +215,36 @@ class LineFile:
     def _current(self) -> int:
         """The file that has the name now, opened. Lines that it lacks are pending again, if they are known."""
         before = self._descriptor
-        after = before if before is not None and is_at(before, self.path) else self._open(os.O_CREAT)
-        self._descriptor, size = after, os.fstat(after).st_size
-        if before in (None, after) and (size == self._size or self._torn):
-            return after
-        missing, outcome = b"", "may lack lines that were written before"
-        if before is not None and before != after:
-            written, found = _content(before)[: self._size], _content(after)
-            if written.startswith(found):
-                missing, outcome = written[len(found) :], "has all its lines again"
+        if before is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(before), self.path.stat(follow_symlinks=False)):
+                    return before
+        self._descriptor = after = self._open(os.O_CREAT)
+        missing, size = b"", os.fstat(after).st_size
+        if before is not None:
+            written, found = _content(before), _content(after)
             os.close(before)
+            is_beginning = written.startswith(found)
+            missing = written[len(found) :] if is_beginning else b""
+            outcome = "has all its lines again" if is_beginning else "may lack lines that were written before"
+            logger.warning("%s was replaced or removed while the run writes it, and %s.", self.path, outcome)
         if not missing and size and os.pread(after, 1, size - 1) != b"\n":
             missing = b"\n"
-        self._size, self._torn = size, False
         self.pending.extendleft(reversed(missing.splitlines(keepends=True)))
-        logger.warning("%s was changed, replaced or removed while the run writes it, and %s.", self.path, outcome)
         return after
 
-    def _write(self, descriptor: int, line: bytes) -> None:
-        self._take_back(descriptor)
-        self._torn = True  # until it is whole, also if something (Ctrl-C) ends this in between
-        rest = memoryview(line)
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    """Appends a line; takes back what was written of it if something (a full disk, Ctrl-C) ends this in between."""
+    size = os.fstat(descriptor).st_size
+    rest = memoryview(line)
+    try:
         while rest:
             rest = rest[os.write(descriptor, rest) :]
-        self._size += len(line)
-        self._torn = False
-
-    def _take_back(self, descriptor: int) -> None:
-        """Cuts off the beginning of a line that could not be written to its end."""
-        if self._torn:
-            size = os.fstat(descriptor).st_size
-            if size > self._size:
-                os.ftruncate(descriptor, self._size)
-            self._torn = False
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
 
 
 def _content(descriptor: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 
 from distaccum.errors import EXIT_STATUS
-from distaccum.runtime.diagnosis import Fate, Sign, State, explain, judge, process_state, this_host
+from distaccum.runtime.diagnosis import AGAIN, Fate, Sign, State, explain, judge, process_state, reason_of, this_host
 
 T = TypeVar("T")
 
@@ -174,7 +174,7 @@ class Heartbeat:
         """
         me = self._sign()
         if not self.is_beating:
-            reason = " ".join(str(error).split()).partition(". ")[0]
+            reason = reason_of(error)
             return f"the connection between the ranks broke before the run began, as when a rank is ended: {reason}."
         if self.is_store_lost:
             return self._explain_without_store(me, error)
@@ -198,11 +198,9 @@ class Heartbeat:
         if self._holder_sign is not None:
             fate = process_state(self._holder_sign) or Fate.gone
             return explain(me, {fate: [self._holder_sign]}, timeout_seconds=self.timeout_seconds, error=error)
-        reason = " ".join(str(error).split()).partition(". ")[0]
         return (
             f"the connection between the ranks broke in {me.doing}, and rank 0, which kept their signs of life, does "
-            f"not answer: it or its host is gone ({reason}). Start again with the same command: a run that has a "
-            "checkpoint goes on from it."
+            f"not answer: it or its host is gone ({reason_of(error)}). {AGAIN}"
         )
 
     def _look(self) -> dict[int, Sign]:
@@ -217,7 +215,8 @@ class Heartbeat:
         while True:
             is_last = self._over.is_set()
             if self.is_store_lost:
-                self._listen_on_this_host()
+                if self._state is State.running and self._is_said_here is not None and self._is_said_here():
+                    self.someone_failed = True
             else:
                 # Without the store there is nobody to talk to; whoever misses it asks explain().
                 with suppress(RuntimeError):
@@ -250,12 +249,13 @@ class Heartbeat:
 
     def _sign(self) -> Sign:
         what, waits, update, micro_step = activity = self._activity
+        step = f" of micro-step {micro_step}" if micro_step is not None else ""
         seconds = time.monotonic() - self._since if activity is self._seen else 0.0
         return Sign(
             rank=self.rank,
             beat=self._beats,
             state=self._state,
-            doing=_in_words(what, update, micro_step),
+            doing=f"the {what}{step}" + (f" of update {update}" if update is not None else ""),
             waits=waits,
             seconds=seconds,
             where=self._where() if seconds >= BEAT_SECONDS / 2 else "",
@@ -283,17 +283,16 @@ class Heartbeat:
         if self.rank != 0 and self._store.check([_key(0)]):
             self._holder_sign = Sign.from_json(self._store.get(_key(0)))
 
-    def _listen_on_this_host(self) -> None:
-        if self._state is State.running and self._is_said_here is not None and self._is_said_here():
-            self.someone_failed = True
-
     def _follow_failure(self) -> None:
         """Another rank has failed, and this one has not noticed: it is busy, or it hangs."""
         now = time.monotonic()
         if self._failed_at is None:
             self._failed_at = now
             # The rank that speaks points here, so here the stack must be.
-            self._write_stacks("another rank has failed")
+            self._note("another rank has failed; the stacks of all threads follow")
+            if self._log is not None:
+                with suppress(OSError, ValueError):
+                    faulthandler.dump_traceback(file=self._log, all_threads=True)
         elif now - self._failed_at > SECONDS_TO_GIVE_UP:
             # Its next collective would fail. In its way stands only what it does now, which may never end.
             self._note(f"left {SECONDS_TO_GIVE_UP:.0f} s after another rank's failure")
@@ -320,12 +319,6 @@ class Heartbeat:
             self._publish()
             on_stuck(error)
 
-    def _write_stacks(self, why: str) -> None:
-        if self._log is not None:
-            self._note(f"{why}; the stacks of all threads follow")
-            with suppress(OSError, ValueError):
-                faulthandler.dump_traceback(file=self._log, all_threads=True)
-
     def _note(self, text: str) -> None:
         if self._log is not None:
             now, sign = time.strftime("%Y-%m-%d %H:%M:%S"), self._sign()
@@ -336,11 +329,6 @@ class Heartbeat:
 
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"
-
-
-def _in_words(what: str, update: int | None, micro_step: int | None) -> str:
-    step = f" of micro-step {micro_step}" if micro_step is not None else ""
-    return f"the {what}{step}" + (f" of update {update}" if update is not None else "")
 
 
 def answer(ask: Callable[[], T], seconds: float = _ANSWER_SECONDS) -> T:

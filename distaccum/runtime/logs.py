@@ -20,7 +20,7 @@ from rich.text import Text
 
 from distaccum.config.redaction import redacted_text
 from distaccum.errors import UserError, printable
-from distaccum.runtime.files import is_at, opened
+from distaccum.runtime.files import opened
 
 LOGGER_NAME = "distaccum"
 
@@ -109,22 +109,13 @@ class _FileHandler(logging.Handler):
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
-        self._path = path
         self._rank = rank
-        self._file = self._open()
+        self._file = open(path, "ab+", buffering=0, opener=opened)  # noqa: SIM115 - closed by close()
         self._dropped = 0
         self._begun = False
-        self._in_line = self._ends_in_line()
-
-    def _open(self) -> io.FileIO:
-        return open(self._path, "ab+", buffering=0, opener=opened)
-
-    def _ends_in_line(self) -> bool:
-        """Whether the last process that wrote was killed in the middle of a line."""
-        if not self._file.seek(0, io.SEEK_END):
-            return False
-        self._file.seek(-1, io.SEEK_END)
-        return self._file.read(1) != b"\n"
+        size = self._file.seek(0, io.SEEK_END)
+        # The last process that wrote may have been killed in the middle of a line.
+        self._in_line = size > 0 and os.pread(self._file.fileno(), 1, size - 1) != b"\n"
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -145,10 +136,6 @@ class _FileHandler(logging.Handler):
             self._begun, self._dropped = True, 0
 
     def _write(self, text: str) -> None:
-        if not is_at(self._file.fileno(), self._path):  # it was removed, or put aside as logs are at times
-            before, self._file = self._file, self._open()
-            before.close()
-            self._in_line = self._ends_in_line()
         rest = memoryview((("\n" if self._in_line else "") + text).encode("utf-8", "backslashreplace"))
         while rest:
             written = self._file.write(rest)

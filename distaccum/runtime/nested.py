@@ -1,4 +1,4 @@
-"""Rows of tensors gathered from all ranks, which may have unequal numbers of them."""
+"""Nests of tensors: walking through them, moving them, and gathering their rows from all ranks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,34 @@ from distaccum.runtime.devices import _own_kind
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A nest of tuples, lists and dictionaries with each of its tensors replaced, in a fixed order.
+def mapped(value: Any, function: Callable[[Tensor], Any], other: Callable[[Any], Any] | None = None) -> Any:
+    """A nest of tuples, lists and mappings, of the same types, with each of its tensors replaced, in a fixed order.
+
+    Args:
+        other: replaces what is none of these; a mapping with a `to` of its own counts as such, unless it is a dict.
 
     Raises:
-        UserError: it holds anything but tensors.
+        UserError: without `other`, it holds anything but tensors.
     """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Mapping):
-        return {key: mapped(entry, function) for key, entry in value.items()}
+    if isinstance(value, dict) or (isinstance(value, Mapping) and (other is None or not hasattr(value, "to"))):
+        entries: Any = {key: mapped(entry, function, other) for key, entry in value.items()}
+        try:
+            return type(value)(entries)  # type: ignore[call-arg]
+        except TypeError:  # a defaultdict, say, which takes its factory first
+            return entries
     if isinstance(value, tuple | list):
-        entries = [mapped(entry, function) for entry in value]
+        entries = [mapped(entry, function, other) for entry in value]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    raise UserError(f"embeddings are tensors, or tuples, lists or dictionaries of them; got a {type(value).__name__}.")
+    if other is None:
+        kind = type(value).__name__
+        raise UserError(f"embeddings are tensors, or tuples, lists or dictionaries of them; got a {kind}.")
+    return other(value)
 
 
 def leaves_of(value: Any) -> list[Tensor]:
-    """The tensors of a nest, in the order of `mapped`."""
+    """The tensors of a nest, in the order of `mapped`, which must hold nothing else."""
     found: list[Tensor] = []
     mapped(value, found.append)
     return found
@@ -100,27 +110,11 @@ def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, f
         float_dtype: floating-point tensors are cast to it, complex ones to its counterpart; None leaves them.
     """
 
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            dtype = _own_kind(value, float_dtype) if float_dtype is not None else None
-            return value.to(device=device, dtype=dtype, non_blocking=non_blocking)
-        if isinstance(value, dict) or (isinstance(value, Mapping) and not hasattr(value, "to")):
-            return _rebuilt(value, {key: move(entry) for key, entry in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(move, value))
-        if isinstance(value, tuple | list):
-            return type(value)(map(move, value))
-        return value.to(device) if hasattr(value, "to") else value
+    def move(tensor: Tensor) -> Tensor:
+        dtype = _own_kind(tensor, float_dtype) if float_dtype is not None else None
+        return tensor.to(device=device, dtype=dtype, non_blocking=non_blocking)
 
-    return move(batch)
-
-
-def _rebuilt(mapping: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
-    """The entries in a mapping of the same type, if it can be made of a dict."""
-    try:
-        return type(mapping)(entries)  # type: ignore[call-arg]
-    except TypeError:  # a defaultdict, say, which takes its factory first
-        return entries
+    return mapped(batch, move, lambda value: value.to(device) if hasattr(value, "to") else value)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,20 +55,25 @@ def seed_cpu(seed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GlobalStates:
-    """States of Python's, NumPy's and torch's global generators on the CPU."""
+    """States of Python's, NumPy's and torch's global generators on the CPU, and of torch's on some GPUs."""
 
     python: Any
     numpy: Any
     torch: Tensor
+    cuda: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def now(cls) -> GlobalStates:
-        return cls(random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state())
+    def now(cls, gpus: Iterable[Any] = ()) -> GlobalStates:
+        """The states of the CPU's generators, and of these GPUs'."""
+        cuda = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
+        return cls(random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state(), cuda)
 
     def put_back(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.default_generator.set_state(self.torch)
+        for gpu, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, gpu)
 
 
 class DrawDetector:

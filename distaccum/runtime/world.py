@@ -220,8 +220,7 @@ class World:
     def _end_stuck(self, error: BaseException) -> NoReturn:
         """Ends this process from the heartbeat's thread, as the main thread waits in a call that won't return."""
         if self.is_first_to_fail():
-            message = self.heartbeat.explain(error)
-            print_error(message)
+            print_error(self.heartbeat.explain(error))
         else:
             time.sleep(5.0)  # so that the launcher does not stop the rank that speaks
         os._exit(EXIT_STATUS)
@@ -279,13 +278,9 @@ def _is_said_here() -> bool:
         return ear.connect_ex(_word_name()) == 0
 
 
-def _launcher_holds_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _explain_connecting(error: Exception) -> str:
     reason = " ".join(str(error).split()).partition("$")[0]
-    if _launcher_holds_store():
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return (
             f"the ranks can't connect to each other: {reason}. If torchrun has restarted them, set "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started: its own store still leads to the ranks "

@@ -18,6 +18,7 @@ from distaccum import Accumulator, TaskOutput, UserError, WindowLoader, accumula
 from distaccum.accumulation.gradient_caching import Stage
 from distaccum.config import DPConfig
 from distaccum.runtime.nested import mapped
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.tasks import Contrastive
 
 TASK = Contrastive(temperature=0.3)
@@ -108,12 +109,10 @@ def test_dropout_is_replayed() -> None:
 
 def test_without_replay_dropout_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the one above."""
-    from distaccum import caching
-
     found = []
     for replays in (True, False):
         if not replays:
-            monkeypatch.setattr(caching._RandomStates, "put_back", lambda self: None)
+            monkeypatch.setattr(GlobalStates, "put_back", lambda self: None)
         model = Embedder(dropout=0.4)
         torch.manual_seed(1)
         _update(model, _held()).step()

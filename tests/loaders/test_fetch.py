@@ -168,12 +168,12 @@ def test_one_micro_batch_leaves_an_iteration_alone(num_workers: int) -> None:
         wanted = [batch[1].tolist() for batch in source.batches(lambda: requests(6))]
         batches = source.batches(lambda: requests(6))
         found = [next(batches)[1].tolist()]
-        assert source.one(Request(0, [2, 3]))[1].tolist() == wanted[1]
+        assert next(source.aside([Request(0, [2, 3])]))[1].tolist() == wanted[1]
         assert found + [batch[1].tolist() for batch in batches] == wanted
 
 
 def test_one_micro_batch_is_loaded_by_a_worker_where_there_are_workers() -> None:
     with new_source(Numbers(), 2) as source:
-        pid = int(source.one(Request(0, [1]))[1][0])
+        pid = int(next(source.aside([Request(0, [1])]))[1][0])
         assert pid != os.getpid()
         assert not is_alive(pid)

@@ -412,9 +412,7 @@ class Pids:
         return os.getpid()
 
 fetcher = fetching.MicroBatches(Pids(), list, "training", seed=0)
-source = fetching.BatchSource(
-    fetcher, num_workers=1, pin_memory=False, persistent_workers=False, prefetch_factor=None
-)
+source = fetching.BatchSource(fetcher, fetching.LoaderOptions(num_workers=1))
 for pids in source.batches(lambda: (fetching.Request(0, [index]) for index in range(1000))):
     print(pids[0], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -455,7 +453,7 @@ def test_a_dataset_that_can_not_be_handed_to_workers_says_so(monkeypatch: pytest
 def test_a_lack_of_open_files_is_named_and_nothing_is_left() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
-    said = r"^the worker processes that load the training data can't work: Too many open files\. Allow more open files "
+    said = r"^the worker processes that load the training data can't work: Too many open files\. Raise that limit"
     try:
         with new_source(Numbers(), 8) as source, pytest.raises(UserError, match=said):
             list(source.batches(lambda: requests(8)))
@@ -471,7 +469,7 @@ def test_a_stopped_worker_ends_with_a_training_that_is_killed() -> None:
         "batches = source.batches(lambda: requests(4)); next(batches)\n"
         "import multiprocessing; print(multiprocessing.active_children()[0].pid, flush=True); time.sleep(60)"
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     training = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )

@@ -47,7 +47,7 @@ def test_lines_are_appended_through_no_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "precious\n"
 
 
-def _append(path: Path, *meanwhile: str | None, in_place: bool = False) -> str:
+def _append(path: Path, *meanwhile: str | None) -> str:
     """Appends 1 to 6, with the file removed (None) or given another content after every second line; returns what it
     comes to."""
     file = LineFile(path, new=True)
@@ -55,8 +55,7 @@ def _append(path: Path, *meanwhile: str | None, in_place: bool = False) -> str:
         file.append(str(number))
         if number % 2 == 0 and meanwhile:
             content, meanwhile = meanwhile[0], meanwhile[1:]
-            if not in_place:
-                path.unlink()
+            path.unlink()
             if content is not None:
                 path.write_text(content)
     assert file.close() is None
@@ -84,14 +83,3 @@ def test_lines_survive_what_happens_to_their_file(
     assert len(caplog.messages) == len(meanwhile)
     is_whole = "".join(expected) == "123456"
     assert all(("has all its lines again" in message) == is_whole for message in caplog.messages)
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"), [("", "3456"), ("1\n", "13456"), ("1\n2\n3\n", "1233456"), ("1", "13456")]
-)
-def test_a_file_that_is_changed_in_place_is_told(
-    tmp_path: Path, content: str, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert _append(tmp_path / "lines", content, in_place=True).splitlines() == list(expected)
-    (warning,) = caplog.messages
-    assert warning.startswith(f"{tmp_path / 'lines'} was changed, replaced or removed while the run writes it, and may")

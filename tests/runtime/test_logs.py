@@ -120,15 +120,6 @@ def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank1.log").read_text().endswith("a path: /\\udcff\n")
 
 
-def test_a_log_that_is_put_aside_is_begun_anew(tmp_path: Path) -> None:
-    with logging_to(tmp_path, rank=0):
-        logger.debug("first")
-        (tmp_path / "logs" / "rank0.log").rename(tmp_path / "old")
-        logger.debug("second")
-    assert _last_word((tmp_path / "old").read_text().splitlines()[-1]) == "first"
-    assert [_last_word(line) for line in _lines(tmp_path)] == ["second"]
-
-
 def test_a_log_is_written_through_no_link(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank0.log").symlink_to(tmp_path / "elsewhere")
