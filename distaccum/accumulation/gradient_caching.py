@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation.accumulator import Accumulator
+from distaccum.accumulation.open_window import require_equal_micro_steps
 from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.errors import UserError
 from distaccum.loaders import Window
@@ -96,7 +97,7 @@ def accumulate_coupled(
             "the noise scale can't be told of a loss that couples the window's samples: their gradients are not drawn "
             "one by one. Leave insight.noise_scale out."
         )
-    accumulator.require_equal_micro_steps(window)
+    require_equal_micro_steps(window, strategy)
     # A window of one micro-batch in all needs no caching.
     is_alone = strategy.world_size == 1 and isinstance(window, Sized) and len(window) == 1
     first, whole = _FirstPass(strategy), None

@@ -108,7 +108,7 @@ def test_dropout_is_replayed() -> None:
 
 def test_without_replay_dropout_misses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the one above."""
-    from distaccum import caching
+    from distaccum.accumulation import gradient_caching as caching
 
     found = []
     for replays in (True, False):
