@@ -35,6 +35,7 @@ from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.nested import gather_rows, leaves_of, number_of_rows, rebuilt
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
+from distaccum.strategies.placeholders import leaves_behind
 
 Embed = Callable[[Any], Any]
 Loss = Callable[[Any], TaskOutput]
@@ -263,22 +264,15 @@ def _checked(output: Any) -> TaskOutput:
 def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
     """Gradients of the loss's own parameters would be lost without a word."""
     known = {id(leaf) for leaf in embeddings}
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss_sum.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            kind = "parameter" if isinstance(node.variable, nn.Parameter) else "tensor"
+    for leaf in leaves_behind(loss_sum):
+        if id(leaf) not in known:
+            kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
             raise UserError(
-                f"the loss of the whole window depends on a {kind} of its own, of shape {list(node.variable.shape)}, "
+                f"the loss of the whole window depends on a {kind} of its own, of shape {list(leaf.shape)}, "
                 "whose gradient would be lost. Let the model's embeddings carry it: a learnable temperature multiplies "
                 "them by its root (as model=encoder does with model.learn_temperature=true), any other can be among "
                 "them, expanded to one row for each sample."
             )
-        nodes.extend(following for following, _ in node.next_functions)
 
 
 @dataclass(slots=True)
