@@ -8,33 +8,28 @@ ragged windows, ranks with unequal work and sequences of unequal length are exac
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distaccum.accumulation.micro_gradients import MicroGradients, measurement, watcher_of
+from distaccum.accumulation.micro_gradients import measurement, watcher_of
 from distaccum.accumulation.noise_scale import NoiseScale
-from distaccum.accumulation.open_window import OpenWindow, with_last
-from distaccum.accumulation.optimizer_step import SPARSE, Gradients, ScaledStep
-from distaccum.accumulation.recovery import MicroStepOutput, Recovery, Tell, WindowRun, is_lost_on_any_rank
-from distaccum.accumulation.result import UpdateResult
-from distaccum.accumulation.totals import (
-    SumsOverRanks,
-    explain_nonfinite,
-    loss_scale,
-    require_same_norm,
-    require_weight,
-)
+from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
+from distaccum.accumulation.optimizer_step import SPARSE, Gradients, ScaledStep, said_of_memory
+from distaccum.accumulation.recovery import Recovery, Share, Tell, explained
+from distaccum.accumulation.result import TaskOutput, UpdateResult
+from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
 from distaccum.errors import UserError, require, require_positive
-from distaccum.loaders import Window
-from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy, can_recover, strategy_of
+
+logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 
@@ -109,8 +104,7 @@ class Accumulator:
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
         self._gradients = Gradients(optimizer, model, self.strategy)
-        self.recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
-        """The strategy, if micro-steps may be taken again with it."""
+        self._recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         self._open: OpenWindow | None = None
         self._is_out_of_step = False
         self._last_weight: float | None = None
@@ -121,39 +115,9 @@ class Accumulator:
         self._gradients.begin()
         self.clear_gradients()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        state = {"updates": self.updates, "last_weight": self._last_weight, "trained": self._gradients.trained()}
-        return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`'s answer."""
-        self.updates = int(state["updates"] or 0)
-        self._last_weight = state["last_weight"]
-        self._gradients.set_trained(state.get("trained", ()))
-        if self.noise_scale is not None and "noise_scale" in state:
-            self.noise_scale.load_state_dict(state["noise_scale"])
-
-    def run(
-        self, micro_batches: Iterable[Any], forward: Callable[[Any], MicroStepOutput], tell: Tell | None = None
-    ) -> UpdateResult:
-        """Makes the update of one window: `window`, `backward` and `step` in one call.
-
-        Args:
-            micro_batches: as for `window`; for `recovery`, a window of a `WindowLoader`.
-            forward: called with each micro-batch; gives `loss_sum`, `weight` and `sums`, as for `backward`. It may be
-                called again with a part of the same samples.
-            tell: told what begins, as `distaccum.accumulation.recovery.Tell` says.
-
-        Raises:
-            UserError: as `step`; or memory has run out, and there is no going on.
-        """
-        return WindowRun(self, micro_batches, forward, tell).result()
-
-    @contextmanager
     def window(
         self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
-    ) -> Iterator[Iterator[Batch]]:
+    ) -> AbstractContextManager[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -166,96 +130,55 @@ class Accumulator:
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
         """
-        items = with_last(micro_batches)
-        with self.opened(micro_batches, items, started=started, data_seconds=data_seconds) as (_, micro_steps):
-            yield micro_steps
+        return self._opened(micro_batches, with_last(micro_batches), started=started, data_seconds=data_seconds)
 
     @contextmanager
-    def opened(
+    def _opened(
         self,
         micro_batches: Iterable[Any],
         items: Iterator[tuple[Batch, bool]],
-        sizes: Sequence[int] | None = None,
+        share: Share | None = None,
         *,
         started: float | None = None,
         data_seconds: float = 0.0,
-    ) -> Iterator[tuple[OpenWindow, Iterator[Batch]]]:
-        """`window`, for those who take part in its work.
-
-        Args:
-            items: the micro-batches, and whether each is the last.
-            sizes: of the micro-batches handed out so far, if they may be taken again (see
-                `distaccum.accumulation.recovery`).
-        """
+    ) -> Iterator[Iterator[Batch]]:
+        """`window`, of items that say whether they are the last; with a share, they may be taken again."""
         if self._open is not None:
             raise RuntimeError("the last window was not brought to its end by step() or dropped by clear_gradients()")
         if self._is_out_of_step:
             raise UserError(
                 "a gradient sync has failed, so ranks may be out of step. Start all ranks again, from a checkpoint."
             )
-        self.require_equal_micro_steps(micro_batches)
-        whole = micro_batches if isinstance(micro_batches, Window) else None
+        require_equal_micro_steps(micro_batches, self.strategy)
         window = OpenWindow(
+            number=self.updates + 1,
+            strategy=self.strategy,
+            gradients=self._gradients,
             scale=loss_scale(micro_batches, self._last_weight),
-            sizes=whole.sizes if sizes is None and whole is not None else sizes,
+            source=micro_batches,
+            sizes=share.sizes if share is not None else None,
             started=time.perf_counter() if started is None else started,
             data_seconds=data_seconds,
-            calls_before=self.strategy.traffic.calls,
-            bytes_before=self.strategy.traffic.bytes,
             norm_before=self._norm_before,
-            recovers=sizes is not None,
-            micro_gradients=self._watcher(micro_batches),
+            recoverable=self._recoverable if share is not None else None,
+            micro_gradients=watcher_of(micro_batches, self.updates, self.noise_scale, self._gradients),
         )
         self._gradients.begin()
         self._open = window
         micro_steps = self._micro_steps(window, items)
         try:
-            self._remember(window)
+            window.remember(self._model, may_be_skipped=self.skip_nonfinite)
             with window.micro_gradients or nullcontext():
-                yield window, micro_steps
+                yield micro_steps
             if not window.micro_steps:
                 self._sums.take_no_part(window, self._model)
-            if window.totals is None:
-                raise RuntimeError(
-                    f"the window was left after {window.micro_steps} micro-step(s), before the backward of the "
-                    "last one, so its gradients were never synchronised: iterate over all of its micro-batches"
-                )
+            window.require_sync()
         except BaseException:
             micro_steps.close()  # leaves no_sync, if a micro-step is inside it
             self._is_out_of_step = window.is_syncing and self.strategy.process_group is not None
             self.strategy.drop_gradients()
             self.clear_gradients()
             raise
-
-    def _watcher(self, micro_batches: Iterable[Any]) -> MicroGradients | None:
-        if self.noise_scale is None:
-            return None
-        return watcher_of(micro_batches, self.updates, self.noise_scale, self.strategy, self._gradients.of_optimizer())
-
-    def require_equal_micro_steps(self, micro_batches: Iterable[Any]) -> None:
-        """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
-
-        Raises:
-            UserError: it is one, and the strategy's micro-steps hold collectives.
-        """
-        if (
-            isinstance(micro_batches, Window)
-            and self.strategy.equal_micro_steps
-            and not micro_batches.equal_micro_steps
-        ):
-            raise UserError(
-                "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
-                "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
-                "equal_micro_steps=True."
-            )
-
-    def _remember(self, window: OpenWindow) -> None:
-        """Keeps what the window changes besides gradients, if it may have to be undone."""
-        if window.recovers and self.recoverable is not None:
-            self.recoverable.begin_window()
-            window.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
-        if window.recovers or self.skip_nonfinite:
-            window.buffers = KeptBuffers(self._model)
 
     def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Batch, bool]]) -> Generator[Batch, None, None]:
         while True:
@@ -266,13 +189,13 @@ class Accumulator:
                 return
             micro_batch, window.is_last = item
             # The one place that asks "is this the sync step?".
-            with nullcontext() if window.is_last and not window.recovers else self.strategy.no_sync():
+            with nullcontext() if window.is_last and window.recoverable is None else self.strategy.no_sync():
                 window.micro_steps += 1
                 window.awaiting_backward = True
                 if self.time_micro_steps:
                     window.micro_step_start = self._stopwatch.mark()
-                if window.is_last and window.recovers and self.recoverable is not None:
-                    window.last_gradient = self.recoverable.last_gradient(self._gradients.of_optimizer())
+                if window.is_last and window.recoverable is not None:
+                    window.last_gradient = window.recoverable.last_gradient(self._gradients.of_optimizer())
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(
@@ -300,48 +223,25 @@ class Accumulator:
         window = self._open
         if window is None or not window.awaiting_backward:
             raise RuntimeError("backward() is called once for each micro-batch that accumulator.window() hands out")
-        if loss_sum.ndim != 0 or not loss_sum.requires_grad:
-            raise UserError(
-                f"loss_sum must be a scalar tensor with a gradient; got shape {tuple(loss_sum.shape)}, "
-                f'requires_grad={loss_sum.requires_grad}. Use reduction="sum" on the output of the model.'
-            )
-        require_weight(weight)
-        window.awaiting_backward = False
-        is_placeholder = window.sizes is not None and window.sizes[window.micro_steps - 1] == 0
-        if is_placeholder:
-            loss_sum = self.strategy.placeholder_loss(loss_sum)
-            weight = 0.0
-            sums = {name: torch.zeros_like(value) for name, value in (sums or {}).items()}
-        window.loss_sums.append(loss_sum.detach())
-        window.weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
-        for name, value in (sums or {}).items():
-            window.sums.setdefault(name, []).append(value.detach())
+        require_summable(loss_sum, weight)
+        loss_sum = window.add(loss_sum, weight, sums or {})
+        if self.noise_scale is not None:
+            window.count_samples(num_samples)
         if window.is_last:
             totals = self._sums.own(window)
-            if window.recovers and self.recoverable is not None:
+            if window.recoverable is not None:
                 if window.last_gradient is not None:
                     loss_sum = loss_sum + window.last_gradient.to(loss_sum)
-                self.recoverable.begin_sync(loss_sum)
+                window.recoverable.begin_sync(loss_sum)
             window.is_syncing = True
             window.totals = self.strategy.summed(totals)
-        if self.noise_scale is not None:
-            num_samples = num_samples if window.sizes is None else window.sizes[window.micro_steps - 1]
-            if num_samples is None:
-                raise UserError(
-                    "the noise scale counts samples, and these windows don't say how many a micro-batch has: call "
-                    "accumulator.backward(loss_sum, weight, num_samples=…)"
-                )
-            if window.micro_gradients is not None:
-                window.micro_gradients.begin(num_samples)
         # A power of two, so that it changes no bit of the result; see loss_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
-        if self.scaler is None:
-            loss_sum.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
-        else:
-            self.scaler.scale(loss_sum).backward(gradient=window.seed)  # type: ignore[no-untyped-call]
+        scaled = loss_sum if self.scaler is None else self.scaler.scale(loss_sum)
+        scaled.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
         if window.micro_gradients is not None and window.is_last:
-            window.micro_gradients.start(1 / self._loss_scale(window))
+            window.micro_gradients.start(window.scale, self.scaler)
         window.is_syncing = False
         if window.is_last or self.time_micro_steps:
             window.backward_end = self._stopwatch.mark()
@@ -357,41 +257,32 @@ class Accumulator:
             UserError: the loss or the gradient is NaN or infinite, or the total weight is zero, and `skip_nonfinite`
                 is off. The parameters have not moved.
         """
-        result = self.finished()
+        result = self._finished()
         assert result is not None
         return result
 
-    def finished(self) -> UpdateResult | None:
+    def _finished(self) -> UpdateResult | None:
         """`step`; or None if a rank has run out of memory in its last backward: all is as it was before the window."""
         window = self._open
         if window is None or window.totals is None:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
         self.updates += 1
+        result, scale = None, None
         try:
-            result = self._finish(window, window.totals)
+            gradients = self._gradients.of_window(window.calls_before)
+            if self.scaler is None:
+                result = self._update(window, window.totals(), gradients)
+            else:
+                self.scaler.unscale_(self.optimizer)
+                try:
+                    result = self._update(window, window.totals(), gradients)
+                    scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
+                finally:
+                    self.scaler.update(scale)
         finally:
             self.clear_gradients()
         if result is None:
             self.updates -= 1
-        return result
-
-    def begin_again(self, window: OpenWindow) -> None:
-        """Drops what this rank has accumulated in the open window; the others don't know of it."""
-        self._gradients.clear()
-        window.buffers.put_back()
-        window.forget_micro_steps()
-
-    def _finish(self, window: OpenWindow, totals: Callable[[], Tensor]) -> UpdateResult | None:
-        gradients = self._gradients.of_window(window.calls_before)
-        if self.scaler is None:
-            return self._update(window, totals(), gradients)
-        self.scaler.unscale_(self.optimizer)
-        result, scale = None, None
-        try:
-            result = self._update(window, totals(), gradients)
-            scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
-        finally:
-            self.scaler.update(scale)
         return result
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
@@ -400,27 +291,17 @@ class Accumulator:
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
         norm = numbers.pop()
-        if window.recovers and not math.isfinite(norm) and is_lost_on_any_rank(window, self.strategy):
-            window.buffers.put_back()
-            self._gradients.take_back()
-            self.strategy.load_state_tensors(window.remembered)
+        if window.recoverable is not None and not math.isfinite(norm) and window.is_lost_on_any_rank():
+            window.put_back()
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
-        read = self._sums.read(numbers, window)
-        loss, weight, norm_before = read["loss"], read["weight"], read.pop("norm_before")
-        require_same_norm(self.updates - 1, window, norm_before, raw_norm.dtype)
+        read = self._sums.read(numbers, window, raw_norm.dtype)
+        loss, weight = read["loss"], read["weight"]
         self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
-        # All ranks see the same numbers, so all come to the same answer.
-        has_loss = math.isfinite(loss) and 0 < weight < math.inf
-        skipped = not (has_loss and math.isfinite(grad_norm))
-        # An overflow of scaled gradients is the scaler's affair, which lowers its scale.
-        if skipped and not (
-            self.skip_nonfinite or (has_loss and self.scaler is not None and self.scaler.get_scale() >= 1)
-        ):
-            raise UserError(explain_nonfinite(self.updates, window, self.strategy, loss, weight, grad_norm))
+        skipped = not is_to_be_made(window, loss, weight, grad_norm, self.skip_nonfinite, self.scaler)
         if not skipped:
             if self.clip_norm is not None:
                 # The same formula as torch.nn.utils.clip_grad_norm_.
@@ -430,32 +311,89 @@ class Accumulator:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
             window.buffers.put_back()
             self.strategy.drop_gradients()
-        sum_norm = norm * self.strategy.sync_divisor / window.scale
         noise: dict[str, Any] = {}
         if self.noise_scale is not None and measured and not skipped:
-            noise = self.noise_scale.told(measurement(measured, sum_norm))
-        traffic = self.strategy.traffic
-        synced = traffic.calls > window.calls_before
-        return UpdateResult(
-            grad_norm=grad_norm,
-            skipped=skipped,
-            micro_steps=window.micro_steps,
-            sync_calls=traffic.calls - window.calls_before,
-            sync_bytes=traffic.bytes - window.bytes_before,
-            seconds=time.perf_counter() - window.started,
-            data_seconds=window.data_seconds,
-            micro_seconds=window.micro_seconds(self._stopwatch, traffic.last_launch if synced else None),
-            sync_seconds=self._stopwatch.seconds(traffic.last_launch, window.backward_end) if synced else 0.0,
-            **read,
-            **noise,
-        )
-
-    def _loss_scale(self, window: OpenWindow) -> Tensor:
-        """What the losses of the window have been multiplied by, in float64 on the device."""
-        scale = torch.full((), window.scale, dtype=torch.float64, device=self.strategy.device)
-        return scale if self.scaler is None else self.scaler.scale(scale)
+            noise = self.noise_scale.told(measurement(measured, norm * self.strategy.sync_divisor / window.scale))
+        return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
 
     def clear_gradients(self) -> None:
         """Forgets all gradients, and drops a window whose `step()` has not come. `step()` does so by itself."""
         self._open = None
         self._gradients.end()
+
+    def run(
+        self, micro_batches: Iterable[Any], forward: Callable[[Any], TaskOutput], tell: Tell | None = None
+    ) -> UpdateResult:
+        """Makes the update of one window: `window`, `backward` and `step` in one call.
+
+        Args:
+            micro_batches: as for `window`; for `recovery`, a window of a `WindowLoader`.
+            forward: called with each micro-batch; gives `loss_sum`, `weight` and `sums`, as for `backward`. It may be
+                called again with a part of the same samples.
+            tell: told what begins, as `distaccum.accumulation.recovery.Tell` says.
+
+        Raises:
+            UserError: as `step`; or memory has run out, and there is no going on.
+        """
+        share = None
+        if self._recoverable is not None and self.recovery is not None:
+            share = Share(micro_batches, self.recovery)
+        while (result := self._attempt(micro_batches, forward, tell or (lambda *_: None), share)) is None:
+            assert share is not None
+            logger.info("update %d: a rank has run out of memory, so its window is taken again", self.updates + 1)
+            share.begin_again()
+        if share is not None:
+            share.end()
+        return result
+
+    def _attempt(
+        self, micro_batches: Iterable[Any], forward: Callable[[Any], TaskOutput], tell: Tell, share: Share | None
+    ) -> UpdateResult | None:
+        """None: a rank was out of memory in its last backward, and nothing has changed."""
+        items = with_last(micro_batches) if share is None else share.micro_batches()
+        tell("loading", 1, False)
+        with self._opened(micro_batches, items, share) as batches:
+            window = self._open
+            assert window is not None
+            for batch in batches:
+                trouble = self._micro_step(window, batch, forward, tell)
+                if trouble is not None and share is not None:
+                    del batch
+                    share.take_again(window, *trouble)
+                tell("loading", window.micro_steps + 1, False)
+        tell("step", window.micro_steps, True)
+        return self._finished()
+
+    def _micro_step(
+        self, window: OpenWindow, batch: Any, forward: Callable[[Any], TaskOutput], tell: Tell
+    ) -> tuple[str, str] | None:
+        """Forward and backward; if memory runs out, in which of them, and what was said."""
+        during = "forward"
+        try:
+            tell("forward", window.micro_steps, window.is_last)
+            output = forward(batch)
+            during = "backward"
+            tell("backward", window.micro_steps, window.is_last)
+            self.backward(output.loss_sum, output.weight, output.sums)
+            return None
+        except Exception as error:
+            said = said_of_memory(error)
+            if said is None:
+                raise
+            if window.recoverable is None:
+                raise explained(window, self.recovery, during, said) from error
+        # Outside of the block above: the exception's traceback holds on to all that the forward has computed.
+        return during, said
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
+        state = {"updates": self.updates, "last_weight": self._last_weight, "trained": self._gradients.trained()}
+        return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`'s answer."""
+        self.updates = int(state["updates"] or 0)
+        self._last_weight = state["last_weight"]
+        self._gradients.set_trained(state.get("trained", ()))
+        if self.noise_scale is not None and "noise_scale" in state:
+            self.noise_scale.load_state_dict(state["noise_scale"])

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation.accumulator import Accumulator
+from distaccum.accumulation.open_window import require_equal_micro_steps
 from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.errors import UserError
 from distaccum.loaders import Window
@@ -33,6 +34,7 @@ from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.nested import gather_rows, leaves_of, number_of_rows, rebuilt
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
+from distaccum.strategies.placeholders import leaves_behind
 
 Embed = Callable[[Any], Any]
 Loss = Callable[[Any], TaskOutput]
@@ -95,7 +97,7 @@ def accumulate_coupled(
             "the noise scale can't be told of a loss that couples the window's samples: their gradients are not drawn "
             "one by one. Leave insight.noise_scale out."
         )
-    accumulator.require_equal_micro_steps(window)
+    require_equal_micro_steps(window, strategy)
     # A window of one micro-batch in all needs no caching.
     is_alone = strategy.world_size == 1 and isinstance(window, Sized) and len(window) == 1
     first, whole = _FirstPass(strategy), None
@@ -261,22 +263,15 @@ def _checked(output: Any) -> TaskOutput:
 def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
     """Gradients of the loss's own parameters would be lost without a word."""
     known = {id(leaf) for leaf in embeddings}
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss_sum.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable") and id(node.variable) not in known:
-            kind = "parameter" if isinstance(node.variable, nn.Parameter) else "tensor"
+    for leaf in leaves_behind(loss_sum):
+        if id(leaf) not in known:
+            kind = "parameter" if isinstance(leaf, nn.Parameter) else "tensor"
             raise UserError(
-                f"the loss of the whole window depends on a {kind} of its own, of shape {list(node.variable.shape)}, "
+                f"the loss of the whole window depends on a {kind} of its own, of shape {list(leaf.shape)}, "
                 "whose gradient would be lost. Let the model's embeddings carry it: a learnable temperature multiplies "
                 "them by its root (as model=encoder does with model.learn_temperature=true), any other can be among "
                 "them, expanded to one row for each sample."
             )
-        nodes.extend(following for following, _ in node.next_functions)
 
 
 def _random_states(strategy: Strategy) -> GlobalStates:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
+from distaccum.accumulation.optimizer_step import Gradients
 from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.strategies import Strategy
@@ -88,15 +89,17 @@ class MicroGradients:
             self._squares.append(torch.stack(norms).double().square().sum().to(self._strategy.device))
         self._held, self._held_bytes = [], 0
 
-    def start(self, unscale: Tensor | float) -> None:
+    def start(self, scale: float = 1.0, scaler: torch.amp.GradScaler | None = None) -> None:
         """After the window's last backward: adds up over all ranks, beside what follows. All ranks call it.
 
         Args:
-            unscale: what brings gradients to the units of the losses.
+            scale, scaler: what the losses have been multiplied by.
         """
         self._take_norms()
         sizes = [float(size) for size in self._sizes if size]
         square = torch.stack(self._squares).sum() if self._squares else torch.zeros((), dtype=torch.float64)
+        factor = torch.full((), scale, dtype=torch.float64, device=self._strategy.device)
+        unscale = 1 / (factor if scaler is None else scaler.scale(factor))
         square = square.to(self._strategy.device) * unscale * unscale
         if self._came_twice:
             square = square * torch.nan
@@ -115,11 +118,7 @@ class MicroGradients:
 
 
 def watcher_of(
-    micro_batches: Iterable[Any],
-    updates: int,
-    noise_scale: NoiseScale,
-    strategy: Strategy,
-    parameters: Sequence[Tensor],
+    micro_batches: Iterable[Any], updates: int, noise_scale: NoiseScale | None, gradients: Gradients
 ) -> MicroGradients | None:
     """What is to see the gradients of a window's micro-steps; None if the window is not to be measured.
 
@@ -129,6 +128,8 @@ def watcher_of(
     Raises:
         UserError: it was put together by length.
     """
+    if noise_scale is None:
+        return None
     number = updates
     if isinstance(micro_batches, Window):
         number = micro_batches.number
@@ -137,7 +138,7 @@ def watcher_of(
                 "the noise scale can't be told from micro-batches that were put together by length: they are not "
                 "random samples. Set batch=uniform, or leave insight.noise_scale out."
             )
-    return MicroGradients(strategy, parameters) if noise_scale.is_due(number) else None
+    return MicroGradients(gradients.strategy, gradients.of_optimizer()) if noise_scale.is_due(number) else None
 
 
 def measurement(seen: Sequence[float], norm: float) -> Measurement:

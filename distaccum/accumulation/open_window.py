@@ -1,37 +1,52 @@
-"""What is known of an update while its window is open and when it is done."""
+"""A window from its first micro-step to its update: what it has added up, and what undoes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from distaccum.accumulation.micro_gradients import MicroGradients
+from distaccum.accumulation.optimizer_step import Gradients
 from distaccum.errors import UserError
+from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.devices import Stopwatch
+from distaccum.strategies import Recoverable, Strategy
 
 Batch = TypeVar("Batch")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class OpenWindow:
     """What is known of a window between its first micro-step and its update."""
 
+    number: int
+    """Of its update, from 1."""
+    strategy: Strategy
+    gradients: Gradients
+    source: Iterable[Any]
+    """The micro-batches that it was opened over."""
     scale: float
     sizes: Sequence[int] | None
     started: float
-    calls_before: int
-    bytes_before: int
-    norm_before: float = 0.0
+    data_seconds: float
+    norm_before: float
     """Of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
+    recoverable: Recoverable | None
+    """The strategy, if micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
+    micro_gradients: MicroGradients | None
+    calls_before: int = field(init=False)
+    bytes_before: int = field(init=False)
     micro_steps: int = 0
     seed: Tensor | None = None
     is_last: bool = False
     awaiting_backward: bool = False
-    data_seconds: float = 0.0
     loss_sums: list[Tensor] = field(default_factory=list)
     weights: list[Tensor | float] = field(default_factory=list)
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -41,8 +56,6 @@ class OpenWindow:
     micro_step_start: Any = None
     buffers: KeptBuffers = field(default_factory=KeptBuffers)
     """The model's, as they were before the window, if it may have to be undone."""
-    recovers: bool = False
-    """Micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
     last_gradient: Tensor | None = None
     is_syncing: bool = False
     """The backward that synchronises the gradients has begun, so the other ranks wait for this one in it."""
@@ -51,9 +64,97 @@ class OpenWindow:
     remembered: dict[str, Tensor] = field(default_factory=dict)
     """What the strategy remembered of the windows before."""
 
-    micro_gradients: MicroGradients | None = None
+    def __post_init__(self) -> None:
+        if self.sizes is None and isinstance(self.source, Window):
+            self.sizes = self.source.sizes
+        self.calls_before, self.bytes_before = self.strategy.traffic.calls, self.strategy.traffic.bytes
 
-    def micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
+    def remember(self, model: nn.Module, *, may_be_skipped: bool) -> None:
+        """Keeps what the window changes besides gradients, if it may have to be undone."""
+        if self.recoverable is not None:
+            self.recoverable.begin_window()
+            self.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
+        if self.recoverable is not None or may_be_skipped:
+            self.buffers = KeptBuffers(model)
+
+    def add(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor]) -> Tensor:
+        """Notes the sums of a micro-step; returns the loss to back-propagate."""
+        self.awaiting_backward = False
+        if self.sizes is not None and self.sizes[self.micro_steps - 1] == 0:  # a placeholder
+            loss_sum, weight = self.strategy.placeholder_loss(loss_sum), 0.0
+            sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        self.loss_sums.append(loss_sum.detach())
+        self.weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
+        for name, value in sums.items():
+            self.sums.setdefault(name, []).append(value.detach())
+        return loss_sum
+
+    def count_samples(self, num_samples: int | None) -> None:
+        """Notes the size of a micro-step, for the noise scale.
+
+        Raises:
+            UserError: nobody has said how many samples it has.
+        """
+        num_samples = num_samples if self.sizes is None else self.sizes[self.micro_steps - 1]
+        if num_samples is None:
+            raise UserError(
+                "the noise scale counts samples, and these windows don't say how many a micro-batch has: call "
+                "accumulator.backward(loss_sum, weight, num_samples=…)"
+            )
+        if self.micro_gradients is not None:
+            self.micro_gradients.begin(num_samples)
+
+    def require_sync(self) -> None:
+        """Refuses a window that was left too early."""
+        if self.totals is None:
+            raise RuntimeError(
+                f"the window was left after {self.micro_steps} micro-step(s), before the backward of the last one, so "
+                "its gradients were never synchronised: iterate over all of its micro-batches"
+            )
+
+    def lose(self) -> None:
+        """Brings the sync to its end, whose backward has failed on this rank: the other ranks wait in it."""
+        assert self.recoverable is not None
+        self.is_lost = True
+        self.recoverable.complete_sync()
+        self.is_syncing = False
+        if self.micro_gradients is not None:
+            self.micro_gradients.start()  # the other ranks have; nobody uses what it gives
+
+    def is_lost_on_any_rank(self) -> bool:
+        """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
+        is_lost = torch.tensor(float(self.is_lost), device=self.strategy.device)
+        if self.strategy.process_group is not None:
+            dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
+        return bool(is_lost)
+
+    def begin_again(self) -> None:
+        """Drops what this rank has accumulated; the others don't know of it."""
+        self.gradients.clear()
+        self.buffers.put_back()
+        self.forget_micro_steps()
+
+    def put_back(self) -> None:
+        """Makes everything what it was before the window, on all ranks alike, after their sync."""
+        self.buffers.put_back()
+        self.gradients.take_back()
+        self.strategy.load_state_tensors(self.remembered)
+
+    def measured(self, stopwatch: Stopwatch) -> dict[str, Any]:
+        """Traffic and times of `UpdateResult`, once the host has waited for the device."""
+        traffic = self.strategy.traffic
+        launch = traffic.last_launch if traffic.calls > self.calls_before else None
+        return {
+            "micro_steps": self.micro_steps,
+            "sync_calls": traffic.calls - self.calls_before,
+            "sync_bytes": traffic.bytes - self.bytes_before,
+            "seconds": time.perf_counter() - self.started,
+            "data_seconds": self.data_seconds,
+            "micro_seconds": self._micro_seconds(stopwatch, launch),
+            "sync_seconds": stopwatch.seconds(launch, self.backward_end) if launch is not None else 0.0,
+        }
+
+    def _micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
         """Time of each micro-step, if it was taken.
 
         Args:
@@ -77,6 +178,20 @@ class OpenWindow:
         self.is_syncing = False
         if self.micro_gradients is not None:
             self.micro_gradients.forget()
+
+
+def require_equal_micro_steps(micro_batches: Iterable[Any], strategy: Strategy) -> None:
+    """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
+
+    Raises:
+        UserError: it is one, and the strategy's micro-steps hold collectives.
+    """
+    if isinstance(micro_batches, Window) and strategy.equal_micro_steps and not micro_batches.equal_micro_steps:
+        raise UserError(
+            "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
+            "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
+            "equal_micro_steps=True."
+        )
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

@@ -31,7 +31,7 @@ class Gradients:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, strategy: Strategy) -> None:
         self._optimizer = optimizer
-        self._strategy = strategy
+        self.strategy = strategy
         self._model_parameters = list(model.parameters())  # walking over the modules takes as long as clearing
         self._seen: set[int] = set()
         self._seen_first: list[Tensor] = []
@@ -80,7 +80,7 @@ class Gradients:
                 new.append(parameter)
             gradients.append(parameter.grad)
         require(bool(gradients), "no parameter of the optimizer got a gradient: does the loss depend on them?")
-        self._strategy.require_sync(calls_before, new)
+        self.strategy.require_sync(calls_before, new)
         self._checked.update(map(id, new))
         self._seen_first = [parameter for parameter in new if id(parameter) not in self._seen]
         self._seen.update(map(id, new))
@@ -114,7 +114,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Leaves none, or zeros."""
-        if not self._strategy.gradients_stay:
+        if not self.strategy.gradients_stay:
             for parameter in self._parameters():
                 parameter.grad = None
             return
@@ -206,9 +206,10 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
             step()
             return
         except Exception as error:
-            if not is_out_of_memory(error):
+            found = said_of_memory(error)
+            if found is None:
                 raise
-            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            said = found
         may_try_again = makes_state and shows_changes and not is_second
         if not may_try_again or versions != [tensor._version for tensor in [*parameters, *known]]:
             break
@@ -219,3 +220,10 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
         f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer with "
         "less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
     )
+
+
+def said_of_memory(error: Exception) -> str | None:
+    """What an error says in one line, if it is that memory has run out."""
+    if not is_out_of_memory(error):
+        return None
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

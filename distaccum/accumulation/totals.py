@@ -73,13 +73,12 @@ class SumsOverRanks:
                 vector[place].fill_(answer)  # copying the answers to a GPU would make the host wait
         return vector
 
-    def read(self, numbers: Sequence[float], window: OpenWindow) -> dict[str, Any]:
+    def read(self, numbers: Sequence[float], window: OpenWindow, norm_dtype: torch.dtype) -> dict[str, Any]:
         """Loss, weight, flags, reports and sums of `UpdateResult`, from the vector of `own`, added up over the ranks.
 
-        And `norm_before`: the norm of the window before, on the average of the ranks.
-
         Raises:
-            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch.
+            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch; or
+                the gradient of the update before had another norm on this rank than on the average of all.
         """
         loss_sum, weight, differing, norm_before, *rest = numbers
         if differing:
@@ -90,13 +89,13 @@ class SumsOverRanks:
         if differing:
             mine = self._own_sums(window)
             sums = summed_beside(torch.cat(mine), self._strategy.process_group)().tolist() if mine else []
+        _require_same_norm(window, norm_before / ranks, norm_dtype)
         sizes = [math.prod(shape) for _, shape in self._agreed]
         parts = torch.split(torch.tensor(sums, dtype=torch.float64), sizes)
         shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self._agreed, strict=True)}
         return {
             "loss": loss_sum / weight if weight else math.nan,
             "weight": weight,
-            "norm_before": norm_before / ranks,
             "flags": frozenset(name for name, raised in zip(self._flags, flags, strict=True) if raised),
             "reports": {name: tuple(reports[n * ranks : (n + 1) * ranks]) for n, name in enumerate(self._reports)},
             "sums": {name: shaped[name] for name in window.sums},  # in the order in which the user gave them
@@ -132,7 +131,7 @@ class SumsOverRanks:
         strategy.begin_sync(loss)
         loss.backward()  # type: ignore[no-untyped-call]
         if window.micro_gradients is not None:
-            window.micro_gradients.start(1.0)
+            window.micro_gradients.start()
 
 
 _NO_MICRO_BATCH = (
@@ -174,8 +173,13 @@ def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
     return everyone
 
 
-def require_weight(weight: Tensor | float) -> None:
-    """Refuses what can be no weight. What a tensor holds is seen where it is read, when the window ends."""
+def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:
+    """Refuses what can be no loss or weight. What a tensor holds is seen where it is read, when the window ends."""
+    if loss_sum.ndim != 0 or not loss_sum.requires_grad:
+        raise UserError(
+            f"loss_sum must be a scalar tensor with a gradient; got shape {tuple(loss_sum.shape)}, "
+            f'requires_grad={loss_sum.requires_grad}. Use reduction="sum" on the output of the model.'
+        )
     if not (weight.ndim == 0 if isinstance(weight, Tensor) else 0 <= weight < math.inf):
         got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else weight
         raise UserError(
@@ -184,23 +188,19 @@ def require_weight(weight: Tensor | float) -> None:
         )
 
 
-def require_same_norm(update: int, window: OpenWindow, mean: float, dtype: torch.dtype) -> None:
-    """Refuses to go on if the gradient of the update before had another norm on this rank than on the average of all.
-
-    It crosses the network with the sums of the next window, so that of a run's last update is never compared.
+def _require_same_norm(window: OpenWindow, mean: float, dtype: torch.dtype) -> None:
+    """Norms cross the network with the sums of the next window, so that of a run's last update is never compared.
 
     Args:
         dtype: of the norms, which different devices may round differently.
-
-    Raises:
-        UserError: the norm was another one.
     """
     mine = window.norm_before
     if abs(mine - mean) > mean * max(1e-5, 4 * torch.finfo(dtype).eps):
         raise UserError(
-            f"update {update}: the gradient's norm was {mine:.9g} on rank {dist.get_rank()}, {mean:.9g} on the average "
-            "of the ranks, so their parameters differ since then. Look for what changes gradients after the sync, or "
-            "the optimizer's parameters, on some ranks alone; and go on from a checkpoint before that update."
+            f"update {window.number - 1}: the gradient's norm was {mine:.9g} on rank {dist.get_rank()}, {mean:.9g} on "
+            "the average of the ranks, so their parameters differ since then. Look for what changes gradients after "
+            "the sync, or the optimizer's parameters, on some ranks alone; and go on from a checkpoint before that "
+            "update."
         )
 
 
@@ -217,22 +217,37 @@ def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float
     return 2.0 ** -round(math.log2(weight)) if math.isfinite(weight) and weight > 0 else 1.0
 
 
-def explain_nonfinite(
-    update: int, window: OpenWindow, strategy: Strategy, loss: float, weight: float, grad_norm: float
-) -> str:
-    """What to say of an update that can't be made. Every rank gets here, so it may use a collective."""
+def is_to_be_made(
+    window: OpenWindow,
+    loss: float,
+    weight: float,
+    grad_norm: float,
+    skips_nonfinite: bool,
+    scaler: torch.amp.GradScaler | None,
+) -> bool:
+    """Whether an update is one, or to be skipped. All ranks see the same numbers, so all come to the same answer.
+
+    Raises:
+        UserError: it is neither.
+    """
+    has_loss = math.isfinite(loss) and 0 < weight < math.inf
+    if has_loss and math.isfinite(grad_norm):
+        return True
+    # An overflow of scaled gradients is the scaler's affair, which lowers its scale.
+    if skips_nonfinite or (has_loss and scaler is not None and scaler.get_scale() >= 1):
+        return False
     if not math.isfinite(weight):
-        wrong = _where(window.weights, lambda value: 0 <= value < math.inf, strategy)
+        wrong = _where(window.weights, lambda value: 0 <= value < math.inf, window.strategy)
         what = f"a weight is negative, infinite or NaN{wrong}"
     elif weight <= 0:
         what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
     elif not math.isfinite(loss):
-        what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, strategy)}"
+        what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, window.strategy)}"
     else:
         what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
-    return (
-        f"update {update}: {what}. The parameters have not moved. Look at that data, lower the learning rate, or leave "
-        "such updates out with train.on_nonfinite=skip."
+    raise UserError(
+        f"update {window.number}: {what}. The parameters have not moved. Look at that data, lower the learning rate, "
+        "or leave such updates out with train.on_nonfinite=skip."
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from distaccum.errors import UserError, listed
+from distaccum.strategies.placeholders import with_zero_gradients
+from distaccum.strategies.scalar_sync import summed_beside
 
 
 class Traffic:
@@ -61,12 +64,13 @@ def refuse_unsynced(strategy: Strategy, calls_before: int, lost: Sequence[Tensor
 class Strategy(Protocol):
     """A placed model. Few methods, and no registry: a strategy is chosen in `distaccum.strategies.place`.
 
+    What is here holds for one device in one process.
+
     Attributes:
         model: what to call in a micro-step.
         module: the user's own module inside it, for evaluations and checkpoints.
         device: where this rank's parameters are.
         world_size: number of ranks whose gradients are added up in the sync.
-        sync_divisor: what the sync divides that sum by: the number of ranks where it takes the mean, else 1.
         process_group: the group of those ranks, or None when there is only this one.
         traffic: the collectives that carried gradients so far.
         equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
@@ -74,30 +78,24 @@ class Strategy(Protocol):
         shares_buffers: True if rank 0's buffers replace the other ranks' at the start of each window.
     """
 
+    model: nn.Module
+    module: nn.Module
+    device: torch.device
+    world_size: int = 1
+    process_group: dist.ProcessGroup | None = None
+    traffic: Traffic
+    equal_micro_steps: bool = False
+    gradients_stay: bool = False
+    shares_buffers: bool = True
+
     @property
-    def model(self) -> nn.Module: ...
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def sync_divisor(self) -> int: ...
-    @property
-    def process_group(self) -> dist.ProcessGroup | None: ...
-    @property
-    def traffic(self) -> Traffic: ...
-    @property
-    def equal_micro_steps(self) -> bool: ...
-    @property
-    def gradients_stay(self) -> bool: ...
-    @property
-    def shares_buffers(self) -> bool: ...
+    def sync_divisor(self) -> int:
+        """What the sync divides the ranks' sum by: the number of ranks where it takes the mean, else 1."""
+        return 1
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""
-        ...
+        return nullcontext()
 
     def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
         """Starts to add up a vector of float64 over the ranks, beside or within the backward that follows.
@@ -105,7 +103,7 @@ class Strategy(Protocol):
         Returns:
             What waits for the sum and gives it, to be called after that backward.
         """
-        ...
+        return summed_beside(numbers, self.process_group)
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
         """Refuses a window that has not been synchronised as a whole; before anybody waits for its sums.
@@ -117,15 +115,15 @@ class Strategy(Protocol):
         Raises:
             UserError: it is one, on this rank at least.
         """
-        ...
+        return
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
         """In place of the loss of a micro-step of weight zero: gradients of zero, and all the collectives."""
-        ...
+        return with_zero_gradients(loss_sum)
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """Norm of all gradients together, the same on every rank; a scalar on the device."""
-        ...
+        return get_total_norm(gradients)
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors to which this rank's own gradients of a micro-step come, before they cross the network.
@@ -138,11 +136,11 @@ class Strategy(Protocol):
         Raises:
             UserError: those gradients and the reduced ones can't be compared.
         """
-        ...
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def drop_gradients(self) -> None:
         """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
-        ...
+        return
 
     def own_clock(self) -> Callable[[], float] | None:
         """How to tell this rank's own time where micro-steps hold collectives, in which ranks wait for each other.
@@ -154,15 +152,15 @@ class Strategy(Protocol):
         Raises:
             UserError: it can't be told.
         """
-        ...
+        return None
 
     def share_buffers(self) -> None:
         """Makes buffers (BatchNorm statistics) the same on all ranks, if the strategy keeps them the same at all."""
-        ...
+        return
 
     def at_rest(self) -> None:
         """Leaves parameters as the optimizer and checkpoints see them; to be called between windows."""
-        ...
+        return
 
     def warm_up(self, forward: Callable[[], Tensor]) -> None:
         """Settles what a strategy learns in the run's first backward, so that a resumed run computes the same bits.
@@ -170,15 +168,15 @@ class Strategy(Protocol):
         Args:
             forward: a forward of a real micro-batch, which gives a loss; called only if it is needed.
         """
-        ...
+        return
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the strategy remembers of the windows before, on this rank."""
-        ...
+        return {}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what `state_tensors` gave on the same rank of as many."""
-        ...
+        return
 
 
 class Recoverable(Strategy, Protocol):

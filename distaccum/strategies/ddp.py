@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.errors import UserError, listed
 from distaccum.runtime.devices import Stopwatch
-from distaccum.strategies.base import Traffic, refuse_unsynced
+from distaccum.strategies.base import Strategy, Traffic, refuse_unsynced
 from distaccum.strategies.gradient_sync import (
     HookState,
     communication_hook,
@@ -32,7 +31,7 @@ from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_g
 from distaccum.strategies.scalar_sync import Passengers, summed_beside
 
 
-class DDPStrategy:
+class DDPStrategy(Strategy):
     """A `DistributedDataParallel` model, made by `place_ddp` or by the user's own loop.
 
     Several strategies of one model are one: what they need to know is kept with its communication hook.
@@ -46,15 +45,17 @@ class DDPStrategy:
         UserError: the model has another hook.
     """
 
+    model: DistributedDataParallel
+
     def __init__(self, model: DistributedDataParallel, config: DDPConfig | None = None) -> None:
         self.model = model
-        self.module: nn.Module = model.module
-        self.device: torch.device = next(model.parameters()).device
-        self.process_group: dist.ProcessGroup | None = model.process_group
+        self.module = model.module
+        self.device = next(model.parameters()).device
+        self.process_group = model.process_group
         self.world_size = dist.get_world_size(model.process_group)
         self._has_sync_batchnorm = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         self.equal_micro_steps = self.world_size > 1 and (model.static_graph or self._has_sync_batchnorm)
-        self.gradients_stay: bool = model.gradient_as_bucket_view
+        self.gradients_stay = model.gradient_as_bucket_view
         self.shares_buffers = self.world_size == 1 or model.broadcast_buffers
         self._state = _hook_state_of(model, config) or self._registered(config or DDPConfig())
         self.traffic, self._passengers = self._state.traffic, self._state.passengers
@@ -131,16 +132,13 @@ class DDPStrategy:
         self._state.is_learning = False  # a whole sync has been seen
         refuse_unsynced(self, calls_before, [entry for entry in parameters if id(entry) not in self._state.synced])
 
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        return get_total_norm(gradients)
-
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._powersgd is not None:
             raise UserError(
                 "insight.noise_scale can't be had with strategy.compression=powersgd: what it leaves of the gradients' "
                 "sum can't be compared with its parts. Leave one of them out."
             )
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        return super().gradient_leaves(parameters)
 
     def drop_gradients(self) -> None:
         if self._passengers is not None:
@@ -162,9 +160,6 @@ class DDPStrategy:
         if self.model.broadcast_buffers:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group_src=0, group=self.process_group)
-
-    def at_rest(self) -> None:
-        pass
 
     def warm_up(self, forward: Callable[[], Tensor]) -> None:
         if self.world_size == 1 or (self.model.find_unused_parameters and not self.model.static_graph):

@@ -17,8 +17,6 @@ as BatchNorm does: then it mixes those of one replica). What is the same for bot
 from __future__ import annotations
 
 import logging
-import pickle
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +25,6 @@ from threading import Thread
 from types import MethodType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,7 +33,7 @@ from torch.nn.parameter import is_lazy
 from distaccum.config import DPConfig
 from distaccum.errors import UserError
 from distaccum.runtime.nested import to_device
-from distaccum.runtime.randomness import derived_seed
+from distaccum.runtime.randomness import DrawDetector, derived_seed
 from distaccum.strategies.scattering import Call, batch_size, gather, scatter
 from distaccum.strategies.single import SingleStrategy
 
@@ -313,30 +310,24 @@ def _put_in_place(members: Mapping[str, T | None], others: Mapping[int, T]) -> d
 
 
 class _Randomness:
-    """Where the random streams are that threads share: torch's, those that modules hold, Python's and NumPy's."""
+    """Where the random streams are that threads share: torch's, Python's, NumPy's, and those that modules hold."""
 
     def __init__(self, module: nn.Module) -> None:
         held = [value for part in module.modules() for value in vars(part).values() if type(value) is torch.Generator]
-        self._generators: list[torch.Generator] = [torch.default_generator, *held]
-        self._states = [generator.get_state() for generator in self._generators]
-        self._host = self._host_state()
-
-    @staticmethod
-    def _host_state() -> bytes:
-        return pickle.dumps((random.getstate(), np.random.get_state()))
+        self._held = [(generator, generator.get_state()) for generator in held]
+        self._global = DrawDetector()
+        self._states = self._global.start()
 
     @property
     def moved(self) -> bool:
         """True if anything has been drawn since."""
-        now = [generator.get_state() for generator in self._generators]
-        return self._host_state() != self._host or not all(map(torch.equal, now, self._states))
+        has_moved_held = any(not torch.equal(generator.get_state(), state) for generator, state in self._held)
+        return has_moved_held or self._global.has_drawn()
 
     def restore(self) -> None:
-        for generator, state in zip(self._generators, self._states, strict=True):
+        self._states.put_back()
+        for generator, state in self._held:
             generator.set_state(state)
-        python, numpy = pickle.loads(self._host)
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

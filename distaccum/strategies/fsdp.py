@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,8 @@ from distaccum.config.enums import PrecisionName
 from distaccum.errors import UserError
 from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.devices import Stopwatch
-from distaccum.strategies.base import Traffic, local_parts, refuse_unsynced
+from distaccum.strategies.base import Strategy, Traffic, local_parts, refuse_unsynced
 from distaccum.strategies.blocks import blocks_to_wrap
-from distaccum.strategies.scalar_sync import summed_beside
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class FSDPStrategy:
+class FSDPStrategy(Strategy):
     """A module sharded by `fully_shard`. Forwards hold collectives, so ranks must take equally many of them."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, reshard_in_window: bool = True) -> None:
@@ -52,13 +51,11 @@ class FSDPStrategy:
                         " in one block, which FSDP gathers in one format. Cast them to one, shard them as blocks of "
                         "their own (strategy.wrap), or set strategy=ddp."
                     )
-        self.model: nn.Module = model
-        self.module: nn.Module = model
+        self.model = self.module = model
         self.device = device
         self.process_group = dist.group.WORLD
-        self.world_size = self.sync_divisor = dist.get_world_size()
+        self.world_size = dist.get_world_size()
         self.equal_micro_steps = self.world_size > 1
-        self.gradients_stay = False
         self.shares_buffers = self.world_size == 1
         self._root: FSDPModule = model
         # Kept with the model, so that several strategies of it are one.
@@ -72,6 +69,10 @@ class FSDPStrategy:
                     module.set_custom_reduce_scatter(counted)
         if not counted.reshard_in_window:
             model.set_reshard_after_forward(False)
+
+    @property
+    def sync_divisor(self) -> int:
+        return self.world_size
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -88,9 +89,6 @@ class FSDPStrategy:
         self._root.set_requires_gradient_sync(sync)
         if not self._counted.reshard_in_window:
             self._root.set_reshard_after_backward(sync)
-
-    def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
-        return summed_beside(numbers, self.process_group)
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
         refuse_unsynced(self, calls_before, [entry for entry in parameters if not isinstance(entry, DTensor)])
@@ -142,15 +140,6 @@ class FSDPStrategy:
 
     def at_rest(self) -> None:
         _reshard(self.model)
-
-    def warm_up(self, forward: Callable[[], Tensor]) -> None:
-        pass
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        pass
 
 
 class _ForwardClock:

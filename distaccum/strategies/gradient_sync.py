@@ -48,48 +48,36 @@ class HookState:
             self.synced.update(map(id, bucket.parameters()))
 
 
-def _all_reduce(state: HookState, bucket: GradBucket, dtype: torch.dtype | None) -> Future[torch.Tensor]:
-    state.learn(bucket)
-    buffer = bucket.buffer()
-    sent = buffer if dtype is None else buffer.to(dtype)
-    if state.divisor != 1:
-        sent.div_(state.divisor)
-    state.traffic.count(sent)
-    state.traffic.last_launch = state.mark()
-    passenger = state.passengers.take(sent.dtype) if state.passengers is not None else None
-    if passenger is None:
-        work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
-    else:
-        work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
-    reduced: Future[Any] = work.get_future()
-    # Ranks that aren't there (torch's fake process group) give no value.
-    if dtype is None:
-        return reduced.then(lambda future: (future.value() or (sent,))[0])
-    return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
-
-
-def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """Sum over the ranks, divided by `divisor`, in the gradients' own format."""
-    return _all_reduce(state, bucket, None)
-
-
-def all_reduce_fp16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """The same, sent as float16: in range, as the accumulator has made gradients of the order of a mean."""
-    return _all_reduce(state, bucket, torch.float16)
-
-
-def all_reduce_bf16_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
-    """The same, sent as bfloat16. torch's own hook refuses gloo."""
-    return _all_reduce(state, bucket, torch.bfloat16)
-
-
 def communication_hook(compression: Compression) -> Hook:
-    """The hook for a compression other than PowerSGD."""
-    return {
-        Compression.none: all_reduce_hook,
-        Compression.fp16: all_reduce_fp16_hook,
-        Compression.bf16: all_reduce_bf16_hook,
-    }[compression]
+    """Sum over the ranks, divided by `divisor`, in the gradients' own format or a smaller one. Not for PowerSGD.
+
+    float16 is in range, as the accumulator has made gradients of the order of a mean. (torch's own hook for bfloat16
+    refuses gloo.)
+    """
+    dtype = {Compression.none: None, Compression.fp16: torch.float16, Compression.bf16: torch.bfloat16}[compression]
+
+    def all_reduce_hook(state: HookState, bucket: GradBucket) -> Future[torch.Tensor]:
+        state.learn(bucket)
+        buffer = bucket.buffer()
+        sent = buffer if dtype is None else buffer.to(dtype)
+        if state.divisor != 1:
+            sent.div_(state.divisor)
+        state.traffic.count(sent)
+        state.traffic.last_launch = state.mark()
+        passenger = state.passengers.take(sent.dtype) if state.passengers is not None else None
+        if passenger is None:
+            work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
+        else:
+            work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
+        reduced: Future[Any] = work.get_future()
+        # Ranks that aren't there (torch's fake process group) give no value.
+        if dtype is None:
+            return reduced.then(lambda future: (future.value() or (sent,))[0])
+        return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
+
+    # What a message calls it.
+    all_reduce_hook.__qualname__ = "all_reduce_hook" if dtype is None else f"all_reduce_{compression.value}_hook"
+    return all_reduce_hook
 
 
 @functools.cache

@@ -27,6 +27,11 @@ def with_zero_gradients(loss_sum: Tensor) -> Tensor:
 
     Multiplying by zero would not do: 0 · NaN is NaN. So the model's own graph is left out of the backward.
     """
+    return zero_with_gradients(leaves_behind(loss_sum))
+
+
+def leaves_behind(loss_sum: Tensor) -> list[Tensor]:
+    """The parameters, and whatever else takes a gradient, that a loss was computed from."""
     leaves: list[Tensor] = []
     seen: set[Any] = set()
     nodes = [loss_sum.grad_fn]
@@ -38,7 +43,7 @@ def with_zero_gradients(loss_sum: Tensor) -> Tensor:
         if hasattr(node, "variable"):
             leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
-    return zero_with_gradients(leaves)
+    return leaves
 
 
 def zero_with_gradients(leaves: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from distaccum.accumulation.recovery import MicroStepOutput
+from distaccum.accumulation.result import TaskOutput
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
@@ -75,7 +75,7 @@ class Fitting:
         self,
         loader: WindowLoader,
         strategy: Strategy,
-        forward: Callable[[nn.Module, Any], MicroStepOutput],
+        forward: Callable[[nn.Module, Any], TaskOutput],
         optimizer: torch.optim.Optimizer,
         *,
         lengths: Any = None,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distaccum.accumulation.recovery import MicroStepOutput, Recovery
+from distaccum.accumulation.recovery import Recovery
+from distaccum.accumulation.result import TaskOutput
 from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.config import TrainConfig
 from distaccum.config.launcher import launch
@@ -30,7 +31,7 @@ def settle_sizes(
     loader: WindowLoader,
     strategy: Strategy,
     optimizer: torch.optim.Optimizer,
-    forward: Callable[[nn.Module, Any], MicroStepOutput],
+    forward: Callable[[nn.Module, Any], TaskOutput],
     dataset: Any,
     checkpoint: Checkpoint | None,
 ) -> Recovery:
@@ -87,7 +88,7 @@ def _found(
     loader: WindowLoader,
     strategy: Strategy,
     optimizer: torch.optim.Optimizer,
-    forward: Callable[[nn.Module, Any], MicroStepOutput],
+    forward: Callable[[nn.Module, Any], TaskOutput],
     dataset: Any,
 ) -> int:
     lengths = loader.lengths if loader.lengths is not None else getattr(dataset, "lengths", None)

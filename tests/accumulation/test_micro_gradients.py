@@ -163,7 +163,7 @@ def test_norms_are_those_of_each_micro_steps_own_gradient(dtype: torch.dtype, mo
         for batch in batches:
             watcher.begin(len(batch))
             model(batch).sum().backward()
-        watcher.start(0.5)
+        watcher.start(2.0)
     pieces, parts, samples, squared_sizes = watcher.seen().tolist()
     assert pieces == pytest.approx(0.25 * float(sum(squares)), rel=1e-5)
     assert (parts, samples, squared_sizes) == (3, 8, 26)

@@ -13,6 +13,7 @@ from injection import Fragile, Vectors, task
 from torch import nn
 
 from distaccum import Accumulator, LoaderOptions, UpdateResult, UserError, WindowLoader
+from distaccum.accumulation.open_window import OpenWindow
 from distaccum.accumulation.recovery import Recovery
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
@@ -172,7 +173,7 @@ def check_all_ranks_at_once(world: World) -> None:
 def check_the_comparison_can_fail(world: World) -> None:
     """What a failed backward has accumulated would be noticed, were it not dropped."""
     wanted = _train(world)
-    with replaced(Accumulator, "begin_again", lambda self, window: window.forget_micro_steps()):
+    with replaced(OpenWindow, "begin_again", OpenWindow.forget_micro_steps):
         found = _train(world, strike=(1, STRUCK, "backward", "middle", 1))
     with pytest.raises(AssertionError):
         _assert_same(found, wanted, "")

@@ -210,7 +210,7 @@ def check_gpt_blocks_are_wrapped_one_by_one(world: World) -> None:
 
 def check_what_fsdp_cannot_do_is_refused(world: World) -> None:
     images = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    with pytest.raises(UserError, match=r"^strategy=fsdp can't shard weight of the model, whose memory is in another"):
+    with pytest.raises(UserError, match=r"^strategy=fsdp can't shard weight, whose memory is in another"):
         place(images, FSDPConfig(), torch.device("cpu"))
     with pytest.raises(UserError, match=r"strategy.wrap=\['Nowhere'\].* It has: .*Embedding"):
         place(TokenClassifier(), FSDPConfig(wrap=["Nowhere"]), CPU)
