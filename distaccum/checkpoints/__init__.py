@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
 from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
-from distaccum.checkpoints.finding import checked, newest_whole
-from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers
-from distaccum.checkpoints.reading import averaged_weights, load_model, putting_back
-from distaccum.checkpoints.state import persistent_buffers
-from distaccum.runtime.random_state import random_state, set_random_state
+from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
+from distaccum.checkpoints.state import averaged_weights, load_model, persistent_buffers, putting_back
+from distaccum.runtime.randomness import random_state, set_random_state
 
 __all__ = [
     "MODEL_FILE",

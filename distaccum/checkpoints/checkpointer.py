@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.best import BestEvaluations
 from distaccum.checkpoints.encoding import decoded
-from distaccum.checkpoints.finding import newest_whole
-from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, newest_whole, prune
 from distaccum.checkpoints.optimizer_state import (
     adopt_group_settings,
     check_optimizer,
@@ -32,21 +31,24 @@ from distaccum.checkpoints.optimizer_state import (
     outside_parameters,
     set_optimizer_state,
 )
-from distaccum.checkpoints.reading import putting_back, read_tensors, reasons, without_process_warning
 from distaccum.checkpoints.state import (
     check_same_model,
     extra_states,
     named_also,
     of_python,
     persistent_buffers,
+    putting_back,
+    read_tensors,
+    reasons,
     set_extra_states,
     state_tensors,
+    without_process_warning,
 )
 from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
 from distaccum.config import CheckpointConfig
 from distaccum.errors import UserError
 from distaccum.runtime.diagnosis import is_broken_collective
-from distaccum.runtime.random_state import set_random_state
+from distaccum.runtime.randomness import set_random_state
 from distaccum.strategies import Strategy, local_parts, strategy_of
 from distaccum.strategies.optimizers import own_optimizer
 
@@ -132,7 +134,6 @@ class Checkpointer:
         """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
         self.last_saved: int | None = None
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
-
         check_optimizer(optimizer)
         self._check()
 
@@ -318,8 +319,9 @@ class Checkpointer:
             UserError: the checkpoint holds another model, or another optimizer.
         """
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
+        formats = ManifestReader(checkpoint).formats()
         self.strategy.at_rest()
-        check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
+        check_same_model(module, {name: shape for name, (shape, _) in formats.items()})
         check_same_optimizer(module, self.optimizer, checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
@@ -328,7 +330,6 @@ class Checkpointer:
             own = f"rank/{self.rank}/buffers/{name}"
             targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
         targets |= self._also_in(checkpoint)
-        formats = ManifestReader(checkpoint).formats()
         optimizer_state = optimizer_targets(module, self.optimizer, formats)
         mine = f"rank/{self.rank}/"
         own_state = {
@@ -337,9 +338,7 @@ class Checkpointer:
             if is_same_layout and name.startswith((f"{mine}random/", f"{mine}strategy/"))
         }
         read_tensors(checkpoint, targets | optimizer_state | own_state, self._group)
-        of_parameters = {
-            name.removeprefix("model/"): dtype for name, (_, dtype) in formats.items() if name.startswith("model/")
-        }
+        of_parameters = {name: dtype for name, (_, dtype) in _below(formats, "model/").items()}
         with putting_back(checkpoint, "optimizer"):
             set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
             adopt_group_settings(self.optimizer, self._settings_at_start, checkpoint.state["optimizer"])
@@ -369,7 +368,7 @@ class Checkpointer:
         """Those of the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
         found: dict[str, Tensor] = {}
         for kind, values in self.tensors.items():
-            wanted = named_also({kind: values})
+            wanted = named_also(kind, values)
             if not any(name.startswith(f"also/{kind}/") for name in checkpoint.manifest["tensors"]):
                 if self.rank == 0:
                     logger.info("%s has no %s, which begins anew", checkpoint.path, kind)
@@ -396,5 +395,5 @@ class Checkpointer:
         return values
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

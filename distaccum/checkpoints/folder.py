@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from distaccum.checkpoints.encoding import decoded
-from distaccum.checkpoints.form import FORMAT, is_file_name, is_shallow, misfit
+from distaccum.checkpoints.form import FORMAT, SAFETENSORS_NAMES, is_shallow, misfit
 from distaccum.checkpoints.form import MANIFEST as MANIFEST_FORM
 from distaccum.runtime.files import open_regular, sync
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
 _PREFIX = "update-"
 _NAME = re.compile(r"update-\d{1,18}", re.ASCII)
+_FILE = re.compile(r"rank-\d{5,}\.safetensors", re.ASCII)
 _WRITING = ".writing-"
 _REMOVED = ".removed-"
 _REPLACED = ".replaced-"
@@ -163,7 +169,7 @@ def _check_form(manifest: Any, folder: str) -> None:
     if not is_shallow(manifest["state"]) or not all(_NAME.fullmatch(f"{_PREFIX}{number}") for number in best):
         raise DamagedCheckpointError(f"{MANIFEST} is not what a run writes")
     named = {chunk["file"] for tensor in manifest["tensors"].values() for chunk in tensor["chunks"]}
-    if not named <= manifest["files"].keys() or not all(map(is_file_name, manifest["files"])):
+    if not named <= manifest["files"].keys() or not all(map(_FILE.fullmatch, manifest["files"])):
         raise DamagedCheckpointError(f"{MANIFEST} names files that are not the checkpoint's")
     if folder.startswith(_PREFIX) and folder != name_of(manifest["update"]):
         raise DamagedCheckpointError(f"{MANIFEST} is of update {manifest['update']}, and the folder is {folder}")
@@ -192,6 +198,57 @@ def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             raise DamagedCheckpointError(f"{name} is not as it was written: its hash is another")
 
 
+def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> Checkpoint | None:
+    """The newest checkpoint in a folder whose files are all as they were written; ranks check a part of them each.
+
+    Args:
+        gather: gives every rank's value on every rank.
+    """
+    for path in gather(checkpoints_in(folder) if rank == 0 else None)[0]:
+        checkpoint, problems = checked(path, rank=rank, gather=gather)
+        if checkpoint is not None:
+            return checkpoint
+        if rank == 0:
+            logger.warning("the checkpoint %s is damaged and passed over: %s", path, problems)
+    return None
+
+
+def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tuple[Checkpoint | None, str]:
+    """The checkpoint in a folder, or None and what is wrong with it; the same on all ranks."""
+    checkpoint, problem = None, None
+    try:
+        checkpoint = read_checkpoint(path)
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    ranks = len(gather(None))
+    if checkpoint is not None:
+        try:
+            verify_files(checkpoint, checkpoint.files[rank::ranks])
+            _check_content(checkpoint, checkpoint.files[rank::ranks])
+        except DamagedCheckpointError as error:
+            problem = str(error)
+    problems = [entry for entry in gather(problem) if entry is not None]
+    return (None, "; ".join(dict.fromkeys(problems))) if problems else (checkpoint, "")
+
+
+def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Refuses files that don't hold what the manifest says."""
+    wanted: dict[str, list[tuple[str, tuple[list[int], str]]]] = {name: [] for name in names}
+    for tensor in checkpoint.manifest["tensors"].values():
+        for chunk in tensor["chunks"]:
+            if chunk["file"] in wanted:
+                wanted[chunk["file"]].append((chunk["key"], (chunk["shape"], SAFETENSORS_NAMES[tensor["dtype"]])))
+    for name, pieces in wanted.items():
+        try:
+            with safe_open(checkpoint.path / name, framework="np") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: (entry.get_shape(), entry.get_dtype()) for key, entry in slices.items()}
+        except SafetensorError as error:
+            raise DamagedCheckpointError(f"{name} is no safetensors file ({error})") from error
+        if any(found.get(key) != piece for key, piece in pieces):
+            raise DamagedCheckpointError(f"{name} doesn't hold the tensors that {MANIFEST} names")
+
+
 def prune(folder: Path, *, keep_last: int, newest: int | None = None, best: Iterable[int] = ()) -> list[int]:
     """Removes checkpoints but the newest `keep_last` and those of the updates in `best`; returns what was removed.
 
@@ -205,14 +262,10 @@ def prune(folder: Path, *, keep_last: int, newest: int | None = None, best: Iter
     removed = []
     for update in [update for update in updates if newest is None or update <= newest][keep_last:]:
         if update not in kept:
-            _remove(folder / name_of(update))
+            # Renamed first: what is half removed must not look like a checkpoint.
+            aside = folder / f"{_REMOVED}{name_of(update)}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / name_of(update)).rename(aside)
+            shutil.rmtree(aside)
             removed.append(update)
     return removed
-
-
-def _remove(path: Path) -> None:
-    # Renamed first: what is half removed must not look like a checkpoint.
-    aside = path.with_name(_REMOVED + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    shutil.rmtree(aside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from itertools import pairwise
 from math import prod
@@ -91,9 +90,7 @@ def _is_settings(value: Any) -> bool:
 MANIFEST: Form = {
     "format": lambda value: value == FORMAT,
     "update": is_natural,
-    "files": {
-        str: {"bytes": is_natural, "blake2b": is_text},
-    },
+    "files": {str: {"bytes": is_natural, "blake2b": is_text}},
     "tensors": {str: _is_tensor},
     "state": {
         "progress": is_dict,
@@ -111,8 +108,3 @@ def is_shallow(value: Any, most: int = 100) -> bool:
     """Whether values are nested so little that nobody who walks over them comes to a limit."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return most > 0 and all(is_shallow(entry, most - 1) for entry in inside)
-
-
-def is_file_name(name: str) -> bool:
-    """Whether a rank writes files of that name."""
-    return re.fullmatch(r"rank-\d{5,}\.safetensors", name, re.ASCII) is not None

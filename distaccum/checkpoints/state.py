@@ -19,17 +19,25 @@ DTensors, of which `torch.distributed.checkpoint` saves and loads each rank's pa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.encoding import decoded, encoded
+from distaccum.checkpoints.folder import Checkpoint
 from distaccum.checkpoints.optimizer_state import optimizer_tensors, outside_parameters
+from distaccum.checkpoints.storage import ManifestReader
 from distaccum.errors import UserError
-from distaccum.runtime.random_state import random_state
+from distaccum.runtime.randomness import random_state
 from distaccum.strategies import Strategy
 
 
@@ -57,14 +65,14 @@ def state_tensors(
         # What is neither sharded nor a parameter's may differ between ranks, as BatchNorm's statistics do: rank 0's
         # count, as they do of the model.
         own = {n: v for n, v in tensors_of_kind.items() if rank == 0 or n in parameters or isinstance(v, DTensor)}
-        tensors |= named_also({kind: own})
+        tensors |= named_also(kind, own)
     tensors |= {f"rank/{rank}/random/{name}": value for name, value in random_state(strategy.device).items()}
     return tensors | {f"rank/{rank}/strategy/{name}": value for name, value in strategy.state_tensors().items()}
 
 
-def named_also(also: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def named_also(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Further tensors of a run, by their names in a checkpoint."""
-    return {f"also/{kind}/{name}": value for kind, values in also.items() for name, value in values.items()}
+    return {f"also/{kind}/{name}": value for name, value in values.items()}
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -93,15 +101,12 @@ def check_same_model(
         UserError: names what is missing, unexpected or of another shape.
     """
     members = [*module.named_parameters(), *persistent_buffers(module)]
-    here = {f"model/{name}": list(value.shape) for name, value in members}
-    there = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
-    problems = [f"{name.removeprefix('model/')} is missing from it" for name in here.keys() - there.keys()]
-    problems += [f"{name.removeprefix('model/')} is unknown to the model" for name in there.keys() - here.keys()]
-    problems += [
-        f"{name.removeprefix('model/')} is {there[name]} there and {here[name]} here"
-        for name in here.keys() & there.keys()
-        if here[name] != there[name]
-    ]
+    here = {name: list(value.shape) for name, value in members}
+    there = {name.removeprefix("model/"): shape for name, shape in shapes.items() if name.startswith("model/")}
+    both = here.keys() & there.keys()
+    problems = [f"{name} is missing from it" for name in here.keys() - both]
+    problems += [f"{name} is unknown to the model" for name in there.keys() - both]
+    problems += [f"{name} is {there[name]} there and {here[name]} here" for name in both if here[name] != there[name]]
     if problems:
         more = f"; and {len(problems) - 3} more differences" if len(problems) > 3 else ""
         raise UserError(
@@ -143,3 +148,99 @@ def set_extra_states(module: nn.Module, states: Mapping[str, Any]) -> None:
     for name, part in module.named_modules():
         if name in states:
             part.set_extra_state(decoded(states[name]))
+
+
+def read_tensors(checkpoint: Checkpoint, targets: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Fills tensors with what a checkpoint has under their names; of sharded ones, this rank's part.
+
+    Args:
+        group: the ranks that read together. None: this process reads alone.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        with torch.no_grad():
+            without_process_warning()
+            load(
+                targets,
+                storage_reader=ManifestReader(checkpoint),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointException as error:  # a BaseException
+        raise UserError(f"the checkpoint {checkpoint.path} can't be read: {reasons(error)}.") from error
+
+
+def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = None) -> None:
+    """Puts a checkpoint's weights and buffers into a plain module, on its device and in its formats.
+
+    Each process that calls it reads by itself.
+
+    Args:
+        average: `ema` or `swa`, to take those weights where there are any; frozen parameters have none.
+
+    Raises:
+        UserError: the checkpoint holds another model, or can't be read.
+    """
+    stored = checkpoint.manifest["tensors"]
+    check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
+    members = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    members |= dict(persistent_buffers(module))
+    targets = {}
+    for name, tensor in members.items():
+        path = f"also/{average}/{name}"
+        targets[path if average is not None and path in stored else f"model/{name}"] = tensor
+    read_tensors(checkpoint, targets, None)
+    with putting_back(checkpoint, "model"):
+        set_extra_states(module, checkpoint.state["extra"])
+
+
+def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
+    """How many updates' weights are in an average that a checkpoint keeps; None if it keeps none of that name."""
+    path = f"also/{average}/n_averaged"
+    if path not in checkpoint.manifest["tensors"]:
+        return None
+    count = torch.zeros((), dtype=torch.int64)
+    read_tensors(checkpoint, {path: count}, None)
+    return int(count)
+
+
+@contextmanager
+def putting_back(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """Has what doesn't take a saved state end with one message.
+
+    Raises:
+        UserError: in the place of what says that values are of another kind.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint.path}: the state of {name} that is in it can't be put back ({_reason(error)}). Configure "
+            "what it was saved of, or begin anew with resume=none and another run_dir."
+        ) from error
+
+
+def reasons(error: BaseException) -> str:
+    """Why saving or reading failed, in one line: each reason once, with the first of its ranks if there are several."""
+    if not isinstance(error, CheckpointException):
+        return _reason(error)
+    first_ranks: dict[str, int] = {}
+    for rank, (failure, _) in sorted(error.failures.items()):
+        first_ranks.setdefault(_reason(failure), rank)
+    if len(first_ranks) == 1:
+        return next(iter(first_ranks))
+    return "; ".join(f"rank {rank}: {reason}" for reason, rank in first_ranks.items())
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def without_process_warning() -> None:
+    """One process is meant where `no_dist` is given; torch would warn that it takes us to mean that."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -113,25 +112,8 @@ def _bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-class ManifestWriter(StorageWriter):
-    """Writes one checkpoint and gives it its name at the end.
-
-    Args:
-        folder: folder of all checkpoints of the run.
-        update: the update that it is made after.
-        rank: of this process.
-        state: what is saved besides tensors, as JSON has it; rank 0's counts.
-        files: other files of the run that belong to the checkpoint; they are brought to the disk before it counts.
-    """
-
-    def __init__(
-        self, folder: Path, update: int, rank: int, state: Mapping[str, Any], files: Sequence[Path] = ()
-    ) -> None:
-        self._folder = folder
-        self._update = update
-        self._rank = rank
-        self._state = state
-        self._files = files
+class _OfOneCheckpoint:
+    """What torch asks of storage that can be pointed at another checkpoint, and plans of its own."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -140,14 +122,36 @@ class ManifestWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
 
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    def prepare_global_plan(self, plans: Any) -> Any:
+        return plans
+
+
+@dataclass
+class ManifestWriter(_OfOneCheckpoint, StorageWriter):
+    """Writes one checkpoint and gives it its name at the end.
+
+    Attributes:
+        folder: folder of all checkpoints of the run.
+        update: the update that it is made after.
+        rank: of this process.
+        state: what is saved besides tensors, as JSON has it; rank 0's counts.
+        files: other files of the run that belong to the checkpoint; they are brought to the disk before it counts.
+    """
+
+    folder: Path
+    update: int
+    rank: int
+    state: Mapping[str, Any]
+    files: Sequence[Path] = ()
+
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        start_writing(self._folder, self._update)  # on rank 0 alone, before anybody writes
+        start_writing(self.folder, self.update)  # on rank 0 alone, before anybody writes
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -157,13 +161,9 @@ class ManifestWriter(StorageWriter):
             return done
         # A rank may hold several pieces of one tensor; the name of a piece is its tensor's and where it begins.
         keys = [f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}" for item in plan.items]
-        tensors: dict[str, Tensor] = {}
-        for key, item in zip(keys, plan.items, strict=True):
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor), "everything else is in the manifest"
-            tensors[key] = tensor
-        name = f"rank-{self._rank:05d}.safetensors"
-        size, digest = write_safetensors(writing_path(self._folder, self._update) / name, tensors)
+        tensors: dict[str, Any] = {key: planner.resolve_data(item) for key, item in zip(keys, plan.items, strict=True)}
+        name = f"rank-{self.rank:05d}.safetensors"
+        size, digest = write_safetensors(writing_path(self.folder, self.update) / name, tensors)
         done.set_result(
             [
                 WriteResult(item.index, tensors[key].nbytes, _Stored(name, key, size, digest))
@@ -187,33 +187,26 @@ class ManifestWriter(StorageWriter):
         files = {s.file: {"bytes": s.file_bytes, "blake2b": s.file_blake2b} for s in written.values()}
         manifest = {
             "format": FORMAT,
-            "update": self._update,
-            "state": self._state,
+            "update": self.update,
+            "state": self.state,
             "tensors": tensors,
             "files": files,
             "torch": torch.__version__,
         }
-        for path in self._files:
+        for path in self.files:
             if path.exists():
                 sync(path)
-        writing = writing_path(self._folder, self._update)
+        writing = writing_path(self.folder, self.update)
         write_manifest(writing, manifest)
-        commit(writing, self._update)
+        commit(writing, self.update)
 
 
-class ManifestReader(StorageReader):
+class ManifestReader(_OfOneCheckpoint, StorageReader):
     """Reads tensors of a checkpoint, whatever ranks wrote it and whatever ranks read it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._path = checkpoint.path
         self._tensors: dict[str, Any] = checkpoint.manifest["tensors"]
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(
@@ -234,16 +227,12 @@ class ManifestReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
-            chunk = self._chunk(item.storage_index)
+            index = item.storage_index
+            chunks = self._tensors[index.fqn]["chunks"]
+            chunk = next(chunk for chunk in chunks if chunk["offsets"] == list(index.offset or ()))
             by_file.setdefault(chunk["file"], []).append((item, chunk["key"]))
         for name, reads in by_file.items():
             open_regular(self._path / name).close()
@@ -258,7 +247,3 @@ class ManifestReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _chunk(self, index: MetadataIndex) -> dict[str, Any]:
-        chunks: list[dict[str, Any]] = self._tensors[index.fqn]["chunks"]
-        return next(chunk for chunk in chunks if chunk["offsets"] == list(index.offset or ()))

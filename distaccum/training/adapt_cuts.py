@@ -10,6 +10,7 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -36,10 +37,7 @@ class CutTuning:
     """Watches the updates of a run and tunes how its windows are cut.
 
     Args:
-        loader: of the windows.
-        strategy: how the model is placed.
-        measure_costs: fit what micro-batches cost, if windows are cut by length.
-        balance_speed: give ranks shares in proportion to their measured speed.
+        measure_costs, balance_speed: as the trainer has them.
         noise_scale: that the sizes of windows follow, if the loader has a schedule that asks for it.
 
     Attributes:
@@ -96,21 +94,25 @@ class CutTuning:
         assert isinstance(sizes.rule, NoiseSizes)
         if self._number(window) < sizes.rule.changes[-1][0]:
             return  # what was measured last has not come into force yet
-        # Rank 0's counts: on unlike devices the last bit may be another.
-        found = [sizes.rule.wanted(noise.scale, noise.measurements)]
-        if self._strategy.process_group is not None:
-            dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
-        if found[0] is not None:
+        wanted = self._of_rank_0(sizes.rule.wanted(noise.scale, noise.measurements))
+        if wanted is not None:
             # One window later than cuts change: whether an epoch has another window may depend on its size.
             first = self._first_free(window) + 1
-            sizes.change(found[0], first)
+            sizes.change(wanted, first)
             logger.info(
                 "update %d: noise scale %.4g; %d samples per update from update %d on",
                 update,
                 noise.scale,
-                found[0],
+                wanted,
                 update + first - self._number(window),
             )
+
+    def _of_rank_0(self, value: Any) -> Any:
+        """Rank 0's value: on unlike devices the last bit may be another."""
+        values = [value]
+        if self._strategy.process_group is not None:
+            dist.broadcast_object_list(values, group_src=0, group=self._strategy.process_group)
+        return values[0]
 
     def _first_free(self, window: Window) -> int:
         """The first window that no rank can have begun to load."""
@@ -127,12 +129,9 @@ class CutTuning:
                 fit.add(len(samples), int(grouping.lengths[samples].max()), seconds)
         if update not in _UPDATES_TO_FIT_COSTS_AT:
             return
-        found = [fit.fit()]  # rank 0's counts
-        if self._strategy.process_group is not None:
-            dist.broadcast_object_list(found, group_src=0, group=self._strategy.process_group)
-        if found[0] is not None:
-            grouping.costs.change(found[0], self._first_free(window), self._number(window))
-            logger.debug("costs of a micro-batch from update %d on: %s", update, found[0])
+        if (found := self._of_rank_0(fit.fit())) is not None:
+            grouping.costs.change(found, self._first_free(window), self._number(window))
+            logger.debug("costs of a micro-batch from update %d on: %s", update, found)
 
     def _measure_speed(self, window: Window, result: UpdateResult) -> None:
         """Work per second of this rank, in units that are the same for all: samples, or costs by length."""

@@ -8,8 +8,10 @@ everything that this changes is put back: gradients, buffers and random generato
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +20,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import TaskOutput
-from distaccum.checkpoints import random_state, set_random_state
+from distaccum.checkpoints import Checkpoint, putting_back, random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
 from distaccum.runtime.buffers import KeptBuffers
+from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.memory import free_cached_memory, free_memory, is_out_of_memory
 from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
-from distaccum.strategies.optimizers import probe_state
+from distaccum.strategies.optimizers import own_optimizer, probe_state
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +63,11 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
+@dataclass(slots=True)
 class Fitting:
     """Finds the largest micro-batch of one rank.
 
-    Args:
+    Attributes:
         loader: of the windows; none of them is used.
         strategy: how the model is placed.
         forward: of the user's own module with a micro-batch.
@@ -71,26 +77,17 @@ class Fitting:
         ranks_on_host: that share the host's memory.
     """
 
-    def __init__(
-        self,
-        loader: WindowLoader,
-        strategy: Strategy,
-        forward: Callable[[nn.Module, Any], TaskOutput],
-        optimizer: torch.optim.Optimizer,
-        *,
-        lengths: Any = None,
-        memory_share: float = 0.8,
-        ranks_on_host: int = 1,
-    ) -> None:
-        self._loader = loader
-        self._strategy = strategy
-        self._forward = forward
-        self._optimizer = optimizer
-        self._lengths = lengths
-        self._memory_share = memory_share
-        self._ranks_on_host = ranks_on_host
-        self._device = strategy.device
-        self._on_cuda = strategy.device.type == "cuda"
+    loader: WindowLoader
+    strategy: Strategy
+    forward: Callable[[nn.Module, Any], TaskOutput]
+    optimizer: torch.optim.Optimizer
+    lengths: Any = None
+    memory_share: float = 0.8
+    ranks_on_host: int = 1
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.strategy.device.type == "cuda"
 
     def samples(self) -> int:
         """The largest micro-batch that fits, in samples; never more than a rank's share of a window.
@@ -101,11 +98,11 @@ class Fitting:
         Raises:
             UserError: not even a single sample fits; or one can't be loaded.
         """
-        plan = self._loader.plan
+        plan = self.loader.plan
         share = max(split_evenly(plan.global_batch_size, plan.world_size))
         sample = self._costliest_sample()
         with self._everything_put_back():
-            if self._strategy.equal_micro_steps:
+            if self.strategy.equal_micro_steps:
                 return self._reckoned(sample, share)
             most = share if self._on_cuda else self._reckoned_on_host(sample, share)
             ballast = self._ballast() if self._on_cuda else None
@@ -120,17 +117,17 @@ class Fitting:
         return size
 
     def _costliest_sample(self) -> int:
-        if self._lengths is not None and len(self._lengths) == self._loader.num_samples:
-            return int(np.argmax(np.asarray(self._lengths)))
-        count = min(_SAMPLES_TO_LOOK_AT, self._loader.num_samples)
-        indices = [number * self._loader.num_samples // count for number in range(count)]
-        batches = self._loader.load(0, 0, [[index] for index in indices])
+        if self.lengths is not None and len(self.lengths) == self.loader.num_samples:
+            return int(np.argmax(np.asarray(self.lengths)))
+        count = min(_SAMPLES_TO_LOOK_AT, self.loader.num_samples)
+        indices = [number * self.loader.num_samples // count for number in range(count)]
+        batches = self.loader.load(0, 0, [[index] for index in indices])
         sizes = [sum(tensor.numel() for tensor in tensors_of(batch)) for batch in batches]
         return indices[sizes.index(max(sizes))]
 
     def _micro_step(self, sample: int, size: int) -> None:
-        (batch,) = self._loader.load(0, 0, [[sample] * size])
-        self._forward(self._strategy.module, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+        (batch,) = self.loader.load(0, 0, [[sample] * size])
+        self.forward(self.strategy.module, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
 
     def _fits(self, sample: int, size: int) -> bool:
         """Tries. Gradients of the tries before stay, as they do within a window."""
@@ -143,12 +140,12 @@ class Fitting:
             if not is_out_of_memory(error):
                 raise
         logger.debug("batch.micro_batch_size=auto: %d don't fit", size)
-        free_cached_memory(self._device)
+        free_cached_memory(self.strategy.device)
         return False
 
     def _wait(self) -> None:
         if self._on_cuda:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.strategy.device)
 
     def _reckoned_on_host(self, sample: int, share: int) -> int:
         """The host rarely says that memory has run out; but if it does, trying is all there is."""
@@ -157,7 +154,7 @@ class Fitting:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        free_cached_memory(self._device)
+        free_cached_memory(self.strategy.device)
         return share
 
     def _reckoned(self, sample: int, share: int) -> int:
@@ -166,7 +163,7 @@ class Fitting:
         at_small = self._measured_first(sample, small)
         if small == share:
             return share
-        room = free_memory(self._device) * self._memory_share / (1 if self._on_cuda else self._ranks_on_host)
+        room = free_memory(self.strategy.device) * self.memory_share / (1 if self._on_cuda else self.ranks_on_host)
         large = self._second_size(at_small, small, share, room)
         if large == small:
             return small if at_small + self._bytes_to_come() <= room else 1
@@ -180,7 +177,7 @@ class Fitting:
         try:
             return self._measured(sample, size)
         except Exception as error:
-            if not self._strategy.equal_micro_steps or not is_out_of_memory(error):
+            if not self.strategy.equal_micro_steps or not is_out_of_memory(error):
                 raise
             # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
             raise UserError(
@@ -197,9 +194,9 @@ class Fitting:
         most = room - self._bytes_to_come()
         wanted = (min(8, share), min(4, share))
         large = next((size for size in wanted if size > small and at_small / small * size <= most), small)
-        group = self._strategy.process_group
-        if self._strategy.equal_micro_steps and group is not None:
-            agreed = torch.tensor(large, device=self._device)
+        group = self.strategy.process_group
+        if self.strategy.equal_micro_steps and group is not None:
+            agreed = torch.tensor(large, device=self.strategy.device)
             dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
             large = int(agreed)
         return large
@@ -208,7 +205,9 @@ class Fitting:
         """Bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
         seen: dict[int, int] = {}
         if not self._on_cuda:
-            known = {tensor.untyped_storage().data_ptr() for tensor in local_parts(list(self._tensors_of_model()))}
+            module = self.strategy.module
+            members: list[Tensor] = [*module.parameters(), *module.buffers()]
+            known = {part.untyped_storage().data_ptr() for part in local_parts(members)}
 
             def keep(tensor: Tensor) -> Tensor:
                 part = local_parts([tensor])[0]
@@ -224,38 +223,28 @@ class Fitting:
         # Gradients, and what libraries allocate at their first call. Not with a single sample, which BatchNorm refuses.
         self._micro_step(sample, size)
         self._wait()
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self.strategy.device)
+        before = torch.cuda.memory_allocated(self.strategy.device)
         self._micro_step(sample, size)
         self._wait()
-        return torch.cuda.max_memory_allocated(self._device) - before
-
-    def _tensors_of_model(self) -> Iterator[Tensor]:
-        yield from self._strategy.module.parameters()
-        yield from self._strategy.module.buffers()
+        return torch.cuda.max_memory_allocated(self.strategy.device) - before
 
     # What is not there yet
 
     def _bytes_to_come(self) -> int:
         """Of gradients and the optimizer's state, as far as they have not been made."""
-        missing = sum(part.nbytes for part in local_parts([p for p in self._parameters() if p.grad is None]))
-        return missing + self._state_bytes_to_come()
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None]
+        return sum(part.nbytes for part in local_parts(parameters)) + self._state_bytes_to_come()
 
     def _state_bytes_to_come(self) -> int:
-        # By name, as importing the class takes long.
-        inner: Any = self._optimizer
-        if type(inner).__name__ == "ZeroRedundancyOptimizer":
-            inner = inner.optim
+        inner = own_optimizer(self.optimizer)
         parameters = [p for group in inner.param_groups for p in group["params"] if p not in inner.state]
         return int(sum(part.nbytes for part in local_parts(parameters)) * _state_factor(inner)) if parameters else 0
 
     def _ballast(self) -> Tensor:
         """Takes up the memory that the optimizer's state will need."""
         try:
-            return torch.empty(self._state_bytes_to_come(), dtype=torch.uint8, device=self._device)
+            return torch.empty(self._state_bytes_to_come(), dtype=torch.uint8, device=self.strategy.device)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "batch.micro_batch_size=auto: there is not even room for the optimizer's state, about "
@@ -265,15 +254,15 @@ class Fitting:
 
     @contextmanager
     def _everything_put_back(self) -> Iterator[None]:
-        module, device = self._strategy.module, self._device
+        module, device = self.strategy.module, self.strategy.device
         generators = random_state(device)
         buffers = KeptBuffers(module)
         gradients = [(p, p.grad if p.grad is None else p.grad.clone()) for p in module.parameters()]
         try:
             yield
         finally:
-            self._strategy.drop_gradients()
-            self._strategy.at_rest()
+            self.strategy.drop_gradients()
+            self.strategy.at_rest()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             buffers.put_back()
@@ -288,3 +277,76 @@ def _state_factor(optimizer: torch.optim.Optimizer) -> float:
         return 2.0
     parts = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
     return sum(value.nbytes for value in parts) / (4 * 1024)
+
+
+def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoint: Checkpoint | None) -> Recovery:
+    """Gives the loader the largest micro-batch that fits on each rank: the run's own, a remembered one, or found now.
+
+    All ranks call it.
+
+    Args:
+        plain: the configuration, as JSON has it.
+        checkpoint: what the run goes on from.
+
+    Returns:
+        What the accumulator needs to go on when memory runs out all the same.
+
+    Raises:
+        UserError: not even a single sample fits on some rank.
+    """
+    loader, strategy = fitting.loader, fitting.strategy
+    memory = Remembered(f"micro-batch-{_fingerprint(plain, world, strategy)}-rank{world.rank}")
+    own = memory.read()
+    remembered = world.gather(own if isinstance(own, int) and own > 0 else None)
+    before = _sizes_before(checkpoint, world.world_size)
+    if before is not None:
+        # Where ranks can't go on in place, the run has ended to begin again here with something smaller.
+        smaller = [min(mine, theirs or mine) for mine, theirs in zip(before, remembered, strict=True)]
+        sizes = smaller if strategy.equal_micro_steps else before
+        how = "as before in this run"
+    elif all(size is not None for size in remembered):
+        sizes = [size for size in remembered if size is not None]
+        how = f"as found before on this machine (remove {memory.path.parent} to search again)"
+    else:
+        with world.together():
+            own = fitting.samples() * (1 if loader.lengths is None else int(loader.lengths.max()))
+            memory.write(own)
+        sizes, how = world.gather(own), "found by trying" if not strategy.equal_micro_steps else "reckoned"
+    loader.set_sizes(sizes)
+    if before is not None and checkpoint is not None:
+        # Now, as forwards come before the rest is restored.
+        with putting_back(checkpoint, "loader"):
+            loader.load_state_dict(checkpoint.states["loader"])
+    if world.is_main:
+        unit = "samples" if loader.lengths is None else "tokens"
+        in_use = sizes if loader.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
+        shown = ", ".join(map(str, in_use)) if len(set(in_use)) > 1 else str(in_use[0])
+        logger.info("batch.micro_batch_size=auto: micro-batches of at most %s %s, %s", shown, unit, how)
+    return Recovery(on_smaller=memory.write)
+
+
+def _sizes_before(checkpoint: Checkpoint | None, world_size: int) -> list[int] | None:
+    if checkpoint is None:
+        return None
+    with putting_back(checkpoint, "loader"):
+        sizes = checkpoint.states.get("loader", {}).get("found_sizes")
+        return list(sizes) if sizes is not None and len(sizes) == world_size else None
+
+
+def _fingerprint(plain: dict[str, Any], world: World, strategy: Strategy) -> str:
+    """Of all that decides how much memory a micro-batch takes, and how much there is."""
+    device = strategy.device
+    on_cuda = device.type == "cuda"
+    hardware = torch.cuda.get_device_properties(device) if on_cuda else None
+    return fingerprint(
+        {
+            **{key: plain[key] for key in ("model", "task", "optim", "precision", "strategy", "batch")},
+            "data": [plain["data"][key] for key in ("train", "collate_fn")],
+            "parameters": [[name, list(p.shape), str(p.dtype)] for name, p in strategy.module.named_parameters()],
+            "device": [hardware.name, hardware.total_memory]
+            if hardware is not None
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "ranks": [world.world_size, str(world.ranks_on_host)],
+            "torch": torch.__version__,
+        }
+    )

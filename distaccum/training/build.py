@@ -18,13 +18,13 @@ from distaccum.config import (
     ByLengthBatchConfig,
     DataConfig,
     Fp16Config,
-    InsightConfig,
     PrecisionConfig,
     TrainConfig,
     as_plain,
 )
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Balance, BatchSchedule, TableUnit, WandbMode
+from distaccum.config.launcher import launch
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
@@ -40,11 +40,11 @@ from distaccum.runtime.stop_signals import Interruption
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, needs_equal_forwards, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import CoupledTask, checked_output
+from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.model import build_model, into_training_mode, options_of
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.training.progress import total_updates, updates_ahead
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
-from distaccum.training.sizing import settle_sizes
 from distaccum.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -199,15 +199,14 @@ def _evaluation(
     config: TrainConfig, options: LoaderOptions, rank: int, world_size: int, batch_size: int
 ) -> tuple[Any, EvaluationLoader | None]:
     if config.data.evaluation is None:
-        wanted = {"early_stopping.metric": config.train.early_stopping.metric, "eval_every": config.train.eval_every}
+        wanted = {
+            "train.early_stopping.metric": config.train.early_stopping.metric,
+            "train.eval_every": config.train.eval_every,
+            "checkpoint.keep_best": config.checkpoint.keep_best or None,
+        }
         for key, value in wanted.items():
             if value is not None:
-                raise UserError(f"train.{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
-        if config.checkpoint.keep_best:
-            raise UserError(
-                f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluations, and data.evaluation is null: "
-                "leave one out."
-            )
+                raise UserError(f"{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
         return None, None
     data = targets.build(config.data.evaluation, "data.evaluation")
     loader = EvaluationLoader(
@@ -267,6 +266,7 @@ def build_trainer(
         recovery = _settled(config, plain, world, parts, strategy, optimizer, checkpoint)
         if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
             parts.evaluation_loader.set_batch_size(parts.loader.micro_batch_size)
+    insight = config.insight
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     return Trainer(
@@ -290,7 +290,9 @@ def build_trainer(
         measure_costs=isinstance(config.batch, ByLengthBatchConfig) and config.batch.measure_costs,
         balance_speed=config.batch.balance is Balance.speed,
         recovery=recovery,
-        noise_scale=_noise_scale(config.insight),
+        noise_scale=NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
+        if insight.noise_scale
+        else None,
         compile_clock=CompileClock() if compilation is not None else None,
         lr_rule=config.batch.lr_rule,
     )
@@ -316,7 +318,17 @@ def _settled(
         with parts.precision.autocast():
             return checked_output(parts.task(module, batch))
 
-    return settle_sizes(config, plain, world, parts.loader, strategy, optimizer, forward, parts.train_data, checkpoint)
+    lengths = parts.loader.lengths if parts.loader.lengths is not None else getattr(parts.train_data, "lengths", None)
+    fitting = Fitting(
+        parts.loader,
+        strategy,
+        forward,
+        optimizer,
+        lengths=lengths,
+        memory_share=config.batch.auto_memory,
+        ranks_on_host=launch().local_world_size,
+    )
+    return settle_sizes(fitting, plain, world, checkpoint)
 
 
 def _checkpointer(
@@ -337,15 +349,11 @@ def _checkpointer(
 
 def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:
     """The updates that the learning rate's schedule is laid out for."""
-    if config.batch.schedule is BatchSchedule.noise and config.train.max_updates is not None:
-        return config.train.max_updates  # how many an epoch will have is not known
     follows_noise = config.batch.schedule is BatchSchedule.noise
+    if follows_noise and config.train.max_updates is not None:
+        return config.train.max_updates  # how many an epoch will have is not known
     ahead = updates_ahead(checkpoint.state["progress"], loader) if checkpoint is not None and not follows_noise else 0
     return total_updates(config.train, loader.sizes, ahead)
-
-
-def _noise_scale(config: InsightConfig) -> NoiseScale | None:
-    return NoiseScale(every_updates=config.every_updates, smoothing=config.smoothing) if config.noise_scale else None
 
 
 def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:

@@ -1,9 +1,13 @@
-"""Exact evaluation: every sample once, whatever the number of ranks."""
+"""Exact evaluation, every sample once whatever the number of ranks: of any model, and of a run's averages beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +16,21 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_caching import in_float32
 from distaccum.accumulation.result import TaskOutput, checked_output
+from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
+from distaccum.observers import EvaluationRecord, UpdateRecord
+from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
 from distaccum.runtime.nested import gather_rows, leaves_of, mapped, rebuilt
-from distaccum.tasks.base import CoupledTask
+from distaccum.strategies import Strategy
+from distaccum.tasks import CoupledTask, Task, as_number
+from distaccum.training.grace import EvaluationDroppedError, Grace
 from distaccum.training.model import evaluation_mode
+from distaccum.training.weight_average import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -60,7 +72,10 @@ def evaluate_model(
                     between(False)
                     doing("forward of an evaluation", micro_step=number + 1)
                     is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
-                    evaluation.forward(model, batch, autocast, is_counted=is_counted)
+                    with autocast():
+                        output = evaluation.compute(model, batch)
+                    if is_counted:
+                        evaluation.add(output)
             break
         except Exception as error:
             if not isinstance(batches, EvaluationLoader) or not is_out_of_memory(error):
@@ -79,23 +94,18 @@ def evaluate_model(
     return loss, weight, {name.removeprefix("sum/"): value for name, value in totals.items()}
 
 
+@dataclass
 class _Evaluation:
     """Sums over this rank's batches."""
 
-    def __init__(self, task: Callable[[nn.Module, Any], TaskOutput], device: torch.device) -> None:
-        self.task = task
-        self.device = device
-        self.totals: dict[str, Tensor] = {}
+    task: Any
+    device: torch.device
+    totals: dict[str, Tensor] = field(default_factory=dict)
 
-    def forward(
-        self, model: nn.Module, batch: Any, autocast: Callable[[], AbstractContextManager[Any]], *, is_counted: bool
-    ) -> None:
-        with autocast():
-            output = self.task(model, batch)
-        if is_counted:
-            self.add(output)
+    def compute(self, model: nn.Module, batch: Any) -> Any:
+        return self.task(model, batch)
 
-    def add(self, output: TaskOutput) -> None:
+    def add(self, output: Any) -> None:
         output = checked_output(output)
         sums = {f"sum/{name}": value for name, value in output.sums.items()}  # one may be named loss or weight too
         parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight, dtype=torch.float64), **sums}
@@ -104,40 +114,55 @@ class _Evaluation:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def totals_over_ranks(self) -> dict[str, Tensor]:
-        return _over_ranks(self.totals, self.device)
+        totals = self.totals
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # A rank without a batch doesn't know the shapes of the task's sums, so those travel first.
+            shapes: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
+            known = max(shapes, key=len)
+            if other := [names for names in shapes if names and names != known]:
+                raise UserError(
+                    f"the ranks' sums differ in an evaluation: {known} and {other[0]}. Give the same names and shapes "
+                    "in each micro-step and on each rank."
+                )
+            flat = [
+                totals.get(name, torch.zeros(shape, device=self.device, dtype=torch.float64)).reshape(-1)
+                for name, shape in known.items()
+            ]
+            if flat:
+                vector = torch.cat(flat)
+                dist.all_reduce(vector)
+                split = torch.split(vector, [part.numel() for part in flat])
+                totals = {name: part.reshape(shape) for (name, shape), part in zip(known.items(), split, strict=True)}
+        return {name: value.cpu() for name, value in totals.items()}
 
 
+@dataclass
 class _CoupledEvaluation(_Evaluation):
     """Losses of so many samples together, however they are dealt to ranks and batches."""
 
-    task: CoupledTask
+    embeddings: list[Any] = field(default_factory=list)
 
-    def __init__(self, task: CoupledTask, device: torch.device) -> None:
-        super().__init__(task, device)
-        self._embeddings: list[Any] = []
+    def compute(self, model: nn.Module, batch: Any) -> Any:
+        return self.task.embed(model, batch)
 
-    def forward(
-        self, model: nn.Module, batch: Any, autocast: Callable[[], AbstractContextManager[Any]], *, is_counted: bool
-    ) -> None:
-        with autocast():
-            rows = self.task.embed(model, batch)
-        if is_counted:
-            self._embeddings.append(in_float32(rows))
+    def add(self, output: Any) -> None:
+        self.embeddings.append(in_float32(output))
 
     def totals_over_ranks(self) -> dict[str, Tensor]:
         form, leaves = self._whole()
         if leaves:
             step = self.task.evaluation_samples or len(leaves[0])
             for parts in zip(*(torch.split(leaf, step) for leaf in leaves), strict=True):
-                self.add(self.task.window_loss(rebuilt(form, parts)))
+                super().add(self.task.window_loss(rebuilt(form, parts)))
         return {name: value.cpu() for name, value in self.totals.items()}
 
     def _whole(self) -> tuple[Any, list[Tensor]]:
         """What a nest of embeddings looks like, and its tensors with the rows of all batches and ranks."""
-        mine = [leaves_of(rows) for rows in self._embeddings]
+        mine = [leaves_of(rows) for rows in self.embeddings]
         leaves = [torch.cat(parts) for parts in zip(*mine, strict=True)]
         # A rank without a batch doesn't know what embeddings look like.
-        form = mapped(self._embeddings[0], lambda leaf: leaf[:0].cpu()) if mine else None
+        form = mapped(self.embeddings[0], lambda leaf: leaf[:0].cpu()) if mine else None
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return form, leaves
         forms: list[Any] = [None] * dist.get_world_size()
@@ -148,24 +173,83 @@ class _CoupledEvaluation(_Evaluation):
         return form, gather_rows(leaves or [leaf.to(self.device) for leaf in leaves_of(form)], dist.group.WORLD)[0]
 
 
-def _over_ranks(totals: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        # A rank without a batch doesn't know the shapes of the task's sums, so those travel first.
-        shapes: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
-        known = max(shapes, key=len)
-        if other := [names for names in shapes if names and names != known]:
-            raise UserError(
-                f"the ranks' sums differ in an evaluation: {known} and {other[0]}. Give the same names and shapes in "
-                "each micro-step and on each rank."
-            )
-        flat = [
-            totals.get(name, torch.zeros(shape, device=device, dtype=torch.float64)).reshape(-1)
-            for name, shape in known.items()
-        ]
-        if flat:
-            vector = torch.cat(flat)
-            dist.all_reduce(vector)
-            split = torch.split(vector, [part.numel() for part in flat])
-            totals = {name: part.reshape(shape) for (name, shape), part in zip(known.items(), split, strict=True)}
-    return {name: value.cpu() for name, value in totals.items()}
+@dataclass(kw_only=True, slots=True)
+class Evaluator:
+    """Evaluates a placed model, exactly over all ranks.
+
+    Attributes:
+        task: as the trainer's.
+        loader: what to evaluate on.
+        references: losses to compare with, by name.
+        grace: says whether there is time.
+        averages: of the weights, evaluated too as soon as they have begun; their metrics are `ema/loss` and so on.
+    """
+
+    strategy: Strategy
+    task: Callable[[nn.Module, Any], TaskOutput]
+    loader: EvaluationLoader
+    references: dict[str, float]
+    precision: Precision
+    heartbeat: Heartbeat
+    grace: Grace
+    averages: Sequence[WeightAverage] = ()
+
+    def evaluate(self, update: int, epoch: int) -> EvaluationRecord:
+        """Evaluates after an update. All ranks call it, and see the same metrics.
+
+        Raises:
+            EvaluationDroppedError: a signal has come, and all is as it was before.
+        """
+        started = time.perf_counter()
+        generators = random_state(self.strategy.device)
+        try:
+            metrics = self._metrics(update)
+            for average in self.averages:
+                if average.has_begun:
+                    with average.in_the_model():
+                        found = self._metrics(update)
+                    metrics |= {f"{average.name}/{name}": value for name, value in found.items()}
+        except EvaluationDroppedError:
+            set_random_state(generators, self.strategy.device)
+            logger.info("the evaluation after update %d is left for later", update)
+            raise
+        seconds = time.perf_counter() - started
+        return EvaluationRecord(
+            update=update, epoch=epoch, metrics=metrics, references=self.references, seconds=seconds
+        )
+
+    def to_choose_by(self, metrics: dict[str, float]) -> dict[str, float]:
+        """An evaluation's metrics for those who compare evaluations: NaN for averages that have not begun."""
+        later = {
+            f"{average.name}/{name}": math.nan for average in self.averages if not average.has_begun for name in metrics
+        }
+        return later | metrics
+
+    def _metrics(self, update: int) -> dict[str, float]:
+        self.strategy.share_buffers()
+        loss, weight, sums = evaluate_model(
+            self.strategy.module,
+            self.task,
+            self.loader,
+            device=self.strategy.device,
+            autocast=self.precision.autocast,
+            heartbeat=self.heartbeat,
+            between=lambda is_over: self.grace.check_evaluation(update, is_over=is_over),
+        )
+        return {"loss": loss, **metrics_of(self.task, sums, weight)}
+
+
+def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
+    """The task's metrics over a window or an evaluation, of its sums.
+
+    Raises:
+        UserError: one is no number, or is named as what the run itself records (`loss`, `lr`, …).
+    """
+    if not weight:
+        return dict.fromkeys(sums, math.nan)
+    found = task.metrics(sums, weight) if hasattr(task, "metrics") else Task.metrics(task, sums, weight)
+    if not isinstance(found, Mapping):
+        raise UserError(f"the task's metrics() returned a {type(found).__name__}, not numbers by name.")
+    if taken := found.keys() & UpdateRecord.__dataclass_fields__.keys():
+        raise UserError(f"the task's metric {min(taken)} would hide the run's own {min(taken)}: give it another name.")
+    return {name: as_number(value, f"the task's metric {name}") for name, value in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import torch.distributed as dist
 from torch import Tensor
 
 from distaccum.checkpoints import random_state, set_random_state
@@ -97,6 +98,14 @@ class Grace:
             return
         if self._interruption.settle(f"evaluation/{update}", "finish" if is_over else "drop") == "drop":
             raise EvaluationDroppedError
+
+    def agreed_signal(self) -> str:
+        """The signal that came to the first rank that got one. All ranks call it once one has."""
+        names = [self._interruption.signal_name]
+        if self._strategy.process_group is not None:
+            names = [None] * self._strategy.world_size
+            dist.all_gather_object(names, self._interruption.signal_name, group=self._strategy.process_group)
+        return next(name for name in names if name is not None)
 
     def end(self, flags: frozenset[str]) -> None:
         """After the update, with its flags."""

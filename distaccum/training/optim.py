@@ -72,32 +72,37 @@ def _learning_rate(config: Any) -> float:
 
 
 def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    if isinstance(config, AdamW8bitConfig):
-        return _build_8bit(config, trainable, device)
-    if not isinstance(config, TorchOptimConfig):
-        optimizer = targets.build(config, "optim", trainable)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
-        if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):  # schedule-free ones
-            raise UserError(
-                f"optim={type(optimizer).__name__} has two sets of weights, which train() and eval() exchange, and a "
-                "run evaluates, saves and exports one. Take another optimizer, and train.ema or train.swa beside it."
-            )
-        return optimizer
+    if not isinstance(config, AdamW8bitConfig | TorchOptimConfig):
+        return _build_own(config, trainable)
     arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
     target = arguments[targets.TARGET]
-    arguments |= _implementation_arguments(target, config.implementation, device, trainable)
+    if isinstance(config, AdamW8bitConfig):
+        _check_8bit(trainable, device)
+    else:
+        arguments |= _implementation_arguments(target, config.implementation, device, trainable)
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     try:
         optimizer = targets.build(arguments, "optim", trainable)
-    except (ValueError, RuntimeError) as error:  # torch checks the ranges of its own arguments
+    except (ValueError, RuntimeError) as error:  # they check the ranges of their own arguments
         raise UserError(f"optim: {target} refuses its arguments: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 
 
-def _build_8bit(config: AdamW8bitConfig, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def _build_own(config: Any, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = targets.build(config, "optim", trainable)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):  # schedule-free ones
+        raise UserError(
+            f"optim={type(optimizer).__name__} has two sets of weights, which train() and eval() exchange, and a "
+            "run evaluates, saves and exports one. Take another optimizer, and train.ema or train.swa beside it."
+        )
+    return optimizer
+
+
+def _check_8bit(trainable: list[nn.Parameter], device: torch.device) -> None:
     if not has_8bit():
         raise UserError(
             'optim=adamw8bit needs bitsandbytes, which is not installed: pip install "distaccum[adam8bit]", or take '
@@ -112,13 +117,6 @@ def _build_8bit(config: AdamW8bitConfig, trainable: list[nn.Parameter], device: 
         raise UserError("optim=adamw8bit takes no float64 parameters on a GPU. Set another precision, or optim=adamw.")
     # At its import it warns of kernels for inference that are not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    try:
-        optimizer = targets.build(arguments | {"betas": tuple(config.betas)}, "optim", trainable)
-    except ValueError as error:
-        raise UserError(f"optim: {config._target_} refuses its arguments: {error}.") from error
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    return optimizer
 
 
 def has_8bit() -> bool:

@@ -5,19 +5,121 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from distaccum.accumulation.result import UpdateResult
 from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, misfit
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
-from distaccum.observers import EvaluationRecord
-from distaccum.planning.window_sizes import BatchSizes
-from distaccum.training.totals import Totals
+from distaccum.observers import EvaluationRecord, RunEnd, UpdateRecord
+from distaccum.planning.window_sizes import BatchSizes, NoiseSizes
+from distaccum.runtime.memory import peak_memory
+from distaccum.strategies import Strategy
 
 logger = logging.getLogger(__name__)
+
+COMPILED = "compiled"
+"""The accumulator's flag of a rank that compiles, for which the others wait."""
+_UPDATES_BETWEEN_MEMORY = 100
+
+
+@dataclass(slots=True)
+class Totals:
+    """What has been done since the start of the run, before it was interrupted too."""
+
+    updates: int = 0
+    samples: int = 0
+    skipped_updates: int = 0
+    train_seconds: float = 0.0
+    data_seconds: float = 0.0
+    sync_seconds: float = 0.0
+    warm_up_updates: int = 0
+    """Those in which a rank compiled. They are not in the shares, nor in the samples per second."""
+    warm_up_samples: int = 0
+    warm_up_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """Part of the warm-up that was spent compiling, on this rank."""
+
+    def add(self, window: Window, result: UpdateResult, compile_seconds: float = 0.0) -> None:
+        """Counts one more update.
+
+        Args:
+            compile_seconds: of it, spent compiling on this rank.
+        """
+        self.updates += 1
+        self.samples += window.num_samples
+        self.skipped_updates += result.skipped
+        self.train_seconds += result.seconds
+        if compile_seconds or COMPILED in result.flags:
+            self.warm_up_updates += 1
+            self.warm_up_samples += window.num_samples
+            self.warm_up_seconds += result.seconds
+            self.compile_seconds += compile_seconds
+            return
+        self.data_seconds += result.data_seconds
+        self.sync_seconds += result.sync_seconds
+
+    def samples_per_second(self) -> float:
+        """Without the warm-up, unless there was nothing else."""
+        samples, seconds = self.samples - self.warm_up_samples, self.train_seconds - self.warm_up_seconds
+        return samples / seconds if samples else self.samples / (self.train_seconds or 1.0)
+
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of the time in updates that went into data, computing and sync; they add up to 1."""
+        seconds = self.train_seconds - self.warm_up_seconds or 1.0
+        # Clocks differ a little, so a share may come out a hair below 0 or above 1.
+        data = min(1.0, self.data_seconds / seconds)
+        sync = min(1.0 - data, self.sync_seconds / seconds)
+        return data, 1.0 - data - sync, sync
+
+    def record(
+        self,
+        window: Window,
+        result: UpdateResult,
+        metrics: dict[str, float],
+        lr: float,
+        device: torch.device,
+        compile_seconds: float = 0.0,
+    ) -> UpdateRecord:
+        """The record of the update that was counted last."""
+        # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
+        has_memory = self.updates & (self.updates - 1) == 0 or self.updates % _UPDATES_BETWEEN_MEMORY == 0
+        return UpdateRecord(
+            **_common(result, UpdateRecord),
+            update=self.updates,
+            epoch=window.epoch,
+            samples=self.samples,
+            window_samples=window.num_samples,
+            metrics=metrics,
+            lr=lr,
+            update_seconds=result.seconds,
+            samples_per_second=window.num_samples / result.seconds,
+            compile_seconds=compile_seconds,
+            peak_memory_bytes=peak_memory(device)[0] if has_memory else None,
+        )
+
+
+def _common(source: Any, kind: Any) -> dict[str, Any]:
+    """Those fields of a record that what it is made of has under the same names."""
+    names = {entry.name for entry in fields(kind)}
+    return {entry.name: getattr(source, entry.name) for entry in fields(source) if entry.name in names}
+
+
+def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
+    """Bytes at the highest point on the rank that used most, and what they are, in words."""
+    memory, kind = peak_memory(strategy.device)
+    if strategy.process_group is None:
+        return memory, kind
+    largest = torch.tensor(memory, dtype=torch.int64, device=strategy.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=strategy.process_group)
+    return int(largest), f"{kind}, on the rank that used most"
+
 
 _EVALUATION: Form = {"update": is_natural, "epoch": is_natural, "metrics": {str: is_number}, "seconds": is_number}
 _PROGRESS: Form = {
@@ -84,9 +186,17 @@ class RunProgress:
         """Updates that the run has made beyond the windows before its next one."""
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
-    def start_clock(self) -> None:
+    def begin(self) -> None:
         """To be called when the training begins: what was before that is not in its seconds."""
         self._started = time.perf_counter()
+        most, last = self._loop.max_updates, self.total_updates
+        if most is not None and last < most and not self.follows_noise:
+            logger.info(
+                "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
+                self._loop.epochs,
+                last,
+                most,
+            )
 
     @property
     def total_seconds(self) -> float:
@@ -102,6 +212,19 @@ class RunProgress:
     def total_updates(self) -> int:
         """Number of the run's last update, unless it stops early. Sizes that follow the noise scale change it."""
         return total_updates(self._loop, self._loader.sizes, self._ahead)
+
+    @property
+    def follows_noise(self) -> bool:
+        """Whether the sizes of windows follow the noise scale, so that nobody knows how many updates there will be."""
+        return isinstance(self._loader.sizes.rule, NoiseSizes)
+
+    def is_evaluation_due(self, window: Window) -> bool:
+        """Whether a run with evaluations has one after this window."""
+        if self.updates == self.total_updates:
+            return True
+        if self._loop.eval_every is not None:
+            return self.updates % self._loop.eval_every == 0
+        return window.index == self._loader.sizes.count(window.epoch) - 1
 
     def windows(self) -> Iterator[Window]:
         """From the next one to the run's last. `totals` count them meanwhile."""
@@ -131,6 +254,27 @@ class RunProgress:
             "evaluation": asdict(self.evaluation) if self.evaluation else None,
             "windows": _windows_identity(self._loader),
         }
+
+    def end(self, strategy: Strategy, **how: Any) -> RunEnd:
+        """The record of the run's end. All ranks call it.
+
+        Args:
+            how: why it ended, whether it is saved, and where, as `RunEnd` has it.
+        """
+        data, compute, sync = self.totals.shares()
+        memory, kind = _largest_peak_memory(strategy)
+        return RunEnd(
+            **_common(self.totals, RunEnd),
+            evaluation=self.evaluation,
+            total_seconds=self.total_seconds,
+            samples_per_second=self.totals.samples_per_second(),
+            data_share=data,
+            compute_share=compute,
+            sync_share=sync,
+            peak_memory_bytes=memory,
+            peak_memory_kind=kind,
+            **how,
+        )
 
     def go_on_from(self, checkpoint: Checkpoint, *, override: bool) -> None:
         """Puts back what `state_dict` said when the checkpoint was saved, and the sizes of the loader's windows.
@@ -198,11 +342,6 @@ def _different_windows(before: dict[str, Any], loader: WindowLoader) -> str:
     return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
 
 
-def _window_at(loader: WindowLoader, epoch: int, position: int) -> int:
-    """The first window of an epoch that begins at a position, or later."""
-    return sum(start < position for start, _ in loader.sizes.bounds(epoch))
-
-
 def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
     """The number in its epoch of the window that a run goes on with.
 
@@ -212,4 +351,4 @@ def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
     if not _different_windows(progress["windows"], loader):
         return index
     done = progress.get("position", index * progress["windows"]["batch.global_batch_size"])
-    return _window_at(loader, progress["epoch"], done)
+    return sum(start < done for start, _ in loader.sizes.bounds(progress["epoch"]))

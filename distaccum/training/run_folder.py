@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -134,15 +135,13 @@ def _launch() -> str | None:
 
 def _made_anew(path: Path) -> Path:
     """Makes a folder that was not there: `path`, or `path` with a number behind it."""
-    folder, number = path, 1
-    while True:
-        try:
-            # Asking first whether it is there would let two runs that start at once take the same one.
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        # Asking first whether it is there would let two runs that start at once take the same one.
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
-            folder = path.with_name(f"{path.name}_{number}")
+    raise AssertionError
 
 
 @contextmanager
@@ -193,16 +192,15 @@ def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, A
     if not has_checkpoints and not (path / METRICS).exists():
         # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
         return False
-    if resume == "none":
-        raise UserError(
-            f"run_dir={run_dir} holds the results of another run, which would be overwritten. Choose another folder, "
-            "or remove that one."
-        )
-    if has_checkpoints or _is_same_run(path, plain):
+    if resume != "none" and (has_checkpoints or _is_same_run(path, plain)):
         return True
+    why = (
+        "which would be overwritten"
+        if resume == "none"
+        else "with other settings and without a checkpoint to go on from"
+    )
     raise UserError(
-        f"run_dir={run_dir} holds the results of another run, with other settings and without a checkpoint to go on "
-        "from. Choose another folder, or remove that one."
+        f"run_dir={run_dir} holds the results of another run, {why}. Choose another folder, or remove that one."
     )
 
 

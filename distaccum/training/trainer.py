@@ -10,25 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import UpdateResult
-from distaccum.checkpoints import (
-    Checkpoint,
-    Checkpointer,
-    Stateful,
-    export_model,
-)
+from distaccum.checkpoints import Checkpoint, Checkpointer, Stateful, export_model
 from distaccum.config import LoopConfig
 from distaccum.config.enums import LrRule, OnNonfinite, PrecisionName
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, Window, WindowLoader
 from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
-from distaccum.planning.window_sizes import NoiseSizes
 from distaccum.runtime.compilation import CompileClock
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
@@ -37,18 +30,16 @@ from distaccum.runtime.stop_signals import Interruption
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.tasks import TaskOutput
 from distaccum.training.adapt_cuts import CutTuning
-from distaccum.training.evaluator import Evaluator, metrics_of
+from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.grace import EvaluationDroppedError, Grace, WindowDroppedError
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import remarks
 from distaccum.training.optim import LR_POWERS, Schedule
-from distaccum.training.progress import RunProgress
-from distaccum.training.totals import COMPILED
+from distaccum.training.progress import COMPILED, RunProgress
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
-
 
 LIMIT_REPORT = "largest micro-batch"
 """Report of the accumulator: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
@@ -133,13 +124,20 @@ class Trainer:
         grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
         self._grace = Grace(self.interruption, self.strategy, grace_seconds)
         self._averages = [WeightAverage(self.strategy, config) for config in loop.averages]
-        self._evaluator = self._new_evaluator(references or {})
+        self._evaluator: Evaluator | None = None
+        if evaluation_loader is not None:
+            self._evaluator = Evaluator(
+                strategy=self.strategy,
+                task=task,
+                loader=evaluation_loader,
+                references=references or {},
+                precision=self.precision,
+                heartbeat=self.heartbeat,
+                grace=self._grace,
+                averages=self._averages,
+            )
         self._tuning = CutTuning(
-            loader,
-            self.strategy,
-            measure_costs=measure_costs,
-            balance_speed=balance_speed,
-            noise_scale=noise_scale,
+            loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed, noise_scale=noise_scale
         )
         self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
         self._memory_line = MemoryLine(self.strategy, optimizer, self._averages, is_compiled=compile_clock is not None)
@@ -161,23 +159,8 @@ class Trainer:
         self._early_stopping = (
             EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
         )
-        self._stopped_early: str | None = None
         self._is_ahead_of_save = False
         self._register_states(scaler)
-
-    def _new_evaluator(self, references: dict[str, float]) -> Evaluator | None:
-        if self.evaluation_loader is None:
-            return None
-        return Evaluator(
-            self.strategy,
-            self.task,
-            self.evaluation_loader,
-            references=references,
-            precision=self.precision,
-            heartbeat=self.heartbeat,
-            grace=self._grace,
-            averages=self._averages,
-        )
 
     def _new_accumulator(
         self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None, noise_scale: NoiseScale | None
@@ -230,25 +213,28 @@ class Trainer:
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
-            stack.callback(self._close_loaders)
+            for loader in (self.loader, self.evaluation_loader):
+                if loader is not None:
+                    stack.callback(loader.close)
             if self._compile_clock is not None:
                 stack.enter_context(self._compile_clock.listening())
             if self.checkpointer is not None:
                 # What ends the run with an error should not cost the checkpoint that is being written.
                 stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
-            self._progress.start_clock()
+            self._progress.begin()
             self._tell_start()
-            interrupted = self._train()
+            try:
+                interrupted = self._train()
+            except (WindowDroppedError, EvaluationDroppedError):
+                interrupted = self._grace.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
             if interrupted is None:
                 logger.debug("finished after update %d", self._progress.updates)  # for distaccum.report
-            end = self._progress.totals.end(
+            end = self._progress.end(
                 self.strategy,
-                stopped_early=self._stopped_early,
+                stopped_early=self._stopped_early(),
                 interrupted=interrupted,
                 is_saved=self.checkpointer is not None and self.checkpointer.last_saved == self._progress.updates,
-                evaluation=self._progress.evaluation,
-                total_seconds=self._progress.total_seconds,
                 run_dir=self.run_dir,
             )
             for observer in self.observers:
@@ -256,34 +242,29 @@ class Trainer:
         return end
 
     def _train(self) -> str | None:
-        """Trains; returns the signal that ended it, if one did."""
-        try:
-            return self._make_updates()
-        except (WindowDroppedError, EvaluationDroppedError):
-            return self._agreed_signal()
-
-    def _make_updates(self) -> str | None:
-        """Updates, evaluations and checkpoints, in this order."""
+        """Updates, evaluations and checkpoints, in this order; returns the signal that ended it, if one did."""
         if self._progress.owes_evaluation:
             self._evaluate()
-        if self._has_stopped_early():
+        if self._stopped_early() is not None:
             return None
         for window in self._progress.windows():
             result = self._update(window)
             self._progress.next_window += 1
-            self._progress.owes_evaluation = self._is_evaluation_due(window)
+            self._progress.owes_evaluation = self._evaluator is not None and self._progress.is_evaluation_due(window)
             if "stop" in result.flags:
                 # An evaluation may take longer than the time that is left: the resumed run makes up for it.
-                return self._agreed_signal()
+                return self._grace.agreed_signal()
             is_best = self._progress.owes_evaluation and self._evaluate()
-            if self._has_stopped_early():
+            if self._stopped_early() is not None:
                 return None
             if self.checkpointer and (self.checkpointer.is_due(self._progress.updates, result.flags) or is_best):
                 self._save()
         return None
 
-    def _has_stopped_early(self) -> bool:
-        return self._stopped_early is not None
+    def _stopped_early(self) -> str | None:
+        """Why the run is over before its last update; None if it isn't."""
+        stopping = self._early_stopping
+        return stopping.reason if stopping is not None and stopping.is_over else None
 
     def _update(self, window: Window) -> UpdateResult:
         number = self._progress.updates + 1
@@ -314,16 +295,6 @@ class Trainer:
         for observer in self.observers:
             observer.on_update(record)
 
-    def _is_evaluation_due(self, window: Window) -> bool:
-        if self.evaluation_loader is None:
-            return False
-        updates = self._progress.updates
-        if updates == self._progress.total_updates:
-            return True
-        if self.loop.eval_every is not None:
-            return updates % self.loop.eval_every == 0
-        return window.index == self.loader.sizes.count(window.epoch) - 1
-
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
         assert self._evaluator is not None
@@ -336,8 +307,8 @@ class Trainer:
         metrics = self._evaluator.to_choose_by(evaluation.metrics)
         # An evaluation that an average has no part in yet is no reason to lose patience with it.
         has_begun = stopping is None or stopping.metric in evaluation.metrics or stopping.metric not in metrics
-        if stopping is not None and has_begun and stopping.update(metrics):
-            self._stopped_early = stopping.reason
+        if stopping is not None and has_begun:
+            stopping.update(metrics)
         return self.checkpointer is not None and self.checkpointer.is_among_best(self._progress.updates, metrics)
 
     # Saving and going on
@@ -364,9 +335,6 @@ class Trainer:
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
         self._progress.owes_evaluation &= self.evaluation_loader is not None
-        stopping = self._early_stopping
-        if stopping is not None and stopping.is_over:
-            self._stopped_early = stopping.reason
 
     def _loss_of_next_window(self) -> Tensor:
         batch = self._progress.sample_micro_batch()
@@ -400,36 +368,14 @@ class Trainer:
                     with average.in_the_model():
                         export_model(self.strategy, self.run_dir, is_main=is_main, name=f"model-{average.name}")
 
-    def _agreed_signal(self) -> str:
-        """The signal that came to the first rank that got one."""
-        names = [self.interruption.signal_name]
-        group = self.strategy.process_group
-        if group is not None:
-            names = [None] * self.strategy.world_size
-            dist.all_gather_object(names, self.interruption.signal_name, group=group)
-        return next(name for name in names if name is not None)
-
-    def _close_loaders(self) -> None:
-        self.loader.close()
-        if self.evaluation_loader is not None:
-            self.evaluation_loader.close()
-
     # What observers are told
 
     def _tell_start(self) -> None:
         logger.debug("%s", self.loader.explain())
-        follows_noise = isinstance(self.loader.sizes.rule, NoiseSizes)  # how many updates there will be isn't known
         last = self._progress.total_updates
-        if self.loop.max_updates is not None and last < self.loop.max_updates and not follows_noise:
-            logger.info(
-                "train.epochs=%s ends the run after %d updates, before train.max_updates=%d",
-                self.loop.epochs,
-                last,
-                self.loop.max_updates,
-            )
         for average in self._averages:
             first = average.config.first_update or 1
-            if first > last and not follows_noise:
+            if first > last and not self._progress.follows_noise:
                 raise UserError(
                     f"train.{average.name}.first_update={first} comes after the run's last update, "
                     f"{last}: there would be nothing to average. Set a lower one, or train for longer."

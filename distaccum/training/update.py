@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,46 +29,27 @@ from distaccum.training.optim import Schedule
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, slots=True)
 class Updater:
     """Makes one update after the other, and says on the way what this rank is doing.
 
-    Args:
+    Attributes:
         model: as it is called.
-        task: any callable `(model, batch) -> TaskOutput`; a `CoupledTask` for a loss that couples a window's samples.
-        accumulator: of the model.
-        precision: the format to compute in.
-        schedule: sets the learning rate of each update; None leaves it alone.
-        interruption: tells when the run is to stop.
-        grace: settles whether a window is finished once it is.
-        heartbeat: told what this rank is doing.
+        task, precision, schedule, interruption, heartbeat, compile_clock: as the trainer has them.
+        grace: settles whether a window is finished once the run is to stop.
         memory_line: shown the first forward.
-        compile_clock: counts what the updates spend compiling; None if nothing is compiled.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        task: Callable[[nn.Module, Any], TaskOutput],
-        accumulator: Accumulator,
-        precision: Precision,
-        schedule: Schedule | None,
-        interruption: Interruption,
-        grace: Grace,
-        heartbeat: Heartbeat,
-        memory_line: MemoryLine,
-        compile_clock: CompileClock | None,
-    ) -> None:
-        self._model = model
-        self._task = task
-        self._accumulator = accumulator
-        self._precision = precision
-        self._schedule = schedule
-        self._interruption = interruption
-        self._grace = grace
-        self._heartbeat = heartbeat
-        self._memory_line = memory_line
-        self._compile_clock = compile_clock
+    model: nn.Module
+    task: Callable[[nn.Module, Any], TaskOutput]
+    accumulator: Accumulator
+    precision: Precision
+    schedule: Schedule | None
+    interruption: Interruption
+    grace: Grace
+    heartbeat: Heartbeat
+    memory_line: MemoryLine
+    compile_clock: CompileClock | None
 
     def update(self, number: int, window: Window, lr_factor: float = 1.0) -> tuple[UpdateResult, float]:
         """Makes the update of a window; returns its result and its learning rate.
@@ -80,37 +62,36 @@ class Updater:
             WindowDroppedError: a signal has come, and there was no time left to finish the window.
             UserError: as `Accumulator.step`.
         """
-        with self._compile_clock.counting() if self._compile_clock is not None else nullcontext():
-            if self._schedule is not None:
-                lr = self._schedule.apply(number, lr_factor)
+        with self.compile_clock.counting() if self.compile_clock is not None else nullcontext():
+            if self.schedule is not None:
+                lr = self.schedule.apply(number, lr_factor)
             else:
-                lr = float(self._accumulator.optimizer.param_groups[0]["lr"])
-            self._grace.begin(number, len(window))
+                lr = float(self.accumulator.optimizer.param_groups[0]["lr"])
+            self.grace.begin(number, len(window))
             try:
-                result = self._make(number, window)
+                if isinstance(self.task, CoupledTask):
+                    result = self._coupled(self.task, window, number)
+                else:
+                    phase = partial(self._begin_phase, number)
+                    result = self.accumulator.run(window, partial(self._forward, window), phase)
             except WindowDroppedError:
-                self._grace.put_back()
+                self.grace.put_back()
                 logger.info("update %d: no time is left to finish its window, which is dropped", number)
                 raise
-            self._heartbeat.doing("end", update=number)
-            self._grace.end(result.flags)
+            self.heartbeat.doing("end", update=number)
+            self.grace.end(result.flags)
             return result, lr
 
-    def _make(self, number: int, window: Window) -> UpdateResult:
-        if isinstance(self._task, CoupledTask):
-            return self._coupled(self._task, window, number)
-        return self._accumulator.run(window, partial(self._forward, window), partial(self._begin_phase, number))
-
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
-        with self._memory_line.watching(window.sizes[0]):
-            return checked_output(self._computed(self._task, batch))
+        with self.memory_line.watching(window.sizes[0]):
+            return checked_output(self._computed(self.task, batch))
 
     def _computed(self, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         try:
-            with self._precision.autocast():
-                return forward(self._model, batch)
+            with self.precision.autocast():
+                return forward(self.model, batch)
         except AttributeError as error:
-            strategy = self._accumulator.strategy
+            strategy = self.accumulator.strategy
             if error.obj is not strategy.model or not hasattr(strategy.module, error.name or ""):
                 raise
             raise UserError(
@@ -119,7 +100,7 @@ class Updater:
                 f"(an argument can ask for it); getattr(model, 'module', model).{error.name} is for settings."
             ) from error
         except RuntimeError as error:
-            wanted = self._precision.parameter_dtype
+            wanted = self.precision.parameter_dtype
             others = {t.dtype for t in tensors_of(batch) if t.is_floating_point() and t.dtype != wanted}
             if not others or not ("dtype" in str(error) or "scalar type" in str(error)):
                 raise
@@ -130,14 +111,14 @@ class Updater:
             ) from error
 
     def _begin_phase(self, number: int, what: str, micro_step: int, is_last: bool) -> None:
-        doing = self._heartbeat.doing
+        doing = self.heartbeat.doing
         if what == "step":
             doing("step", update=number, waits=True)
         elif what == "loading":
             doing("loading of a micro-batch", update=number, micro_step=micro_step)
         elif what == "forward":
-            if self._interruption.is_requested():
-                self._grace.check(micro_step, is_last=is_last)
+            if self.interruption.is_requested():
+                self.grace.check(micro_step, is_last=is_last)
             doing("forward", update=number, micro_step=micro_step)
         else:
             how = "backward with the gradient sync" if is_last else "backward"
@@ -147,13 +128,13 @@ class Updater:
         def between(stage: Stage, step: int) -> None:
             # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
             # takes about three times as long.
-            if stage is Stage.embedding and self._interruption.is_requested():
-                self._grace.check(step, to_come=3 * len(window))
-            self._heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
+            if stage is Stage.embedding and self.interruption.is_requested():
+                self.grace.check(step, to_come=3 * len(window))
+            self.heartbeat.doing(stage.value, update=number, micro_step=step, waits=stage.waits)
 
         self._begin_phase(number, "loading", 1, is_last=False)
         accumulate_coupled(
-            self._accumulator, window, embed=partial(self._computed, task.embed), loss=task.window_loss, between=between
+            self.accumulator, window, embed=partial(self._computed, task.embed), loss=task.window_loss, between=between
         )
         self._begin_phase(number, "step", len(window), is_last=True)
-        return self._accumulator.step()
+        return self.accumulator.step()

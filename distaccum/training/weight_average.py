@@ -125,7 +125,10 @@ class WeightAverage:
         """The average as a checkpoint keeps it: live tensors by the names of the model's own, and `n_averaged`."""
         found = {}
         for (name, live), part in zip(self._live.items(), self._averaged_parts(), strict=True):
-            found[name] = _sharded_like(live, part) if isinstance(live, DTensor) else part
+            if isinstance(live, DTensor):
+                layout, shape, stride = live.placements, live.shape, live.stride()
+                part = DTensor.from_local(part, live.device_mesh, layout, run_check=False, shape=shape, stride=stride)
+            found[name] = part
         return found | {"n_averaged": self._averaged.n_averaged}
 
 
@@ -137,9 +140,3 @@ def _exchange(own: Tensor, average: Tensor) -> None:
     before = own.clone()
     own.copy_(average)
     average.copy_(before)
-
-
-def _sharded_like(whole: DTensor, part: Tensor) -> DTensor:
-    return DTensor.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )

@@ -25,7 +25,7 @@ from distaccum.checkpoints.storage import write_safetensors
 from distaccum.config import CheckpointConfig
 from distaccum.config.enums import Goal
 from distaccum.errors import UserError
-from distaccum.runtime.random_state import random_state, set_random_state
+from distaccum.runtime.randomness import random_state, set_random_state
 from distaccum.strategies import strategy_of
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distaccum import EvaluationLoader, Task, TaskOutput, UserError, evaluate_model
 from distaccum.tasks import checked_output
-from distaccum.training.evaluator import metrics_of
+from distaccum.training.evaluation import metrics_of
 
 LOSS = torch.tensor(1.5)
 

@@ -10,8 +10,7 @@ import pytest
 
 from distaccum.checkpoints import Checkpoint
 from distaccum.errors import UserError
-from distaccum.training.progress import check_progress
-from distaccum.training.totals import Totals
+from distaccum.training.progress import Totals, check_progress
 
 PROGRESS: dict[str, Any] = {
     "totals": asdict(Totals(updates=7)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from torch import nn
 from distaccum.checkpoints import Checkpoint, averaged_weights, checked, checkpoints_in, load_model, newest_whole
 from distaccum.checkpoints.form import Form, is_dict, misfit
 from distaccum.config import flat
+from distaccum.config import instantiate as targets
 from distaccum.config.enums import Weights, WhichCheckpoint
 from distaccum.config.redaction import REDACTED, hide
 from distaccum.errors import UserError
 from distaccum.runtime.world import World
-from distaccum.tools.evaluate.trust import check_trusted
 from distaccum.training.progress import check_progress
 from distaccum.training.run_folder import CHECKPOINTS
 
 _OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
 _IN_COMMON = ("data.evaluation.", "data.collate_fn", "task.")
 """What members must agree on for their figures to be comparable."""
+_OWN = ("distaccum.data", "distaccum.models", "distaccum.tasks")
+"""Nothing in these runs or builds what it is given the name of."""
 _CONFIG: Form = {
     "data": {"train": is_dict},
     "model": is_dict,
@@ -52,19 +54,9 @@ class Member:
 
 
 def find_members(
-    paths: Sequence[Path],
-    which: WhichCheckpoint,
-    overrides: Sequence[str],
-    world: World,
-    trust: Sequence[str] = (),
+    paths: Sequence[Path], which: WhichCheckpoint, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
 ) -> list[Member]:
-    """The checkpoints that are meant, found whole. All ranks call it.
-
-    Args:
-        paths: folders of runs, or of single checkpoints.
-        which: of a run's checkpoints.
-        overrides: `KEY=VALUE`, changes to what the models were trained with.
-        trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
+    """The checkpoints that are meant (see `Wishes`), found whole. All ranks call it.
 
     Raises:
         UserError: there is none, one is damaged, it is no training's, an override names no key, or what is to be built
@@ -83,23 +75,21 @@ def find_members(
 
 
 def _checkpoints(path: Path, which: WhichCheckpoint, world: World) -> list[Checkpoint]:
-    is_run = world.from_main(bool(checkpoints_in(path / CHECKPOINTS)))
-    folder = path / CHECKPOINTS if is_run else path
-    folders = world.from_main(checkpoints_in(folder))
+    folders = world.from_main(checkpoints_in(path / CHECKPOINTS) or checkpoints_in(path))
     if not folders:
         if not world.from_main(os.path.exists(path)):
             return _nothing_in(path, "there is no such folder")
         found, problem = checked(path, rank=world.rank, gather=world.gather)
-        return [_of_a_training(found)] if found is not None else _nothing_in(path, problem)
-    newest = newest_whole(folder, rank=world.rank, gather=world.gather)
+        return [found] if found is not None else _nothing_in(path, problem)
+    newest = newest_whole(folders[0].parent, rank=world.rank, gather=world.gather)
     if newest is None:
         return _nothing_in(path, "all of its checkpoints are damaged")
     if which is WhichCheckpoint.newest:
-        return [_of_a_training(newest)]
+        return [newest]
     whole = [checked(entry, rank=world.rank, gather=world.gather)[0] for entry in reversed(folders)]
     entries = [entry for entry in whole if entry is not None]
     if which is WhichCheckpoint.all:
-        return [_of_a_training(entry) for entry in entries]
+        return entries
     ranking = {int(number): value for number, value in newest.state["best"].items()}
     kept = [entry for entry in entries if entry.update in ranking]
     if not kept:
@@ -107,7 +97,7 @@ def _checkpoints(path: Path, which: WhichCheckpoint, world: World) -> list[Check
             f"{path} has no best checkpoint: the run kept none. Train with checkpoint.keep_best=1, or leave out "
             "--which best."
         )
-    return [_of_a_training(min(kept, key=lambda entry: ranking[entry.update]))]
+    return [min(kept, key=lambda entry: ranking[entry.update])]
 
 
 def _nothing_in(path: Path, problem: str) -> list[Checkpoint]:
@@ -117,12 +107,8 @@ def _nothing_in(path: Path, problem: str) -> list[Checkpoint]:
     )
 
 
-def _of_a_training(checkpoint: Checkpoint) -> Checkpoint:
-    check_progress(checkpoint, "In your own loop, restore it and call distaccum.evaluate_model.")
-    return checkpoint
-
-
 def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequence[str]) -> dict[str, Any]:
+    check_progress(checkpoint, "In your own loop, restore it and call distaccum.evaluate_model.")
     config: dict[str, Any] = checkpoint.state["progress"]["config"]
     if (where := misfit(config, _CONFIG)) is not None:
         raise UserError(f"{checkpoint.path}: its configuration is not as a run saves it: config{where}.")
@@ -137,9 +123,53 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequenc
     for key, value in flat(built).items():
         if REDACTED in str(value):
             raise UserError(f"{key} is a secret, which is not in the checkpoint: give it again, as in {key}=…")
-    check_trusted(built, [override.partition("=")[0] for override in overrides], trust)
+    _check_trusted(built, [override.partition("=")[0] for override in overrides], trust)
     hide(config)
     return config
+
+
+def _check_trusted(config: dict[str, Any], given: Collection[str], trusted: Collection[str]) -> None:
+    """Refuses what is neither of this package, nor trusted, nor on the command line. Nothing of it is imported.
+
+    Args:
+        config: the sections that are to be built.
+        given: keys that stand on the command line.
+        trusted: import paths of modules, and of single classes and functions.
+
+    Raises:
+        UserError: names what is to be built, and how to allow it; or a value that would be worked out here, as
+            `${oc.env:…}`, in the place of which a run saves what it was.
+    """
+    for key, value in _leaves(config):
+        if not isinstance(value, str) or any(f"{key}.".startswith(f"{own}.") for own in given):
+            continue
+        if "${" in value:
+            raise UserError(f"{key}={value} in the checkpoint is no value that a run has saved. Give it, as in {key}=…")
+        if key.endswith(f".{targets.TARGET}") and not _is_trusted(value, key, trusted):
+            raise UserError(
+                f"{key}={value} is what the checkpoint wants to be called here, and whoever made it could have put "
+                f"anything there. If you know it, say so: --trust {value}, or --trust {value.partition('.')[0]} for "
+                "all of that package."
+            )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(entry, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
+
+
+def _is_trusted(target: str, key: str, trusted: Collection[str]) -> bool:
+    if target in trusted:
+        return True
+    homes = tuple(f"{home}." for home in (*_OWN, *trusted))
+    if not target.startswith(homes):
+        return False
+    # The names in a module lead on to what it has imported: what counts is where the thing is at home.
+    found = targets.locate(target, key.removesuffix(f".{targets.TARGET}"))
+    return f"{getattr(found, '__module__', '')}.".startswith(homes)
 
 
 def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -176,13 +206,10 @@ def _differences(members: Sequence[Member]) -> list[tuple[str, list[str]]]:
         {key: value for key, value in flat(member.config).items() if f"{key}.".startswith(_IN_COMMON)}
         for member in members
     ]
-    keys = sorted(set().union(*configs))
-    found = []
-    for key in keys:
-        values = dict.fromkeys(repr(config.get(key)) for config in configs)
-        if len(values) > 1:
-            found.append((key, list(values)))
-    return found
+    values = {
+        key: list(dict.fromkeys(repr(config.get(key)) for config in configs)) for key in sorted(set().union(*configs))
+    }
+    return [(key, several) for key, several in values.items() if len(several) > 1]
 
 
 def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
@@ -192,15 +219,16 @@ def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
         UserError: they are another model's, or there is no such average in the checkpoint.
     """
     kind = None if weights is Weights.raw else weights.value
-    averaged = averaged_weights(member.checkpoint, kind) if kind is not None else None
-    if kind is not None and averaged is None:
-        raise UserError(
-            f"{member.name} has no {kind} weights: the run kept no such average. Leave out --weights {kind}, or train "
-            f"with train.{kind}."
-        )
-    if averaged == 0:
-        raise UserError(
-            f"{member.name} has no {kind} weights: the average begins later than update {member.checkpoint.update}. "
-            f"Name a later checkpoint, or leave out --weights {kind}."
-        )
+    if kind is not None:
+        averaged = averaged_weights(member.checkpoint, kind)
+        if averaged is None:
+            raise UserError(
+                f"{member.name} has no {kind} weights: the run kept no such average. Leave out --weights {kind}, or "
+                f"train with train.{kind}."
+            )
+        if averaged == 0:
+            raise UserError(
+                f"{member.name} has no {kind} weights: the average begins later than update "
+                f"{member.checkpoint.update}. Name a later checkpoint, or leave out --weights {kind}."
+            )
     load_model(member.checkpoint, module, kind)

@@ -33,8 +33,7 @@ from distaccum.runtime.world import World, joined_world
 from distaccum.tasks import CoupledTask
 from distaccum.tools.evaluate.members import Member, find_members, load_weights
 from distaccum.training.build import collate_fn, loader_options
-from distaccum.training.evaluation import evaluate_model
-from distaccum.training.evaluator import metrics_of
+from distaccum.training.evaluation import evaluate_model, metrics_of
 from distaccum.training.model import build_model
 
 
@@ -115,10 +114,9 @@ class _Examination:
             world_size=world.world_size,
             options=options,
         )
-        train_data = _train_data(members)
         self.models = [
             _model(member, own_data, wishes.weights, self.precision, device)
-            for member, own_data in zip(members, train_data, strict=True)
+            for member, own_data in zip(members, _train_data(members), strict=True)
         ]
         self.problem = ""
 
@@ -141,12 +139,6 @@ class _Examination:
             )
         return wishes.combine or Combination.probabilities
 
-    def _put_together(self, combine: Combination, class_dim: int | None) -> nn.Module:
-        if combine is Combination.weights:
-            return mean_of_weights(self.models)
-        dimension = class_dim if class_dim is not None else getattr(self.task, "class_dim", None)
-        return Ensemble(self.models, combine=combine, class_dim=dimension)
-
     def rows(self, class_dim: int | None) -> list[Row]:
         """Each model's, and all models' together; `problem` then says why they can't be, if so. All ranks call it."""
         rows = [
@@ -156,7 +148,13 @@ class _Examination:
         if self.combine is not None:
             name = f"all {len(self.members)}, {self.combine.value}"
             try:
-                together = self._put_together(self.combine, class_dim)
+                if class_dim is None:
+                    class_dim = getattr(self.task, "class_dim", None)
+                together: nn.Module = (
+                    mean_of_weights(self.models)
+                    if self.combine is Combination.weights
+                    else Ensemble(self.models, combine=self.combine, class_dim=class_dim)
+                )
                 rows.append(Row(name=name, update=None, metrics=self._metrics(together)))
             except NotTogetherError as error:  # a matter of what models give, so the same on every rank
                 self.problem, self.combine = str(error), None
@@ -215,16 +213,10 @@ def _batch_size(size: Any, micro_batch_size: Any) -> int:
 
 def _train_data(members: Sequence[Member]) -> list[Any]:
     """Of each member; models may take arguments from it (the number of classes, say). Equal ones are built once."""
-    built: list[tuple[Any, Any]] = []
-    found = []
-    for member in members:
-        section = member.config["data"]["train"]
-        known = [data for other, data in built if other == section]
-        if not known:
-            known = [targets.build(section, "data.train")]
-            built.append((section, known[0]))
-        found.append(known[0])
-    return found
+    sections = [member.config["data"]["train"] for member in members]
+    firsts = [sections.index(section) for section in sections]
+    built = {number: targets.build(sections[number], "data.train") for number in dict.fromkeys(firsts)}
+    return [built[number] for number in firsts]
 
 
 def _model(member: Member, train_data: Any, weights: Weights, precision: Precision, device: torch.device) -> nn.Module:
@@ -241,31 +233,24 @@ def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> Non
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("model")
     table.add_column("update", justify="right")
-    names = list(rows[0].metrics)
-    for name in names:
+    for name in rows[0].metrics:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         is_all = row.update is None
-        cells = [number(row.metrics[name]) for name in names]
-        update = "" if is_all else str(row.update)
-        table.add_row(Text(printable(row.name), overflow="fold"), update, *cells, style="bold" if is_all else "")
+        cells = ["" if is_all else str(row.update), *(number(row.metrics[name]) for name in rows[0].metrics)]
+        table.add_row(Text(printable(row.name), overflow="fold"), *cells, style="bold" if is_all else "")
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     wide.print(table)
     if wishes.output is not None:
-        _write(rows, samples, wishes, examination.combine)
+        found = {
+            "samples": samples,
+            "weights": wishes.weights.value,
+            "combine": examination.combine.value if examination.combine else None,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        write_result(wishes.output, json.dumps(found, indent=2) + "\n", "Choose another with --out.")
         console.print(printable(f"written: {wishes.output}"))
     if examination.problem:
         if wishes.combine is not None or wishes.class_dim is not None:
             raise UserError(examination.problem)
         console.print(Text(printable(f"each alone, and not together: {examination.problem}")))
-
-
-def _write(rows: Sequence[Row], samples: int, wishes: Wishes, combine: Combination | None) -> None:
-    found = {
-        "samples": samples,
-        "weights": wishes.weights.value,
-        "combine": combine.value if combine else None,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    assert wishes.output is not None
-    write_result(wishes.output, json.dumps(found, indent=2) + "\n", "Choose another with --out.")
