@@ -1,4 +1,4 @@
-"""The heart: gradients accumulated over micro-steps, synchronised once, scaled exactly, clipped and stepped.
+"""Gradients accumulated over micro-steps, synchronised once, scaled exactly, clipped and stepped.
 
     update = optimizer( Σ over all samples of the window of grad(loss_sum) / Σ of weight )
 
@@ -60,8 +60,7 @@ class Accumulator:
         strategy: how the model is placed. Default: what the model shows.
         flags: questions by name, answered by each rank at the end of each window; `UpdateResult.flags` has those that
             any rank said yes to, on every rank alike. The answers ride along with the loss, at no collective's cost:
-            it is how ranks agree, at the same update, to stop because one of them got a signal. The same names on each
-            rank.
+            it is how ranks agree to stop at the same update when one got a signal. The same names on each rank.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
         time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
         recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
@@ -387,7 +386,8 @@ class Accumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        state = {"updates": self.updates, "last_weight": self._last_weight, "trained": self._gradients.trained()}
+        state = {"updates": self.updates, "last_weight": self._last_weight, "sums": self._sums.agreed}
+        state["trained"] = self._gradients.trained()
         return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -395,5 +395,6 @@ class Accumulator:
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
         self._gradients.set_trained(state.get("trained", ()))
+        self._sums.agreed = [(name, tuple(shape)) for name, shape in state.get("sums", ())]
         if self.noise_scale is not None and "noise_scale" in state:
             self.noise_scale.load_state_dict(state["noise_scale"])

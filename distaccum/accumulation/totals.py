@@ -36,15 +36,16 @@ class SumsOverRanks:
         self._strategy = strategy
         self._flags = flags
         self._reports = reports
-        self._agreed: Layout = []
+        self.agreed: Layout = []
+        """Is saved with a run: how long the vector is decides on the last bits of gradients that are sent with it."""
 
     def own(self, window: OpenWindow) -> Tensor:
         """This rank's numbers, in one vector of float64 on the device."""
         layout, device = _layout(window), self._strategy.device
         if self._strategy.process_group is None and not isinstance(layout, str):
-            self._agreed = layout
-        differs = layout != self._agreed
-        room = sum(math.prod(shape) for _, shape in self._agreed)
+            self.agreed = layout
+        differs = layout != self.agreed
+        room = sum(math.prod(shape) for _, shape in self.agreed)
         sums = [torch.zeros(room, dtype=torch.float64, device=device)] if differs else self._own_sums(window)
         tensors = [value for value in window.weights if isinstance(value, Tensor)]
         if len(tensors) < len(window.weights):
@@ -90,9 +91,9 @@ class SumsOverRanks:
             mine = self._own_sums(window)
             sums = summed_beside(torch.cat(mine), self._strategy.process_group)().tolist() if mine else []
         _require_same_norm(window, norm_before / ranks, norm_dtype)
-        sizes = [math.prod(shape) for _, shape in self._agreed]
+        sizes = [math.prod(shape) for _, shape in self.agreed]
         parts = torch.split(torch.tensor(sums, dtype=torch.float64), sizes)
-        shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self._agreed, strict=True)}
+        shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self.agreed, strict=True)}
         return {
             "loss": loss_sum / weight if weight else math.nan,
             "weight": weight,
@@ -113,7 +114,7 @@ class SumsOverRanks:
                 f"the ranks' sums differ: rank 0 has {first or 'none'}; rank {other} has {second or 'none'}. Give the "
                 "same names and shapes on each rank, zeros where there is nothing to add."
             )
-        self._agreed = everyone[0]
+        self.agreed = everyone[0]
 
     def take_no_part(self, window: OpenWindow, module: nn.Module) -> None:
         """Syncs without having had a micro-batch, where ranks can, so that all of them are told by `read`.
