@@ -357,3 +357,36 @@ def test_a_sweep_among_ranks_is_refused(
         "point."
     )
     assert not list(Path("runs").glob("*/config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["data.num_workers=99999999999999999999999"],
+            "data.num_workers=99999999999999999999999 is impos",
+        ),
+        (["experiment=text", "data.train.max_length=9223372036854775808"], "the model is too large to be built: "),
+    ],
+)
+def test_numbers_beyond_all_machines_are_refused(train: Callable[..., Ended], overrides: list[str], said: str) -> None:
+    ended = train("wandb.mode=disabled", *overrides)
+    assert ended.status == 2
+    assert ended.message.startswith(said)
+
+
+def test_an_infinite_limit_of_memory_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^memory\.limit_gb=inf is impossible: it must be finite\.$"):
+        compose(["memory.limit_gb=1e400"], "memory")
+
+
+def test_a_current_folder_that_is_gone_is_named(
+    train: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = train()
+    assert ended.status == 2
+    assert ended.message == "the current folder is no longer there. Change to one that is: cd PATH."

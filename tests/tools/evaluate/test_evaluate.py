@@ -132,6 +132,7 @@ def test_what_is_wrong_is_said_in_one_message(
     weights.write_bytes(weights.read_bytes()[:-9] + b"something")
     cases: list[tuple[list[Any], str]] = [
         (["nowhere"], "nowhere: there is no checkpoint to evaluate: there is no such folder"),
+        (["x" * 300], f"{'x' * 300}: there is no checkpoint to evaluate: there is no such folder"),
         ([tmp_path], "manifest.json is missing"),
         ([damaged], "is not as it was written: its hash is another"),
         ([runs / "a", "other"], "not made for the same data or task"),

@@ -277,6 +277,7 @@ def test_secrets_and_markup_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ([], "the following arguments are required: RUN_DIR"),
         (["nowhere"], "nowhere is no folder"),
+        (["x" * 300], f"{'x' * 300} is no folder"),
         (["empty"], "empty holds no run: there is no metrics.jsonl"),
         (["blank"], "blank/metrics.jsonl holds no update that can be read"),
         (["good", "good/"], "good and good are the same folder"),
