@@ -71,8 +71,7 @@ SECTIONS: list[tuple[str, str, type]] = [
 def field_docstrings() -> dict[str, dict[str, str]]:
     """Class → field → the docstring below it."""
     found: dict[str, dict[str, str]] = {}
-    package = ROOT / "distaccum"
-    for path in [*sorted((package / "config").glob("*.py")), package / "components.py", package / "tool_configs.py"]:
+    for path in sorted((ROOT / "distaccum" / "config").glob("*.py")):
         tree = ast.parse(path.read_text())
         for node in tree.body:
             if not isinstance(node, ast.ClassDef):

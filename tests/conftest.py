@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +18,9 @@ from command_line import Ended
 
 # One thread a process, as under torchrun: many processes share few cores here.
 torch.set_num_threads(1)
+
+# Runs that tests start heed a closed terminal, also where the tests themselves are started with nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 TESTS = Path(__file__).parent

@@ -387,11 +387,11 @@ from distaccum.loaders import workers as data_workers
 from distaccum.loaders import fetch as fetching
 
 def kill_training():
+    print(os.getpid(), flush=True)
     training = os.getppid()
     os.kill(training, signal.SIGKILL)
     while os.getppid() == training:
         time.sleep(0.01)
-    print(os.getpid(), flush=True)
 
 begin = data_workers._begin_worker
 def begin_late(*arguments):
