@@ -386,8 +386,8 @@ class Accumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
-        state = {"updates": self.updates, "last_weight": self._last_weight, "sums": self._sums.agreed}
-        state["trained"] = self._gradients.trained()
+        state: dict[str, Any] = {"updates": self.updates, "last_weight": self._last_weight}
+        state |= {"trained": self._gradients.trained(), "sums": self._sums.agreed}
         return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -154,10 +154,11 @@ class Session:
                 received = line.receive()
                 if received is None:
                     self._selector.unregister(line.connection)
-                    if failed:
-                        deadline = time.monotonic()
-                        break
-                    raise self._died()
+                    # A rank that has lost another one may be heard before that one's end is seen.
+                    if all(answer.get("ok", True) or answer["kind"] == "died" for answer in answers.values()):
+                        raise self._died()
+                    deadline = time.monotonic()
+                    break
                 for answer in received:
                     if line.rank < 0:
                         line.rank = answer["rank"]

@@ -20,6 +20,7 @@ import torch
 from distaccum.config.redaction import hide, redacted_text
 from distaccum.errors import UserError
 from distaccum.runtime.devices import resolve_device
+from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.logs import make_output_safe
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.bench.measurements import Measuring
@@ -27,14 +28,14 @@ from distaccum.tools.bench.portable import from_portable
 
 
 def explain_failure(error: BaseException) -> tuple[str, str]:
-    """What kind of failure it is (`user`, `memory` or `bug`), and one line that says what happened."""
+    """Returns the kind of a failure (`user`, `memory`, `bug`, `died` of another rank), and one line that tells it."""
     line = redacted_text(" ".join(str(error).split()))
     if isinstance(error, UserError):
         return "user", line
     is_full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line
     if is_full:
         return "memory", f"out of memory: {line.partition('. ')[0]}" if line else "out of memory"
-    return "bug", f"{type(error).__name__}: {line}"[:400]
+    return "died" if is_broken_collective(error) else "bug", f"{type(error).__name__}: {line}"[:400]
 
 
 def _obey(world: World, job: dict[str, Any], line: socket.socket) -> None:
