@@ -240,7 +240,7 @@ def loops(draw: st.DrawFn, ranks: int) -> Loop:
 def check_loops_as_people_write_them(world: World) -> None:
     """Derandomized: all ranks must draw the same examples."""
 
-    @settings(deadline=None, max_examples=150, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=100, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(loops(world.world_size))
     def is_exact(loop: Loop) -> None:
         # All ranks know of a failure on one, so that they go on together.
