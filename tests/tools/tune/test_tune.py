@@ -29,6 +29,7 @@ def tune(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.alone
 def test_a_tuning_of_two_ranks(tmp_path: Path) -> None:
     # Micro-steps of 2 samples: there is something to gain, whatever else the machine does.
     written = "tune.write=mine/experiment/tuned.yaml"
