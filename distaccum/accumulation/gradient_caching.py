@@ -66,7 +66,7 @@ def accumulate_coupled(
     loss: Loss,
     between: Between = lambda stage, micro_step: None,
 ) -> None:
-    """All micro-steps of a window whose loss couples its samples; `accumulator.step()` follows.
+    """Takes all micro-steps of a window whose loss couples its samples; `accumulator.step()` follows.
 
         for window in loader:
             accumulate_coupled(accumulator, window, embed=model, loss=contrastive_loss)
@@ -85,41 +85,32 @@ def accumulate_coupled(
             (cut by length, in another): their sum and weight. Every rank calls it with the same embeddings, so it must
             draw no random numbers. float16 and bfloat16 embeddings come as float32. Its own parameters, if it has
             any, belong into the model: a learnable temperature can multiply the embeddings.
-        between: told what comes next, and in which micro-step; what it raises ends the window.
+        between: called before each stage, with the stage and the micro-step (from 1); what it raises ends the window.
 
     Raises:
         UserError: the embeddings or the loss are of another form, or the loss depends on parameters of its own.
     """
     started = time.perf_counter()
-    strategy = accumulator.strategy
     if accumulator.noise_scale is not None:
         raise UserError(
-            "the noise scale can't be told of a loss that couples the window's samples: their gradients are not drawn "
-            "one by one. Leave insight.noise_scale out."
+            "the noise scale is not defined for a loss that couples the window's samples: their gradients are not "
+            "drawn one by one. Leave insight.noise_scale out."
         )
-    require_equal_micro_steps(window, strategy)
+    require_equal_micro_steps(window, accumulator.strategy)
+    coupled = _CoupledWindow(accumulator.strategy, embed, loss, between)
     # A window of one micro-batch in all needs no caching.
-    is_alone = strategy.world_size == 1 and isinstance(window, Sized) and len(window) == 1
-    first, whole = _FirstPass(strategy), None
-    with _buffers_unchanged(strategy):
-        first.load(window, between, None if is_alone else embed)
+    is_alone = accumulator.strategy.world_size == 1 and isinstance(window, Sized) and len(window) == 1
+    coupled.load(window, embeds=not is_alone)
     if not is_alone:
-        between(Stage.whole_window, len(first.batches))
-        whole = _WholeWindow(first, loss)
+        between(Stage.whole_window, len(coupled.batches))
+        coupled.take_loss()
         torch.clear_autocast_cache()  # weights cast without a graph would be taken again, and get no gradient
-    after = _random_states(strategy)
-    held = _held_again(window, first.batches)
-    with accumulator.window(held, started=started, data_seconds=first.data_seconds) as micro_batches:
+    after = _random_states(accumulator.strategy)
+    held, data_seconds = _held_again(window, coupled.batches), coupled.data_seconds
+    with accumulator.window(held, started=started, data_seconds=data_seconds) as micro_batches:
         for number, batch in enumerate(micro_batches):
-            between(Stage.forward, number + 1)
-            if whole is not None:
-                first.states[number].put_back()
-            rows = embed(batch)
-            if whole is None:
-                first.keep(rows)
-                whole = _WholeWindow(first, loss)
-            output = whole.surrogate(number, _in_float32(leaves_of(rows)))
-            is_last = number == len(first.batches) - 1
+            output = coupled.forward(number, batch)
+            is_last = number == len(coupled.batches) - 1
             between(Stage.last_backward if is_last else Stage.backward, number + 1)
             accumulator.backward(output.loss_sum, output.weight, output.sums)
     if not is_alone:
@@ -136,85 +127,88 @@ def _in_float32(leaves: list[Tensor]) -> list[Tensor]:
     return [leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf for leaf in leaves]
 
 
-class _FirstPass:
-    """This rank's embeddings, without a graph."""
+class _CoupledWindow:
+    """This rank's micro-batches of a window, their embeddings, and the loss of the whole window."""
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
+    def __init__(self, strategy: Strategy, embed: Embed, loss: Loss, between: Between) -> None:
+        self._strategy = strategy
+        self._embed, self._loss, self._between = embed, loss, between
         self.batches: list[Any] = []
-        self.states: list[GlobalStates] = []
-        self.rows: list[int] = []
-        """Of each micro-step; none of a placeholder."""
-        self.form: Any = None
-        """Embeddings of the last micro-batch: what a nest of them looks like."""
-        self.leaves: list[list[Tensor]] = []
-        """Of each micro-step."""
         self.data_seconds = 0.0
+        self._states: list[GlobalStates] = []
+        """Random states before each micro-step."""
+        self._rows: list[int] = []
+        """Number of embeddings of each micro-step; 0 of a placeholder."""
+        self._form: Any = None
+        """The last micro-batch's embeddings, as the model returned them: a nest to build others like."""
+        self._leaves: list[list[Tensor]] = []
+        """Embeddings of each micro-step, without a graph."""
+        self._output: TaskOutput | None = None
 
-    def load(self, window: Iterable[Any], between: Between, embed: Embed | None) -> None:
-        """Loads the micro-batches, and embeds each at once, if it is to be."""
+    def load(self, window: Iterable[Any], *, embeds: bool) -> None:
+        """Loads the micro-batches; embeds each without a graph as it comes, or leaves that to `forward`."""
         sizes = window.sizes if isinstance(window, Window) else None
         batches = iter(window)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, _END)
-            self.data_seconds += time.perf_counter() - asked
-            if batch is _END:
-                break
-            self.batches.append(batch)
-            self.states.append(_random_states(self.strategy))
-            between(Stage.embedding, len(self.batches))
-            if embed is not None:
-                with torch.no_grad():
-                    rows = embed(batch)
-                self.keep(rows, is_placeholder=sizes is not None and sizes[len(self.batches) - 1] == 0)
+        with _buffers_unchanged(self._strategy):
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, _END)
+                self.data_seconds += time.perf_counter() - asked
+                if batch is _END:
+                    break
+                self.batches.append(batch)
+                self._states.append(_random_states(self._strategy))
+                self._between(Stage.embedding, len(self.batches))
+                if embeds:
+                    with torch.no_grad():
+                        rows = self._embed(batch)
+                    self._keep(rows, is_placeholder=sizes is not None and sizes[len(self.batches) - 1] == 0)
         if not self.batches:
             raise RuntimeError("the window has no micro-batch: has it been iterated over before?")
 
-    def keep(self, rows: Any, *, is_placeholder: bool = False) -> None:
+    def _keep(self, rows: Any, *, is_placeholder: bool) -> None:
         """Notes the embeddings of the next micro-step."""
-        self.form = rows
-        count = number_of_rows(rows)
-        self.rows.append(0 if is_placeholder else count)
-        self.leaves.append([leaf.detach()[: self.rows[-1]] for leaf in _in_float32(leaves_of(rows))])
+        self._form = rows
+        self._rows.append(0 if is_placeholder else number_of_rows(rows))
+        self._leaves.append([leaf.detach()[: self._rows[-1]] for leaf in _in_float32(leaves_of(rows))])
 
-
-_END = object()
-
-
-class _WholeWindow:
-    """The embeddings of all micro-steps and ranks, and their loss."""
-
-    def __init__(self, first: _FirstPass, loss: Loss) -> None:
-        self._rows = first.rows
-        mine = [torch.cat(parts) for parts in zip(*first.leaves, strict=True)]
-        self._leaves, self._start = gather_rows(mine, first.strategy.process_group)
-        for leaf in self._leaves:
+    def take_loss(self) -> None:
+        """Computes the loss of the whole window, and its gradient with respect to this rank's embeddings."""
+        mine = [torch.cat(parts) for parts in zip(*self._leaves, strict=True)]
+        leaves, start = gather_rows(mine, self._strategy.process_group)
+        for leaf in leaves:
             leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with torch.enable_grad():
-            self._output = _checked(loss(rebuilt(first.form, self._leaves)))
-        _refuse_parameters(self._output.loss_sum, self._leaves)
-        # Total loss and weight are known as a whole, and are told by one micro-step of all ranks.
-        steps_with_rows = [number for number, rows in enumerate(first.rows) if rows]
-        self._teller = steps_with_rows[0] if self._start == 0 and steps_with_rows else None
-        finite = [leaf.isfinite().all() for leaf in self._leaves if leaf.requires_grad]
-        # Embeddings that are not finite are told where they are, so that the message names the right rank.
-        self._told = torch.where(torch.stack(finite).all(), self._output.loss_sum.detach(), 0.0)
-        self._cached = self._gradients()
-
-    def _gradients(self) -> list[list[Tensor | None]]:
-        """With respect to the embeddings of each of this rank's micro-steps."""
-        wanted = [leaf for leaf in self._leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(self._output.loss_sum, wanted, allow_unused=True))
-        whole = [next(found) if leaf.requires_grad else None for leaf in self._leaves]
-        places = list(accumulate(self._rows, initial=self._start))
-        return [
-            [None if gradient is None else gradient[start:stop] for gradient in whole]
-            for start, stop in pairwise(places)
+            self._output = output = _checked(self._loss(rebuilt(self._form, leaves)))
+        _refuse_parameters(output.loss_sum, leaves)
+        # Total loss and weight are those of the whole window, so one micro-step of all ranks reports them.
+        steps_with_rows = [number for number, rows in enumerate(self._rows) if rows]
+        self._reporting_step = steps_with_rows[0] if start == 0 and steps_with_rows else None
+        # Embeddings that are not finite are reported by their own micro-steps, so that the message names their rank.
+        finite = torch.stack([leaf.isfinite().all() for leaf in wanted]).all()
+        self._reported = torch.where(finite, output.loss_sum.detach(), 0.0)
+        found = iter(torch.autograd.grad(output.loss_sum, wanted, allow_unused=True))
+        gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        self._cached: list[list[Tensor | None]] = [
+            [None if gradient is None else gradient[begin:end] for gradient in gradients]
+            for begin, end in pairwise(accumulate(self._rows, initial=start))
         ]
 
-    def surrogate(self, number: int, embeddings: list[Tensor]) -> TaskOutput:
-        """What to back-propagate in a micro-step: its gradient is the window's, its value this step's part of it."""
+    def forward(self, number: int, batch: Any) -> TaskOutput:
+        """Embeds a micro-batch with a graph; returns what to back-propagate in its micro-step."""
+        self._between(Stage.forward, number + 1)
+        if self._output is not None:
+            self._states[number].put_back()
+        rows = self._embed(batch)
+        if self._output is None:
+            self._keep(rows, is_placeholder=False)
+            self.take_loss()
+        return self._surrogate(number, _in_float32(leaves_of(rows)))
+
+    def _surrogate(self, number: int, embeddings: list[Tensor]) -> TaskOutput:
+        """A loss whose gradient is the window's, and whose value is this micro-step's part of the window's loss."""
+        assert self._output is not None
         rows = self._rows[number]  # none of a placeholder, whose loss the accumulator replaces
         # A leaf that the loss doesn't use gets a gradient of zero, so that the model's parameters all get one.
         products = [
@@ -224,18 +218,18 @@ class _WholeWindow:
         ]
         if not products:
             raise UserError("the embeddings have no gradient: are they detached from the model?")
-        surrogate = torch.stack(products).sum()
         finite = torch.stack([leaf.detach().isfinite().all() for leaf in embeddings if leaf.requires_grad]).all()
-        is_teller = number == self._teller
-        share = torch.where(finite, self._told if is_teller else torch.zeros_like(self._told), torch.nan)
+        reports = number == self._reporting_step
+        value = torch.where(finite, self._reported if reports else torch.zeros_like(self._reported), torch.nan)
+        zeros = {name: torch.zeros_like(entry) for name, entry in self._output.sums.items()}
         return TaskOutput(
-            loss_sum=_ValueOf.apply(surrogate, share),  # type: ignore[no-untyped-call]
-            weight=self._output.weight if is_teller else 0.0,
-            sums=self._output.sums if is_teller else self._zero_sums(),
+            loss_sum=_ValueOf.apply(torch.stack(products).sum(), value),  # type: ignore[no-untyped-call]
+            weight=self._output.weight if reports else 0.0,
+            sums=self._output.sums if reports else zeros,
         )
 
-    def _zero_sums(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(value) for name, value in self._output.sums.items()}
+
+_END = object()
 
 
 class _ValueOf(torch.autograd.Function):
