@@ -4,11 +4,13 @@
 
 Both sums run over all micro-steps and all ranks. There is no division by the number of accumulation steps anywhere, so
 ragged windows, ranks with unequal work and sequences of unequal length are exact by construction.
+
+An update in the order of this file: `window` → `_micro_steps` → `_sync_context` (which of them synchronises) →
+`backward` → `_begin_sync` (of the last one) → `step` → `_update` (scale, clip, step).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -21,17 +23,17 @@ from torch import Tensor, nn
 from distaccum.accumulation.micro_gradients import measurement, watcher_of
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
-from distaccum.accumulation.optimizer_step import SPARSE, Gradients, ScaledStep, said_of_memory
+from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, said_of_memory
 from distaccum.accumulation.recovery import Recovery, Share, Tell, explained
 from distaccum.accumulation.result import TaskOutput, UpdateResult
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
-from distaccum.errors import UserError, require, require_positive
+from distaccum.errors import require, require_positive
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy, can_recover, strategy_of
 
-logger = logging.getLogger(__name__)
-
 Batch = TypeVar("Batch")
+_NO_BACKWARD = "micro-step {} ended without accumulator.backward(loss_sum, weight)"
+_OUT_OF_STEP = "a gradient sync has failed, so ranks may be out of step. Start all ranks again, from a checkpoint."
 
 
 class Accumulator:
@@ -58,9 +60,9 @@ class Accumulator:
         scaler: a `torch.amp.GradScaler`, for float16. It steps, skips and adapts once per update.
         skip_nonfinite: skip an update whose loss or gradient is NaN or infinite, instead of raising.
         strategy: how the model is placed. Default: what the model shows.
-        flags: questions by name, answered by each rank at the end of each window; `UpdateResult.flags` has those that
-            any rank said yes to, on every rank alike. The answers ride along with the loss, at no collective's cost:
-            it is how ranks agree to stop at the same update when one got a signal. The same names on each rank.
+        flags: questions by name (the same on each rank), asked at the end of each window; `UpdateResult.flags` has
+            those that any rank said yes to, on every rank alike. So ranks agree to stop at the same update when one got
+            a signal. The answers are sent with the loss and need no collective of their own.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
         time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
         recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
@@ -87,8 +89,6 @@ class Accumulator:
         noise_scale: NoiseScale | None = None,
     ) -> None:
         require_positive(clip_norm=clip_norm)
-        embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
-        require(not any(part.sparse for part in embeddings), SPARSE)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.scaler = scaler
@@ -120,34 +120,29 @@ class Accumulator:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
-        forward and backward. If an exception leaves the window, `no_sync` is left too and the window's gradients are
-        dropped, so that the next window starts clean; but not if it came in the last backward among several ranks,
-        which may be out of step then.
+        forward and backward. After an exception the window's gradients are dropped, and the next window starts clean;
+        but not if it came in the last backward among several ranks, which may be out of step then.
 
         Args:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
         """
-        return self._opened(micro_batches, with_last(micro_batches), started=started, data_seconds=data_seconds)
+        return self._opened(micro_batches, started=started, data_seconds=data_seconds)
 
     @contextmanager
     def _opened(
         self,
         micro_batches: Iterable[Any],
-        items: Iterator[tuple[Batch, bool]],
         share: Share | None = None,
         *,
         started: float | None = None,
         data_seconds: float = 0.0,
-    ) -> Iterator[Iterator[Batch]]:
-        """`window`, of items that say whether they are the last; with a share, they may be taken again."""
+    ) -> Iterator[Iterator[Any]]:
+        """`window`; with a share, whose micro-steps may be taken again."""
         if self._open is not None:
-            raise RuntimeError("the last window was not brought to its end by step() or dropped by clear_gradients()")
-        if self._is_out_of_step:
-            raise UserError(
-                "a gradient sync has failed, so ranks may be out of step. Start all ranks again, from a checkpoint."
-            )
+            raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
+        require(not self._is_out_of_step, _OUT_OF_STEP)
         require_equal_micro_steps(micro_batches, self.strategy)
         window = OpenWindow(
             number=self.updates + 1,
@@ -164,13 +159,13 @@ class Accumulator:
         )
         self._gradients.begin()
         self._open = window
-        micro_steps = self._micro_steps(window, items)
+        micro_steps = self._micro_steps(window, with_last(micro_batches) if share is None else share.micro_batches())
         try:
             window.remember(self._model, may_be_skipped=self.skip_nonfinite)
             with window.micro_gradients or nullcontext():
                 yield micro_steps
             if not window.micro_steps:
-                self._sums.take_no_part(window, self._model)
+                self._sums.sync_without_micro_batch(window, self._model)
             window.require_sync()
         except BaseException:
             micro_steps.close()  # leaves no_sync, if a micro-step is inside it
@@ -179,7 +174,8 @@ class Accumulator:
             self.clear_gradients()
             raise
 
-    def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Batch, bool]]) -> Generator[Batch, None, None]:
+    def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Any, bool]]) -> Generator[Any, None, None]:
+        """Yields each micro-batch inside `_sync_context`; `items` say of each whether it is the window's last."""
         while True:
             asked = time.perf_counter()
             item = next(items, None)
@@ -187,8 +183,7 @@ class Accumulator:
             if item is None:
                 return
             micro_batch, window.is_last = item
-            # The one place that asks "is this the sync step?".
-            with nullcontext() if window.is_last and window.recoverable is None else self.strategy.no_sync():
+            with self._sync_context(window):
                 window.micro_steps += 1
                 window.awaiting_backward = True
                 if self.time_micro_steps:
@@ -197,9 +192,14 @@ class Accumulator:
                     window.last_gradient = window.recoverable.last_gradient(self._gradients.of_optimizer())
                 yield micro_batch
                 if window.awaiting_backward:
-                    raise RuntimeError(
-                        f"micro-step {window.micro_steps} ended without accumulator.backward(loss_sum, weight)"
-                    )
+                    raise RuntimeError(_NO_BACKWARD.format(window.micro_steps))
+
+    def _sync_context(self, window: OpenWindow) -> AbstractContextManager[None]:
+        """Decides about the sync, here alone: every micro-step is inside `no_sync` but the window's last.
+
+        So is the last one where micro-steps can be taken again: `_begin_sync` then asks for the sync after its forward.
+        """
+        return nullcontext() if window.is_last and window.recoverable is None else self.strategy.no_sync()
 
     def backward(
         self,
@@ -227,13 +227,7 @@ class Accumulator:
         if self.noise_scale is not None:
             window.count_samples(num_samples)
         if window.is_last:
-            totals = self._sums.own(window)
-            if window.recoverable is not None:
-                if window.last_gradient is not None:
-                    loss_sum = loss_sum + window.last_gradient.to(loss_sum)
-                window.recoverable.begin_sync(loss_sum)
-            window.is_syncing = True
-            window.totals = self.strategy.summed(totals)
+            loss_sum = self._begin_sync(window, loss_sum)
         # A power of two, so that it changes no bit of the result; see loss_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -247,6 +241,17 @@ class Accumulator:
         if self.time_micro_steps:
             window.marks.append((window.micro_step_start, window.backward_end))
 
+    def _begin_sync(self, window: OpenWindow, loss_sum: Tensor) -> Tensor:
+        """Prepares the backward that synchronises gradients and sums; returns the loss that it starts from."""
+        totals = self._sums.own(window)
+        if window.recoverable is not None:
+            if window.last_gradient is not None:
+                loss_sum = loss_sum + window.last_gradient.to(loss_sum)
+            window.recoverable.begin_sync(loss_sum)
+        window.is_syncing = True
+        window.totals = self.strategy.summed(totals)
+        return loss_sum
+
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
 
@@ -257,11 +262,11 @@ class Accumulator:
                 is off. The parameters have not moved.
         """
         result = self._finished()
-        assert result is not None
+        assert result is not None  # only `run` has micro-steps taken again
         return result
 
     def _finished(self) -> UpdateResult | None:
-        """`step`; or None if a rank has run out of memory in its last backward: all is as it was before the window."""
+        """`step`; returns None, with all as before the window, if a rank ran out of memory in its last backward."""
         window = self._open
         if window is None or window.totals is None:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
@@ -285,34 +290,33 @@ class Accumulator:
         return result
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
+        """Scales the gradients to the window's mean, clips them and steps; None as in `_finished`."""
         raw_norm = self.strategy.total_norm(gradients)
         seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        numbers = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
-        norm = numbers.pop()
+        *numbers, norm = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
         if window.recoverable is not None and not math.isfinite(norm) and window.is_lost_on_any_rank():
             window.put_back()
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
         read = self._sums.read(numbers, window, raw_norm.dtype)
-        loss, weight = read["loss"], read["weight"]
+        weight = read["weight"]
         self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
         grad_norm = norm * factor
-        skipped = not is_to_be_made(window, loss, weight, grad_norm, self.skip_nonfinite, self.scaler)
-        if not skipped:
-            if self.clip_norm is not None:
-                # The same formula as torch.nn.utils.clip_grad_norm_.
-                factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
-            self._scaled_step(gradients, factor, self.scaler)
-        else:
+        skipped = not is_to_be_made(window, read["loss"], weight, grad_norm, self.skip_nonfinite, self.scaler)
+        noise: dict[str, Any] = {}
+        if skipped:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
             window.buffers.put_back()
             self.strategy.drop_gradients()
-        noise: dict[str, Any] = {}
+        else:
+            if self.clip_norm is not None:  # by the formula of torch.nn.utils.clip_grad_norm_
+                factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
+            self._scaled_step(gradients, factor, self.scaler)
         if self.noise_scale is not None and measured and not skipped:
-            noise = self.noise_scale.told(measurement(measured, norm * self.strategy.sync_divisor / window.scale))
+            noise = self.noise_scale.update(measurement(measured, norm * self.strategy.sync_divisor / window.scale))
         return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
 
     def clear_gradients(self) -> None:
@@ -329,18 +333,15 @@ class Accumulator:
             micro_batches: as for `window`; for `recovery`, a window of a `WindowLoader`.
             forward: called with each micro-batch; gives `loss_sum`, `weight` and `sums`, as for `backward`. It may be
                 called again with a part of the same samples.
-            tell: told what begins, as `distaccum.accumulation.recovery.Tell` says.
+            tell: called with what begins, as `distaccum.accumulation.recovery.Tell` says.
 
         Raises:
             UserError: as `step`; or memory has run out, and there is no going on.
         """
-        share = None
-        if self._recoverable is not None and self.recovery is not None:
-            share = Share(micro_batches, self.recovery)
+        share = Share(micro_batches, self.recovery) if self.recovery and self._recoverable else None
         while (result := self._attempt(micro_batches, forward, tell or (lambda *_: None), share)) is None:
             assert share is not None
-            logger.info("update %d: a rank has run out of memory, so its window is taken again", self.updates + 1)
-            share.begin_again()
+            share.begin_again_on_all_ranks(self.updates + 1)
         if share is not None:
             share.end()
         return result
@@ -348,10 +349,9 @@ class Accumulator:
     def _attempt(
         self, micro_batches: Iterable[Any], forward: Callable[[Any], TaskOutput], tell: Tell, share: Share | None
     ) -> UpdateResult | None:
-        """None: a rank was out of memory in its last backward, and nothing has changed."""
-        items = with_last(micro_batches) if share is None else share.micro_batches()
+        """Returns None if a rank was out of memory in its last backward; then nothing has changed."""
         tell("loading", 1, False)
-        with self._opened(micro_batches, items, share) as batches:
+        with self._opened(micro_batches, share) as batches:
             window = self._open
             assert window is not None
             for batch in batches:
@@ -366,7 +366,7 @@ class Accumulator:
     def _micro_step(
         self, window: OpenWindow, batch: Any, forward: Callable[[Any], TaskOutput], tell: Tell
     ) -> tuple[str, str] | None:
-        """Forward and backward; if memory runs out, in which of them, and what was said."""
+        """Takes forward and backward; if memory runs out, returns in which of them, and the error's message."""
         during = "forward"
         try:
             tell("forward", window.micro_steps, window.is_last)
@@ -385,13 +385,13 @@ class Accumulator:
         return during, said
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next update depends on besides parameters, optimizer, scaler and window; between two windows."""
+        """Returns what updates depend on besides parameters, optimizer, scaler and windows. Called between windows."""
         state: dict[str, Any] = {"updates": self.updates, "last_weight": self._last_weight}
         state |= {"trained": self._gradients.trained(), "sums": self._sums.agreed}
         return state | ({"noise_scale": self.noise_scale.state_dict()} if self.noise_scale is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`'s answer."""
+        """Restores what `state_dict` returned."""
         self.updates = int(state["updates"] or 0)
         self._last_weight = state["last_weight"]
         self._gradients.set_trained(state.get("trained", ()))

@@ -1,4 +1,4 @@
-"""The micro-steps' own gradients, seen on their way to where they are added up: their norms, and no copy of them."""
+"""Norms of the micro-steps' own gradients, taken before these are added up, and without a copy of them."""
 
 from __future__ import annotations
 
@@ -58,22 +58,22 @@ class MicroGradients:
         self._held = []
 
     def forget(self) -> None:
-        """Nothing has been seen: the micro-steps so far are to be taken again."""
+        """Drops what has been seen, as the micro-steps so far are to be taken again."""
         self._held, self._held_bytes = [], 0
         self._squares.clear()
         self._sizes.clear()
 
     def begin(self, num_samples: int) -> None:
-        """Before the backward of a micro-step."""
+        """Prepares for the backward of a micro-step."""
         self._sizes.append(num_samples)
         self._arrived.clear()
 
     def _see(self, number: int, gradient: Tensor) -> None:
         # Twice in one backward: reentrant activation checkpointing of a shared parameter. The norm of the sum of the
-        # two can't be had from theirs.
+        # two doesn't follow from theirs.
         self._came_twice |= number in self._arrived
         self._arrived.add(number)
-        # Itself, and no view of it: being held, it can't be taken for .grad, to which later ones would be added.
+        # Itself, and no view of it: as long as it is held, autograd doesn't take it for .grad and add later ones to it.
         self._held.append(gradient)
         self._held_bytes += gradient.nbytes
         if self._held_bytes >= _HELD_BYTES:
@@ -84,13 +84,13 @@ class MicroGradients:
         for gradient in self._held:
             kinds[gradient.device, gradient.dtype].append(gradient)
         for (_, dtype), gradients in kinds.items():
-            # In float32 at least: rounded to bfloat16, norms would be off by more than what they are to tell.
+            # In float32 at least: rounded to bfloat16, norms would be off by more than what is to be measured.
             norms = torch._foreach_norm(gradients, 2, dtype=torch.promote_types(dtype, torch.float32))
             self._squares.append(torch.stack(norms).double().square().sum().to(self._strategy.device))
         self._held, self._held_bytes = [], 0
 
     def start(self, scale: float = 1.0, scaler: torch.amp.GradScaler | None = None) -> None:
-        """After the window's last backward: adds up over all ranks, beside what follows. All ranks call it.
+        """Begins to add up over all ranks, after the window's last backward and beside what follows. All ranks call it.
 
         Args:
             scale, scaler: what the losses have been multiplied by.
@@ -110,7 +110,7 @@ class MicroGradients:
             self._work = dist.all_reduce(self._vector, group=self._strategy.process_group, async_op=True)
 
     def seen(self) -> Tensor:
-        """Σ‖s_i‖², number of parts, Σ n_i, Σ n_i²; over all ranks, float64, on the device."""
+        """Returns Σ‖s_i‖², number of parts, Σ n_i, Σ n_i² over all ranks: float64 `[4]`, on the device."""
         assert self._vector is not None, "start comes first"
         if self._work is not None:
             self._work.wait()
@@ -120,13 +120,13 @@ class MicroGradients:
 def watcher_of(
     micro_batches: Iterable[Any], updates: int, noise_scale: NoiseScale | None, gradients: Gradients
 ) -> MicroGradients | None:
-    """What is to see the gradients of a window's micro-steps; None if the window is not to be measured.
+    """The `MicroGradients` of a window; None if the window is not to be measured.
 
     Args:
-        updates: windows before it, for those that don't know their own number.
+        updates: number of windows before it, for those that don't know their own number.
 
     Raises:
-        UserError: it was put together by length.
+        UserError: its micro-batches were put together by length.
     """
     if noise_scale is None:
         return None
@@ -135,17 +135,17 @@ def watcher_of(
         number = micro_batches.number
         if micro_batches.is_by_length:
             raise UserError(
-                "the noise scale can't be told from micro-batches that were put together by length: they are not "
+                "the noise scale can't be measured in micro-batches that were put together by length: they are not "
                 "random samples. Set batch=uniform, or leave insight.noise_scale out."
             )
     return MicroGradients(gradients.strategy, gradients.of_optimizer()) if noise_scale.is_due(number) else None
 
 
 def measurement(seen: Sequence[float], norm: float) -> Measurement:
-    """Of what `MicroGradients.seen` gave, brought to the host.
+    """The measurement that `MicroGradients.seen` has made, from its numbers on the host.
 
     Args:
-        norm: of the sum of all parts' gradients, ‖S‖.
+        norm: norm of the sum of all parts' gradients, ‖S‖.
     """
     pieces, parts, samples, squared_sizes = seen
     return Measurement(parts=int(parts), samples=samples, squared_sizes=squared_sizes, whole=norm * norm, pieces=pieces)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What was seen of one window.
+    """The sums over one window's gradients that the estimates are made of.
 
     Attributes:
         parts: number of parts that hold samples.
@@ -44,7 +44,7 @@ class Measurement:
 
     @property
     def pairs(self) -> float:
-        """Ordered pairs of samples from two parts: what there is to learn |G|² from."""
+        """Number of ordered pairs of samples from two parts: what |G|² is estimated from."""
         return self.samples**2 - self.squared_sizes
 
     @property
@@ -99,25 +99,25 @@ class NoiseScale:
         """Whether a window, counted from 0, is to be measured."""
         return (number + 1) % self.every_updates == 0
 
-    def told(self, seen: Measurement) -> dict[str, float]:
-        """Takes a measurement; gives what an `UpdateResult` says of it, which may be nothing."""
+    def update(self, seen: Measurement) -> dict[str, float]:
+        """Adds a measurement; returns the fields of `UpdateResult` that it sets: none if nothing can be learned."""
         if not self.add(seen):
             return {}
         return {"noise_scale": self.scale, "noise_scale_error": self.error, "coherence": seen.coherence}
 
     def add(self, seen: Measurement) -> bool:
-        """Takes a measurement; False if nothing can be learned from it."""
+        """Adds a measurement; returns False if nothing can be learned from it."""
         if seen.parts < 2:
             self._warn(
-                "the noise scale can't be told from a window that is one micro-batch on one rank: give smaller "
+                "the noise scale can't be measured in a window that is one micro-batch on one rank: give smaller "
                 f"micro-batches, or WindowLoader(…, split_every={self.every_updates}), which cuts those in two"
             )
             return False
         if not (math.isfinite(seen.whole) and math.isfinite(seen.pieces)):
             if math.isfinite(seen.whole):
                 self._warn(
-                    "the noise scale can't be told: a parameter got its gradient in several parts within one backward "
-                    "(reentrant activation checkpointing?)"
+                    "the noise scale can't be measured: a parameter got its gradient in several parts within one "
+                    "backward (reentrant activation checkpointing?)"
                 )
             return False
         weight, square, variance = seen.pairs, seen.gradient_square, seen.variance
@@ -148,7 +148,7 @@ class NoiseScale:
 
     @property
     def scale(self) -> float:
-        """tr Σ / |G|², in samples. Infinite while |G|² can't be told from zero; NaN before the first measurement."""
+        """tr Σ / |G|², in samples. Infinite while |G|² is not seen to be above 0; NaN before the first measurement."""
         if not self.measurements:
             return math.nan
         return max(0.0, self.variance) / self.gradient_square if self.gradient_square > 0 else math.inf
@@ -168,10 +168,10 @@ class NoiseScale:
         return math.sqrt(max(0.0, residual) * share / (1 - share)) / self.gradient_square
 
     def state_dict(self) -> dict[str, float]:
-        """What the next value depends on, besides what is measured then."""
+        """Returns what the next value depends on, besides what is measured then."""
         return {"measurements": self.measurements, **{f"sum of {name}": value for name, value in self._sums.items()}}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on from `state_dict()`'s answer."""
+        """Restores what `state_dict` returned."""
         self.measurements = int(state["measurements"])
         self._sums = {name: float(state[f"sum of {name}"]) for name in self._sums}

@@ -1,4 +1,4 @@
-"""A window from its first micro-step to its update: what it has added up, and what undoes it."""
+"""The state of a window from its first micro-step to its update, and how to undo it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Batch = TypeVar("Batch")
 
 @dataclass(slots=True, kw_only=True)
 class OpenWindow:
-    """What is known of a window between its first micro-step and its update."""
+    """The state of a window between its first micro-step and its update."""
 
     number: int
-    """Of its update, from 1."""
+    """Number of its update, from 1."""
     strategy: Strategy
     gradients: Gradients
     source: Iterable[Any]
@@ -37,7 +37,7 @@ class OpenWindow:
     started: float
     data_seconds: float
     norm_before: float
-    """Of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
+    """Norm of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
     recoverable: Recoverable | None
     """The strategy, if micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
     micro_gradients: MicroGradients | None
@@ -55,14 +55,14 @@ class OpenWindow:
     marks: list[tuple[Any, Any]] = field(default_factory=list)
     micro_step_start: Any = None
     buffers: KeptBuffers = field(default_factory=KeptBuffers)
-    """The model's, as they were before the window, if it may have to be undone."""
+    """The model's buffers as they were before the window, if it may have to be undone."""
     last_gradient: Tensor | None = None
     is_syncing: bool = False
     """The backward that synchronises the gradients has begun, so the other ranks wait for this one in it."""
     is_lost: bool = False
     """That backward has failed on this rank."""
     remembered: dict[str, Tensor] = field(default_factory=dict)
-    """What the strategy remembered of the windows before."""
+    """The strategy's `state_tensors` before the window."""
 
     def __post_init__(self) -> None:
         if self.sizes is None and isinstance(self.source, Window):
@@ -70,7 +70,7 @@ class OpenWindow:
         self.calls_before, self.bytes_before = self.strategy.traffic.calls, self.strategy.traffic.bytes
 
     def remember(self, model: nn.Module, *, may_be_skipped: bool) -> None:
-        """Keeps what the window changes besides gradients, if it may have to be undone."""
+        """Saves what the window changes besides gradients, if it may have to be undone."""
         if self.recoverable is not None:
             self.recoverable.begin_window()
             self.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
@@ -93,7 +93,7 @@ class OpenWindow:
         """Notes the size of a micro-step, for the noise scale.
 
         Raises:
-            UserError: nobody has said how many samples it has.
+            UserError: its number of samples is not known.
         """
         num_samples = num_samples if self.sizes is None else self.sizes[self.micro_steps - 1]
         if num_samples is None:
@@ -113,35 +113,35 @@ class OpenWindow:
             )
 
     def lose(self) -> None:
-        """Brings the sync to its end, whose backward has failed on this rank: the other ranks wait in it."""
+        """Completes the sync whose backward has failed on this rank, as the other ranks wait in it."""
         assert self.recoverable is not None
         self.is_lost = True
         self.recoverable.complete_sync()
         self.is_syncing = False
         if self.micro_gradients is not None:
-            self.micro_gradients.start()  # the other ranks have; nobody uses what it gives
+            self.micro_gradients.start()  # the other ranks wait in it too; the result is not used
 
     def is_lost_on_any_rank(self) -> bool:
-        """Whether NaN means that a rank has run out of memory. All ranks see it, so they may ask each other."""
+        """Whether a NaN norm means that a rank has run out of memory. All ranks see the NaN, and all call this."""
         is_lost = torch.tensor(float(self.is_lost), device=self.strategy.device)
         if self.strategy.process_group is not None:
             dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.strategy.process_group)
         return bool(is_lost)
 
     def begin_again(self) -> None:
-        """Drops what this rank has accumulated; the others don't know of it."""
+        """Drops what this rank has accumulated, without the other ranks."""
         self.gradients.clear()
         self.buffers.put_back()
         self.forget_micro_steps()
 
     def put_back(self) -> None:
-        """Makes everything what it was before the window, on all ranks alike, after their sync."""
+        """Restores the state from before the window, after the sync. All ranks call it."""
         self.buffers.put_back()
         self.gradients.take_back()
         self.strategy.load_state_tensors(self.remembered)
 
     def measured(self, stopwatch: Stopwatch) -> dict[str, Any]:
-        """Traffic and times of `UpdateResult`, once the host has waited for the device."""
+        """Returns traffic and times of `UpdateResult`, once the host has waited for the device."""
         traffic = self.strategy.traffic
         launch = traffic.last_launch if traffic.calls > self.calls_before else None
         return {
@@ -155,10 +155,10 @@ class OpenWindow:
         }
 
     def _micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
-        """Time of each micro-step, if it was taken.
+        """Seconds of each micro-step; empty if they were not measured.
 
         Args:
-            last_launch: mark of when the sync's last bucket went off, which ends the last micro-step; None for no sync.
+            last_launch: mark of the launch of the sync's last bucket, which ends the last micro-step; None for no sync.
         """
         if not self.marks:
             return ()
@@ -167,7 +167,7 @@ class OpenWindow:
         return tuple(stopwatch.seconds(begin, stop) for begin, stop in marks)
 
     def forget_micro_steps(self) -> None:
-        """Nothing has been accumulated."""
+        """Resets the sums: nothing has been accumulated."""
         self.micro_steps = 0
         self.awaiting_backward = False
         self.loss_sums.clear()
@@ -181,10 +181,10 @@ class OpenWindow:
 
 
 def require_equal_micro_steps(micro_batches: Iterable[Any], strategy: Strategy) -> None:
-    """Refuses a window whose ranks may take unequally many micro-steps, where they would wait for ever.
+    """Refuses a window whose ranks may take unequally many micro-steps, if the strategy's hold collectives.
 
     Raises:
-        UserError: it is one, and the strategy's micro-steps hold collectives.
+        UserError: it is one; the ranks would wait for each other for ever.
     """
     if isinstance(micro_batches, Window) and strategy.equal_micro_steps and not micro_batches.equal_micro_steps:
         raise UserError(
@@ -195,7 +195,7 @@ def require_equal_micro_steps(micro_batches: Iterable[Any], strategy: Strategy) 
 
 
 def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each item, and whether it is the last one. Looks ahead by one item only where the length is not known.
+    """Yields each item and whether it is the last one. Looks ahead by one item only where the length is not known.
 
     Raises:
         UserError: there are more items than their `len()`, or fewer.

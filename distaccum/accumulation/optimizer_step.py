@@ -1,4 +1,4 @@
-"""Gradients between windows, and the optimizer's step with their last factor in it."""
+"""The gradients of an optimizer's parameters between windows, and the step that scales them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from torch import Tensor, nn
 from distaccum.errors import UserError, require
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
 from distaccum.strategies import Strategy, local_parts
-from distaccum.strategies.optimizers import check_steps, in_parameter_format
+from distaccum.strategies.optimizers import check_steps, in_parameter_format, own_optimizer
 
-SPARSE = "sparse gradients can't be had: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
+_SPARSE = (
+    "sparse gradients are not supported: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
+)
 _of_open_windows: WeakSet[Gradients] = WeakSet()
 
 
 class Gradients:
-    """The gradients of an optimizer's parameters, at the end of a window and between windows.
+    """Collects, clears and checks the gradients of an optimizer's parameters.
 
     Args:
-        model: some of whose parameters may not be the optimizer's.
-        strategy: if its buckets are gradients' home, they are cleared in place. Else they are dropped: the first
-            micro-step's gradients then take their place as they are, which saves two passes over them, and no memory is
-            held until then.
+        model: its parameters are cleared too, as some may not be the optimizer's.
+        strategy: if gradients are views of its buckets (`gradients_stay`), they are cleared in place. Else they are
+            dropped: the first micro-step's gradients then take their place as they are, which saves two passes over
+            them, and no memory is held until then.
+
+    Raises:
+        UserError: the model makes sparse gradients.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, strategy: Strategy) -> None:
+        embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        require(not any(part.sparse for part in embeddings), _SPARSE)
         self._optimizer = optimizer
         self.strategy = strategy
         self._model_parameters = list(model.parameters())  # walking over the modules takes as long as clearing
@@ -38,11 +45,11 @@ class Gradients:
         self._checked: set[int] = set()
 
     def trained(self) -> list[int]:
-        """Positions, in the optimizer's groups one after another, of parameters that have had a gradient."""
+        """Positions in the optimizer's groups, one after another, of parameters that have had a gradient."""
         return [number for number, parameter in enumerate(self.of_optimizer()) if id(parameter) in self._seen]
 
     def set_trained(self, positions: Iterable[int]) -> None:
-        """Puts back what `trained` gave, perhaps in another process."""
+        """Restores what `trained` returned, perhaps in another process."""
         parameters = self.of_optimizer()
         self._seen = {id(parameters[number]) for number in positions if number < len(parameters)}
         self._checked.clear()
@@ -56,13 +63,16 @@ class Gradients:
         yield from self.of_optimizer()
 
     def of_window(self, calls_before: int) -> list[Tensor]:
-        """Of the optimizer's parameters that have one, or had one in a window before.
+        """Returns the gradients of the optimizer's parameters that have one, or had one in a window before.
 
         The latter are zero, as they are in DDP's buckets: momentum and weight decay go on under every strategy, until
         the parameter is frozen.
 
+        Args:
+            calls_before: the number of collectives before the window, for `Strategy.require_sync`.
+
         Raises:
-            UserError: there is none; or as `Strategy.require_sync`, whose `calls_before` is given.
+            UserError: there is none, or gradients were not synchronised.
         """
         gradients, new = [], []
         for parameter in self.of_optimizer():
@@ -76,7 +86,7 @@ class Gradients:
                 dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
                 parameter.grad = torch.zeros_like(parameter, dtype=dtype)
             if id(parameter) not in self._checked:
-                require(parameter.grad.layout is torch.strided, SPARSE)
+                require(parameter.grad.layout is torch.strided, _SPARSE)
                 new.append(parameter)
             gradients.append(parameter.grad)
         require(bool(gradients), "no parameter of the optimizer got a gradient: does the loss depend on them?")
@@ -87,13 +97,13 @@ class Gradients:
         return gradients
 
     def take_back(self) -> None:
-        """Undoes `of_window`, of a window that is made again: what had no gradient before has none."""
+        """Undoes `of_window`, for a window that is taken again: parameters without a gradient before have none."""
         for parameter in self._seen_first:
             parameter.grad = None
             self._seen.discard(id(parameter))
 
     def begin(self) -> None:
-        """Before a window.
+        """Marks the beginning of a window.
 
         Raises:
             UserError: a window over some of the same parameters is open, whose gradients the two would share.
@@ -108,12 +118,12 @@ class Gradients:
         _of_open_windows.add(self)
 
     def end(self) -> None:
-        """After a window, however it ended."""
+        """Marks the end of a window, however it ended."""
         _of_open_windows.discard(self)
         self.clear()
 
     def clear(self) -> None:
-        """Leaves none, or zeros."""
+        """Drops all gradients, or sets them to zero."""
         if not self.strategy.gradients_stay:
             for parameter in self._parameters():
                 parameter.grad = None
@@ -126,9 +136,9 @@ class Gradients:
 class ScaledStep:
     """Steps an optimizer with gradients that are still to be multiplied by a factor.
 
-    torch's fused kernels take a divisor of the gradients along, which saves a pass over all of them. It is a float32
-    number, so gradients in other formats are multiplied beforehand, as are those of other optimizers, and all of them
-    where somebody looks at the gradients before the step.
+    torch's fused kernels divide the gradients by a number on the way, which saves a pass over all of them. It is a
+    float32 number, so gradients in other formats are multiplied beforehand, as are those of other optimizers, and all
+    of them if the optimizer has hooks that see the gradients before the step.
 
     Args:
         tries_again: free memory and step once more, if it runs out while the optimizer makes its state.
@@ -189,7 +199,7 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
     Raises:
         UserError: memory has run out all the same, or when it was too late to try again.
     """
-    inner = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    inner = own_optimizer(optimizer)
     makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
     parameters: list[Tensor] = []
     known: list[Tensor] = []
@@ -197,7 +207,7 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
     if makes_state:
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    # bitsandbytes moves parameters without telling autograd, so that nobody can see whether it has.
+    # bitsandbytes changes parameters without counting their versions, so that no change can be seen.
     shows_changes = type(inner).__module__.partition(".")[0] != "bitsandbytes"
     versions = [tensor._version for tensor in [*parameters, *known]]
     said = ""
@@ -223,7 +233,7 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
 
 
 def said_of_memory(error: Exception) -> str | None:
-    """What an error says in one line, if it is that memory has run out."""
+    """Returns the message of an error in one line, if it says that memory has run out; else None."""
     if not is_out_of_memory(error):
         return None
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -27,8 +27,8 @@ from distaccum.runtime.memory import free_cached_memory
 logger = logging.getLogger(__name__)
 
 Tell = Callable[[str, int, bool], None]
-"""Told what begins ("loading", "forward", "backward", "step"), in which micro-step (from 1), and whether that is the
-last one."""
+"""Called with what begins ("loading", "forward", "backward", "step"), in which micro-step (from 1), and whether that is
+the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +106,7 @@ class Share:
             self.begin_again()
 
     def _make_smaller(self, update: int, during: str, said: str) -> None:
-        """Has micro-batches as large as the current one cut smaller from now on."""
+        """Cuts micro-batches as large as the current one smaller from now on."""
         samples = self.taken[-1]
         if len(samples) > 1:
             size = self._recutting.forbid(samples)
@@ -130,15 +130,20 @@ class Share:
         self._has_retried = len(samples) < 2
 
     def begin_again(self) -> None:
-        """Puts everything back."""
+        """Starts over with all of this rank's samples, cut as small as is known to be needed."""
         self._window.skip_rest()
         self.taken.clear()
         self.sizes.clear()
         self._left.clear()
         self._put_first(self._recutting.cut())
 
+    def begin_again_on_all_ranks(self, update: int) -> None:
+        """Starts over as `begin_again`, after a rank has run out of memory in its last backward."""
+        logger.info("update %d: a rank has run out of memory, so its window is taken again", update)
+        self.begin_again()
+
     def end(self) -> None:
-        """Tells the window how it has been cut in the end."""
+        """Reports to the window how it has been cut in the end."""
         self._window.was_cut(self.taken)
 
     def _put_first(self, pieces: Sequence[list[int]]) -> None:
@@ -147,7 +152,12 @@ class Share:
 
 
 def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: str) -> UserError:
-    """What to say where there is no going on in place."""
+    """The error for running out of memory where the window can't be taken again.
+
+    Args:
+        during: "forward" or "backward".
+        said: the first line of torch's own message.
+    """
     window = opened.source if isinstance(opened.source, Window) else None
     samples = window.sample_indices[opened.micro_steps - 1] if window is not None else []
     of = f" of {len(samples)} sample{'' if len(samples) == 1 else 's'}" if window is not None else ""

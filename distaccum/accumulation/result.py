@@ -1,4 +1,4 @@
-"""What a micro-step gives to the accumulator, and what the accumulator gives back."""
+"""The output of a micro-step, and the result of an update."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TaskOutput:
 
 
 def checked_output(output: Any, what: str = "the task") -> TaskOutput:
-    """What a task has answered, its numbers of any kind as Python's and its sums as tensors. Looks at types alone.
+    """Returns a task's output with its numbers as Python's and its sums as tensors. Checks types alone.
 
     Raises:
         UserError: it is no `TaskOutput`, or holds what is neither a tensor nor a number.
@@ -53,7 +53,7 @@ def checked_output(output: Any, what: str = "the task") -> TaskOutput:
 
 
 def as_number(value: Any, what: str) -> float:
-    """A number of Python's or NumPy's, or of a tensor that holds a single one.
+    """Returns a number of Python's or NumPy's, or of a tensor that holds a single one, as a float.
 
     Raises:
         UserError: it is anything else.
@@ -70,7 +70,7 @@ def as_number(value: Any, what: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
-    """What one update was. Sums and means run over all micro-steps and ranks; the same on every rank unless said."""
+    """Result of one update. Sums and means run over all micro-steps and ranks; the same on every rank unless noted."""
 
     loss: float
     """Mean loss of the window: Σ loss_sum / Σ weight."""
@@ -81,7 +81,7 @@ class UpdateResult:
     flags: frozenset[str]
     """Names of the accumulator's `flags` that any rank raised."""
     reports: dict[str, tuple[float, ...]]
-    """What each rank answered to the accumulator's `reports`, in the order of the ranks."""
+    """Each rank's values of the accumulator's `reports`, in the order of the ranks."""
     grad_norm: float
     """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
     skipped: bool
@@ -99,12 +99,12 @@ class UpdateResult:
     micro_seconds: tuple[float, ...]
     """Time of each of this rank's micro-steps, forward and backward; the last one's until the last gradient bucket was
     launched, so without waiting for other ranks (if the micro-steps hold no collectives of their own). Empty unless the
-    accumulator has been told `time_micro_steps`."""
+    accumulator was made with `time_micro_steps`."""
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
     noise_scale: float | None = None
-    """In samples, smoothed; infinite while the gradient can't be told from noise. None where it wasn't measured."""
+    """In samples, smoothed; infinite while the gradient doesn't stand out from noise. None where it wasn't measured."""
     noise_scale_error: float | None = None
     """Its standard error; infinite as long as there is one measurement."""
     coherence: float | None = None

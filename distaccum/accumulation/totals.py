@@ -1,4 +1,4 @@
-"""What a window adds up besides gradients: one vector a rank, and what to say when it is not a number."""
+"""Sums of a window besides its gradients (loss, weight, metrics), one vector a rank; and errors for NaN in them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Layout = list[tuple[str, tuple[int, ...]]]
 
 
 class SumsOverRanks:
-    """Adds up, over micro-steps and ranks, what a window has besides gradients: one vector of each rank.
+    """Adds up loss, weight, flags, reports and further sums of a window over micro-steps and ranks.
 
-    The vectors must be equally long, with each sum in its place. So they have room for the sums that the ranks have
-    agreed on, and say how many ranks have others. Only where one has do the ranks ask each other, which sums they are.
+    Each rank has one vector, and all vectors must have the same length and layout. So they have room for the sums that
+    the ranks have agreed on, and a count of the ranks whose sums differ from those. Only if it is not zero do the ranks
+    exchange names and shapes.
 
     Args:
-        flags, reports: of the accumulator.
+        flags, reports: those of the accumulator.
     """
 
     def __init__(
@@ -37,10 +38,10 @@ class SumsOverRanks:
         self._flags = flags
         self._reports = reports
         self.agreed: Layout = []
-        """Is saved with a run: how long the vector is decides on the last bits of gradients that are sent with it."""
+        """Saved with a run, as the last bits of the gradients depend on the length of the vector sent with them."""
 
     def own(self, window: OpenWindow) -> Tensor:
-        """This rank's numbers, in one vector of float64 on the device."""
+        """Returns this rank's vector: float64, on the device."""
         layout, device = _layout(window), self._strategy.device
         if self._strategy.process_group is None and not isinstance(layout, str):
             self.agreed = layout
@@ -52,7 +53,7 @@ class SumsOverRanks:
             numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
             tensors.append(torch.full((), numbers, dtype=torch.float64, device=device))
         weights = _stacked(tensors, device).double()
-        # One below zero would go unseen beside others; NaN does not.
+        # A negative weight would be hidden by the others in the sum; NaN is not.
         weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
         answers = self._answers(differs, window.norm_before)
         return torch.cat([_added_up(window.loss_sums, device), weight, answers, *sums])
@@ -61,7 +62,7 @@ class SumsOverRanks:
         return [_added_up(window.sums[name], self._strategy.device) for name in sorted(window.sums)]
 
     def _answers(self, differs: bool, norm_before: float) -> Tensor:
-        """Whether the sums are others; the last norm; the flags; the reports, with a place for each rank's."""
+        """Vector of: whether the sums differ, the last norm, the flags, and the reports with a place for each rank."""
         group, ranks = self._strategy.process_group, self._strategy.world_size
         rank, reports_at = dist.get_rank(group) if group is not None else 0, 2 + len(self._flags)
         answers: dict[int, float] = {0: differs, 1: norm_before}
@@ -75,7 +76,7 @@ class SumsOverRanks:
         return vector
 
     def read(self, numbers: Sequence[float], window: OpenWindow, norm_dtype: torch.dtype) -> dict[str, Any]:
-        """Loss, weight, flags, reports and sums of `UpdateResult`, from the vector of `own`, added up over the ranks.
+        """Returns loss, weight, flags, reports and sums of `UpdateResult` from the ranks' sum of the vectors of `own`.
 
         Raises:
             UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch; or
@@ -116,11 +117,11 @@ class SumsOverRanks:
             )
         self.agreed = everyone[0]
 
-    def take_no_part(self, window: OpenWindow, module: nn.Module) -> None:
-        """Syncs without having had a micro-batch, where ranks can, so that all of them are told by `read`.
+    def sync_without_micro_batch(self, window: OpenWindow, module: nn.Module) -> None:
+        """Takes part in the sync although this rank has had no micro-batch, so that `read` raises on all ranks.
 
         Raises:
-            UserError: here, where they can't.
+            UserError: at once, where the strategy can't sync without a micro-batch.
         """
         strategy = self._strategy
         if strategy.process_group is None or not can_recover(strategy):
@@ -142,7 +143,7 @@ _NO_MICRO_BATCH = (
 
 
 def _layout(window: OpenWindow) -> Layout | str:
-    """Of a window's sums; or what is wrong with it, in words."""
+    """Returns the layout of a window's sums; or a sentence that says what is wrong with them."""
     for name, parts in window.sums.items():
         if len(parts) != window.micro_steps or any(part.shape != parts[0].shape for part in parts):
             return (
@@ -155,19 +156,19 @@ def _layout(window: OpenWindow) -> Layout | str:
 
 
 def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
-    """On the device; in float64 where formats differ, as whole numbers beside float32 would be rounded to that."""
+    """Stacks scalars on the device; in float64 where formats differ, as float32 would round large whole numbers."""
     if any(value.device != device or value.dtype != values[0].dtype for value in values):
         values = [value.to(device, torch.float64, non_blocking=True) for value in values]
     return torch.stack(values)
 
 
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of tensors of one shape, in float64 on the device, as a vector."""
+    """The sum of tensors of one shape, as a vector of float64 on the device."""
     return _stacked(values, device).sum(0, dtype=torch.float64).reshape(-1)
 
 
 def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
-    """What each rank has. All ranks call it."""
+    """Every rank's object, in the order of the ranks. All ranks call it."""
     everyone = [mine] * strategy.world_size
     if strategy.process_group is not None:
         dist.all_gather_object(everyone, mine, group=strategy.process_group)
@@ -175,7 +176,7 @@ def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
 
 
 def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:
-    """Refuses what can be no loss or weight. What a tensor holds is seen where it is read, when the window ends."""
+    """Refuses what can't be a loss or a weight. Values of tensors are checked when the window ends and reads them."""
     if loss_sum.ndim != 0 or not loss_sum.requires_grad:
         raise UserError(
             f"loss_sum must be a scalar tensor with a gradient; got shape {tuple(loss_sum.shape)}, "
@@ -190,10 +191,12 @@ def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:
 
 
 def _require_same_norm(window: OpenWindow, mean: float, dtype: torch.dtype) -> None:
-    """Norms cross the network with the sums of the next window, so that of a run's last update is never compared.
+    """Refuses a rank whose last gradient norm differs from the mean of the ranks'.
+
+    Norms are sent with the sums of the next window, so that of a run's last update is never compared.
 
     Args:
-        dtype: of the norms, which different devices may round differently.
+        dtype: the norms' format, which different devices may round differently.
     """
     mine = window.norm_before
     if abs(mine - mean) > mean * max(1e-5, 4 * torch.finfo(dtype).eps):
@@ -206,7 +209,7 @@ def _require_same_norm(window: OpenWindow, mean: float, dtype: torch.dtype) -> N
 
 
 def loss_scale(micro_batches: Iterable[Any], last_weight: float | None) -> float:
-    """A power of two near 1 / (total weight), by which every loss of a window is multiplied.
+    """Returns the power of two near 1 / (total weight) by which every loss of a window is multiplied.
 
     It keeps gradients of sums in the range of gradients of means, for float16 and for compressed buckets. Being a
     power of two, it changes no bit otherwise. It must be the same on all ranks, so it comes from numbers that all
@@ -226,15 +229,15 @@ def is_to_be_made(
     skips_nonfinite: bool,
     scaler: torch.amp.GradScaler | None,
 ) -> bool:
-    """Whether an update is one, or to be skipped. All ranks see the same numbers, so all come to the same answer.
+    """Whether an update is to be made, or else skipped. All ranks see the same numbers, so all get the same answer.
 
     Raises:
-        UserError: it is neither.
+        UserError: a number is not finite, and such updates are not to be skipped.
     """
     has_loss = math.isfinite(loss) and 0 < weight < math.inf
     if has_loss and math.isfinite(grad_norm):
         return True
-    # An overflow of scaled gradients is the scaler's affair, which lowers its scale.
+    # After an overflow of scaled gradients the scaler lowers its scale.
     if skips_nonfinite or (has_loss and scaler is not None and scaler.get_scale() >= 1):
         return False
     if not math.isfinite(weight):
@@ -253,7 +256,7 @@ def is_to_be_made(
 
 
 def _where(values: Sequence[Tensor | float], is_right: Callable[[float], bool], strategy: Strategy) -> str:
-    """Names the ranks and micro-steps of wrong values."""
+    """Names the ranks and micro-steps of wrong values. All ranks call it."""
     mine = [step for step, value in enumerate(values, 1) if not is_right(float(value))]
     found = [
         f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"

@@ -177,7 +177,7 @@ def test_misuse_is_an_error_and_the_next_window_is_clean() -> None:
     with accumulator.window(BATCHES) as micro_batches:
         for batch in micro_batches:
             accumulator.backward(model(batch).sum(), 1)
-    with pytest.raises(RuntimeError, match="was not brought to its end"), accumulator.window(BATCHES):
+    with pytest.raises(RuntimeError, match="was neither ended by step"), accumulator.window(BATCHES):
         pass
 
 
