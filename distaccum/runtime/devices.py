@@ -41,11 +41,12 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     `module.to(dtype)` would drop the imaginary parts.
     """
-    module._apply(lambda tensor: tensor.to(_own_kind(tensor, dtype)))  # type: ignore[no-untyped-call]
+    module._apply(lambda tensor: tensor.to(own_kind(tensor, dtype)))  # type: ignore[no-untyped-call]
     return module
 
 
-def _own_kind(tensor: Tensor, float_dtype: torch.dtype) -> torch.dtype:
+def own_kind(tensor: Tensor, float_dtype: torch.dtype) -> torch.dtype:
+    """The format to cast a tensor to: a complex one to the format's counterpart, and no integers."""
     if tensor.is_complex():
         return float_dtype.to_complex()
     return float_dtype if tensor.is_floating_point() else tensor.dtype

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from distaccum.runtime.nested import leaves
 
 _THERE_BEFORE = -1
 """In place of the size of a storage that was made before anybody counted."""
@@ -162,9 +163,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, Tensor) and kind is not nn.Parameter and _is_wrapper(kind) for kind in types):
             return NotImplemented  # a DTensor, say, which then calls operators on what is in it
-        self._live.see(tree_iter((args, kwargs or {})), made=False)
+        self._live.see(leaves((args, kwargs or {})), made=False)
         result = func(*args, **(kwargs or {}))
-        self._live.see(tree_iter((result, args)), made=True)
+        self._live.see(leaves((result, args)), made=True)
         return result
 
 

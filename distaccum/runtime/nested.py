@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -10,48 +11,73 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distaccum.errors import UserError
-from distaccum.runtime.devices import _own_kind
+from distaccum.runtime.devices import own_kind
 
 # torch 2.13 has renamed it, and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def mapped(value: Any, function: Callable[[Tensor], Any], other: Callable[[Any], Any] | None = None) -> Any:
-    """A nest of tuples, lists and mappings, of the same types, with each of its tensors replaced, in a fixed order.
+def leaves(value: Any) -> Iterator[Any]:
+    """Yields what a nest of tuples, lists and mappings holds, in a fixed order: tensors, and whatever else is in it."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        yield value
+        return
+    for entry in value:
+        yield from leaves(entry)
+
+
+def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """A nest of the same types, with each of its `leaves` replaced, in their order.
 
     Args:
-        other: replaces what is none of these; a mapping with a `to` of its own counts as such, unless it is a dict.
+        is_leaf: whether a mapping is to be replaced as one, instead of what it holds.
+    """
+    if isinstance(value, Mapping) and (is_leaf is None or not is_leaf(value)):
+        return like(value, [mapped(entry, function, is_leaf) for entry in value.values()])
+    if isinstance(value, tuple | list):
+        return like(value, [mapped(entry, function, is_leaf) for entry in value])
+    return function(value)
+
+
+def like(value: Any, entries: list[Any]) -> Any:
+    """A tuple, list or mapping of the type of another one, with other entries; a dict if a mapping can't be made so."""
+    if isinstance(value, Mapping):
+        filled = dict(zip(value, entries, strict=True))
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return filled
+        try:
+            return type(value)(filled)  # type: ignore[call-arg]
+        except TypeError:  # of a defaultdict, say, which takes its factory first
+            found = copy.copy(value)
+            found.update(filled)
+            return found
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of a nest."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def leaves_of(embeddings: Any) -> list[Tensor]:
+    """The tensors of a nest that must hold nothing else.
 
     Raises:
-        UserError: without `other`, it holds anything but tensors.
+        UserError: it does.
     """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict) or (isinstance(value, Mapping) and (other is None or not hasattr(value, "to"))):
-        entries: Any = {key: mapped(entry, function, other) for key, entry in value.items()}
-        try:
-            return type(value)(entries)  # type: ignore[call-arg]
-        except TypeError:  # a defaultdict, say, which takes its factory first
-            return entries
-    if isinstance(value, tuple | list):
-        entries = [mapped(entry, function, other) for entry in value]
-        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
-    if other is None:
-        kind = type(value).__name__
-        raise UserError(f"embeddings are tensors, or tuples, lists or dictionaries of them; got a {kind}.")
-    return other(value)
-
-
-def leaves_of(value: Any) -> list[Tensor]:
-    """The tensors of a nest, in the order of `mapped`, which must hold nothing else."""
-    found: list[Tensor] = []
-    mapped(value, found.append)
+    found = list(leaves(embeddings))
+    for leaf in found:
+        if not isinstance(leaf, Tensor):
+            kind = type(leaf).__name__
+            raise UserError(f"embeddings are tensors, or tuples, lists or dictionaries of them; got a {kind}.")
     return found
 
 
-def rebuilt(value: Any, leaves: Sequence[Tensor]) -> Any:
+def rebuilt(value: Any, tensors: Sequence[Tensor]) -> Any:
     """A nest of the same form, of other tensors."""
-    remaining = iter(leaves)
+    remaining = iter(tensors)
     return mapped(value, lambda _: next(remaining))
 
 
@@ -61,68 +87,59 @@ def number_of_rows(value: Any) -> int:
     Raises:
         UserError: there is none.
     """
-    leaves = leaves_of(value)
-    sizes = {len(leaf) if leaf.ndim else None for leaf in leaves}
+    tensors = leaves_of(value)
+    sizes = {len(tensor) if tensor.ndim else None for tensor in tensors}
     if len(sizes) != 1 or None in sizes:
-        shapes = ", ".join(str(list(leaf.shape)) for leaf in leaves)
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
         raise UserError(
             f"embeddings must have one row for each sample, all of the same number of rows; got shapes {shapes}."
         )
-    return len(leaves[0])
+    return len(tensors[0])
 
 
-def gather_rows(leaves: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
-    """Rows of all ranks, in the order of the ranks. The host waits for the device, to learn how many there are.
+def gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> tuple[list[Tensor], int]:
+    """Rows of all ranks, in the order of the ranks. The host waits for the device, to read how many there are.
 
     Args:
-        leaves: tensors `[rows, …]`; of the same number of rows on a rank, and of the same shape otherwise on all.
+        tensors: `[rows, …]` each; of the same number of rows on a rank, and of the same shape otherwise on all.
         group: the ranks; None if there is only this one.
 
     Returns:
         Tensors `[rows of all ranks, …]`, detached, and the place of this rank's first row in them.
     """
     if group is None:
-        return [leaf.detach() for leaf in leaves], 0
+        return [tensor.detach() for tensor in tensors], 0
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    mine = torch.tensor([len(leaves[0])], device=leaves[0].device)
+    mine = torch.tensor([len(tensors[0])], device=tensors[0].device)
     everyone = torch.empty(ranks, dtype=mine.dtype, device=mine.device)
     _all_gather(everyone, mine, group=group)
     counts: list[int] = everyone.tolist()
-    return [_gathered(leaf.detach(), counts, group) for leaf in leaves], sum(counts[:rank])
+    return [_gathered(tensor.detach(), counts, group) for tensor in tensors], sum(counts[:rank])
 
 
-def _gathered(leaf: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+def _gathered(tensor: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
     # Padded to the longest: one collective of equal parts is what every backend has.
     longest = max(counts)
-    padded = leaf.new_zeros(longest, *leaf.shape[1:])
-    padded[: len(leaf)] = leaf
-    everyone = leaf.new_empty(len(counts) * longest, *leaf.shape[1:])
+    padded = tensor.new_zeros(longest, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    everyone = tensor.new_empty(len(counts) * longest, *tensor.shape[1:])
     _all_gather(everyone, padded, group=group)
     return torch.cat([everyone[rank * longest :][:count] for rank, count in enumerate(counts)])
 
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, float_dtype: torch.dtype | None) -> Any:
-    """Moves every tensor of a (nested) batch to a device.
+    """Moves every tensor of a nest to a device.
 
     Args:
-        batch: a tensor, or tuples, lists and mappings of tensors; an object with a `to` method of its own is moved by
-            that, anything else stays as it is.
+        batch: an object in it with a `to` method of its own is moved by that (also a mapping, unless it is a `dict`);
+            anything else stays as it is.
         float_dtype: floating-point tensors are cast to it, complex ones to its counterpart; None leaves them.
     """
 
-    def move(tensor: Tensor) -> Tensor:
-        dtype = _own_kind(tensor, float_dtype) if float_dtype is not None else None
-        return tensor.to(device=device, dtype=dtype, non_blocking=non_blocking)
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            dtype = own_kind(leaf, float_dtype) if float_dtype is not None else None
+            return leaf.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
 
-    return mapped(batch, move, lambda value: value.to(device) if hasattr(value, "to") else value)
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """All tensors of a (nested) batch."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif not isinstance(batch, tuple | list):
-        return []
-    return [tensor for value in batch for tensor in tensors_of(value)]
+    return mapped(batch, move, lambda mapping: not isinstance(mapping, dict) and hasattr(mapping, "to"))

@@ -1,9 +1,8 @@
-"""Splitting the arguments of a call among replicas, and putting their outputs together. For `strategy=dp`."""
+"""Splits the arguments of a call among replicas, and puts their outputs together. For `strategy=dp`."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -11,17 +10,17 @@ import torch
 from torch import Tensor
 
 from distaccum.errors import UserError
-from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.nested import like, mapped, tensors_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a module is called with: `(args, kwargs)`."""
+"""Arguments of a module: `(args, kwargs)`."""
 
 
 def batch_size(call: Call) -> int:
     """Size of the first dimension of all tensors of a call, nested ones too; 0 if it has none but scalars.
 
     Raises:
-        UserError: it is not the same in all.
+        UserError: tensors of unequal sizes.
     """
     batched = [tensor for tensor in tensors_of(call) if tensor.dim() > 0]
     sizes = {len(tensor) for tensor in batched}
@@ -51,28 +50,8 @@ def scatter(call: Call, replicas: int) -> list[Call]:
     return [_part(call, start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _part(value: Any, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() > 0 else value
-    if isinstance(value, Mapping):
-        return _with_values(value, {key: _part(entry, start, stop) for key, entry in value.items()})
-    if isinstance(value, tuple | list):
-        return _with_items(value, [_part(entry, start, stop) for entry in value])
-    return value
-
-
-def _with_values(like: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
-    if not isinstance(like, MutableMapping):
-        return values
-    # A copy, because the constructors of mappings (of a defaultdict, say) don't all take mappings.
-    new = copy.copy(like)
-    for key, value in values.items():
-        new[key] = value
-    return new
-
-
-def _with_items(like: tuple[Any, ...] | list[Any], items: list[Any]) -> Any:
-    return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
+def _part(call: Call, start: int, stop: int) -> Any:
+    return mapped(call, lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf)
 
 
 def gather(
@@ -107,14 +86,15 @@ def gather(
         if any(output.keys() != first.keys() for output in outputs):
             keys = "; ".join(str(list(output)) for output in outputs)
             raise UserError(f"{where} has not the same keys in all replicas: {keys}.")
-        values = {key: gather([output[key] for output in outputs], sizes, device, f"{where}[{key!r}]") for key in first}
-        return _with_values(first, values)
+        return like(
+            first, [gather([output[key] for output in outputs], sizes, device, f"{where}[{key!r}]") for key in first]
+        )
     if isinstance(first, tuple | list):
         if any(len(output) != len(first) for output in outputs):
             lengths = ", ".join(str(len(output)) for output in outputs)
             raise UserError(f"{where} has not the same number of entries in all replicas: {lengths}.")
         entries = enumerate(zip(*outputs, strict=True))
-        return _with_items(first, [gather(entry, sizes, device, f"{where}[{number}]") for number, entry in entries])
+        return like(first, [gather(entry, sizes, device, f"{where}[{number}]") for number, entry in entries])
     if isinstance(first, NoneType | bool | int | float | complex | str) and all(output == first for output in outputs):
         return first
     raise UserError(
@@ -128,7 +108,7 @@ def _check_tensors(outputs: Sequence[Tensor], sizes: Sequence[int], where: str) 
     shapes = ", ".join(str(list(output.shape)) for output in outputs)
     if any(output.dim() == 0 for output in outputs):
         raise UserError(
-            f"{where} is a scalar in each of {len(outputs)} replicas, and strategy=dp can't tell how to put them "
+            f"{where} is a scalar in each of {len(outputs)} replicas, and strategy=dp can't put them "
             "together: a mean of their means is wrong when they have unequal numbers of samples. Return one entry per "
             "sample and take the loss in the task, or set strategy=single or strategy=ddp."
         )
