@@ -13,7 +13,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,10 +23,16 @@ from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from distaccum.errors import UserError
+from distaccum.loaders._worker_internals import (
+    abandon,
+    disarm_half_made,
+    kill_and_join,
+    set_death_handler,
+    shut_down,
+    workers_of,
+)
 from distaccum.runtime.processes import signal_when_parent_ends
 
 logger = logging.getLogger(__name__)
@@ -40,9 +45,6 @@ _SECONDS_TO_BEGIN = (2.0, 10.0, 60.0)
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 """Of a worker, at whether the training process is still there."""
-
-_SECONDS_TO_PIN = 6.0
-"""What the thread that pins memory gets to end; it looks every 5 s."""
 
 _NEWER_PYTHON = (
     " A newer Python, 3.12 or the last 3.11, is not known to leave them hanging." if sys.version_info < (3, 12) else ""
@@ -149,18 +151,18 @@ class DataWorkers:
         if iterator is None:
             return
         try:
-            # torch does this when the iterator is collected, from which the traceback of a failure keeps it.
+            # Not left to torch, as the traceback of a failure keeps the iterator from being collected.
             if self.dead_worker() is None:
-                self._watched(iterator._shutdown_workers)
+                self._watched(lambda: shut_down(iterator))
             else:
-                _abandon(iterator)
+                abandon(iterator)
         except RuntimeError:
             if self.dead_worker() is None:
                 raise
         finally:
             self._iterator = None
             self._loader = None  # it keeps persistent workers for its next iteration
-            _kill_and_join(iterator._workers)
+            kill_and_join(workers_of(iterator))
 
     def dead_worker(self) -> Any:
         """A worker process that has ended though nobody asked it to; None if there is none."""
@@ -180,26 +182,24 @@ class DataWorkers:
         try:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
         except BaseException as error:
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                if isinstance(half_made := frame.f_locals.get("self"), _MultiProcessingDataLoaderIter):
-                    half_made._shutdown = True  # it can't do that itself when it is collected
+            disarm_half_made(error)
             # Those that were started wait at the gate, and nobody knows them.
-            _kill_and_join([child for child in multiprocessing.active_children() if child not in others])
+            kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
         has_started = False
         try:
             # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
-            Finalize(iterator, _kill_and_join, args=(iterator._workers,), exitpriority=0)
+            Finalize(iterator, kill_and_join, args=(workers_of(iterator),), exitpriority=0)
             # Workers of another kind inherit no locks, and import for as long as they have to.
             limit = seconds if multiprocessing.get_start_method() == "fork" else math.inf
             if self._guarded(lambda: self._have_begun(gate, limit)):
-                for _ in iterator._workers:
+                for _ in workers_of(iterator):
                     gate.opened.release()
                 self._loader = loader
                 has_started = True
         finally:
             if not has_started:
-                _kill_and_join(iterator._workers)
+                kill_and_join(workers_of(iterator))
                 self.end()
         return has_started
 
@@ -264,7 +264,7 @@ class DataWorkers:
             _watching = before
 
     def _workers(self) -> list[Any]:
-        return self._iterator._workers if self._iterator is not None else []
+        return workers_of(self._iterator) if self._iterator is not None else []
 
     def _death(self) -> UserError:
         worker = self.dead_worker()
@@ -314,37 +314,6 @@ def _end_with(training: Any) -> None:
     os._exit(1)
 
 
-def _kill_and_join(workers: list[Any]) -> None:
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join(timeout=1)
-
-
-def _abandon(iterator: Any) -> None:
-    """Ends what is left of an iterator of which a worker has died.
-
-    torch's own way waits for ever if the worker held the lock of the event that tells the others, or was in the middle
-    of a message to the thread that pins memory.
-    """
-    _kill_and_join(iterator._workers)
-    if iterator._shutdown:
-        return
-    iterator._shutdown = True
-    if hasattr(iterator, "_pin_memory_thread"):
-        iterator._pin_memory_thread_done_event.set()
-        iterator._worker_result_queue.put((None, None))
-        iterator._pin_memory_thread.join(timeout=_SECONDS_TO_PIN)
-        iterator._worker_result_queue.cancel_join_thread()
-        iterator._worker_result_queue.close()
-    for queue in iterator._index_queues:
-        queue.cancel_join_thread()
-        queue.close()
-    if iterator._worker_pids_set:
-        signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
-        iterator._worker_pids_set = False
-
-
 _watching: DataWorkers | None = None
 """The workers that are being waited for now."""
 
@@ -359,7 +328,7 @@ def _hold_back_deaths() -> None:
         return
     # Now, as torch would do it while it starts the first workers: the death of one of them would be raised right there,
     # where a loader that is half made can't be ended.
-    signal_handling._set_SIGCHLD_handler()
+    set_death_handler()
     handler = signal.getsignal(signal.SIGCHLD)
     if callable(handler) and not isinstance(handler, _OnlyWhereWatched):
         signal.signal(signal.SIGCHLD, _OnlyWhereWatched(handler))

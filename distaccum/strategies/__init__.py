@@ -1,4 +1,4 @@
-"""Placing a model on devices."""
+"""Strategies: how a model is placed on devices, and how its gradients are synchronised."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def place(
     precision: PrecisionName = PrecisionName.fp32,
     compilation: Compilation | None = None,
 ) -> Strategy:
-    """Moves a module to this rank's device and makes it what the strategy says.
+    """Moves a module to this rank's device and wraps or shards it as the strategy's configuration says.
 
     Args:
-        precision: what the model computes in, for strategies that move parameters in that format.
+        precision: what the model computes in, for strategies that gather parameters in that format.
         compilation: how to compile the model; None for not at all.
 
     Raises:
-        UserError: the strategy can't be had here.
+        UserError: the strategy does not support the precision, the compilation or the number of processes.
     """
     module = module.to(device)
     if compilation is not None and isinstance(config, DPConfig):
         raise UserError(
-            "compile=true can't be had with strategy=dp, whose replicas are made anew in each forward. Set "
-            "strategy=ddp or single, or compile=false."
+            "strategy=dp does not support compile=true: its replicas are made anew in each forward. Set strategy=ddp "
+            "or single, or compile=false."
         )
     if compilation is not None and not isinstance(config, FSDPConfig):
         # Inside DDP: torch then cuts the backward where DDP's buckets end, so that they are sent beside it.
@@ -80,13 +80,14 @@ def place(
 
 
 def strategy_of(model: nn.Module, given: Strategy | None = None) -> Strategy:
-    """The strategy that a model in somebody's own loop is placed by already.
+    """Returns the strategy by which a model of the user's own loop is placed already.
 
     Args:
-        given: what the user says that it is.
+        given: the strategy that the user has passed.
 
     Raises:
-        UserError: a bare model among several ranks, whose gradients would never meet; or given is one of other ranks.
+        UserError: the model is bare although there are several ranks, whose gradients would never be added up; or
+            `given` has another number of ranks.
     """
     own: Strategy | None = None
     if isinstance(model, DistributedDataParallel):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,15 @@ from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.errors import UserError, listed
 from distaccum.runtime.devices import Stopwatch
+from distaccum.strategies._ddp_internals import (
+    buffer_arguments,
+    hook_of,
+    own_group,
+    powersgd_memories,
+    require_whole_sync,
+    start_sync,
+    start_window,
+)
 from distaccum.strategies.base import Strategy, Traffic, refuse_unsynced
 from distaccum.strategies.gradient_sync import (
     HookState,
@@ -28,13 +35,13 @@ from distaccum.strategies.gradient_sync import (
     powersgd_tensors,
 )
 from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients, zero_with_gradients
-from distaccum.strategies.scalar_sync import Passengers, summed_beside
+from distaccum.strategies.scalar_sync import FirstBucketScalars, summed_beside
 
 
 class DDPStrategy(Strategy):
     """A `DistributedDataParallel` model, made by `place_ddp` or by the user's own loop.
 
-    Several strategies of one model are one: what they need to know is kept with its communication hook.
+    Several strategies of one model share their state, which is kept with its communication hook.
 
     Args:
         model: the wrapped model, without a communication hook of its own: one is registered that does what DDP does by
@@ -58,7 +65,7 @@ class DDPStrategy(Strategy):
         self.gradients_stay = model.gradient_as_bucket_view
         self.shares_buffers = self.world_size == 1 or model.broadcast_buffers
         self._state = _hook_state_of(model, config) or self._registered(config or DDPConfig())
-        self.traffic, self._passengers = self._state.traffic, self._state.passengers
+        self.traffic, self._scalars = self._state.traffic, self._state.scalars
         self._powersgd = self._state.powersgd_state
         self._names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
@@ -66,15 +73,15 @@ class DDPStrategy(Strategy):
         compression, is_on_cpu = config.compression, self.device.type == "cpu"
         if is_on_cpu:
             give_threads_time_at_exit()
-        # The mean would take one more pass over the gradients than the sum. A static graph needs it (see no_sync),
-        # float16 has room for little more, and PowerSGD knows nothing else.
+        # The mean takes one more pass over the gradients than the sum. A static graph needs it (see no_sync), a sum may
+        # overflow in float16, and PowerSGD has nothing else.
         is_mean = self.model.static_graph or compression in (Compression.fp16, Compression.powersgd)
         group, has_powersgd = self.model.process_group, compression is Compression.powersgd
         state = HookState(
             process_group=group,
             divisor=self.world_size if is_mean else 1,
             traffic=Traffic(),
-            passengers=Passengers(group) if is_on_cpu and not has_powersgd else None,
+            scalars=FirstBucketScalars(group) if is_on_cpu and not has_powersgd else None,
             mark=Stopwatch(self.device).mark,
             compression=compression,
             graph_is_known=not self.model.static_graph,
@@ -88,7 +95,7 @@ class DDPStrategy(Strategy):
         return self._state.divisor
 
     def take_mean(self) -> None:
-        """Has the sync take the mean over the ranks, for a loop that syncs more than once in a window.
+        """Makes the sync take the mean over the ranks, for a loop that syncs more than once in a window.
 
         Gradients that are the mean already, the same on every rank, stay what they are in a later mean; a sum would
         count them again.
@@ -98,14 +105,14 @@ class DDPStrategy(Strategy):
     def no_sync(self) -> AbstractContextManager[None]:
         if not self._state.graph_is_known:
             self._state.graph_is_known = True
-            # DDP learns a static graph in the first backward it synchronises, and trips over an internal assertion if
-            # an unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients
-            # that are equal on all ranks is what they are already.
+            # DDP learns a static graph in the first backward it synchronises, and fails an internal assertion if an
+            # unsynchronised one came before. Syncing this micro-step too changes nothing: the mean of gradients that
+            # are equal on all ranks is what they are already.
             return nullcontext()
         return self.model.no_sync()
 
     def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
-        return self._passengers.board(numbers) if self._passengers else summed_beside(numbers, self.process_group)
+        return self._scalars.start(numbers) if self._scalars else summed_beside(numbers, self.process_group)
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
         # SyncBatchNorm's backward holds a collective, and a static graph counts gradients and starts its sync from the
@@ -119,7 +126,7 @@ class DDPStrategy(Strategy):
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
         try:
-            self.model.reducer._check_reducer_finalized()
+            require_whole_sync(self.model)
         except RuntimeError as error:
             numbers = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
             names = [self._names[int(number)] for number in numbers[1].split()] if numbers else ["some parameters"]
@@ -135,23 +142,23 @@ class DDPStrategy(Strategy):
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._powersgd is not None:
             raise UserError(
-                "insight.noise_scale can't be had with strategy.compression=powersgd: what it leaves of the gradients' "
-                "sum can't be compared with its parts. Leave one of them out."
+                "strategy.compression=powersgd does not support insight.noise_scale: the compressed sum of the "
+                "gradients can't be compared with its parts. Leave one of them out."
             )
         return super().gradient_leaves(parameters)
 
     def drop_gradients(self) -> None:
-        if self._passengers is not None:
-            self._passengers.leave()
+        if self._scalars is not None:
+            self._scalars.drop()
         if self._powersgd is not None:
-            # What PowerSGD remembers of the window's gradients, NaN included, would go into all that follow.
-            for memory in (self._powersgd.error_dict, self._powersgd.p_memory_dict, self._powersgd.q_memory_dict):
+            # What PowerSGD keeps of the window's gradients, NaN included, would go into all that follow.
+            for memory in powersgd_memories(self._powersgd).values():
                 memory.clear()
 
     def own_clock(self) -> Callable[[], float] | None:
         if self._has_sync_batchnorm and self.world_size > 1:
             raise UserError(
-                "batch.balance=speed can't be had with SyncBatchNorm: its ranks wait for each other in every layer, so "
+                "batch.balance=speed does not support SyncBatchNorm: its ranks wait for each other in every layer, so "
                 "that all look equally fast. Set batch.balance=even, or leave strategy.sync_batchnorm out."
             )
         return None  # a static graph wants equal numbers of micro-steps, but nobody waits in them
@@ -173,11 +180,7 @@ class DDPStrategy(Strategy):
         self._state.graph_is_known = True
 
     def begin_window(self) -> None:
-        # What DDP does at the start of a window's first forward.
-        self.model.reducer._rebuild_buckets()  # once in a run: after the first sync
-        if self.model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
-            self.model._sync_buffers()  # type: ignore[no-untyped-call]
-        self.model.require_forward_param_sync = False
+        start_window(self.model)
 
     def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
         # The first parameter's gradient is in the bucket that is sent last anyway. Autograd takes what was made first
@@ -188,9 +191,7 @@ class DDPStrategy(Strategy):
         return with_uniform_gradient(first, None) if first is not None else None
 
     def begin_sync(self, loss_sum: Tensor) -> None:
-        # What DDP does at the end of a forward that is to be synchronised.
-        self.model.require_forward_param_sync = True
-        self.model.reducer.prepare_for_backward([loss_sum] if self.model.find_unused_parameters else [])
+        start_sync(self.model, loss_sum)
 
     def complete_sync(self) -> None:
         # DDP sends a bucket when the last of its gradients is complete. Those that are complete say so, and change
@@ -202,7 +203,7 @@ class DDPStrategy(Strategy):
                 except RuntimeError as error:
                     if "ready only once" not in str(error):
                         raise
-        self.model.reducer._check_reducer_finalized()
+        require_whole_sync(self.model)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return powersgd_tensors(self._powersgd) if self._powersgd is not None else {}
@@ -213,15 +214,16 @@ class DDPStrategy(Strategy):
 
 
 def _hook_state_of(model: DistributedDataParallel, config: DDPConfig | None) -> HookState | None:
-    """What the hook of an earlier strategy knows; None if there is no hook yet."""
-    if not model._comm_hooks:
+    """The state of an earlier strategy's hook; None if there is no hook yet."""
+    found = hook_of(model)
+    if found is None:
         return None
-    hook, state = model._comm_hooks[0]
+    hook, state = found
     if isinstance(state, HookState) and (config is None or config.compression is state.compression):
         return state
     raise UserError(
-        f"the model has the communication hook {getattr(hook, '__qualname__', hook)} already: it can't be exchanged, "
-        "and of a foreign one nobody can tell whether it takes the sum or the mean over the ranks. Have it registered "
+        f"the model has the communication hook {getattr(hook, '__qualname__', hook)} already: it can't be replaced, "
+        "and whether a foreign one takes the sum or the mean over the ranks is not known. Have it registered "
         "by DDPStrategy(model, DDPConfig(compression=…)), made once and passed on as strategy=."
     )
 
@@ -236,11 +238,11 @@ def place_ddp(
     """Wraps a module that lies on this rank's device.
 
     Args:
-        group: the ranks whose gradients meet, which nothing else uses. Default: all.
+        group: the ranks whose gradients are added up; nothing else may use it. Default: all.
 
     Raises:
-        UserError: there are no other processes to be parallel with, SyncBatchNorm is asked for on a CPU, or gradients
-            are to be of another format than the parameters.
+        UserError: there is no process group, SyncBatchNorm is asked for on a CPU, or gradients are to be of another
+            format than the parameters.
     """
     if not dist.is_initialized():
         raise UserError(
@@ -249,7 +251,7 @@ def place_ddp(
         )
     if precision is PrecisionName.bf16_params:
         raise UserError(
-            "precision=bf16_params can't be had with strategy=ddp: DDP's buckets are of the parameters' format, so the "
+            "strategy=ddp does not support precision=bf16_params: DDP's buckets are of the parameters' format, so the "
             "gradients couldn't accumulate in float32. Set strategy=fsdp or single, or precision=bf16."
         )
     if config.sync_batchnorm:
@@ -258,9 +260,9 @@ def place_ddp(
                 "strategy.sync_batchnorm=true runs on CUDA only, not on a CPU. Leave it out, or use GroupNorm."
             )
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    # PowerSGD's collectives are told from others by their group, so it gets one of its own.
+    # PowerSGD's collectives are recognised by their group, so it gets one of its own.
     if group is None and config.compression is Compression.powersgd:
-        group = _own_group(device)
+        group = own_group(device)
     model = DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
@@ -269,21 +271,6 @@ def place_ddp(
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         find_unused_parameters=config.find_unused_parameters,
         static_graph=config.static_graph,
-        **_buffer_arguments(config.broadcast_buffers),
+        **buffer_arguments(config.broadcast_buffers),
     )
     return DDPStrategy(model, config)
-
-
-def _own_group(device: torch.device) -> dist.ProcessGroup:
-    """A group of all ranks, which wait in it for each other as long as in the first one, and not torch's default."""
-    assert dist.group.WORLD is not None
-    group: dist.ProcessGroup = dist.new_group(timeout=dist.group.WORLD._get_backend(device).options._timeout)
-    return group
-
-
-def _buffer_arguments(broadcast_buffers: bool) -> dict[str, Any]:
-    if broadcast_buffers:
-        return {}  # DDP's default
-    # torch 2.13 renamed the argument and warns of the old name.
-    parameters = inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -21,13 +20,17 @@ from distaccum.config.enums import PrecisionName
 from distaccum.errors import UserError
 from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.devices import Stopwatch
+from distaccum.strategies._fsdp_internals import (
+    ObservedReduceScatter,
+    drop_unreduced_gradients,
+    formats_of_groups,
+    gathered_parameters,
+    sharded_modules,
+)
 from distaccum.strategies.base import Strategy, Traffic, local_parts, refuse_unsynced
 from distaccum.strategies.blocks import blocks_to_wrap
 
 logger = logging.getLogger(__name__)
-
-# torch 2.13 has renamed it, and warns of the old name.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class FSDPStrategy(Strategy):
@@ -42,9 +45,8 @@ class FSDPStrategy(Strategy):
                 "the model is not sharded over all ranks alike: every parameter must be, on one mesh dimension of "
                 f"{dist.get_world_size()} ranks (no HSDP, no sub-mesh, no ignored parameters)."
             )
-        for block in (module for module in model.modules() if isinstance(module, FSDPModule)):
-            for group in _groups_of(block):
-                formats = {str(p.sharded_param.dtype) for p in group.fsdp_params if p.sharded_param.requires_grad}
+        for block in sharded_modules(model):
+            for formats in formats_of_groups(block):
                 if len(formats) > 1:
                     raise UserError(
                         f"{type(block).__name__.removeprefix('FSDP')} has parameters of {' and '.join(sorted(formats))}"
@@ -58,16 +60,13 @@ class FSDPStrategy(Strategy):
         self.equal_micro_steps = self.world_size > 1
         self.shares_buffers = self.world_size == 1
         self._root: FSDPModule = model
-        # Kept with the model, so that several strategies of it are one.
-        made = _CountedReduceScatter(Stopwatch(device))
-        self._counted = counted = model.__dict__.setdefault("_distaccum_reduce_scatter", made)
-        counted.reshard_in_window &= reshard_in_window
-        self.traffic = counted.traffic
+        self._sync: _Sync = model.__dict__.setdefault("_distaccum_sync", _Sync(Stopwatch(device)))
+        self._sync.reshard_in_window &= reshard_in_window
+        self.traffic = self._sync.traffic
         if self.world_size > 1:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_custom_reduce_scatter(counted)
-        if not counted.reshard_in_window:
+            for module in sharded_modules(model):
+                module.set_custom_reduce_scatter(self._sync.reduce_scatter)
+        if not self._sync.reshard_in_window:
             model.set_reshard_after_forward(False)
 
     @property
@@ -87,7 +86,7 @@ class FSDPStrategy(Strategy):
         # Not set_is_last_backward(sync): FSDP would keep its record of the forwards across micro-steps, and prefetch
         # from it a block that is done with: one all-gather more an update. There is no reduction to wait for anyway.
         self._root.set_requires_gradient_sync(sync)
-        if not self._counted.reshard_in_window:
+        if not self._sync.reshard_in_window:
             self._root.set_reshard_after_backward(sync)
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
@@ -105,33 +104,15 @@ class FSDPStrategy(Strategy):
         return square.sqrt()
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
-        leaves: list[Tensor] = []
-        for module in self.model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            mine = [entry for group in _groups_of(module) for entry in group.fsdp_params]
-            if any(not hasattr(entry, "_unsharded_param") for entry in mine):
-                module.unshard()  # made with the first gathering, and kept
-                module.reshard()
-            leaves += [entry._unsharded_param for entry in mine if id(entry.sharded_param) in wanted]
-        return leaves
+        return gathered_parameters(self.model, [parameter for parameter in parameters if parameter.requires_grad])
 
     def drop_gradients(self) -> None:
-        # Gradients that have not been reduced yet are on the gathered parameters, out of sight of the optimizer.
-        if hasattr(self._root, "reset_iter_state"):  # since torch 2.13
-            self._root.reset_iter_state()
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                for group in _groups_of(module):
-                    for parameter in group.fsdp_params:
-                        parameter.unsharded_accumulated_grad = None
-                        if hasattr(parameter, "_unsharded_param"):
-                            parameter._unsharded_param.grad = None
+        drop_unreduced_gradients(self._root)
 
     def own_clock(self) -> Callable[[], float] | None:
-        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        innermost = [m for m in sharded if not any(isinstance(c, FSDPModule) for c in m.modules() if c is not m)]
+        innermost: list[Any] = [
+            block for block in sharded_modules(self.model) if len(list(sharded_modules(block))) == 1
+        ]
         return _ForwardClock(innermost, Stopwatch(self.device)).take
 
     def share_buffers(self) -> None:
@@ -145,8 +126,8 @@ class FSDPStrategy(Strategy):
 class _ForwardClock:
     """Times forwards between FSDP's hooks: after the parameters have been gathered, before they are freed.
 
-    Of the backward, in the midst of which parameters are gathered, nothing is timed; nor of what the root computes by
-    itself. Both are taken to be in proportion.
+    The backward, in the middle of which parameters are gathered, is not timed, nor is what the root computes by itself.
+    Both are assumed to be in proportion.
     """
 
     def __init__(self, modules: Sequence[nn.Module], stopwatch: Stopwatch) -> None:
@@ -173,36 +154,23 @@ class _ForwardClock:
 
 
 def _reshard(model: nn.Module) -> None:
-    """A forward leaves gathered parameters behind, whose shards can't be seen."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    """Frees gathered parameters, which a forward leaves in the place of their shards."""
+    for module in sharded_modules(model):
+        module.reshard()
 
 
-def _groups_of(module: FSDPModule) -> Sequence[Any]:
-    state: Any = module._get_fsdp_state()
-    group = getattr(state, "_fsdp_param_group", None)
-    return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [group] if group is not None else []
-
-
-class _CountedReduceScatter(ReduceScatter):
-    """The collective that FSDP makes by itself, counted."""
+class _Sync:
+    """The reduce-scatter of a model's gradients, counted. Kept with the model: several strategies of it share one."""
 
     def __init__(self, stopwatch: Stopwatch) -> None:
         self.traffic = Traffic()
         self.reshard_in_window = True
+        self.reduce_scatter = ObservedReduceScatter(self._count)
         self._stopwatch = stopwatch
 
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> dist.Work | None:
-        self.traffic.count(input_tensor)
+    def _count(self, gradients: Tensor) -> None:
+        self.traffic.count(gradients)
         self.traffic.last_launch = self._stopwatch.mark()
-        work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
-        return work
 
 
 def place_fsdp(
@@ -212,11 +180,11 @@ def place_fsdp(
     precision: PrecisionName,
     compilation: Compilation | None = None,
 ) -> FSDPStrategy:
-    """Shards a module that lies on this rank's device, block by block.
+    """Shards a module on this rank's device, block by block.
 
     Raises:
-        UserError: there are no other processes, no module has a name of `strategy.wrap`, the precision is fp16, or
-            parameters are such as FSDP can't shard.
+        UserError: there is no process group, no module has a name of `strategy.wrap`, the precision is fp16, or FSDP
+            can't shard a parameter.
     """
     if not dist.is_initialized():
         raise UserError(
@@ -224,7 +192,9 @@ def place_fsdp(
             "`torchrun --nproc_per_node=4 -m distaccum.train strategy=fsdp …`, or set strategy=single."
         )
     if precision is PrecisionName.fp16:
-        raise UserError("precision=fp16 can't be had with strategy=fsdp: its scaler doesn't know shards. Use bf16.")
+        raise UserError(
+            "strategy=fsdp does not support precision=fp16: its scaler doesn't know shards. Use precision=bf16."
+        )
     for name, parameter in module.named_parameters():
         if parameter.ndim == 0 or parameter.numel() == 0:
             raise UserError(

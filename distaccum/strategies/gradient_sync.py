@@ -21,27 +21,32 @@ from torch.futures import Future
 
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
+from distaccum.strategies._ddp_internals import count_powersgd, powersgd_memories
 from distaccum.strategies.base import Traffic
-from distaccum.strategies.scalar_sync import Passengers
+from distaccum.strategies.scalar_sync import FirstBucketScalars
 
 Hook = Callable[[Any, GradBucket], Future[torch.Tensor]]
 
 
 @dataclass(slots=True)
 class HookState:
-    """What a hook needs to know of its model, with which it is kept: all strategies of a model share it."""
+    """State of a hook. It is kept with the hook's model, so that all strategies of the model share it."""
 
     process_group: dist.ProcessGroup
     divisor: int
     traffic: Traffic
-    passengers: Passengers | None
+    scalars: FirstBucketScalars | None
     mark: Callable[[], Any]
     compression: Compression
     powersgd_state: powersgd.PowerSGDState | None = None
     graph_is_known: bool = True
     synced: set[int] = field(default_factory=set)
-    """Ids of the parameters in DDP's buckets, of which DDP tells nobody but its hook."""
+    """Ids of the parameters in DDP's buckets, which DDP shows to its hook alone."""
     is_learning: bool = True
+
+    def count(self, sent: torch.Tensor) -> None:
+        self.traffic.count(sent)
+        self.traffic.last_launch = self.mark()
 
     def learn(self, bucket: GradBucket) -> None:
         if self.is_learning:
@@ -49,10 +54,10 @@ class HookState:
 
 
 def communication_hook(compression: Compression) -> Hook:
-    """Sum over the ranks, divided by `divisor`, in the gradients' own format or a smaller one. Not for PowerSGD.
+    """A hook that sums over the ranks, divided by `divisor`, in the gradients' own format or a smaller one.
 
     float16 is in range, as the accumulator has made gradients of the order of a mean. (torch's own hook for bfloat16
-    refuses gloo.)
+    refuses gloo.) PowerSGD has a hook of its own, `powersgd_hook`.
     """
     dtype = {Compression.none: None, Compression.fp16: torch.float16, Compression.bf16: torch.bfloat16}[compression]
 
@@ -62,30 +67,29 @@ def communication_hook(compression: Compression) -> Hook:
         sent = buffer if dtype is None else buffer.to(dtype)
         if state.divisor != 1:
             sent.div_(state.divisor)
-        state.traffic.count(sent)
-        state.traffic.last_launch = state.mark()
-        passenger = state.passengers.take(sent.dtype) if state.passengers is not None else None
-        if passenger is None:
+        state.count(sent)
+        numbers = state.scalars.encoded(sent.dtype) if state.scalars is not None else None
+        if numbers is None:
             work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
         else:
-            work = state.process_group.allreduce_coalesced([sent, passenger], AllreduceCoalescedOptions())
+            work = state.process_group.allreduce_coalesced([sent, numbers], AllreduceCoalescedOptions())
         reduced: Future[Any] = work.get_future()
-        # Ranks that aren't there (torch's fake process group) give no value.
+        # torch's fake process group, whose other ranks don't exist, gives no value.
         if dtype is None:
             return reduced.then(lambda future: (future.value() or (sent,))[0])
         return reduced.then(lambda future: buffer.copy_((future.value() or (sent,))[0]))
 
-    # What a message calls it.
+    # The name in error messages.
     all_reduce_hook.__qualname__ = "all_reduce_hook" if dtype is None else f"all_reduce_{compression.value}_hook"
     return all_reduce_hook
 
 
 @functools.cache
 def give_threads_time_at_exit() -> None:
-    """Has the interpreter wait a moment before it goes down.
+    """Makes the interpreter wait a moment before it ends.
 
     A thread of gloo's frees the callback of the last all-reduce, a Python object, after the update is done. If that
-    happens while the interpreter goes down, the process is aborted ("terminate called without an active exception"),
+    happens while the interpreter ends, the process is aborted ("terminate called without an active exception"),
     which was seen now and then on a busy machine.
     """
     atexit.register(time.sleep, 0.1)
@@ -94,19 +98,10 @@ def give_threads_time_at_exit() -> None:
 _counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictionary()
 
 
-class _CountedDistributed:
-    """Stands in for `torch.distributed` inside torch's PowerSGD module, to count the collectives that it starts."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)
-
-    def all_reduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        group = kwargs.get("group")
-        state = _counted_groups.get(group) if group is not None else None
-        if state is not None:
-            state.traffic.count(tensor)
-            state.traffic.last_launch = state.mark()
-        return dist.all_reduce(tensor, *args, **kwargs)
+def _count_of_group(group: Any, tensor: torch.Tensor) -> None:
+    state = _counted_groups.get(group) if group is not None else None
+    if state is not None:
+        state.count(tensor)
 
 
 def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
@@ -115,7 +110,7 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
     The process group in `state` must be one that nothing but this model's gradients uses.
     """
     _counted_groups[state.process_group] = state
-    powersgd.dist = _CountedDistributed()  # type: ignore[attr-defined, assignment]
+    count_powersgd(_count_of_group)
     state.powersgd_state = remembered = powersgd.PowerSGDState(
         process_group=state.process_group,
         matrix_approximation_rank=config.powersgd_rank,
@@ -128,44 +123,41 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
         state.learn(bucket)
         if last and bucket.buffer().device.type == "cpu":
             # torch starts a bucket's second and third all-reduce in gloo's threads, when the one before has ended, and
-            # waits for them there. Two buckets at a time would do so in another order on each rank, and take up all of
-            # the threads that they wait for.
+            # waits for them there. Two buckets at a time would do so in another order on each rank, and occupy all the
+            # threads that they wait for.
             last.pop().wait()
         if remembered.iter < remembered.start_powerSGD_iter:
             # The uncompressed all-reduce of the first updates is started elsewhere in torch.
-            state.traffic.count(bucket.buffer())
-            state.traffic.last_launch = state.mark()
+            state.count(bucket.buffer())
         last[:] = [powersgd.powerSGD_hook(remembered, bucket)]
         return last[0]
 
     return counted_powersgd_hook
 
 
-_POWERSGD_MEMORIES = ("error_dict", "p_memory_dict", "q_memory_dict")
-
-
 def powersgd_tensors(state: powersgd.PowerSGDState) -> dict[str, torch.Tensor]:
-    """What PowerSGD remembers of the updates before: error feedback, factors, its count and its generator."""
+    """The state of PowerSGD as tensors: error feedback, factors, number of updates and random generator."""
     _, keys, position, _, _ = state.rng.get_state(legacy=True)
     tensors = {
         "iter": torch.tensor(state.iter, dtype=torch.int64),
         "rng": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
     }
-    for memory in _POWERSGD_MEMORIES:
-        tensors |= {f"{memory}.{bucket}": tensor for bucket, tensor in getattr(state, memory).items()}
+    for name, memory in powersgd_memories(state).items():
+        tensors |= {f"{name}.{bucket}": tensor for bucket, tensor in memory.items()}
     return tensors
 
 
 def load_powersgd_tensors(
     state: powersgd.PowerSGDState, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
-    """Puts back what `powersgd_tensors` gave."""
+    """Restores what `powersgd_tensors` returned."""
     *keys, position = tensors["rng"].tolist()
     state.rng.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
     state.iter = int(tensors["iter"])
-    for memory in _POWERSGD_MEMORIES:
-        getattr(state, memory).clear()
-    for name, tensor in tensors.items():
-        memory, _, bucket = name.partition(".")
+    memories = powersgd_memories(state)
+    for memory in memories.values():
+        memory.clear()
+    for path, tensor in tensors.items():
+        name, _, bucket = path.partition(".")
         if bucket:
-            getattr(state, memory)[int(bucket)] = tensor.to(device)
+            memories[name][int(bucket)] = tensor.to(device)

@@ -1,4 +1,4 @@
-"""What strategies and checkpoints need to know of an optimizer, whatever its class."""
+"""Optimizers of any class: their own state under ZeRO-1, trial steps of others like them, gradients in their format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Hands the optimizer gradients in the format of their parameters, which is what optimizers take.
+    """Gives the optimizer gradients in the format of their parameters, which optimizers require.
 
     Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
     """
@@ -46,24 +46,16 @@ def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> dict[str, Any] | None:
-    """What an optimizer of the same class and settings keeps of a parameter after a step.
+    """Returns the state that an optimizer of the same class and settings has for a parameter of a shape after a step.
 
-    Args:
-        shape: of the parameter.
-
-    Returns:
-        None if no other one can be made: anybody's own may take arguments that its groups don't tell.
+    None if no other one can be made: a user's class may take arguments that are not in its groups.
     """
     twin = twin_of(optimizer, shape)
     return dict(twin.state[twin.param_groups[0]["params"][0]]) if twin is not None else None
 
 
 def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> torch.optim.Optimizer | None:
-    """An optimizer of the same class and settings that has made a step, over one parameter; None if there can be none.
-
-    Args:
-        shape: of the parameter.
-    """
+    """Returns an optimizer of the same class and settings that has stepped over one parameter; None as `probe_state`."""
     probe = nn.Parameter(torch.zeros(tuple(shape)))
     probe.grad = torch.zeros_like(probe)
     try:
@@ -82,15 +74,15 @@ def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn
 
 
 def check_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses optimizers whose step can't be that of a window's gradient. All ranks call it.
+    """Refuses optimizers that can't step with a window's gradient. All ranks call it.
 
-    With sharded parameters, steps of a small one are tried beside those of a whole one: an optimizer that looks at more
-    than one number at a time (norms of a tensor, factored moments) may see the shard alone, and say nothing.
+    With sharded parameters, steps of a small sharded one are compared with those of a whole one: an optimizer that uses
+    more than one number at a time (norms of a tensor, factored moments) may compute with the shard alone.
 
     Raises:
-        UserError: it evaluates the loss itself, or steps sharded parameters otherwise than whole ones.
+        UserError: it evaluates the loss itself, or its steps of sharded parameters differ from those of whole ones.
     """
-    optimizer = getattr(optimizer, "optim", optimizer)  # ZeRO-1: that of the rank's own shard
+    optimizer = own_optimizer(optimizer)
     name = type(optimizer).__name__
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
@@ -102,7 +94,7 @@ def check_steps(optimizer: torch.optim.Optimizer) -> None:
     for group, parameter in groups.values():
         if isinstance(parameter, DTensor) and (difference := _sharded_difference(optimizer, group, parameter)):
             raise UserError(
-                f"{name} can't be had with strategy=fsdp: {difference}. Set strategy=ddp "
+                f"strategy=fsdp does not support {name}: {difference}. Set strategy=ddp "
                 "strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters, or take "
                 "another optimizer."
             )
@@ -121,7 +113,7 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         probe = nn.Parameter(place(start))
         try:
             twin = _twin(optimizer, group, probe)
-        except Exception:  # anybody's own may take arguments that its groups don't tell
+        except Exception:  # a user's class may take arguments that are not in its groups
             return ""
         try:
             for times in (1, 2):
@@ -133,12 +125,12 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
     difference = (ends[1].to_local() - sharded(ends[0]).to_local()).norm()
     part = (difference / (ends[0] - start).norm()).double()
     dist.all_reduce(part, dist.ReduceOp.MAX, group=mesh.get_group())
-    return f"its steps of shards are others than of the whole, by {float(part):.1e} of them" if part > 1e-5 else ""
+    return f"its steps of shards differ from those of the whole by {float(part):.1e} of them" if part > 1e-5 else ""
 
 
 def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that holds this rank's state: under ZeRO-1 the one of its shard."""
-    # By name, as importing the class takes long and warns of things that are not ours.
+    """Returns the optimizer that holds this rank's state: the inner one of a `ZeroRedundancyOptimizer`, else itself."""
+    # By name, as importing the class takes long, and gives warnings.
     inner = optimizer.optim if type(optimizer).__name__ == "ZeroRedundancyOptimizer" else optimizer  # type: ignore[attr-defined]
     assert isinstance(inner, torch.optim.Optimizer)
     return inner

@@ -1,4 +1,4 @@
-"""Losses that are none: their gradients are there because other ranks wait for this one in their collectives."""
+"""Losses of zero, back-propagated where other ranks wait for this one's gradients in a collective."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from distaccum.data.text import DocumentationText
 from distaccum.models import GPT
 from distaccum.runtime.world import World
 from distaccum.strategies import needs_equal_micro_steps, place, shards_optimizer
+from distaccum.strategies.optimizers import own_optimizer
 from distaccum.tasks import LanguageModeling
 from distaccum.training.model import checkpoint_blocks, freeze
 from distaccum.training.optim import build_optimizer
@@ -65,7 +66,7 @@ def train(
         if len(results) == 3:
             break
     strategy.at_rest()
-    inner = getattr(optimizer, "optim", optimizer)
+    inner = own_optimizer(optimizer)
     return results, flat(strategy.module), before, len(inner.state)
 
 

@@ -62,7 +62,7 @@ def test_names_are_those_of_the_model(train: Train) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["strategy=dp"], "compile=true can't be had with strategy=dp"),
+        (["strategy=dp"], "strategy=dp does not support compile=true"),
         (["compile_backend=indcutor"], "compile_backend=indcutor: torch has no such backend. Choose one of: "),
     ],
 )
@@ -96,3 +96,10 @@ def test_the_clock_counts_updates_only() -> None:
         assert not clock.has_news()
         assert clock.take() == 0
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+def test_what_is_used_of_dynamo_is_there() -> None:
+    from torch._dynamo.callback import callback_handler
+
+    for kind in ("register_start", "register_end", "remove_start", "remove_end"):
+        assert hasattr(callback_handler, f"{kind}_callback"), f"torch {torch.__version__} has no {kind}_callback"

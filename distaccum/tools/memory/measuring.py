@@ -22,6 +22,7 @@ from distaccum.runtime.memory import Meter, held_bytes, is_out_of_memory, metere
 from distaccum.runtime.nested import tensors_of
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
+from distaccum.strategies.optimizers import own_optimizer
 from distaccum.tasks import TaskOutput, checked_output
 from distaccum.training.model import checkpoint_blocks, evaluation_mode
 from distaccum.training.optim import build_optimizer
@@ -276,7 +277,7 @@ class _Windows:
         self._strategy.at_rest()
         module = self._strategy.module
         parameters: list[Tensor] = list(module.parameters())
-        inner = getattr(self._optimizer, "optim", self._optimizer)
+        inner = own_optimizer(self._optimizer)
         buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
         # Buckets that several gradients are views of are counted once.
