@@ -41,7 +41,7 @@ def resolve_compilation(backend: str, dynamic: bool | None, device: torch.device
     Raises:
         UserError: there is not.
     """
-    known = torch.compiler.list_backends(exclude_tags=())  # type: ignore[no-untyped-call]
+    known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise UserError(f"compile_backend={backend}: torch has no such backend. Choose one of: {', '.join(known)}.")
     if backend == "inductor" and device.type == "cpu":

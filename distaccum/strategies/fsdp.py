@@ -110,9 +110,8 @@ class FSDPStrategy(Strategy):
         drop_unreduced_gradients(self._root)
 
     def own_clock(self) -> Callable[[], float] | None:
-        innermost: list[Any] = [
-            block for block in sharded_modules(self.model) if len(list(sharded_modules(block))) == 1
-        ]
+        blocks: Iterator[Any] = sharded_modules(self.model)
+        innermost = [block for block in blocks if len(list(sharded_modules(block))) == 1]
         return _ForwardClock(innermost, Stopwatch(self.device)).take
 
     def share_buffers(self) -> None:

@@ -55,7 +55,7 @@ def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)
 
 
 def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> torch.optim.Optimizer | None:
-    """Returns an optimizer of the same class and settings that has stepped over one parameter; None as `probe_state`."""
+    """Returns an optimizer of the same class and settings that has stepped one parameter; None as in `probe_state`."""
     probe = nn.Parameter(torch.zeros(tuple(shape)))
     probe.grad = torch.zeros_like(probe)
     try:

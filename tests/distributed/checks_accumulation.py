@@ -122,8 +122,8 @@ def check_the_count_is_what_torch_dispatched(world: World) -> None:
         )
     reduced = [size for name, size in counter.collectives if "allreduce" in name]
     assert len(reduced) == sum(result.sync_calls for result in results), "nothing but the gradients' all-reduces"
-    # Loss, weight, whether the sums differ and the last norm are sent with them: 8 bytes each, an element a byte, in places
-    # of each rank.
+    # Loss, weight, whether the sums differ and the last norm are sent with them: 8 bytes each, an element a byte, in
+    # places of each rank.
     sent_with_them = 4 * 8 * 8 * world.world_size
     assert sum(reduced) == sum(result.sync_bytes for result in results) + 3 * sent_with_them
 

@@ -171,7 +171,7 @@ def check_optimizers_that_see_more_than_their_shard_are_refused(world: World) ->
             Accumulator(strategy.model, built, strategy=strategy)
     strategy = placed(nn.Linear(4, 6), FSDPConfig())
     biases = [parameter for parameter in strategy.model.parameters() if parameter.ndim == 1]
-    with pytest.raises(UserError, match="its steps of shards are others than of the whole, by 1"):
+    with pytest.raises(UserError, match="its steps of shards differ from those of the whole by 1"):
         Accumulator(strategy.model, torch.optim.Adafactor(biases), strategy=strategy)
     for optimizer in (torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax, torch.optim.ASGD):
         Accumulator(strategy.model, build_optimizer(_own(optimizer), strategy.model.parameters(), CPU))
