@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
     from distaccum.accumulation import Accumulator
     from distaccum.accumulation.gradient_caching import accumulate_coupled
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
+    from distaccum.runtime.version import __version__ as __version__
     from distaccum.tasks import CoupledTask, Task, TaskOutput
     from distaccum.tools.evaluate import Ensemble
     from distaccum.training.evaluation import evaluate_model
@@ -36,6 +35,7 @@ _NAMES = {
     "models.ensemble": "Ensemble",
     "observers": "Observer",
     "planning": "BatchPlan Cut resolve_batch shuffled split_evenly window_bounds",
+    "runtime.version": "__version__",
     "tasks": "CoupledTask Task TaskOutput",
     "training.evaluation": "evaluate_model",
     "training.trainer": "Trainer",

@@ -90,6 +90,16 @@ def test_no_two_modules_of_a_package_import_each_other() -> None:
     assert _circles({name: _imported(path.read_text()) for name, path in MODULES.items() if name}) == []
 
 
+def test_no_module_imports_the_public_face() -> None:
+    """`distaccum/__init__.py`, which imports what is above."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert "distaccum" not in [alias.name for alias in node.names], name
+            elif isinstance(node, ast.ImportFrom) and node.module == "distaccum":
+                assert {alias.name for alias in node.names} <= MODULES.keys(), name
+
+
 def test_every_module_has_its_place() -> None:
     assert {name.partition(".")[0] for name in MODULES if name} == {*FLOORS, *COMMANDS}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -47,3 +48,16 @@ def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "distaccum-train = distaccum.train:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+def test_the_version_is_that_of_the_metadata(wheel: Path, tmp_path: Path) -> None:
+    """Installed, and in a source tree that is not."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert wheel.name.startswith(f"distaccum-{version}-")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # -S: without the environment's own packages, where another version may be installed.
+    command = [sys.executable, "-S", "-c", "import distaccum; print(distaccum.__version__, distaccum.__file__)"]
+    for folder in (tmp_path, ROOT):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [version, str(folder / "distaccum" / "__init__.py")]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import distaccum
 from distaccum.config.redaction import redacted_arguments
 from distaccum.errors import UserError
+from distaccum.runtime.version import __version__
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def environment(module: str = "distaccum.compare") -> dict[str, Any]:
         "command": shlex.join(["python", "-m", module, *redacted_arguments(sys.argv[1:])]),
         "machine": _machine(),
         "versions": {
-            "distaccum": distaccum.__version__,
+            "distaccum": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
