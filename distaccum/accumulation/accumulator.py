@@ -29,7 +29,7 @@ from distaccum.accumulation.result import TaskOutput, UpdateResult
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
 from distaccum.errors import require, require_positive
 from distaccum.runtime.devices import Stopwatch
-from distaccum.strategies import Strategy, can_recover, strategy_of
+from distaccum.strategies import Strategy, strategy_of
 
 Batch = TypeVar("Batch")
 _NO_BACKWARD = "micro-step {} ended without accumulator.backward(loss_sum, weight)"
@@ -103,7 +103,6 @@ class Accumulator:
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
         self._gradients = Gradients(optimizer, model, self.strategy)
-        self._recoverable = self.strategy if recovery is not None and can_recover(self.strategy) else None
         self._open: OpenWindow | None = None
         self._is_out_of_step = False
         self._last_weight: float | None = None
@@ -154,7 +153,7 @@ class Accumulator:
             started=time.perf_counter() if started is None else started,
             data_seconds=data_seconds,
             norm_before=self._norm_before,
-            recoverable=self._recoverable if share is not None else None,
+            can_recover=share is not None,
             micro_gradients=watcher_of(micro_batches, self.updates, self.noise_scale, self._gradients),
         )
         self._gradients.begin()
@@ -188,8 +187,8 @@ class Accumulator:
                 window.awaiting_backward = True
                 if self.time_micro_steps:
                     window.micro_step_start = self._stopwatch.mark()
-                if window.is_last and window.recoverable is not None:
-                    window.last_gradient = window.recoverable.last_gradient(self._gradients.of_optimizer())
+                if window.is_last and window.can_recover:
+                    window.last_gradient = self.strategy.last_gradient(self._gradients.of_optimizer())
                 yield micro_batch
                 if window.awaiting_backward:
                     raise RuntimeError(_NO_BACKWARD.format(window.micro_steps))
@@ -199,7 +198,7 @@ class Accumulator:
 
         So is the last one where micro-steps can be taken again: `_begin_sync` then asks for the sync after its forward.
         """
-        return nullcontext() if window.is_last and window.recoverable is None else self.strategy.no_sync()
+        return nullcontext() if window.is_last and not window.can_recover else self.strategy.no_sync()
 
     def backward(
         self,
@@ -244,10 +243,10 @@ class Accumulator:
     def _begin_sync(self, window: OpenWindow, loss_sum: Tensor) -> Tensor:
         """Prepares the backward that synchronises gradients and sums; returns the loss that it starts from."""
         totals = self._sums.own(window)
-        if window.recoverable is not None:
+        if window.can_recover:
             if window.last_gradient is not None:
                 loss_sum = loss_sum + window.last_gradient.to(loss_sum)
-            window.recoverable.begin_sync(loss_sum)
+            self.strategy.begin_sync(loss_sum)
         window.is_syncing = True
         window.totals = self.strategy.summed(totals)
         return loss_sum
@@ -295,7 +294,7 @@ class Accumulator:
         seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
         *numbers, norm = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
-        if window.recoverable is not None and not math.isfinite(norm) and window.is_lost_on_any_rank():
+        if window.can_recover and not math.isfinite(norm) and window.is_lost_on_any_rank():
             window.put_back()
             return None
         measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
@@ -338,7 +337,7 @@ class Accumulator:
         Raises:
             UserError: as `step`; or memory has run out, and there is no going on.
         """
-        share = Share(micro_batches, self.recovery) if self.recovery and self._recoverable else None
+        share = Share(micro_batches, self.recovery) if self.recovery and self.strategy.can_recover else None
         while (result := self._attempt(micro_batches, forward, tell or (lambda *_: None), share)) is None:
             assert share is not None
             share.begin_again_on_all_ranks(self.updates + 1)
@@ -379,7 +378,7 @@ class Accumulator:
             said = said_of_memory(error)
             if said is None:
                 raise
-            if window.recoverable is None:
+            if not window.can_recover:
                 raise explained(window, self.recovery, during, said) from error
         # Outside of the block above: the exception's traceback holds on to all that the forward has computed.
         return during, said

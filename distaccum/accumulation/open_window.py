@@ -17,7 +17,7 @@ from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.devices import Stopwatch
-from distaccum.strategies import Recoverable, Strategy
+from distaccum.strategies import Strategy
 
 Batch = TypeVar("Batch")
 
@@ -38,8 +38,8 @@ class OpenWindow:
     data_seconds: float
     norm_before: float
     """Norm of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
-    recoverable: Recoverable | None
-    """The strategy, if micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
+    can_recover: bool
+    """Whether micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
     micro_gradients: MicroGradients | None
     calls_before: int = field(init=False)
     bytes_before: int = field(init=False)
@@ -71,10 +71,10 @@ class OpenWindow:
 
     def remember(self, model: nn.Module, *, may_be_skipped: bool) -> None:
         """Saves what the window changes besides gradients, if it may have to be undone."""
-        if self.recoverable is not None:
-            self.recoverable.begin_window()
+        if self.can_recover:
+            self.strategy.begin_window()
             self.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
-        if self.recoverable is not None or may_be_skipped:
+        if self.can_recover or may_be_skipped:
             self.buffers = KeptBuffers(model)
 
     def add(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor]) -> Tensor:
@@ -114,9 +114,8 @@ class OpenWindow:
 
     def lose(self) -> None:
         """Completes the sync whose backward has failed on this rank, as the other ranks wait in it."""
-        assert self.recoverable is not None
         self.is_lost = True
-        self.recoverable.complete_sync()
+        self.strategy.complete_sync()
         self.is_syncing = False
         if self.micro_gradients is not None:
             self.micro_gradients.start()  # the other ranks wait in it too; the result is not used

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distaccum.accumulation.open_window import OpenWindow
 from distaccum.errors import UserError
 from distaccum.loaders import Window
-from distaccum.strategies import Strategy, can_recover
+from distaccum.strategies import Strategy
 from distaccum.strategies.scalar_sync import summed_beside
 
 Layout = list[tuple[str, tuple[int, ...]]]
@@ -124,7 +124,7 @@ class SumsOverRanks:
             UserError: at once, where the strategy can't sync without a micro-batch.
         """
         strategy = self._strategy
-        if strategy.process_group is None or not can_recover(strategy):
+        if strategy.process_group is None or not strategy.can_recover:
             raise UserError(_NO_MICRO_BATCH)
         strategy.begin_window()
         loss = torch.stack([entry.sum() for entry in module.parameters() if entry.requires_grad]).sum() * 0

@@ -11,7 +11,7 @@ from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
 from distaccum.config.enums import PrecisionName
 from distaccum.errors import UserError
 from distaccum.runtime.compilation import Compilation
-from distaccum.strategies.base import Recoverable, Strategy, Traffic, can_recover, local_parts
+from distaccum.strategies.base import Strategy, Traffic, local_parts
 from distaccum.strategies.ddp import DDPStrategy, place_ddp
 from distaccum.strategies.dp import DPStrategy, place_dp
 from distaccum.strategies.single import SingleStrategy
@@ -19,11 +19,9 @@ from distaccum.strategies.single import SingleStrategy
 __all__ = [
     "DDPStrategy",
     "DPStrategy",
-    "Recoverable",
     "SingleStrategy",
     "Strategy",
     "Traffic",
-    "can_recover",
     "local_parts",
     "needs_equal_forwards",
     "needs_equal_micro_steps",

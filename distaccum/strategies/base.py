@@ -1,10 +1,10 @@
-"""What the accumulator needs of a model that has been placed on devices."""
+"""The interface between the accumulator and a placed model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class Traffic:
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's shards of sharded tensors; other tensors as they are. Shares memory with them."""
+    """Returns this rank's shards of sharded tensors, and other tensors as they are. They share memory."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
@@ -62,19 +62,30 @@ def refuse_unsynced(strategy: Strategy, calls_before: int, lost: Sequence[Tensor
 
 
 class Strategy(Protocol):
-    """A placed model. Few methods, and no registry: a strategy is chosen in `distaccum.strategies.place`.
+    """A placed model, as the accumulator uses it.
 
-    What is here holds for one device in one process.
+    A new strategy is a subclass that sets the attributes below and overrides what differs from one device in one
+    process, for which the defaults hold. Among several ranks that is:
+
+    - `no_sync` and `sync_divisor`, which say how gradients are kept on the rank and added up, and `require_sync`, which
+      refuses a window whose gradients were not; all collectives with gradients are counted in `traffic`;
+    - `placeholder_loss`, if its backward holds collectives of its own, and `total_norm`, if ranks hold parts of the
+      gradients;
+    - `can_recover` and the four methods after it, to go on when memory runs out.
+
+    It is chosen in `distaccum.strategies.place` by its configuration class, which is in `distaccum.config.placement`
+    (and, for the command line, in a file in conf/strategy). There is no registry.
 
     Attributes:
-        model: what to call in a micro-step.
+        model: the module to call in a micro-step.
         module: the user's own module inside it, for evaluations and checkpoints.
         device: where this rank's parameters are.
         world_size: number of ranks whose gradients are added up in the sync.
         process_group: the group of those ranks, or None when there is only this one.
-        traffic: the collectives that carried gradients so far.
+        traffic: counts of the collectives with gradients.
         equal_micro_steps: True if micro-steps hold collectives of their own, so that all ranks must take equally many.
-        gradients_stay: True if gradients have a home between windows (DDP's buckets), so that they are not dropped.
+        gradients_stay: True if gradients are views of buckets that outlive a window (DDP's), so that they are not
+            dropped.
         shares_buffers: True if rank 0's buffers replace the other ranks' at the start of each window.
     """
 
@@ -90,48 +101,51 @@ class Strategy(Protocol):
 
     @property
     def sync_divisor(self) -> int:
-        """What the sync divides the ranks' sum by: the number of ranks where it takes the mean, else 1."""
+        """The number that the sync divides the ranks' sum by: the number of ranks where it takes the mean, else 1."""
         return 1
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Encloses forward *and* backward of a micro-step that is not the window's last: gradients stay on the rank."""
+        """Encloses forward *and* backward of a micro-step that does not synchronise: gradients stay on the rank.
+
+        `Accumulator._sync_context` decides which micro-steps are inside: all of a window but the last.
+        """
         return nullcontext()
 
     def summed(self, numbers: Tensor) -> Callable[[], Tensor]:
         """Starts to add up a vector of float64 over the ranks, beside or within the backward that follows.
 
         Returns:
-            What waits for the sum and gives it, to be called after that backward.
+            A function that waits for the sum and returns it, to be called after that backward.
         """
         return summed_beside(numbers, self.process_group)
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
-        """Refuses a window that has not been synchronised as a whole; before anybody waits for its sums.
+        """Refuses a window that has not been synchronised as a whole, before its sums are waited for.
 
         Args:
-            calls_before: of the traffic, at the window's start.
-            parameters: of the optimizer, that have a gradient for the first time.
+            calls_before: `traffic.calls` at the window's start.
+            parameters: those of the optimizer that have a gradient for the first time.
 
         Raises:
-            UserError: it is one, on this rank at least.
+            UserError: it has not been, on this rank at least.
         """
         return
 
     def placeholder_loss(self, loss_sum: Tensor) -> Tensor:
-        """In place of the loss of a micro-step of weight zero: gradients of zero, and all the collectives."""
+        """Replaces the loss of a micro-step of weight zero: gradients are zero, and all collectives take place."""
         return with_zero_gradients(loss_sum)
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Norm of all gradients together, the same on every rank; a scalar on the device."""
+        """Returns the norm of all gradients together, the same on every rank: a scalar on the device."""
         return get_total_norm(gradients)
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The tensors to which this rank's own gradients of a micro-step come, before they cross the network.
+        """Returns the tensors whose hooks see this rank's own gradients of a micro-step, before the sync.
 
         Called by all ranks alike, between windows.
 
         Args:
-            parameters: of the optimizer, to which the gradients belong.
+            parameters: the optimizer's, to which the gradients belong.
 
         Raises:
             UserError: those gradients and the reduced ones can't be compared.
@@ -139,18 +153,18 @@ class Strategy(Protocol):
         return [parameter for parameter in parameters if parameter.requires_grad]
 
     def drop_gradients(self) -> None:
-        """Drops gradients of a window that was left in the middle, wherever the strategy keeps them beside `.grad`."""
+        """Drops the gradients that the strategy keeps beside `.grad`, of a window that was left in the middle."""
         return
 
     def own_clock(self) -> Callable[[], float] | None:
-        """How to tell this rank's own time where micro-steps hold collectives, in which ranks wait for each other.
+        """Measures this rank's own time where micro-steps hold collectives, in which ranks wait for each other.
 
         Returns:
-            What gives the seconds of computing since it was called last, to be asked once the host has waited for the
-            device; None where the micro-steps' own time tells.
+            A function that returns the seconds of computing since its last call, to be called once the host has waited
+            for the device; None where the micro-steps' own time is that time.
 
         Raises:
-            UserError: it can't be told.
+            UserError: it can't be measured.
         """
         return None
 
@@ -159,57 +173,53 @@ class Strategy(Protocol):
         return
 
     def at_rest(self) -> None:
-        """Leaves parameters as the optimizer and checkpoints see them; to be called between windows."""
+        """Brings parameters into the form that optimizer and checkpoints see. Called between windows."""
         return
 
     def warm_up(self, forward: Callable[[], Tensor]) -> None:
         """Settles what a strategy learns in the run's first backward, so that a resumed run computes the same bits.
 
         Args:
-            forward: a forward of a real micro-batch, which gives a loss; called only if it is needed.
+            forward: returns the loss of a real micro-batch; called only if it is needed.
         """
         return
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What the strategy remembers of the windows before, on this rank."""
+        """Returns the strategy's own state on this rank, which later windows depend on."""
         return {}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_tensors` gave on the same rank of as many."""
+        """Restores what `state_tensors` returned on the same rank of as many."""
         return
 
+    # Taking micro-steps again after one has run out of memory, without the other ranks' help. For that all forwards of
+    # a window are inside `no_sync`, the last one too, and what ranks exchange is started apart from them: so a forward
+    # that fails has changed nothing that the other ranks wait for.
 
-class Recoverable(Strategy, Protocol):
-    """A strategy that can take micro-steps again after one has run out of memory, without the other ranks' help.
-
-    For that all forwards of a window are inside `no_sync`, the last one too, and what ranks exchange is started apart
-    from them: a forward that fails has then changed nothing that the other ranks wait for.
-    """
+    @property
+    def can_recover(self) -> bool:
+        """Whether micro-steps can be taken again: not if they hold collectives."""
+        return False
 
     def begin_window(self) -> None:
         """Exchanges what ranks share at a window's start (buffers), so that no forward does. All ranks call it."""
-        ...
+        return
 
     def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """A zero to be added to the window's last loss; asked for before that loss's forward.
+        """Returns a zero to be added to the window's last loss; called before that loss's forward.
 
         Its backward runs after all others and completes one more gradient. So the sync is still open whatever fails in
-        the backward, and `complete_sync` can tell the other ranks.
+        the backward, and `complete_sync` can end it.
 
         Args:
             parameters: the optimizer's, of whose gradients the ranks see the norm.
         """
-        ...
+        return None
 
     def begin_sync(self, loss_sum: Tensor) -> None:
-        """Has the backward of this loss, which follows, synchronise the gradients."""
-        ...
+        """Makes the backward of this loss, which follows, synchronise the gradients."""
+        return
 
     def complete_sync(self) -> None:
-        """Ends a sync whose backward has failed. What was missing is NaN, which all ranks then see."""
-        ...
-
-
-def can_recover(strategy: Strategy) -> TypeGuard[Recoverable]:
-    """Whether a strategy is `Recoverable`: not if its micro-steps hold collectives."""
-    return hasattr(strategy, "complete_sync") and not strategy.equal_micro_steps
+        """Ends a sync whose backward has failed. Missing gradients are NaN, which all ranks then see."""
+        return

@@ -179,6 +179,10 @@ class DDPStrategy(Strategy):
             self.require_sync(-1, ())
         self._state.graph_is_known = True
 
+    @property
+    def can_recover(self) -> bool:
+        return not self.equal_micro_steps
+
     def begin_window(self) -> None:
         start_window(self.model)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distaccum.strategies.base import Strategy, Traffic
 
@@ -19,14 +17,6 @@ class SingleStrategy(Strategy):
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.traffic = Traffic()
 
-    def begin_window(self) -> None:
-        pass
-
-    def last_gradient(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        return None
-
-    def begin_sync(self, loss_sum: Tensor) -> None:
-        pass
-
-    def complete_sync(self) -> None:
-        pass
+    @property
+    def can_recover(self) -> bool:
+        return True
