@@ -200,29 +200,24 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
         UserError: memory has run out all the same, or when it was too late to try again.
     """
     inner = own_optimizer(optimizer)
-    makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
-    parameters: list[Tensor] = []
-    known: list[Tensor] = []
-    before = set(inner.state) if makes_state else set()
-    if makes_state:
-        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-        known = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     # bitsandbytes changes parameters without counting their versions, so that no change can be seen.
-    shows_changes = type(inner).__module__.partition(".")[0] != "bitsandbytes"
-    versions = [tensor._version for tensor in [*parameters, *known]]
-    said = ""
-    for is_second in (False, True):
+    may_retry = len(inner.state) < len(parameters) and type(inner).__module__.partition(".")[0] != "bitsandbytes"
+    before = set(inner.state) if may_retry else set()
+    tensors = [value for state in inner.state.values() for value in state.values()] if may_retry else []
+    watched = [*parameters, *(value for value in tensors if isinstance(value, Tensor))] if may_retry else []
+    versions = [tensor._version for tensor in watched]
+    while True:
         try:
             step()
             return
         except Exception as error:
-            found = said_of_memory(error)
-            if found is None:
+            said = said_of_memory(error)
+            if said is None:
                 raise
-            said = found
-        may_try_again = makes_state and shows_changes and not is_second
-        if not may_try_again or versions != [tensor._version for tensor in [*parameters, *known]]:
+        if not may_retry or versions != [tensor._version for tensor in watched]:
             break
+        may_retry = False
         for parameter in set(inner.state) - before:
             del inner.state[parameter]
         free_cached_memory(device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distaccum.accumulation.open_window import OpenWindow
 from distaccum.errors import UserError
 from distaccum.loaders import Window
+from distaccum.runtime.nested import gather_objects
 from distaccum.strategies import Strategy
 from distaccum.strategies.scalar_sync import summed_beside
 
@@ -104,7 +105,7 @@ class SumsOverRanks:
         }
 
     def _agree(self, window: OpenWindow) -> None:
-        everyone = _gathered(_layout(window), self._strategy)
+        everyone: list[Any] = gather_objects(_layout(window), self._strategy.process_group)
         for rank, layout in enumerate(everyone):
             if isinstance(layout, str):
                 raise UserError(f"rank {rank}: {layout}")
@@ -165,14 +166,6 @@ def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
 def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
     """The sum of tensors of one shape, as a vector of float64 on the device."""
     return _stacked(values, device).sum(0, dtype=torch.float64).reshape(-1)
-
-
-def _gathered(mine: Any, strategy: Strategy) -> list[Any]:
-    """Every rank's object, in the order of the ranks. All ranks call it."""
-    everyone = [mine] * strategy.world_size
-    if strategy.process_group is not None:
-        dist.all_gather_object(everyone, mine, group=strategy.process_group)
-    return everyone
 
 
 def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:
@@ -260,7 +253,7 @@ def _where(values: Sequence[Tensor | float], is_right: Callable[[float], bool], 
     mine = [step for step, value in enumerate(values, 1) if not is_right(float(value))]
     found = [
         f"rank {rank}, micro-step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
-        for rank, steps in enumerate(_gathered(mine, strategy))
+        for rank, steps in enumerate(gather_objects(mine, strategy.process_group))
         if steps
     ]
     return f" ({'; '.join(found)})" if found else ""

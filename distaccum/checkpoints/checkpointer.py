@@ -48,6 +48,7 @@ from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_
 from distaccum.config import CheckpointConfig
 from distaccum.errors import UserError
 from distaccum.runtime.diagnosis import is_broken_collective
+from distaccum.runtime.nested import gather_objects
 from distaccum.runtime.randomness import set_random_state
 from distaccum.strategies import Strategy, local_parts, strategy_of
 from distaccum.strategies.optimizers import own_optimizer
@@ -385,14 +386,7 @@ class Checkpointer:
         """The newest checkpoint in the folder that is whole; damaged ones are named in the log and passed over."""
         if self.rank == 0:
             clear_leftovers(self.folder)
-        return newest_whole(self.folder, rank=self.rank, gather=self._gather)
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * self.strategy.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return newest_whole(self.folder, rank=self.rank, gather=lambda value: gather_objects(value, self._group))
 
 
 def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Nests of tensors: walking through them, moving them, and gathering their rows from all ranks."""
+"""Nests of tensors: walks through them, moves them, and gathers their rows, or any object, from all ranks."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from distaccum.errors import UserError
 from distaccum.runtime.devices import own_kind
+
+T = TypeVar("T")
 
 # torch 2.13 has renamed it, and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -125,6 +127,15 @@ def _gathered(tensor: Tensor, counts: list[int], group: dist.ProcessGroup) -> Te
     everyone = tensor.new_empty(len(counts) * longest, *tensor.shape[1:])
     _all_gather(everyone, padded, group=group)
     return torch.cat([everyone[rank * longest :][:count] for rank, count in enumerate(counts)])
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's value, in the order of the ranks. All ranks call it. Values must be picklable."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def to_device(batch: Any, device: torch.device, *, non_blocking: bool = False, float_dtype: torch.dtype | None) -> Any:

@@ -25,6 +25,7 @@ from distaccum.errors import EXIT_STATUS, OtherRankFailedError, UserError, asked
 from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.heartbeat import Heartbeat, answer
 from distaccum.runtime.logs import print_error
+from distaccum.runtime.nested import gather_objects
 from distaccum.runtime.processes import signal_when_parent_ends
 
 T = TypeVar("T")
@@ -130,10 +131,8 @@ class World:
         """Every rank's value, in the order of the ranks, on every rank. Values must be picklable."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
         with self.heartbeat.waiting_in("exchange between the ranks"):
-            dist.all_gather_object(values, value)
-        return values
+            return gather_objects(value, dist.group.WORLD)
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""

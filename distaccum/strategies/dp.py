@@ -20,7 +20,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from threading import Thread
 from types import MethodType
 from typing import Any, TypeVar
@@ -45,7 +44,7 @@ DEFAULT_REPLICAS_ON_CPU = 2
 
 
 class DPStrategy(SingleStrategy):
-    """One process with several replicas: nothing crosses ranks, so it differs from one device in what is called."""
+    """One process with several replicas: it differs from one device only in the module that is called."""
 
     def __init__(self, model: CheckedDataParallel | ThreadedReplicas) -> None:
         super().__init__(model)
@@ -65,7 +64,7 @@ class DPStrategy(SingleStrategy):
 
 
 def place_dp(module: nn.Module, config: DPConfig, device: torch.device) -> DPStrategy:
-    """Makes replicas of a module that lies on the device.
+    """Prepares a module on the device for replication.
 
     Raises:
         UserError: there are several processes, or not enough GPUs, or the module can't be replicated.
@@ -89,7 +88,7 @@ def place_dp(module: nn.Module, config: DPConfig, device: torch.device) -> DPStr
                 f"strategy.replicas={replicas} is impossible: each replica needs a GPU of its own, and this host has "
                 f"{gpus}. Set strategy.replicas={gpus}, or device=cpu, where replicas are threads."
             )
-        logger.info("strategy=dp: DataParallel on GPU%s %s", _s(replicas), ", ".join(map(str, range(replicas))))
+        logger.info("strategy=dp: DataParallel on GPUs %s", ", ".join(map(str, range(replicas))))
         return DPStrategy(CheckedDataParallel(module, device_ids=list(range(replicas))))
     replicas = config.replicas or DEFAULT_REPLICAS_ON_CPU
     if replicas == 1:
@@ -154,7 +153,7 @@ class ThreadedReplicas(nn.Module):
         return gather(outputs, [batch_size(part) for part in parts])
 
     def _run(self, parts: list[Call]) -> tuple[_Replica, list[Any]]:
-        """The first replica, and the outputs of all."""
+        """Returns the first replica, and the outputs of all."""
         randomness = _Randomness(self.module)
         first, outputs = self._run_threads(parts, in_turn=self._draws is not False)
         if not self._draws and randomness.moved:
@@ -191,7 +190,7 @@ class ThreadedReplicas(nn.Module):
 
 
 class CheckedDataParallel(nn.DataParallel[nn.Module]):
-    """`torch.nn.DataParallel`, made to refuse or mend what it gets wrong without a word.
+    """`torch.nn.DataParallel`, with its silent faults refused or mended.
 
     It drops samples when tensors have unequal batch sizes; its threads compute in float16 when autocast is to bfloat16;
     it hands out a vector of losses for a model that returns its loss; and after `torch.manual_seed`, all GPUs draw the
@@ -224,7 +223,7 @@ class CheckedDataParallel(nn.DataParallel[nn.Module]):
         return tuple(part[0] for part in moved), tuple(part[1] for part in moved)
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
-        """Outputs of the replicas, each with the number of samples that it is of: what `gather` takes."""
+        """Returns the output of each replica and its number of samples, as `gather` takes them."""
         set_apart([torch.cuda.default_generators[index] for index in self.device_ids])
         randomness = _Randomness(self.module)
         modes = _modes_of_this_thread("cuda")
@@ -269,7 +268,7 @@ class _Replica:
             vars(self._twins[id(module)]).update(attributes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the forward, in a thread that has nothing else to do."""
+        """Runs the forward, in a thread of its own."""
         # The views are made here, so that they are numbered with the rest of the replica's graph.
         views = {id(tensor): tensor.view_as(tensor) for tensor in self._parameters}
         for module in self._originals:
@@ -278,7 +277,7 @@ class _Replica:
         return self._module(*args, **kwargs)
 
     def _translated(self, value: Any) -> Any:
-        """An attribute, with the replica's own modules and their methods in it instead of the original's."""
+        """Returns an attribute with the replica's modules and their methods in the place of the original's."""
         if type(value) in (list, tuple) and value and self._names_modules(value):
             return type(value)(map(self._translated, value))
         if type(value) in (dict, OrderedDict) and value and self._names_modules(value.values()):
@@ -292,7 +291,7 @@ class _Replica:
         return any(isinstance(value, nn.Module | MethodType) for value in values)
 
     def hand_over_buffers(self) -> None:
-        """Makes the replica's buffers those of the original."""
+        """Copies the replica's buffers to the original."""
         with torch.no_grad():
             for module in self._originals:
                 for name, buffer in self._twins[id(module)]._buffers.items():
@@ -305,12 +304,12 @@ class _Replica:
 
 
 def _put_in_place(members: Mapping[str, T | None], others: Mapping[int, T]) -> dict[str, T | None]:
-    """The same names for other objects, which are found by the identity of those they stand for."""
+    """Maps the same names to other objects, by the identity of those that they replace."""
     return {name: None if member is None else others[id(member)] for name, member in members.items()}
 
 
 class _Randomness:
-    """Where the random streams are that threads share: torch's, Python's, NumPy's, and those that modules hold."""
+    """The states of the generators that threads share: torch's, Python's, NumPy's, and those that modules hold."""
 
     def __init__(self, module: nn.Module) -> None:
         held = [value for part in module.modules() for value in vars(part).values() if type(value) is torch.Generator]
@@ -346,7 +345,7 @@ def _parameters_stay(module: nn.Module) -> Iterator[None]:
 
 
 def _modes_of_this_thread(device_type: str) -> Callable[[], AbstractContextManager[None]]:
-    """Gradient mode and autocast belong to a thread: gives a context that makes them what they are here, now."""
+    """Returns a context that sets the gradient mode and autocast of another thread to this one's, as they are now."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     dtype, enabled = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
     cache_enabled = torch.is_autocast_cache_enabled()
@@ -360,36 +359,26 @@ def _modes_of_this_thread(device_type: str) -> Callable[[], AbstractContextManag
     return modes
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    error: BaseException
-
-
 def _attempting(replica: Callable[..., Any], modes: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
-    """A call of a replica that returns the exception, if it ends with one."""
+    """Wraps a replica so that its call returns an exception instead of raising it."""
 
     def attempt(*args: Any, **kwargs: Any) -> Any:
         try:
             with modes():
                 return replica(*args, **kwargs)
         except BaseException as error:
-            return _Failure(error)
+            return error
 
     return attempt
 
 
 def _successes(outcomes: list[Any], replicas: int) -> list[Any]:
-    """The outcomes; or raises the first exception among them, which then says in which replica it was."""
+    """Returns the outputs of replicas; raises the first exception among them, with the number of its replica."""
     for number, outcome in enumerate(outcomes, 1):
-        if not isinstance(outcome, _Failure):
-            continue
-        where = f"in replica {number} of {replicas}"
-        if type(outcome.error) is UserError:
-            raise UserError(f"{where}: {outcome.error}") from outcome.error
-        outcome.error.add_note(where)
-        raise outcome.error
+        if isinstance(outcome, BaseException):
+            where = f"in replica {number} of {replicas}"
+            if type(outcome) is UserError:
+                raise UserError(f"{where}: {outcome}") from outcome
+            outcome.add_note(where)
+            raise outcome
     return outcomes
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"
