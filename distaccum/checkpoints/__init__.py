@@ -1,4 +1,4 @@
-"""Saving a run and going on from it: complete or absent, on as many ranks or on others, and never unpickled."""
+"""Saves and restores runs: checkpoints are complete or absent, fit any number of ranks, and are never unpickled."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class BestEvaluations:
         self._ranks: dict[int, float] = {}
 
     def is_among(self, update: int, metrics: Mapping[str, float]) -> bool:
-        """Takes note of an evaluation; returns whether it is one of them.
+        """Adds an evaluation; returns whether it is one of them.
 
         Raises:
             UserError: the evaluation doesn't have the metric.
@@ -46,7 +46,7 @@ class BestEvaluations:
 
     @property
     def by(self) -> str:
-        """What they are chosen by."""
+        """The metric and the goal that they are chosen by."""
         return f"{self._config.best_metric} {self._goal.name}"
 
     def drop(self, update: int) -> None:
@@ -57,7 +57,7 @@ class BestEvaluations:
         return {"best": {str(number): value for number, value in self._ranks.items()}, "best_by": self.by.split(" ")}
 
     def load_state_dict(self, state: Mapping[str, Any], here: Collection[str]) -> str | None:
-        """Goes on from `state_dict()`'s answer, unless it was chosen by something else: what that was is returned then.
+        """Restores what `state_dict` returned; if it was chosen by another metric or goal, drops it and returns that.
 
         Args:
             here: names of the checkpoints that are still there.

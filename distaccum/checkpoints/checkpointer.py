@@ -1,4 +1,4 @@
-"""Saving beside the training, and going on from what was saved."""
+"""Saves a run beside the training, and restores it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Checkpointer:
             if checkpointer.is_due(accumulator.updates, update.flags):
                 checkpointer.save(accumulator.updates, {"epoch": window.epoch, "next_window": window.index + 1})
 
-    All methods are called by all ranks alike. The folder must be one that all ranks see.
+    All ranks call all methods alike, and must see the same folder.
 
     Args:
         folder: of the run's checkpoints.
@@ -92,7 +92,7 @@ class Checkpointer:
             disk.
 
     Attributes:
-        flags: what `Accumulator` is to ask at the end of each window, for ranks to agree on when to save.
+        flags: flags for the `Accumulator`, by which ranks agree on when to save.
         states, tensors: as given; more may be added.
     """
 
@@ -144,7 +144,7 @@ class Checkpointer:
         self._state({})
 
     def _new_group(self) -> dist.ProcessGroup | None:
-        """Ranks talk about a checkpoint in a thread, beside the training's collectives: so in a group of their own."""
+        """A group for checkpoints alone, as their collectives run in a thread beside the training's."""
         if self.strategy.process_group is None:
             return None
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_seconds))
@@ -183,7 +183,7 @@ class Checkpointer:
         return self._is_owed
 
     def _meet_again(self) -> None:
-        """Makes a new group in place of one that a rank has waited in for too long, which can't be used any more."""
+        """Replaces the group, which can't be used any more once a rank has waited in it for too long."""
         self.wait()
         self.has_lost_touch = False
         self._group = self._new_group()
@@ -211,7 +211,7 @@ class Checkpointer:
         or read-only doesn't end the training: it is logged, and the checkpoints there are stay as they are.
 
         Args:
-            progress: where the run stands, as JSON has it: what `restore` gives back.
+            progress: where the run stands, as JSON values; `restore` returns it.
             wait: return when it is on the disk.
         """
         self.wait()
@@ -231,7 +231,7 @@ class Checkpointer:
         return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
 
     def _state(self, progress: dict[str, Any]) -> dict[str, Any]:
-        """What is saved besides tensors, as JSON has it."""
+        """Returns what is saved besides tensors, as JSON values."""
         return {
             "progress": progress,
             "states": {
@@ -256,7 +256,7 @@ class Checkpointer:
                 self._thread = None
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU, in memory that is kept for the next time."""
+        """Copies tensors to the CPU, into memory that is reused the next time."""
         known = self._staged
         self._staged = {}
         for name, tensor in tensors.items():
@@ -298,7 +298,7 @@ class Checkpointer:
         self._best.drop(update)
         if is_broken_collective(error):
             self.has_lost_touch = True
-            return  # if a rank has died, that ends the run, and is spoken of there
+            return  # if a rank has died, that ends the run, and is reported there
         if self.rank != 0:
             return
         with suppress(OSError):
@@ -311,10 +311,10 @@ class Checkpointer:
     # Restoring
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Puts model, optimizer, generators and `states` back, in place; returns the `progress` that was saved.
+        """Restores model, optimizer, generators and `states` in place; returns the `progress` that was saved.
 
-        With as many ranks as saved it, generators and all that belongs to one rank are put back too, bit for bit. With
-        others, ranks keep what they have drawn for themselves, and buffers are rank 0's.
+        With as many ranks as saved it, generators and all that belongs to one rank are restored too, bit for bit. With
+        another number, generators stay as they are, and buffers are rank 0's.
 
         Raises:
             UserError: the checkpoint holds another model, or another optimizer.
@@ -366,7 +366,7 @@ class Checkpointer:
         return progress
 
     def _also_in(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Those of the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
+        """Returns the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
         found: dict[str, Tensor] = {}
         for kind, values in self.tensors.items():
             wanted = named_also(kind, values)

@@ -1,4 +1,4 @@
-"""Python values as JSON that tells them all apart, where JSON alone has one kind of list and of key."""
+"""Encodes Python values as JSON without loss, where JSON alone has one kind of list and of key."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST_NUMBERS = 4096
 
 
 def encoded(value: Any, kept: list[Tensor] | None = None) -> Any:
-    """A value as JSON has it: None, bools, numbers, texts, and lists, tuples, dictionaries and tensors of them.
+    """Returns JSON for a value of None, bools, numbers, texts, and lists, tuples, dictionaries and tensors of them.
 
     Args:
-        kept: gets the tensors, whose numbers in it stand in the answer. Default: small tensors are written out.
+        kept: a list to append tensors to; the JSON has their positions in it. Default: small tensors are written out.
 
     Raises:
         TypeError: it is, or holds, something else; the message names it.
@@ -43,11 +43,11 @@ def encoded(value: Any, kept: list[Tensor] | None = None) -> Any:
 
 
 def decoded(value: Any, kept: Sequence[Tensor] = (), device: torch.device | None = None) -> Any:
-    """The value that `encoded` was given.
+    """Returns the value that `encoded` was given.
 
     Args:
-        kept: tensors by their numbers.
-        device: of those that were not on the CPU. Their memory gets the order of dimensions that it had.
+        kept: the list that `encoded` has filled.
+        device: where to put those that were not on the CPU. Their memory gets the order of dimensions that it had.
     """
     if isinstance(value, list):
         return [decoded(entry, kept, device) for entry in value]

@@ -1,4 +1,4 @@
-"""The trained model as one file that needs nothing of this package, and weights to begin from out of such a file."""
+"""Writes the trained model as one file that needs nothing of this package, and loads weights from such a file."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was saved besides tensors."""
+        """Everything saved besides tensors."""
         state: dict[str, Any] = self.manifest["state"]
         return state
 
     @property
     def states(self) -> dict[str, Any]:
-        """What was saved of further objects, by their names."""
+        """The saved states of further objects, by name."""
         states: dict[str, Any] = decoded(self.state["states"])
         return states
 
@@ -79,7 +79,7 @@ def name_of(update: int) -> str:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first, as far as names tell. Clocks play no part: the update counts."""
+    """The folders of checkpoints by their names, that of the highest update first."""
     if not os.path.isdir(folder):
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -93,7 +93,7 @@ def writing_path(folder: Path, update: int) -> Path:
 
 
 def start_writing(folder: Path, update: int) -> Path:
-    """Makes that folder, anew."""
+    """Makes that folder, and removes one of an earlier try."""
     path = writing_path(folder, update)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -110,7 +110,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes the manifest, with its own hash in front, and sees to it that it is on the disk."""
+    """Writes the manifest, with its own hash in front, and brings it to the disk."""
     text = json.dumps(content)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     with (folder / MANIFEST).open("x", encoding="utf-8") as file:
@@ -120,7 +120,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def commit(writing: Path, update: int) -> Path:
-    """Gives a written checkpoint its name, which makes it one. What bore the name before is removed."""
+    """Gives a written checkpoint its name, which makes it one, and removes one that had the name before."""
     sync(writing)
     final = writing.with_name(name_of(update))
     replaced = final.with_name(_REPLACED + final.name)
@@ -199,10 +199,10 @@ def verify_files(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 
 def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> Checkpoint | None:
-    """The newest checkpoint in a folder whose files are all as they were written; ranks check a part of them each.
+    """The newest checkpoint in a folder whose files are all as they were written; each rank checks a part of them.
 
     Args:
-        gather: gives every rank's value on every rank.
+        gather: returns every rank's value on every rank.
     """
     for path in gather(checkpoints_in(folder) if rank == 0 else None)[0]:
         checkpoint, problems = checked(path, rank=rank, gather=gather)

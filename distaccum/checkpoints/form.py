@@ -1,4 +1,4 @@
-"""What a manifest looks like. A hash is no signature, anybody can make one; this is asked once, where it is read."""
+"""The form of a manifest, checked once where it is read: its hash is no signature, anybody can make one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SAFETENSORS_NAMES = {
 }
 
 Form = dict[Any, Any] | Callable[[Any], bool]
-"""`{key: form}` for dictionaries that have at least these keys, `{str: form}` for those with any; else what to ask of a
-value. Where a key is missing, that is asked of None."""
+"""`{key: form}` for dictionaries that have at least these keys, `{str: form}` for those with any; else a check of a
+value. Where a key is missing, None is checked."""
 
 
 def misfit(value: Any, form: Form) -> str | None:
-    """Where in a value the form isn't met, as in `.files.a.bytes`; None if it is."""
+    """Returns the place in a value that doesn't have the form, as `.files.a.bytes`; None if there is none."""
     if not isinstance(form, dict):
         return None if form(value) else ""
     if not isinstance(value, dict):
@@ -64,7 +64,7 @@ _CHUNK: Form = {"offsets": _is_shape, "shape": _is_shape, "file": is_text, "key"
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether its chunks are the whole of it, each number once: pieces of one dimension, side by side."""
+    """Whether a tensor's chunks cover it, each number once: pieces of one dimension, side by side."""
     chunks = value.get("chunks") if misfit(value, _TENSOR) is None else None
     if not isinstance(chunks, list) or not chunks or any(misfit(chunk, _CHUNK) is not None for chunk in chunks):
         return False
@@ -105,6 +105,6 @@ MANIFEST: Form = {
 
 
 def is_shallow(value: Any, most: int = 100) -> bool:
-    """Whether values are nested so little that nobody who walks over them comes to a limit."""
+    """Whether values are nested so little that no recursion over them reaches Python's limit."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return most > 0 and all(is_shallow(entry, most - 1) for entry in inside)

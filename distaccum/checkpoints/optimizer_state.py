@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an optimizer: tensors by name, and the settings of its groups."""
+"""The state of an optimizer in a checkpoint: tensors by name, and the settings of its groups."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distaccum.errors import UserError
 from distaccum.strategies.optimizers import own_optimizer, probe_state, twin_of
 
 _OF_OPTIMIZER = ("optimizer/", "optimizer_json/", "optimizer_number/")
-"""The last one is where earlier versions have put Python numbers."""
+"""Earlier versions have put Python numbers under the last one."""
 _STATE, _DICT = ".state", ".dict"
 """No parameter's name begins with a dot."""
 
 
 def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The model's parameters by their names, and those that the optimizer has besides, of a loss say."""
+    """The model's parameters by their names, and those that the optimizer has besides (of a loss, for instance)."""
     names: dict[str, Tensor] = dict(module.named_parameters())
     known = {id(parameter) for parameter in names.values()}
     every = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -31,7 +31,7 @@ def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 
 def outside_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Those that the optimizer has besides the model's, by their names in a checkpoint."""
+    """The parameters that the optimizer has besides the model's, by their names in a checkpoint."""
     return {f"outside/{name}": entry for name, entry in _names(module, optimizer).items() if name.startswith(".")}
 
 
@@ -81,7 +81,7 @@ def _has_own_state_dict(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses an optimizer whose state can't all be saved, before it has any: by what another one of its kind keeps.
+    """Refuses an optimizer whose state can't all be saved, before it has any: another one of its kind is tried.
 
     Raises:
         UserError: it keeps state in an attribute, or something that a checkpoint can't hold.
@@ -122,10 +122,10 @@ def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, str]:
 
 
 def group_settings(optimizer: torch.optim.Optimizer, constant: dict[tuple[int, str], Any]) -> list[dict[str, Any]]:
-    """What the parameter groups say besides their parameters, as JSON has it.
+    """The settings of the parameter groups, as JSON values.
 
     Args:
-        constant: gets what can't be put so, which is not saved, at the first call.
+        constant: gets, at the first call, values that JSON doesn't have; these are not saved.
 
     Raises:
         UserError: such a value has changed since.
@@ -150,11 +150,11 @@ def group_settings(optimizer: torch.optim.Optimizer, constant: dict[tuple[int, s
 def adopt_group_settings(
     optimizer: torch.optim.Optimizer, at_start: list[dict[str, Any]], saved: Mapping[str, Any]
 ) -> None:
-    """Puts settings back as they were saved, but for those that the saved run had been started with other values of.
+    """Restores settings, except those that this run has been started with other values of than the saved run.
 
     Args:
-        at_start: what this run has been started with.
-        saved: `settings` and `settings_at_start` of the saved one.
+        at_start: settings at the start of this run.
+        saved: `settings` and `settings_at_start` of the saved run.
     """
     before = saved["settings_at_start"]
 
@@ -180,9 +180,9 @@ def adopt_group_settings(
 def optimizer_targets(
     module: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, tuple[list[int], torch.dtype]]
 ) -> dict[str, Tensor]:
-    """Empty tensors for the optimizer's state in a checkpoint, as far as it is of parameters on this rank.
+    """Returns tensors to read the optimizer's state in a checkpoint into, as far as it is of parameters on this rank.
 
-    What is of a parameter's shape has its order in memory too, which fused kernels go by.
+    Those of a parameter's shape also have its order in memory, which fused kernels rely on.
 
     Args:
         stored: shape and format of all tensors in the checkpoint, by name.
@@ -238,7 +238,7 @@ def check_same_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, ch
 
 
 def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored: Iterable[str]) -> None:
-    """Refuses the state of an optimizer of torch's that has other settings by now, and would miss something in it.
+    """Refuses a checkpoint that lacks state which an optimizer of torch's needs with its settings now.
 
     Args:
         stored: names of all tensors in the checkpoint.
@@ -270,7 +270,7 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
 
 
 def _check_same_bits(module: nn.Module, optimizer: Any, kept: Mapping[str, set[str]]) -> None:
-    """The same of bitsandbytes' optimizers, which leave moments as they find them, in 8 bits or in 32."""
+    """The same for bitsandbytes' optimizers, which go on with moments in 8 or 32 bits as they are restored."""
     if not all(hasattr(getattr(optimizer, "args", None), key) for key in ("optim_bits", "min_8bit_size")):
         return
     common = {key: getattr(optimizer.args, key) for key in ("optim_bits", "min_8bit_size")}
@@ -297,13 +297,13 @@ def set_optimizer_state(
     tensors: Mapping[str, Tensor],
     formats: Mapping[str, torch.dtype],
 ) -> None:
-    """Gives an optimizer its state back, on the devices where it keeps it, in exactly the formats it was saved in.
+    """Restores an optimizer's state, on the devices where it keeps it, in exactly the formats it was saved in.
 
-    What was of its parameter's format, and that is another one now, follows the parameter.
+    State in its parameter's format follows the parameter if that has another format now.
 
     Args:
-        tensors: as `optimizer_targets` names them.
-        formats: that parameters were saved in, by name.
+        tensors: named as by `optimizer_targets`.
+        formats: the formats in which parameters were saved, by name.
     """
     names, optimizer = _names(module, optimizer), own_optimizer(optimizer)
     device = next((parameter.device for parameter in names.values()), None)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of model, optimizer and generators: tensors by name, whatever the strategy.
+"""Tensors of a checkpoint by name, whatever the strategy:
 
     model/<name>                       parameters, and rank 0's persistent buffers
     outside/.outside.<n>               parameters of the optimizer that the model doesn't have, by their place there
@@ -44,13 +44,13 @@ from distaccum.strategies import Strategy
 def state_tensors(
     strategy: Strategy, optimizer: torch.optim.Optimizer, rank: int, also: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """All tensors that this rank has a part in saving. They are the live ones, not copies.
+    """All tensors that this rank takes part in saving; not copies.
 
     Args:
-        also: further ones of the run, by kind and name.
+        also: further tensors of the run, by kind and name.
 
     Raises:
-        UserError: the optimizer keeps something else than values of Python's own kinds and tensors.
+        UserError: the optimizer's state holds anything but values of Python's own kinds and tensors.
     """
     strategy.at_rest()
     tensors = {f"model/{name}": parameter.detach() for name, parameter in strategy.module.named_parameters()}
@@ -116,7 +116,7 @@ def check_same_model(
 
 
 def extra_states(module: nn.Module) -> dict[str, Any]:
-    """What modules give from `get_extra_state`, by their names, as JSON has it.
+    """The modules' `get_extra_state()`, by their names, as JSON values.
 
     Raises:
         UserError: a checkpoint can't hold it.
@@ -129,7 +129,7 @@ def extra_states(module: nn.Module) -> dict[str, Any]:
 
 
 def of_python(value: Any, what: str, mend: str) -> Any:
-    """A value of Python's own kinds, as JSON has it.
+    """Encodes a value of Python's own kinds as JSON.
 
     Raises:
         UserError: it is of another kind.
@@ -144,7 +144,7 @@ def of_python(value: Any, what: str, mend: str) -> Any:
 
 
 def set_extra_states(module: nn.Module, states: Mapping[str, Any]) -> None:
-    """Puts back what `extra_states` gave."""
+    """Restores what `extra_states` returned."""
     for name, part in module.named_modules():
         if name in states:
             part.set_extra_state(decoded(states[name]))
@@ -209,10 +209,10 @@ def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
 
 @contextmanager
 def putting_back(checkpoint: Checkpoint, name: str) -> Iterator[None]:
-    """Has what doesn't take a saved state end with one message.
+    """Turns errors of restoring a saved state into one message.
 
     Raises:
-        UserError: in the place of what says that values are of another kind.
+        UserError: in the place of errors about values of another kind.
     """
     try:
         yield
@@ -224,7 +224,7 @@ def putting_back(checkpoint: Checkpoint, name: str) -> Iterator[None]:
 
 
 def reasons(error: BaseException) -> str:
-    """Why saving or reading failed, in one line: each reason once, with the first of its ranks if there are several."""
+    """Returns why saving or reading failed, in one line: each reason once, with its first rank if there are several."""
     if not isinstance(error, CheckpointException):
         return _reason(error)
     first_ranks: dict[str, int] = {}
@@ -242,5 +242,5 @@ def _reason(error: BaseException) -> str:
 
 
 def without_process_warning() -> None:
-    """One process is meant where `no_dist` is given; torch would warn that it takes us to mean that."""
+    """Silences torch's warning that with `no_dist` it assumes a single process, as one is meant."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,4 +1,4 @@
-"""Where `torch.distributed.checkpoint` puts tensors: one safetensors file per rank, and a manifest in JSON.
+"""Storage for `torch.distributed.checkpoint`: one safetensors file per rank, and a manifest in JSON.
 
 torch's own file storage pickles its metadata, and what is unpickled can run code. Here shapes, offsets and hashes are
 JSON, and tensors lie in the safetensors format: a length (8 bytes, little-endian), a header in JSON, raw bytes. Files
@@ -51,7 +51,7 @@ class _Stored:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Writes tensors into a new file and sees to it that they are on the disk.
+    """Writes tensors into a new file and brings them to the disk.
 
     Returns:
         The file's size in bytes and its hash (BLAKE2b of 16 bytes, hexadecimal).
@@ -60,7 +60,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
         TypeError: safetensors has no name for the format of a tensor.
         OSError: the disk is full, …
     """
-    # Readers as transformers' want to be told that the tensors were torch's.
+    # Readers like transformers' require the note that the tensors are torch's.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -91,7 +91,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
 
 
 def check_formats(tensors: Mapping[str, Any]) -> None:
-    """Refuses what can't be saved, before it is trained.
+    """Refuses tensors that can't be saved, before the training begins.
 
     Args:
         tensors: of the model and of the optimizer, by name; anything else among them is passed over.
@@ -113,7 +113,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 class _OfOneCheckpoint:
-    """What torch asks of storage that can be pointed at another checkpoint, and plans of its own."""
+    """Methods that torch requires for storage of several checkpoints with plans of its own; neither is used here."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass

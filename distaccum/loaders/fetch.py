@@ -1,4 +1,4 @@
-"""Fetching micro-batches from a dataset: random numbers that belong to the sample, failures that name it, workers."""
+"""Fetches micro-batches from a dataset, in workers or without: random numbers and errors belong to the sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distaccum.runtime.randomness import DrawDetector, derived_seed, mixed_seed,
 
 
 class Request(NamedTuple):
-    """What the sampler asks for: the samples of a micro-batch, as they are in this epoch."""
+    """The samples of a micro-batch, as they are in an epoch."""
 
     epoch: int
     indices: list[int]
@@ -26,7 +26,7 @@ class Request(NamedTuple):
 
 @dataclass(slots=True)
 class Failure:
-    """An exception on its way out of a worker process, which can't be trusted to pickle."""
+    """The text of an exception in a worker process; the exception itself may not be picklable."""
 
     message: str
     details: str = field(repr=False)
@@ -38,7 +38,7 @@ class Failure:
 
 
 class MicroBatches(Dataset[Any]):
-    """Fetches and collates a whole micro-batch, and says which sample it was that failed.
+    """Fetches and collates a whole micro-batch; errors name the sample that failed.
 
     What a dataset draws from the global generators (`torch`, `random`, `numpy.random`) is a function of the seed, the
     epoch and the sample's index: not of the micro-batch, rank, worker or process it is loaded in, nor of what was
@@ -49,8 +49,8 @@ class MicroBatches(Dataset[Any]):
     with `__getitems__` is then asked for its samples one by one, if it is there that it draws. What `collate_fn` draws
     is a function of the seed, the epoch and the micro-batch's first sample, so it depends on the cut.
 
-    Generators that a dataset owns are its own affair: those that keep a state between samples are not seen here, and
-    make a sample depend on the order of loading. `python -m distaccum.check` names such datasets.
+    Generators that a dataset owns are not seeded here: those that keep a state between samples make a sample depend on
+    the order of loading. `python -m distaccum.check` names such datasets.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, role: str, seed: int) -> None:
@@ -123,7 +123,7 @@ class MicroBatches(Dataset[Any]):
         return samples
 
     def _load_together(self, indices: list[int], seed: int) -> Any:
-        """The samples as a batched call gives them; None if it draws numbers, which must be told apart by sample."""
+        """Returns the samples of one batched call; None if it draws random numbers, which must belong to one sample."""
         seed_cpu(seed)
         self._draws.start()
         samples = self.dataset.__getitems__(indices)
@@ -137,7 +137,7 @@ class BatchSource:
 
     Args:
         fetcher: loads a micro-batch.
-        options: of which those count that a `torch.utils.data.DataLoader` has.
+        options: those of a `torch.utils.data.DataLoader` are used.
     """
 
     def __init__(self, fetcher: MicroBatches, options: LoaderOptions) -> None:
@@ -182,7 +182,7 @@ class BatchSource:
                 self.close()
 
     def aside(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """Loads micro-batches, and leaves the workers and an iteration that is under way alone.
+        """Loads micro-batches without disturbing the workers and an iteration that is under way.
 
         With workers, a process that ends with the last micro-batch loads them: the training process must not open files
         that the dataset opens at the first sample and that workers can't share.

@@ -1,4 +1,4 @@
-"""The worker processes of a data loader: begun for certain, watched over, and ended with the training."""
+"""The worker processes of a data loader: started with checks, watched over, and ended with the training."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from distaccum.runtime.processes import signal_when_parent_ends
 logger = logging.getLogger(__name__)
 
 _SECONDS_BEFORE_FORK = 0.005
-"""For which other threads may run, to finish what the last collective has left to them."""
+"""Time in which other threads can finish what the last collective has left to them."""
 
 _SECONDS_TO_BEGIN = (2.0, 10.0, 60.0)
-"""What forked workers may take to come to their own code, at the first attempt and at later ones."""
+"""How long forked workers may take to reach their own code, at the first attempt and at later ones."""
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-"""Of a worker, at whether the training process is still there."""
+"""How often a worker checks that the training process is still there."""
 
 _NEWER_PYTHON = (
     " A newer Python, 3.12 or the last 3.11, is not known to leave them hanging." if sys.version_info < (3, 12) else ""
 )
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM, errno.EAGAIN)
-"""Of open files, memory, shared memory (`/dev/shm`) or processes."""
+"""Errors for too few open files, memory, shared memory (`/dev/shm`) or processes."""
 
 _DEATHS = {
     signal.SIGKILL: ", which is how the system ends a process when memory runs out. If it did, lower "
@@ -62,9 +62,9 @@ _DEATHS = {
 
 
 class _Gate(NamedTuple):
-    """Where workers wait until all of them have begun.
+    """Two semaphores, at which workers wait until all of them have begun.
 
-    Those that are ended because another one hangs have touched nothing of the dataset.
+    So workers that are ended because another one hangs have touched nothing of the dataset.
     """
 
     begun: Semaphore
@@ -84,7 +84,7 @@ class DataWorkers:
 
     Args:
         new_loader: makes the data loader, given the `worker_init_fn` of its workers.
-        role: what the data are for, as messages say it.
+        role: what the data are for, for messages.
     """
 
     def __init__(self, new_loader: Callable[[Callable[[int], None]], DataLoader[Any]], role: str) -> None:
@@ -104,7 +104,7 @@ class DataWorkers:
             try:
                 self._guarded(lambda: iter(self._loader))  # type: ignore[arg-type]
             except BaseException:
-                self.end()  # answers that were not waited for would be taken for those of the next attempt
+                self.end()  # batches that were not fetched would be taken for those of the next attempt
                 raise
             return
         self.end()
@@ -183,7 +183,7 @@ class DataWorkers:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
         except BaseException as error:
             disarm_half_made(error)
-            # Those that were started wait at the gate, and nobody knows them.
+            # Those that were started wait at the gate, and no iterator holds them.
             kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
         has_started = False
@@ -204,7 +204,7 @@ class DataWorkers:
         return has_started
 
     def _what_is_lacking(self, error: Exception) -> str | None:
-        """Why workers can't start or go on; None if that is neither for the system nor for the dataset."""
+        """Returns why workers can't start or go on; None if neither the system nor the dataset is the cause."""
         what = f"the worker processes that load the {self._role} data can't work"
         number = error.errno if isinstance(error, OSError) else None
         if "Too many open files" in str(error):
@@ -230,7 +230,7 @@ class DataWorkers:
         return True
 
     def _guarded(self, step: Callable[[], Any]) -> Any:
-        """Takes a step in which the death of a worker may be noticed, and says what has happened if it is."""
+        """Calls a function in which the death of a worker may be noticed; raises a UserError for it."""
 
         def checked_step() -> Any:
             if self.dead_worker() is not None:
@@ -253,7 +253,7 @@ class DataWorkers:
             raise UserError(reason) from error
 
     def _watched(self, step: Callable[[], Any]) -> Any:
-        """Takes a step during which a worker's death raises RuntimeError; at other times it doesn't."""
+        """Calls a function during which a worker's death raises RuntimeError; at other times it doesn't."""
         global _watching
         if threading.current_thread() is not threading.main_thread():
             return step()  # signals are handled in the main thread, which may be anywhere
@@ -289,8 +289,8 @@ def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
             # other ranks wait at.
             threading.Thread(target=_end_with, args=(training,), daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            # It is for the training process to decide what to do about Ctrl-C or a scheduler's signal, which reach
-            # workers too: it may have a window to finish, and needs them for that. They end with it in any case.
+            # Ctrl-C and a scheduler's signals reach workers too, but the training process may have a window to finish,
+            # and needs them for that. They end with it in any case.
             # Not SIG_IGN, which programs that a dataset starts would inherit.
             signal.signal(number, lambda *_: None)
     finally:
@@ -299,7 +299,7 @@ def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
 
 
 def _say_unless_broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Keeps quiet of a tensor that is being handed over when the training is killed: that is spoken of elsewhere."""
+    """Prints no traceback for a tensor that is being handed over when the training is killed."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
 
@@ -319,7 +319,7 @@ _watching: DataWorkers | None = None
 
 
 def _hold_back_deaths() -> None:
-    """Lets the death of a worker be noticed where its micro-batch is waited for.
+    """Sets a signal handler by which the death of a worker is noticed only where its micro-batch is waited for.
 
     torch raises it from a signal handler, wherever the training is at that moment: in an optimizer step, or while it
     saves. A handler is needed, though: a worker that dies while it writes keeps the reader waiting for ever.

@@ -1,4 +1,4 @@
-"""A module's buffers, kept to be put back."""
+"""Copies of a module's buffers, to restore them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import nn
 
 
 class KeptBuffers:
-    """All buffers of a module as they are now; also those that a forward assigns anew (`self.mean = …`).
+    """Copies of all buffers of a module; those that a forward assigns anew (`self.mean = …`) are restored too.
 
     Args:
-        module: whose buffers they are. None: nobody's.
+        module: None for no buffers.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
@@ -25,7 +25,7 @@ class KeptBuffers:
         return bool(self._kept)
 
     def put_back(self) -> None:
-        """Makes them what they were; may be called again."""
+        """Restores the buffers; may be called again."""
         with torch.no_grad():
             for part, name, buffer, before in self._kept:
                 buffer.copy_(before)

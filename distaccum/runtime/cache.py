@@ -1,6 +1,6 @@
-"""What was found out about a machine or a dataset, kept for the next start in the user's cache folder.
+"""Measurements of a machine or a dataset, kept for the next start in the user's cache folder.
 
-`$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`. All in it can be removed at any time, and is found out again.
+That is `$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`. All in it can be removed at any time; it is measured again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where things are kept."""
+    """The cache folder; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
@@ -27,31 +27,31 @@ def cache_folder() -> Path:
 
 
 def fingerprint(of: Any) -> str:
-    """A short name for everything that something depends on, which must be made of what JSON has."""
+    """Returns a hash of everything that a measurement depends on, given as JSON values."""
     return hashlib.blake2b(json.dumps(of, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
 
 class Remembered:
-    """One thing that is remembered: anything that JSON can hold.
+    """One JSON value in the cache.
 
-    A folder that can't be written to, or a file that is damaged, costs the time to find it out again and nothing else.
+    With a folder that can't be written to, or a damaged file, it is measured again; nothing else happens.
 
     Args:
-        name: of the file, without its ending.
+        name: name of the file, without its ending.
     """
 
     def __init__(self, name: str) -> None:
         self.path = cache_folder() / f"{name}.json"
 
     def read(self) -> Any:
-        """What is remembered; None if nothing is."""
+        """The value; None if there is none."""
         try:
             return json.loads(self.path.read_bytes())
         except (OSError, ValueError):
             return None
 
     def write(self, value: Any) -> None:
-        """Remembers a value in place of the one before."""
+        """Replaces the value."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, json.dumps(value))

@@ -1,4 +1,4 @@
-"""torch.compile of a model: what is asked for, whether this machine can, and how long it has taken."""
+"""torch.compile of a model: its settings, whether this machine supports them, and the time it takes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from distaccum.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Compilation:
-    """How a model is to be compiled. Made by `resolve_compilation`."""
+    """Settings of `torch.compile`. Made by `resolve_compilation`."""
 
     backend: str
     dynamic: bool | None
 
     def apply(self, module: nn.Module) -> None:
-        """Has a module compiled in place, at its first call: its parameters keep their names.
+        """Compiles a module in place, at its first call: its parameters keep their names.
 
-        Not by `module.compile()`, which would put its hooks (FSDP's gather parameters) into what is compiled, and does
-        nothing at all, without a word, to modules of torch's own classes.
+        Not by `module.compile()`, which would compile its hooks too (FSDP's gather parameters), and silently does
+        nothing for modules of torch's own classes.
         """
         compiled: Any = torch.compile(module.forward, backend=self.backend, dynamic=self.dynamic)
         module.forward = compiled
@@ -64,11 +64,11 @@ class CompileClock:
         self._taken = 0.0
         self._is_counting = False
         self._started = 0.0
-        self._told = 0.0
+        self._reported = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hears of compilations, forward and backward, as torch starts and ends them."""
+        """Registers callbacks for the start and the end of each compilation, forward and backward."""
         from torch._dynamo.callback import callback_handler
 
         callback_handler.register_start_callback(self._on_start)
@@ -82,7 +82,7 @@ class CompileClock:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Encloses what counts: an update, not an evaluation."""
+        """Encloses what is counted: an update, not an evaluation."""
         self._is_counting = True
         try:
             yield
@@ -90,12 +90,12 @@ class CompileClock:
             self._is_counting = False
 
     def has_news(self) -> bool:
-        """Whether anything has been compiled since this was asked last: a flag of the accumulator."""
-        told, self._told = self._told, self._seconds
-        return self._seconds > told
+        """Whether anything has been compiled since the last call: a flag of the accumulator."""
+        before, self._reported = self._reported, self._seconds
+        return self._seconds > before
 
     def take(self) -> float:
-        """Seconds since this was called last."""
+        """Seconds of compiling since the last call."""
         taken, self._taken = self._taken, self._seconds
         return self._seconds - taken
 

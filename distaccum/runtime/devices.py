@@ -1,4 +1,4 @@
-"""Devices and precisions: choosing them, moving batches to them, reading clocks and memory on them."""
+"""Devices and precisions: chooses and checks them, and reads their clocks."""
 
 from __future__ import annotations
 

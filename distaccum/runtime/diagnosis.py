@@ -1,4 +1,4 @@
-"""From the ranks' signs of life to one message: which rank died or hung, and what it was doing."""
+"""Makes one message of the ranks' signs of life: which rank died or hung, and what it was doing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class State(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sign:
-    """What one rank says of itself with each beat."""
+    """The state of one rank, published with each beat."""
 
     rank: int
     beat: int
@@ -58,7 +58,7 @@ class Sign:
 
 
 class Fate(Enum):
-    """What is known of a rank's process. The order is that of their weight as the cause of a failure."""
+    """The state of a rank's process as seen from another. The first in order is the likeliest cause of a failure."""
 
     gone = 0
     stopped = 1
@@ -80,7 +80,7 @@ def this_host() -> str:
 
 
 def process_state(sign: Sign) -> Fate | None:
-    """`gone` or `stopped` if the rank's process can be seen to be; None if it lives, or is not to be seen from here."""
+    """`gone` or `stopped` if the rank's process is seen to be; None if it runs, or can't be seen from here."""
     if sign.host != this_host() or not Path("/proc/self/stat").exists():
         return None
     try:
@@ -91,7 +91,7 @@ def process_state(sign: Sign) -> Fate | None:
 
 
 def is_broken_collective(error: BaseException) -> bool:
-    """True for what ranks get that wait for one that died or hung, also when it is the cause of another error."""
+    """Whether an error, or its cause, is that of a rank that waited for one that died or hung."""
     return any(
         isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and bool(_GLOO.search(str(cause))))
         for cause in _chain(error)
@@ -106,7 +106,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def judge(before: Sign | None, after: Sign) -> Fate:
-    """What has become of a rank whose process was there, or is out of sight.
+    """Returns the fate of a rank whose process was there, or can't be seen from here.
 
     Args:
         before: its last sign when the failure was noticed; the same as `after` if no second look was taken.
@@ -128,8 +128,8 @@ def explain(me: Sign, others: Mapping[Fate, Sequence[Sign]], *, timeout_seconds:
     """One message that names the rank that keeps the others from going on.
 
     Args:
-        me: this rank's own sign; what it is doing is what the others have not come to.
-        others: the other ranks, by what has become of them.
+        me: this rank's own sign; the others have not reached what it is doing.
+        others: the other ranks, by their fate.
         timeout_seconds: how long ranks wait for each other.
         error: what the wait ended with.
     """
@@ -199,7 +199,7 @@ def _logs(signs: Sequence[Sign]) -> str:
 
 
 def _each(texts: Sequence[str], signs: Sequence[Sign]) -> str:
-    """What is said of each rank; once if it is the same of all."""
+    """Joins one text a rank; returns it once if all are the same."""
     if len(set(texts)) == 1:
         return texts[0]
     return _listed([f"{text} (rank {sign.rank})" for text, sign in zip(texts, signs, strict=True)])

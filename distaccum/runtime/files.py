@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment, and a disk that is full for a while."""
+"""Files that stay whole when the process is killed at any moment, or the disk is full for a while."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def without_tilde(path: str) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when it is complete and on the disk; until then nothing changes.
+    """Opens a file that replaces `path` when it is complete and on the disk; until then nothing changes.
 
-    Where `path` is a symbolic link, the file takes the place of the link. Whoever can write in the folder can't choose
-    what else is written: the name that the file has until then can't be guessed, and it must be new.
+    Where `path` is a symbolic link, the link is replaced. Others who can write in the folder can't redirect what is
+    written: the file's name until then is random and new.
 
     Raises:
         OSError: it can't be written, or what is there is neither a file nor a link; nothing is left of it.
@@ -92,7 +92,7 @@ def opened(path: str | Path, flags: int) -> int:
 
 
 def sync(path: Path) -> None:
-    """Sees to it that what a file holds, or which files a folder holds, is on the disk."""
+    """Brings the content of a file, or the list of a folder's files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -101,7 +101,7 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: Path, most_bytes: int = 1 << 62) -> BinaryIO:
-    """Opens a file to read that may be a stranger's: no link out of its folder, no device, no pipe to wait at for ever.
+    """Opens a file that may come from elsewhere: no link out of its folder, no device, no pipe to wait at for ever.
 
     Raises:
         OSError: it is one of those, or larger than `most_bytes`, or can't be read.
@@ -124,7 +124,7 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 def read_plain_yaml(path: Path) -> dict[str, Any] | None:
-    """The dictionary in a small YAML file that may be a stranger's; None if there is none that can be read."""
+    """Reads the dictionary in a small YAML file that may come from elsewhere; None if there is none."""
     try:
         with open_regular(path, _MOST_BYTES_OF_YAML) as file:
             found = yaml.load(file, _PlainLoader)
@@ -174,10 +174,7 @@ class LineFile:
             )
 
     def close(self) -> OSError | None:
-        """Writes what is pending, and closes; returns what has kept lines from the disk, if anything has.
-
-        Then `pending` holds those that are known to be lost.
-        """
+        """Writes what is pending, and closes; returns the error if lines are lost, which `pending` then holds."""
         error = self._write_pending()
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
@@ -213,7 +210,7 @@ class LineFile:
         return None
 
     def _current(self) -> int:
-        """The file that has the name now, opened. Lines that it lacks are pending again, if they are known."""
+        """Opens the file that has the name now. Lines that it lacks are pending again, if they are known."""
         before = self._descriptor
         if before is not None:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Signs of life: each rank says every second what it is doing, so that the others can tell who died or hung."""
+"""Signs of life: each rank publishes every second what it is doing, so that the others find who died or hung."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _STACK_AFTER = 0.7
 """A rank that does the same thing for this part of the timeout writes its stacks."""
 
 _Activity = tuple[str, bool, int | None, int | None]
-"""What, whether it waits for other ranks, the update's number, the micro-step's."""
+"""The work, whether it waits for other ranks, the number of the update and of the micro-step."""
 
 _FAILED = "failed"
 _TORCH = os.path.dirname(torch.__file__)
 
 
 class Heartbeat:
-    """What this rank is doing, told to the others. `World.heartbeat`; silent until the world has several ranks.
+    """Publishes what this rank is doing. It is `World.heartbeat`, and does nothing until the world has several ranks.
 
     A background thread writes one small entry into the ranks' store every second, over a connection of its own, so that
     nothing here ever holds up the training.
@@ -49,7 +49,7 @@ class Heartbeat:
         self.rank, self.world_size = rank, world_size
         self.timeout_seconds = 0.0
         self.someone_failed = False
-        """True once another rank is known to have failed, and thus to have said why."""
+        """True once another rank is known to have failed, and thus to have reported why."""
         self._activity: _Activity = ("start of the run", False, None, None)
         self._seen: _Activity = self._activity
         self._since = time.monotonic()
@@ -80,19 +80,19 @@ class Heartbeat:
     def doing(
         self, what: str, *, update: int | None = None, micro_step: int | None = None, waits: bool = False
     ) -> None:
-        """Says what this rank does from now on. Costs a fraction of a microsecond, so it can be said in any loop.
+        """Sets what this rank does from now on. Takes a fraction of a microsecond, so any loop can call it.
 
         Args:
             what: a noun, as in "forward".
             update, micro_step: which one of them, counted from 1.
-            waits: True for one collective, or one wait for the device behind which a collective is queued: what can't
-                end before the other ranks have come. A stretch of many of them says so of each.
+            waits: True for one collective, or one wait for the device behind which a collective is queued: it can't
+                end before the other ranks have come. Of several in a row, each is set by a call of its own.
         """
         self._activity = (what, waits, update, micro_step)
 
     @contextmanager
     def waiting_in(self, what: str) -> Iterator[None]:
-        """A short wait for the other ranks, after which this rank goes on with what it did before."""
+        """Encloses a short wait for the other ranks, after which this rank goes on with what it did before."""
         before = self._activity
         self.doing(what, waits=True)
         yield
@@ -100,7 +100,7 @@ class Heartbeat:
         self._activity = before
 
     def log_to(self, path: Path) -> None:
-        """Where to write this rank's stacks when it hangs: the end of an existing log, or a new one."""
+        """Sets the log, new or existing, to which this rank's stacks are appended when it hangs."""
         log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
         before, self._log = self._log, log
         self._log_path = str(path)
@@ -125,7 +125,7 @@ class Heartbeat:
         Args:
             store: a `torch.distributed.Store` in rank 0's process that all ranks share.
             timeout_seconds: how long ranks wait for each other.
-            is_said_here: whether a rank of this host has said why the run failed; asked when the store is gone.
+            is_said_here: whether a rank of this host has reported why the run failed; called when the store is gone.
             on_stuck: called from the background thread when this rank has waited for another in vain. For backends
                 whose waits don't end with an exception.
         """
@@ -139,14 +139,14 @@ class Heartbeat:
         self._thread.start()
 
     def fail(self) -> None:
-        """Says that this rank is on its way out after an error, which it explains or knows to be explained."""
+        """Publishes that this rank is ending after an error, which it or another rank reports."""
         self._state = State.failed
         if self._log is not None:
             faulthandler.cancel_dump_traceback_later()
         self._wake.set()
 
     def stop(self) -> None:
-        """Says goodbye and ends the background thread. Never raises, and takes no longer than the store's patience."""
+        """Publishes the end and stops the background thread. Never raises, and takes no longer than a store call."""
         if self._thread is not None and self._thread is not threading.current_thread():
             if self._state is State.running:
                 self._state = State.left
@@ -162,15 +162,15 @@ class Heartbeat:
             self._log = None
 
     def let_others_hear(self) -> None:
-        """Waits long enough for the others to hear of this rank's failure before the store goes away with it."""
+        """Waits until the others can have seen this rank's failure, before the store ends with it."""
         if self._thread is not None:
             time.sleep(1.5 * BEAT_SECONDS)
 
     def explain(self, error: BaseException) -> str:
-        """Finds out, in about two beats, which rank keeps this one waiting; returns the message that says so.
+        """Finds out, in about two beats, which rank this one waits for; returns a message about it.
 
         Args:
-            error: what the wait for the other ranks ended with.
+            error: the error with which the wait for the other ranks ended.
         """
         me = self._sign()
         if not self.is_beating:
@@ -218,7 +218,7 @@ class Heartbeat:
                 if self._state is State.running and self._is_said_here is not None and self._is_said_here():
                     self.someone_failed = True
             else:
-                # Without the store there is nobody to talk to; whoever misses it asks explain().
+                # Without the store nothing can be published; errors that follow are explained by explain().
                 with suppress(RuntimeError):
                     self._beat()
             if self._state is State.running and self.someone_failed:
@@ -272,7 +272,7 @@ class Heartbeat:
         return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})" if frame else ""
 
     def _arm(self) -> None:
-        """Has the stacks written if nothing changes from here on: by a timer that needs no Python to run."""
+        """Sets a timer, which needs no Python to run, that writes the stacks if nothing changes from here on."""
         if self._log is not None and self._armed_for is not self._seen:
             self._armed_for = self._seen
             faulthandler.dump_traceback_later(self.timeout_seconds * _STACK_AFTER, file=self._log)
@@ -284,17 +284,17 @@ class Heartbeat:
             self._holder_sign = Sign.from_json(self._store.get(_key(0)))
 
     def _follow_failure(self) -> None:
-        """Another rank has failed, and this one has not noticed: it is busy, or it hangs."""
+        """Ends this process some time after another rank's failure, if it has not noticed: it is busy, or it hangs."""
         now = time.monotonic()
         if self._failed_at is None:
             self._failed_at = now
-            # The rank that speaks points here, so here the stack must be.
+            # The message of the rank that reports names this log, so the stacks must be in it.
             self._note("another rank has failed; the stacks of all threads follow")
             if self._log is not None:
                 with suppress(OSError, ValueError):
                     faulthandler.dump_traceback(file=self._log, all_threads=True)
         elif now - self._failed_at > SECONDS_TO_GIVE_UP:
-            # Its next collective would fail. In its way stands only what it does now, which may never end.
+            # Its next collective would fail, but what it does now may never end.
             self._note(f"left {SECONDS_TO_GIVE_UP:.0f} s after another rank's failure")
             os._exit(EXIT_STATUS)
 
@@ -332,7 +332,7 @@ def _key(rank: int) -> str:
 
 
 def answer(ask: Callable[[], T], seconds: float = _ANSWER_SECONDS) -> T:
-    """What a call to the store returns, if it does so in time.
+    """Returns what a call to the store returns, if it does so in time.
 
     A store whose process is stopped takes calls and never answers, whatever timeout it was given.
 

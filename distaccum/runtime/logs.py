@@ -1,4 +1,4 @@
-"""Where messages go: one console, on rank 0; one file per rank. What they can't be written to does not end a run."""
+"""Messages go to the console of rank 0 and to one file per rank. A failure to write them does not end a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Descriptor(io.FileIO):
     disk that the run fills; who reads it may have gone; its terminal may be closed."""
 
     lost: ClassVar[OSError | None] = None
-    """Why something of standard output was dropped, if not because nobody reads it."""
+    """The error for which output was dropped, unless its reader was gone."""
 
     def write(self, data: Any) -> int:
         try:
@@ -47,10 +47,10 @@ class _ErrorOutput(io.TextIOWrapper):
 
 
 def make_output_safe() -> None:
-    """Has this process print to streams that never fail: for want of room, of a reader or of a character in their
-    encoding, or because they were closed. What goes to standard error, tracebacks too, is without secrets.
+    """Replaces standard output and error by streams that never fail: not on a full disk, without a reader, for a
+    character outside their encoding, or because they were closed. Secrets are removed from standard error.
 
-    To be called first in a program. Streams that somebody has replaced stay as they are.
+    Called first in a program. Streams that have been replaced before stay as they are.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # in the place of one that was closed, where the next file would get what is printed
@@ -202,7 +202,7 @@ def print_error(message: str) -> None:
 
 
 def tell_launcher(reason: str) -> None:
-    """Has torchrun's report, which is the last that is printed, say why this rank has failed."""
+    """Writes why this rank has failed into torchrun's report, which is printed last."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = redacted_text(reason).strip()
         about = {"py_callstack": reason, "timestamp": str(int(time.time()))}
@@ -218,7 +218,7 @@ def flush_output() -> None:
 
 
 def check_printed() -> None:
-    """To be called when all has been printed that a program was started for.
+    """Checks, at the end of a program, that all of its output was written.
 
     Raises:
         UserError: not all of it could be written.

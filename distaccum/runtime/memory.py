@@ -1,4 +1,4 @@
-"""How much memory tensors hold, and held at most: read from CUDA's allocator, or counted on a CPU.
+"""Measures the memory that tensors hold, and the peak: read from CUDA's allocator, or counted on a CPU.
 
 On a CPU every storage that an operator makes is counted from when it is made until it is freed, whoever holds it:
 parameters, gradients, what autograd keeps for the backward, temporaries of Python code, DDP's buckets. What a kernel
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distaccum.runtime.nested import leaves
 
 _THERE_BEFORE = -1
-"""In place of the size of a storage that was made before anybody counted."""
+"""Replaces the size of a storage that was made before counting began."""
 
 
 class Meter(Protocol):
@@ -113,7 +113,7 @@ class LiveStorages:
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
-        """FSDP frees gathered parameters, and makes room for them again, without any operator."""
+        """Counts resizes too: FSDP frees gathered parameters, and allocates them again, without any operator."""
         original = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
@@ -246,7 +246,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Gives back what torch's allocator keeps for later, so that it can be had in other sizes."""
+    """Frees what torch's allocator keeps, so that it can be allocated in other sizes."""
     gc.collect()  # what a traceback or a module in a cycle held
     if device.type == "cuda":
         torch.cuda.empty_cache()

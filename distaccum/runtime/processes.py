@@ -9,6 +9,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def signal_when_parent_ends(number: int) -> None:
-    """Has the kernel send this process a signal when the thread that started it has ended. On Linux only."""
+    """Makes the kernel send this process a signal when the thread that started it ends. On Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals that end a run at the next boundary between updates, with everything saved."""
+"""Signals that end a run at the next boundary between updates, with everything saved."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ that is closed sends, unless the run was started to outlive it (`nohup`)."""
 
 
 class Interruption:
-    """Notes the first signal to stop; the run looks at it where it can stop in good order.
+    """Notes the first signal to stop; the run checks for it where it can stop in good order.
 
     Args:
-        world: the run's ranks, which settle together what becomes of a window. Default: this process alone.
+        world: the run's ranks, which decide together whether to drop a window. Default: this process alone.
 
     Attributes:
         signal_name: `SIGTERM`, …; None as long as none has come.
@@ -72,11 +72,11 @@ class Interruption:
         return time.monotonic() - self._came_at
 
     def settle(self, work: str, wish: Fate | None) -> Fate | None:
-        """What all ranks do with a piece of work: the first wish counts, and binds those that ask later.
+        """Returns what all ranks do with a piece of work: the first wish counts, also for those that ask later.
 
-        To be called before each of its steps once a signal has come, so that nobody starts the one that waits for all
-        ranks (a window's last backward, the end of an evaluation) after another rank has dropped it all. Work is
-        dropped only if every rank has got the signal, and so looks here.
+        Called before each of its steps once a signal has come, so that no rank starts the step that waits for all ranks
+        (a window's last backward, the end of an evaluation) after another rank has dropped the work. Work is dropped
+        only if every rank has got the signal, and so calls this.
 
         Args:
             work: its name, the same on all ranks.

@@ -1,4 +1,4 @@
-"""The ranks of a run: joining them, agreeing on things, failing together and being heard once."""
+"""The ranks of a run: they join, exchange objects, fail together, and report the cause once."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class World:
         rank, local_rank, world_size: as in torch.distributed; 0, 0 and 1 without a launcher.
         ranks_on_host: how many of them this host has.
         launched: True under torchrun, or any launcher that sets the same environment.
-        heartbeat: tells the other ranks what this one is doing.
+        heartbeat: publishes what this rank is doing.
 
     Raises:
-        UserError: a launcher has set only a part of what the ranks need to find each other, or what can't be.
+        UserError: the launcher's environment lacks what the ranks need to find each other, or is contradictory.
     """
 
     def __init__(self) -> None:
-        told = launch()
-        self.launched, self.rank, self.local_rank = told.is_launched, told.rank, told.local_rank
-        self.world_size, self.ranks_on_host = told.world_size, told.local_world_size
+        found = launch()
+        self.launched, self.rank, self.local_rank = found.is_launched, found.rank, found.local_rank
+        self.world_size, self.ranks_on_host = found.world_size, found.local_world_size
         self._store: Any = None  # a torch.distributed.Store
         self._speaks_for_host = False
         if self.launched:
             self._store = PrefixStore(_attempt(), self._find_store())
             _end_with_launcher()
-        self._shared = self._store  # what ranks tell each other, besides torch's own
+        self._shared = self._store  # for the ranks' own entries, besides torch's
         self.heartbeat = Heartbeat(self.rank, self.world_size)
 
     def _find_store(self) -> Any:
@@ -106,7 +106,7 @@ class World:
             self.heartbeat.start(self._shared, timeout_seconds, is_said_here=_is_said_here, on_stuck=on_stuck)
 
     def _own_store(self) -> Any:
-        """A store on rank 0: the launcher's ends with the launcher, and knows what ranks wrote before a restart."""
+        """A store on rank 0: the launcher's ends with the launcher, and has what ranks wrote before a restart."""
         patience = timedelta(seconds=_SECONDS_TO_START)
         store = dist.TCPStore(_own_address(), 0, None, True, patience, False) if self.is_main else None  # type: ignore[attr-defined]
         host, port = self.from_main((store.host, store.port) if store is not None else ("", 0))
@@ -144,12 +144,12 @@ class World:
         return values[0]
 
     def count(self, name: str, number: int = 1) -> int:
-        """Adds to a counter that all ranks share; returns what it has come to. Waits for no rank."""
+        """Adds to a counter that all ranks share; returns its value. Waits for no rank."""
         assert self._shared is not None
         return int(self._shared.add(f"count/{name}", number))
 
     def first_wish(self, name: str, wish: str | None) -> str | None:
-        """Of all that ranks wish for under a name, what came first; None if nobody has wished yet. Waits for none."""
+        """Returns the ranks' first wish under a name, this one included; None if there is none. Waits for no rank."""
         assert self._shared is not None
         key = f"wish/{name}"
         if wish is not None:
@@ -158,7 +158,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A stretch of work that all ranks finish or none: a `UserError` on any rank is raised on all of them.
+        """Encloses work that all ranks finish or none: a `UserError` on any rank is raised on all of them.
 
         Nothing inside may wait for another rank.
         """
@@ -173,7 +173,7 @@ class World:
             raise UserError(message if len(failures) == self.world_size else f"rank {rank}: {message}")
 
     def is_first_to_fail(self) -> bool:
-        """True on the one rank that is to say why the run failed."""
+        """True on the one rank that reports why the run failed."""
         if self._store is None:
             return True
         with suppress(RuntimeError, TimeoutError):
@@ -198,10 +198,10 @@ class World:
         return self._speaks_for_host
 
     def explain(self, error: Exception) -> Exception:
-        """What to raise in place of an error that ended this rank's part of the run.
+        """Returns the error to raise in place of one that ended this rank's part of the run.
 
-        Itself, if it is this rank's own. An error that came from another rank becomes a `UserError` that says which and
-        why on the one rank that is to speak, and an `OtherRankFailedError` on all others.
+        It is the same if it is this rank's own. One that came from another rank becomes a `UserError` that names that
+        rank and the cause, on the one rank that reports, and an `OtherRankFailedError` on all others.
         """
         is_broken = self.world_size > 1 and is_broken_collective(error)
         if isinstance(error, UserError) and not self.heartbeat.is_beating:
@@ -239,7 +239,7 @@ class World:
 
 
 def _attempt() -> str:
-    """A name for this start of the ranks: torchrun restarts them in place, and its store remembers the last ones.
+    """A name for this start of the ranks: torchrun restarts them in place, with the store of the ranks before.
 
     With one agent all ranks count the restarts alike; several agents each count their own.
     """
@@ -248,9 +248,9 @@ def _attempt() -> str:
 
 
 def _end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this rank when torchrun is killed, which can't do it then.
+    """Makes the kernel send SIGTERM to this rank when torchrun is killed, which can't do it then.
 
-    The rank saves and leaves. Otherwise it would go on, unseen, and keep the run folder from the next torchrun.
+    The rank saves and ends. Otherwise it would go on, unseen, and keep the run folder from the next torchrun.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         signal_when_parent_ends(signal.SIGTERM)
@@ -261,9 +261,9 @@ def _word_name() -> str:
 
 
 def _own_address() -> str:
-    """Where the ranks of all hosts find this one: its end of the way to the launcher's store.
+    """The address at which all hosts reach this rank: that from which it connects to the launcher's store.
 
-    A way that ends within the host can only be named as the launcher has named it.
+    A loopback address is replaced by the launcher's name for the host.
     """
     to = socket.getaddrinfo(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], type=socket.SOCK_DGRAM)[0]
     with socket.socket(*to[:2]) as probe:
@@ -297,8 +297,8 @@ def joined_world() -> Iterator[World]:
 
     Raises:
         UserError: another rank died or hung; says which, and what it was doing.
-        OtherRankFailedError: in place of any error that comes second to one on another rank (a broken connection,
-            mostly): that rank says why, this one has nothing to add.
+        OtherRankFailedError: in place of any error that follows from one on another rank (a broken connection, mostly):
+            that rank reports it.
     """
     world = World()
     failed = False

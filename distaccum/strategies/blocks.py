@@ -1,4 +1,4 @@
-"""The blocks of a model: what FSDP gathers and shards as one, and what activation checkpointing computes twice."""
+"""The blocks of a model: units of FSDP's sharding and of activation checkpointing."""
 
 from __future__ import annotations
 

@@ -73,6 +73,6 @@ class _UniformGradient(torch.autograd.Function):
 
 
 def with_uniform_gradient(parameter: Tensor, value: float | None) -> Tensor:
-    """A loss of zero whose gradient for the parameter is the value everywhere, or, with None, isn't there."""
+    """A loss of zero whose gradient for the parameter is the value everywhere, or None."""
     zero: Tensor = _UniformGradient.apply(parameter, value)  # type: ignore[no-untyped-call]
     return zero

@@ -18,6 +18,7 @@ import torch
 from loading import WITH_WORKERS, Numbers, is_alive, new_source, requests
 
 from distaccum import UserError
+from distaccum.loaders import _worker_internals
 from distaccum.loaders import workers as data_workers
 
 pytestmark = WITH_WORKERS
@@ -153,6 +154,7 @@ def test_an_iteration_does_not_go_on_after_one_that_could_not_begin() -> None:
 
 _START_METHOD = """
 import multiprocessing, sys
+from distaccum.loaders import _worker_internals
 from distaccum.loaders import workers as data_workers
 from loading import WITH_WORKERS, Numbers, new_source, requests
 
@@ -280,7 +282,7 @@ def test_one_iteration_after_another_with_pinned_memory(persistent: bool, pinnin
 def test_workers_killed_in_the_middle_of_a_message_to_the_thread_that_pins(
     pinning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_workers, "_SECONDS_TO_PIN", 0.5)
+    monkeypatch.setattr(_worker_internals, "_SECONDS_TO_PIN", 0.5)
     chance = random.Random(0)
     for _ in range(10):
         with new_source(Large(), 2, collate_fn=list, pin_memory=True) as source:
@@ -383,6 +385,7 @@ def test_an_interpreter_with_workers_can_end(tmp_path: Path) -> None:
 _ORPHANS = """
 import os, signal, sys, time
 from torch.utils.data._utils import worker
+from distaccum.loaders import _worker_internals
 from distaccum.loaders import workers as data_workers
 from distaccum.loaders import fetch as fetching
 
