@@ -1,6 +1,6 @@
 """Measurements of a machine or a dataset, kept for the next start in the user's cache folder.
 
-That is `$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`. All in it can be removed at any time; it is measured again.
+It is `$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`; all in it can be removed at any time, and is measured again.
 """
 
 from __future__ import annotations

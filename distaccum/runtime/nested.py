@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,15 +19,19 @@ T = TypeVar("T")
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """Yields what a nest of tuples, lists and mappings holds, in a fixed order: tensors, and whatever else is in it."""
+def leaves(value: Any) -> list[Any]:
+    """What a nest of tuples, lists and mappings holds, in a fixed order: tensors, and whatever else is in it."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, tuple | list):
-        yield value
-        return
+        return [value]
+    found = []
     for entry in value:
-        yield from leaves(entry)
+        if isinstance(entry, Tensor):  # first, as it is the quickest check
+            found.append(entry)
+        else:
+            found += leaves(entry)
+    return found
 
 
 def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
@@ -36,6 +40,10 @@ def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], 
     Args:
         is_leaf: whether a mapping is to be replaced as one, instead of what it holds.
     """
+    if isinstance(value, Tensor):  # first, as it is the quickest check
+        return function(value)
+    if type(value) is dict:
+        return {key: mapped(entry, function, is_leaf) for key, entry in value.items()}
     if isinstance(value, Mapping) and (is_leaf is None or not is_leaf(value)):
         return like(value, [mapped(entry, function, is_leaf) for entry in value.values()])
     if isinstance(value, tuple | list):
@@ -47,7 +55,7 @@ def like(value: Any, entries: list[Any]) -> Any:
     """A tuple, list or mapping of the type of another one, with other entries; a dict if a mapping can't be made so."""
     if isinstance(value, Mapping):
         filled = dict(zip(value, entries, strict=True))
-        if type(value) is dict or not isinstance(value, MutableMapping):
+        if not isinstance(value, MutableMapping):
             return filled
         try:
             return type(value)(filled)  # type: ignore[call-arg]
@@ -69,7 +77,7 @@ def leaves_of(embeddings: Any) -> list[Tensor]:
     Raises:
         UserError: it does.
     """
-    found = list(leaves(embeddings))
+    found = leaves(embeddings)
     for leaf in found:
         if not isinstance(leaf, Tensor):
             kind = type(leaf).__name__
