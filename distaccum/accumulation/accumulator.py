@@ -64,7 +64,7 @@ class Accumulator:
             those that any rank said yes to, on every rank alike. So ranks agree to stop at the same update when one got
             a signal. The answers are sent with the loss and need no collective of their own.
         reports: the same for numbers, of which `UpdateResult.reports` has every rank's.
-        time_micro_steps: measure each micro-step, for a few microseconds of it on a GPU.
+        time_micro_steps: measure each micro-step, which takes a few microseconds of it on a GPU.
         recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
         noise_scale: measure how noisy gradients are, in each update for which it is due.
 

@@ -200,12 +200,15 @@ def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], de
         UserError: memory has run out all the same, or when it was too late to try again.
     """
     inner = own_optimizer(optimizer)
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
     # bitsandbytes changes parameters without counting their versions, so that no change can be seen.
-    may_retry = len(inner.state) < len(parameters) and type(inner).__module__.partition(".")[0] != "bitsandbytes"
-    before = set(inner.state) if may_retry else set()
-    tensors = [value for state in inner.state.values() for value in state.values()] if may_retry else []
-    watched = [*parameters, *(value for value in tensors if isinstance(value, Tensor))] if may_retry else []
+    may_retry = makes_state and type(inner).__module__.partition(".")[0] != "bitsandbytes"
+    before: set[Any] = set()
+    watched: list[Tensor] = []
+    if may_retry:
+        before = set(inner.state)
+        watched = [parameter for group in inner.param_groups for parameter in group["params"]]
+        watched += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     versions = [tensor._version for tensor in watched]
     while True:
         try:
