@@ -18,22 +18,28 @@ from distaccum.strategies.scalar_sync import summed_beside
 
 
 class Traffic:
-    """Counts the collectives that carry gradients, on this rank.
+    """Counts the collectives with gradients on this rank.
+
+    Args:
+        mark: returns a mark of the device's `Stopwatch`.
 
     Attributes:
         calls: number of collectives.
         bytes: bytes of the tensors handed to them.
-        last_launch: mark of the stopwatch at the launch of the latest one, or None.
+        last_launch: mark of the launch of the latest one, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[], Any] = lambda: None) -> None:
         self.calls = 0
         self.bytes = 0
         self.last_launch: Any = None
+        self._mark = mark
 
     def count(self, tensor: Tensor) -> None:
+        """Counts a collective that is about to be launched."""
         self.calls += 1
         self.bytes += tensor.nbytes
+        self.last_launch = self._mark()
 
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -80,9 +80,8 @@ class DDPStrategy(Strategy):
         state = HookState(
             process_group=group,
             divisor=self.world_size if is_mean else 1,
-            traffic=Traffic(),
+            traffic=Traffic(Stopwatch(self.device).mark),
             scalars=FirstBucketScalars(group) if is_on_cpu and not has_powersgd else None,
-            mark=Stopwatch(self.device).mark,
             compression=compression,
             graph_is_known=not self.model.static_graph,
         )

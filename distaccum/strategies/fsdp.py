@@ -60,7 +60,7 @@ class FSDPStrategy(Strategy):
         self.equal_micro_steps = self.world_size > 1
         self.shares_buffers = self.world_size == 1
         self._root: FSDPModule = model
-        self._sync: _Sync = model.__dict__.setdefault("_distaccum_sync", _Sync(Stopwatch(device)))
+        self._sync: _Sync = model.__dict__.setdefault("_distaccum_sync", _Sync(device))
         self._sync.reshard_in_window &= reshard_in_window
         self.traffic = self._sync.traffic
         if self.world_size > 1:
@@ -161,15 +161,10 @@ def _reshard(model: nn.Module) -> None:
 class _Sync:
     """The reduce-scatter of a model's gradients, counted. Kept with the model: several strategies of it share one."""
 
-    def __init__(self, stopwatch: Stopwatch) -> None:
-        self.traffic = Traffic()
+    def __init__(self, device: torch.device) -> None:
+        self.traffic = Traffic(Stopwatch(device).mark)
+        self.reduce_scatter = ObservedReduceScatter(self.traffic.count)
         self.reshard_in_window = True
-        self.reduce_scatter = ObservedReduceScatter(self._count)
-        self._stopwatch = stopwatch
-
-    def _count(self, gradients: Tensor) -> None:
-        self.traffic.count(gradients)
-        self.traffic.last_launch = self._stopwatch.mark()
 
 
 def place_fsdp(

@@ -36,17 +36,12 @@ class HookState:
     divisor: int
     traffic: Traffic
     scalars: FirstBucketScalars | None
-    mark: Callable[[], Any]
     compression: Compression
     powersgd_state: powersgd.PowerSGDState | None = None
     graph_is_known: bool = True
     synced: set[int] = field(default_factory=set)
     """Ids of the parameters in DDP's buckets, which DDP shows to its hook alone."""
     is_learning: bool = True
-
-    def count(self, sent: torch.Tensor) -> None:
-        self.traffic.count(sent)
-        self.traffic.last_launch = self.mark()
 
     def learn(self, bucket: GradBucket) -> None:
         if self.is_learning:
@@ -67,7 +62,7 @@ def communication_hook(compression: Compression) -> Hook:
         sent = buffer if dtype is None else buffer.to(dtype)
         if state.divisor != 1:
             sent.div_(state.divisor)
-        state.count(sent)
+        state.traffic.count(sent)
         numbers = state.scalars.encoded(sent.dtype) if state.scalars is not None else None
         if numbers is None:
             work: Any = dist.all_reduce(sent, group=state.process_group, async_op=True)
@@ -101,7 +96,7 @@ _counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictio
 def _count_of_group(group: Any, tensor: torch.Tensor) -> None:
     state = _counted_groups.get(group) if group is not None else None
     if state is not None:
-        state.count(tensor)
+        state.traffic.count(tensor)
 
 
 def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
@@ -128,7 +123,7 @@ def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
             last.pop().wait()
         if remembered.iter < remembered.start_powerSGD_iter:
             # The uncompressed all-reduce of the first updates is started elsewhere in torch.
-            state.count(bucket.buffer())
+            state.traffic.count(bucket.buffer())
         last[:] = [powersgd.powerSGD_hook(remembered, bucket)]
         return last[0]
 
