@@ -23,6 +23,10 @@ from distaccum.strategies import Strategy
 
 logger = logging.getLogger(__name__)
 
+_LIMIT = "largest micro-batch"
+"""Report: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
+_SPEED = "speed"
+"""Report: what a rank computes per second."""
 _UPDATES_TO_FIT_COSTS_AT = (4, 16, 64)
 _UPDATES_BETWEEN_BALANCING = 4
 _UPDATES_TO_REMEMBER = 8
@@ -55,9 +59,10 @@ class CutTuning:
         measure_costs: bool = True,
         balance_speed: bool = False,
         noise_scale: NoiseScale | None = None,
+        recovers: bool = False,
     ) -> None:
         self._loader = loader
-        self._noise_scale = noise_scale if isinstance(loader.sizes.rule, NoiseSizes) else None
+        self.noise_scale = noise_scale
         self._strategy = strategy
         self._fit = CostFit() if measure_costs and loader.grouping is not None else None
         self._balances = balance_speed and strategy.world_size > 1
@@ -65,7 +70,11 @@ class CutTuning:
         self._own_speed = 0.0
         self._seen = 0
         self._reported: deque[tuple[float, ...]] = deque(maxlen=_UPDATES_TO_REMEMBER)
-        self.reports: dict[str, Callable[[], float]] = {"speed": lambda: self._own_speed} if self._balances else {}
+        self.reports: dict[str, Callable[[], float]] = {}
+        if self._balances:
+            self.reports[_SPEED] = lambda: self._own_speed
+        if recovers:
+            self.reports[_LIMIT] = lambda: float(loader.limit or 0)
 
     @property
     def needs_times(self) -> bool:
@@ -74,8 +83,10 @@ class CutTuning:
 
     def after_update(self, update: int, window: Window, result: UpdateResult) -> None:
         """Takes the measurements of an update (counted from 1); changes the cuts of windows to come."""
-        if self._noise_scale is not None and result.noise_scale is not None:
-            self._follow_noise(update, window, self._noise_scale)
+        if _LIMIT in result.reports:
+            self._loader.limits = tuple(int(size) or None for size in result.reports[_LIMIT])
+        if self.noise_scale is not None and result.noise_scale is not None:
+            self._follow_noise(update, window, self.noise_scale)
         self._seen += 1
         if self._seen == 1:
             if self._own_clock is not None:
@@ -87,11 +98,12 @@ class CutTuning:
             self._measure_costs(self._fit, update, window, result)
         if self._balances:
             self._measure_speed(window, result)
-            self._balance(update, window, result.reports["speed"])
+            self._balance(update, window, result.reports[_SPEED])
 
     def _follow_noise(self, update: int, window: Window, noise: NoiseScale) -> None:
         sizes = self._loader.sizes
-        assert isinstance(sizes.rule, NoiseSizes)
+        if not isinstance(sizes.rule, NoiseSizes):
+            return
         if self._number(window) < sizes.rule.changes[-1][0]:
             return  # what was measured last has not come into force yet
         wanted = self._of_rank_0(sizes.rule.wanted(noise.scale, noise.measurements))

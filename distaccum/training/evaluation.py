@@ -26,8 +26,8 @@ from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
 from distaccum.runtime.nested import gather_rows, leaves_of, mapped, rebuilt
 from distaccum.strategies import Strategy
 from distaccum.tasks import CoupledTask, Task, as_number
-from distaccum.training.grace import EvaluationDroppedError, Grace
 from distaccum.training.model import evaluation_mode
+from distaccum.training.supervision import EvaluationDroppedError, Supervision
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -178,20 +178,20 @@ class Evaluator:
     """Evaluates a placed model, exactly over all ranks.
 
     Attributes:
-        task: as the trainer's.
+        task: as the updater's.
         loader: what to evaluate on.
+        precision: the format to compute in.
+        supervision: drops the evaluation once a signal has come.
         references: losses to compare with, by name.
-        grace: says whether there is time.
         averages: of the weights, evaluated too as soon as they have begun; their metrics are `ema/loss` and so on.
     """
 
     strategy: Strategy
     task: Callable[[nn.Module, Any], TaskOutput]
     loader: EvaluationLoader
-    references: dict[str, float]
     precision: Precision
-    heartbeat: Heartbeat
-    grace: Grace
+    supervision: Supervision
+    references: dict[str, float] = field(default_factory=dict)
     averages: Sequence[WeightAverage] = ()
 
     def evaluate(self, update: int, epoch: int) -> EvaluationRecord:
@@ -233,8 +233,8 @@ class Evaluator:
             self.loader,
             device=self.strategy.device,
             autocast=self.precision.autocast,
-            heartbeat=self.heartbeat,
-            between=lambda is_over: self.grace.check_evaluation(update, is_over=is_over),
+            heartbeat=self.supervision.heartbeat,
+            between=lambda is_over: self.supervision.check_evaluation(update, is_over=is_over),
         )
         return {"loss": loss, **metrics_of(self.task, sums, weight)}
 

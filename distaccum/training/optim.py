@@ -172,23 +172,31 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
 
 
 class Schedule:
-    """Sets the learning rates of an optimizer for each update.
+    """Sets the learning rates of an optimizer for each update. The trainer applies it in `Updater.update`.
 
-    A function of the update's number alone, so there is no state to save, nothing that steps too often when there are
-    micro-steps or ranks, and nothing to restore on resume.
+    A function of the update's number and the window's size alone, so there is no state to save, nothing that steps too
+    often when there are micro-steps or ranks, and nothing to restore on resume.
+
+    Args:
+        optimizer: whose present learning rates are the peaks.
+        factor: the factor of the learning rates for update 1, 2, …
+        lr_rule: how learning rates follow the size of windows.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], lr_rule: LrRule = LrRule.none
+    ) -> None:
         self._optimizer = optimizer
         self._factor = factor
+        self._power = LR_POWERS[lr_rule]
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def apply(self, update: int, times: float = 1.0) -> float:
+    def apply(self, update: int, size_ratio: float = 1.0) -> float:
         """Sets the learning rates for an update (from 1); returns that of the first parameter group.
 
         Args:
-            times: one more factor, which follows the batch size, say.
+            size_ratio: the window's planned size over the one that the learning rate is configured for.
         """
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._factor(update) * times
+            group["lr"] = peak * self._factor(update) * size_ratio**self._power
         return float(self._optimizer.param_groups[0]["lr"])

@@ -18,7 +18,7 @@ from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import window_bounds
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
-from distaccum.training.build import size_rule
+from distaccum.training.data import size_rule
 from distaccum.training.progress import total_updates
 
 SIZES = st.integers(1, 20)
