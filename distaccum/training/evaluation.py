@@ -19,7 +19,8 @@ from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
-from distaccum.observers import EvaluationRecord, UpdateRecord
+from distaccum.observers import EvaluationRecord
+from distaccum.observers.base import RECORDED
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
@@ -250,6 +251,6 @@ def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, f
     found = task.metrics(sums, weight) if hasattr(task, "metrics") else Task.metrics(task, sums, weight)
     if not isinstance(found, Mapping):
         raise UserError(f"the task's metrics() returned a {type(found).__name__}, not numbers by name.")
-    if taken := found.keys() & UpdateRecord.__dataclass_fields__.keys():
+    if taken := found.keys() & set(RECORDED):
         raise UserError(f"the task's metric {min(taken)} would hide the run's own {min(taken)}: give it another name.")
     return {name: as_number(value, f"the task's metric {name}") for name, value in found.items()}

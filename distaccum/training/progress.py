@@ -91,24 +91,16 @@ class Totals:
         # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
         has_memory = self.updates & (self.updates - 1) == 0 or self.updates % _UPDATES_BETWEEN_MEMORY == 0
         return UpdateRecord(
-            **_common(result, UpdateRecord),
+            result=result,
             update=self.updates,
             epoch=window.epoch,
             samples=self.samples,
             window_samples=window.num_samples,
             metrics=metrics,
             lr=lr,
-            update_seconds=result.seconds,
-            samples_per_second=window.num_samples / result.seconds,
             compile_seconds=compile_seconds,
             peak_memory_bytes=peak_memory(device)[0] if has_memory else None,
         )
-
-
-def _common(source: Any, kind: Any) -> dict[str, Any]:
-    """Those fields of a record that what it is made of has under the same names."""
-    names = {entry.name for entry in fields(kind)}
-    return {entry.name: getattr(source, entry.name) for entry in fields(source) if entry.name in names}
 
 
 def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
@@ -263,8 +255,9 @@ class RunProgress:
         """
         data, compute, sync = self.totals.shares()
         memory, kind = _largest_peak_memory(strategy)
+        totals = asdict(self.totals)
         return RunEnd(
-            **_common(self.totals, RunEnd),
+            **{entry.name: totals[entry.name] for entry in fields(RunEnd) if entry.name in totals},
             evaluation=self.evaluation,
             total_seconds=self.total_seconds,
             samples_per_second=self.totals.samples_per_second(),
