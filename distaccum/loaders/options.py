@@ -49,6 +49,12 @@ class LoaderOptions:
                 )
 
     @property
+    def windows_ahead(self) -> int:
+        """Most windows that may have begun to load before the one in use is done."""
+        # torch's own default loads two micro-batches ahead for each worker; one more is on its way to the device.
+        return self.num_workers * (self.prefetch_factor or 2) + 2
+
+    @property
     def waits_for_loading(self) -> bool:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
         on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()

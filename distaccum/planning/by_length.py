@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.errors import UserError
-from distaccum.planning import BatchPlan
+from distaccum.planning.batch_plan import BatchPlan
 
 _MOST_BLOCKS = 512
 """Windows of more samples than this are grouped in blocks of several, which bounds the time that it takes."""
@@ -229,6 +229,11 @@ class Timeline(Generic[T]):
     def at(self, number: int) -> T:
         """The value in force for a window."""
         return next((value for first, value in reversed(self.changes) if first <= number), self.changes[0][1])
+
+    @property
+    def latest(self) -> T:
+        """The value that was put in force last."""
+        return self.changes[-1][1]
 
     def change(self, value: T, first: int, now: int = 0) -> None:
         """Puts another value in force, from a window on that no rank has begun to load.

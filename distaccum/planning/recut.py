@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.planning import split_evenly
+from distaccum.planning.batch_plan import split_evenly
 
 
 def size_of(samples: Sequence[int], lengths: NDArray[np.int64] | None) -> int:

@@ -181,8 +181,8 @@ class BatchSizes:
 
     def __init__(self, rule: SizeRule, num_samples: int, drop_last: bool = False) -> None:
         self.rule = rule
-        self._num_samples = num_samples
-        self._drop_last = drop_last
+        self.num_samples = num_samples
+        self.drop_last = drop_last
         self._firsts = [0]
         self._bounds: dict[int, list[tuple[int, int]]] = {}
 
@@ -198,10 +198,10 @@ class BatchSizes:
                 f"{world_size} ranks: a window needs at least one sample per rank. Raise its smallest size or "
                 "start fewer ranks."
             )
-        if self._drop_last and self.rule.largest > self._num_samples:
+        if self.drop_last and self.rule.largest > self.num_samples:
             raise UserError(
                 f"batch.schedule ({self.rule}) has windows of {self.rule.largest} samples, more than the "
-                f"{self._num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
+                f"{self.num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
                 "largest size or set batch.drop_last=false."
             )
 
@@ -216,7 +216,7 @@ class BatchSizes:
             if len(self._bounds) >= self._KEPT:
                 self._bounds.pop(next(iter(self._bounds)))
             self._bounds[key] = [
-                (start, min(start + size, self._num_samples))
+                (start, min(start + size, self.num_samples))
                 for begin, size, count in self._runs(key, self.first_number(key))
                 for start in range(begin, begin + count * size, size)
             ]
@@ -236,14 +236,23 @@ class BatchSizes:
             self._firsts.append(first + self._count_from(last, first))
         return self._firsts[epoch]
 
+    def number(self, epoch: int, index: int) -> int:
+        """The number of a window, counted over all epochs."""
+        return self.first_number(epoch) + index
+
+    def size(self, epoch: int, index: int) -> int:
+        """The number of samples of a window."""
+        start, stop = self.bounds(epoch)[index]
+        return stop - start
+
     def planned(self, epoch: int, index: int) -> int:
         """The planned size of a window, which its epoch's last one may fall short of."""
-        return self.rule.at(epoch, self.first_number(epoch) + index)[0]
+        return self.rule.at(epoch, self.number(epoch, index))[0]
 
     def ratio(self, epoch: int, index: int) -> float:
         """The planned size of a window over the one that the learning rate is given for."""
-        planned = min(self.planned(epoch, index), self._num_samples)
-        return planned / min(self.rule.base, self._num_samples)
+        planned = min(self.planned(epoch, index), self.num_samples)
+        return planned / min(self.rule.base, self.num_samples)
 
     def change(self, size: int, first: int) -> None:
         """Puts another size in force, from a window on that no rank has begun to load. For `NoiseSizes` alone."""
@@ -277,10 +286,10 @@ class BatchSizes:
     def _runs(self, epoch: int, number: int) -> Iterator[tuple[int, int, int]]:
         """Runs of windows of one size: position, planned size, number of windows."""
         position = 0
-        while position < self._num_samples:
+        while position < self.num_samples:
             size, change = self.rule.at(epoch, number)
-            left = self._num_samples - position
-            count = left // size if self._drop_last else -(-left // size)
+            left = self.num_samples - position
+            count = left // size if self.drop_last else -(-left // size)
             # A change of the size comes before a ragged window only if it is that window's own.
             is_end = change is None or change - number > left // size
             if not is_end and change is not None:

@@ -294,7 +294,7 @@ def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoi
     Raises:
         UserError: not even a single sample fits on some rank.
     """
-    loader, strategy = fitting.loader, fitting.strategy
+    cuts, strategy = fitting.loader.cuts, fitting.strategy
     memory = Remembered(f"micro-batch-{_fingerprint(plain, world, strategy)}-rank{world.rank}")
     own = memory.read()
     remembered = world.gather(own if isinstance(own, int) and own > 0 else None)
@@ -309,19 +309,18 @@ def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoi
         how = f"as found before on this machine (remove {memory.path.parent} to search again)"
     else:
         with world.together():
-            own = fitting.samples() * (1 if loader.lengths is None else int(loader.lengths.max()))
+            own = fitting.samples() * (1 if cuts.lengths is None else int(cuts.lengths.max()))
             memory.write(own)
         sizes, how = world.gather(own), "found by trying" if not strategy.equal_micro_steps else "reckoned"
-    loader.set_sizes(sizes)
+    cuts.set_sizes(sizes)
     if before is not None and checkpoint is not None:
         # Now, as forwards come before the rest is restored.
         with putting_back(checkpoint, "loader"):
-            loader.load_state_dict(checkpoint.states["loader"])
+            cuts.load_state_dict(checkpoint.states["loader"])
     if world.is_main:
-        unit = "samples" if loader.lengths is None else "tokens"
-        in_use = sizes if loader.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
+        in_use = sizes if cuts.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
         shown = ", ".join(map(str, in_use)) if len(set(in_use)) > 1 else str(in_use[0])
-        logger.info("batch.micro_batch_size=auto: micro-batches of at most %s %s, %s", shown, unit, how)
+        logger.info("batch.micro_batch_size=auto: micro-batches of at most %s %s, %s", shown, cuts.unit, how)
     return Recovery(on_smaller=memory.write)
 
 

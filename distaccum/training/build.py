@@ -94,7 +94,7 @@ def build_parts(
             "updates it is cut into two; the update is the same but for rounding",
             config.insight.every_updates,
         )
-    size = config.train.eval_batch_size or loader.micro_batch_size
+    size = config.train.eval_batch_size or loader.cuts.micro_batch_size
     evaluation_data, evaluation_loader = build_evaluation(
         config, options, rank=rank, world_size=world_size, batch_size=size
     )
@@ -243,7 +243,9 @@ def _settled(
         with parts.precision.autocast():
             return checked_output(parts.task(module, batch))
 
-    lengths = parts.loader.lengths if parts.loader.lengths is not None else getattr(parts.train_data, "lengths", None)
+    lengths = parts.loader.cuts.lengths
+    if lengths is None:
+        lengths = getattr(parts.train_data, "lengths", None)
     fitting = Fitting(
         parts.loader,
         strategy,
@@ -255,7 +257,7 @@ def _settled(
     )
     recovery = settle_sizes(fitting, plain, world, checkpoint)
     if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
-        parts.evaluation_loader.set_batch_size(parts.loader.micro_batch_size)
+        parts.evaluation_loader.set_batch_size(parts.loader.cuts.micro_batch_size)
     return recovery
 
 
@@ -284,7 +286,7 @@ def _tuning(config: TrainConfig, loader: WindowLoader, strategy: Strategy, *, re
     if insight.noise_scale:
         noise_scale = NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
     return CutTuning(
-        loader,
+        loader.cuts,
         strategy,
         measure_costs=isinstance(batch, ByLengthBatchConfig) and batch.measure_costs,
         balance_speed=batch.balance is Balance.speed,

@@ -314,7 +314,7 @@ def updates_ahead(progress: dict[str, Any], loader: WindowLoader) -> int:
     """How many more updates a run has made than there are windows before its next one: 0, unless its windows have
     become others on the way."""
     made: int = progress["totals"]["updates"]
-    return made - loader.number(progress["epoch"], _next_window(progress, loader))
+    return made - loader.sizes.number(progress["epoch"], _next_window(progress, loader))
 
 
 def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
     return {
         "batch.global_batch_size": loader.plan.global_batch_size,
         "batch.schedule": str(loader.sizes.rule),
-        "batch.drop_last": loader.drop_last,
+        "batch.drop_last": loader.sizes.drop_last,
         "seed": loader.seed,
         "training samples": loader.num_samples,
     }
