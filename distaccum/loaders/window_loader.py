@@ -1,4 +1,4 @@
-"""Windows of tensors on the device: the sharded sampler, the data loader and the copy to the GPU in one."""
+"""Loads windows of tensors to the device: sharded sampler, data loader and copy to the GPU in one."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class WindowLoader:
         return self.cuts.sizes
 
     def __len__(self) -> int:
-        """Windows in an epoch; with a schedule of their sizes, in the next one."""
+        """Returns the number of windows in an epoch; with a schedule of their sizes, in the next one."""
         return self.sizes.count(self.next_epoch)
 
     def __iter__(self) -> Iterator[Window]:
@@ -115,7 +115,7 @@ class WindowLoader:
         return self.epoch(epoch)
 
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
-        """The windows of one epoch, from `first_window` on."""
+        """Yields the windows of one epoch, from `first_window` on."""
         batches = on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
         for index in self._indices(epoch, first_window):
             window = Window(
@@ -135,7 +135,7 @@ class WindowLoader:
             window.skip_rest()
 
     def sample_micro_batch(self, epoch: int, window: int) -> Any:
-        """This rank's first micro-batch of a window, on the device; an iteration under way isn't disturbed.
+        """Loads this rank's first micro-batch of a window to the device; an iteration under way isn't disturbed.
 
         Args:
             epoch, window: numbers from 0, the window's counted in its epoch. If the rank has nothing to do in that
@@ -152,7 +152,7 @@ class WindowLoader:
         return batch if options.device is None else to_device(batch, options.device, float_dtype=options.float_dtype)
 
     def load(self, epoch: int, index: int, pieces: Sequence[Sequence[int]]) -> Iterator[Any]:
-        """Micro-batches of given samples as they are in a window, on the device; disturbs no iteration under way.
+        """Loads micro-batches of given samples of a window to the device; disturbs no iteration under way.
 
         Args:
             epoch, index: of the window.

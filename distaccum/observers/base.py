@@ -1,4 +1,4 @@
-"""What is reported to observers, and when."""
+"""The records that observers get, and the methods that get them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UpdateRecord:
     """Reported after each update. Counts and means run over all ranks."""
 
     result: UpdateResult
-    """What the accumulator returned."""
+    """The result of the accumulator, as it returned it."""
     update: int
     """Number of the update, from 1."""
     epoch: int
@@ -84,12 +84,12 @@ class UpdateRecord:
     sync_seconds = _OfResult[float]()
     """Part of `update_seconds` spent waiting for the network and for the other ranks."""
     noise_scale = _OfResult[float | None]()
-    """Gradient noise scale in samples, smoothed; infinite while the gradient can't be told from noise. None in updates
-    in which it is not measured, as the two after it."""
+    """Gradient noise scale in samples, smoothed; infinite while the gradient can't be distinguished from noise. None in
+    updates in which it is not measured, as the two after it."""
     noise_scale_error = _OfResult[float | None]()
     """Standard error of it; infinite while there is one measurement."""
     coherence = _OfResult[float | None]()
-    """Of this window's micro-gradients: mean pairwise inner product over mean square."""
+    """Mean pairwise inner product of this window's micro-gradients over their mean square."""
     skipped = _OfResult[bool]()
     """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
 
@@ -105,7 +105,7 @@ class UpdateRecord:
 
     @property
     def compute_seconds(self) -> float:
-        """What is left of `update_seconds`."""
+        """The rest of `update_seconds`."""
         return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
 
     def known(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class RunEnd:
     samples: int
     skipped_updates: int
     stopped_early: str | None
-    """Why the run ended before its last update, or None."""
+    """The reason why the run ended before its last update, or None."""
     interrupted: str | None = None
     """The signal (`SIGTERM`, …) that the run was asked to stop by, when it is to be started again; else None."""
     is_saved: bool = True
@@ -168,9 +168,9 @@ class RunEnd:
     compute_share: float
     sync_share: float
     peak_memory_bytes: int
-    """Of the rank that used most: device memory on CUDA, resident set on CPU."""
+    """Highest point on the rank that used most: device memory on CUDA, resident set on CPU."""
     peak_memory_kind: str
-    """What `peak_memory_bytes` measures, in words."""
+    """Name of what `peak_memory_bytes` measures."""
     run_dir: Path | None
 
 
@@ -182,16 +182,16 @@ class Observer:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """Before the first update."""
+        """Called before the first update."""
 
     def on_update(self, record: UpdateRecord) -> None:
-        """After each update."""
+        """Called after each update."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """After each evaluation."""
+        """Called after each evaluation."""
 
     def on_end(self, end: RunEnd) -> None:
-        """After the last evaluation of a run that came to its end."""
+        """Called at the end of a run that has not failed."""
 
     def close(self) -> None:
-        """Last of all, also when the run ended with an error: release what is held."""
+        """Releases what is held. Called last, also when the run ended with an error."""

@@ -21,15 +21,15 @@ from distaccum.strategies import Strategy
 logger = logging.getLogger(__name__)
 
 _LIMIT = "largest micro-batch"
-"""Report: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
+"""Report: the size that micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
 _SPEED = "speed"
-"""Report: what a rank computes per second."""
+"""Report: the work that a rank does per second."""
 _UPDATES_TO_FIT_COSTS_AT = (4, 16, 64)
 _UPDATES_BETWEEN_BALANCING = 4
 _UPDATES_TO_REMEMBER = 8
 """A rank's speed is the median over so many updates: one that was disturbed does not count."""
 _LEAST_SHARE = 0.25
-"""Of an even share, for a rank that takes as many micro-steps as the others."""
+"""The least part of an even share for a rank that takes as many micro-steps as the others."""
 _WORTH_A_CHANGE = 0.05
 """Shares stay as they are unless one would change by more than this part of itself."""
 
@@ -50,7 +50,7 @@ class CutTuning:
 
     Attributes:
         noise_scale: as given.
-        reports: what the accumulator is to ask each rank for.
+        reports: numbers that the accumulator asks each rank for.
 
     Raises:
         UserError: the strategy's ranks wait for each other in every layer, so that their speeds can't be measured.

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class Parts:
-    """What a configuration names, built, before the model is placed. Made by `build_parts`."""
+    """The parts that a configuration names, before the model is placed. Made by `build_parts`."""
 
     precision: Precision
     train_data: Any
@@ -90,8 +90,8 @@ def build_parts(
     smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
     if config.insight.noise_scale and smallest.is_one_shot:
         logger.info(
-            "insight.noise_scale: a window is one micro-batch here, and noise can't be told from one part, so every %d "
-            "updates it is cut into two; the update is the same but for rounding",
+            "insight.noise_scale: a window is one micro-batch here, and noise can't be measured from one part, so "
+            "every %d updates it is cut into two; the update is the same but for rounding",
             config.insight.every_updates,
         )
     size = config.train.eval_batch_size or loader.cuts.micro_batch_size

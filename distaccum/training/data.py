@@ -68,7 +68,7 @@ def build_window_loader(
 def build_evaluation(
     config: TrainConfig, options: LoaderOptions, *, rank: int, world_size: int, batch_size: int
 ) -> tuple[Any, EvaluationLoader | None]:
-    """Builds the evaluation data and its loader; two times None without `data.evaluation`.
+    """Builds the evaluation data and its loader; both are None without `data.evaluation`.
 
     Raises:
         UserError: the configuration asks for evaluations and names no data for them.

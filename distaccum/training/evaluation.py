@@ -1,4 +1,4 @@
-"""Exact evaluation, every sample once whatever the number of ranks: of any model, and of a run's averages beside."""
+"""Evaluates a model exactly, each sample once for any number of ranks; for a run, its weight averages too."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate_model(
         task: a `CoupledTask` is given embeddings of `evaluation_samples` samples at a time, gathered over the ranks; so
             all ranks hold those of the whole data.
         batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
-        heartbeat: told of each batch.
+        heartbeat: reports each batch to the other ranks.
         between: called before each batch with False, and with True before the ranks meet at the end; what it raises
             ends the evaluation.
 
@@ -97,7 +97,7 @@ def evaluate_model(
 
 @dataclass
 class _Evaluation:
-    """Sums over this rank's batches."""
+    """The sums over this rank's batches."""
 
     task: Any
     device: torch.device
@@ -117,7 +117,7 @@ class _Evaluation:
     def totals_over_ranks(self) -> dict[str, Tensor]:
         totals = self.totals
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # A rank without a batch doesn't know the shapes of the task's sums, so those travel first.
+            # A rank without a batch doesn't know the shapes of the task's sums, so those are exchanged first.
             shapes: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
             known = max(shapes, key=len)
@@ -140,7 +140,7 @@ class _Evaluation:
 
 @dataclass
 class _CoupledEvaluation(_Evaluation):
-    """Losses of so many samples together, however they are dealt to ranks and batches."""
+    """The losses of `evaluation_samples` samples together, however they are dealt to ranks and batches."""
 
     embeddings: list[Any] = field(default_factory=list)
 
@@ -159,7 +159,7 @@ class _CoupledEvaluation(_Evaluation):
         return {name: value.cpu() for name, value in self.totals.items()}
 
     def _whole(self) -> tuple[Any, list[Tensor]]:
-        """What a nest of embeddings looks like, and its tensors with the rows of all batches and ranks."""
+        """Returns an empty nest of embeddings, and its tensors with the rows of all batches and ranks."""
         mine = [leaves_of(rows) for rows in self.embeddings]
         leaves = [torch.cat(parts) for parts in zip(*mine, strict=True)]
         # A rank without a batch doesn't know what embeddings look like.
@@ -180,7 +180,7 @@ class Evaluator:
 
     Attributes:
         task: as the updater's.
-        loader: what to evaluate on.
+        loader: of the evaluation data.
         precision: the format to compute in.
         supervision: drops the evaluation once a signal has come.
         references: losses to compare with, by name.
@@ -220,7 +220,7 @@ class Evaluator:
         )
 
     def to_choose_by(self, metrics: dict[str, float]) -> dict[str, float]:
-        """An evaluation's metrics for those who compare evaluations: NaN for averages that have not begun."""
+        """Returns metrics to compare evaluations by: those given, and NaN for averages that have not begun."""
         later = {
             f"{average.name}/{name}": math.nan for average in self.averages if not average.has_begun for name in metrics
         }
@@ -241,7 +241,7 @@ class Evaluator:
 
 
 def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """The task's metrics over a window or an evaluation, of its sums.
+    """Returns the task's metrics over a window or an evaluation, made of its sums.
 
     Raises:
         UserError: one is no number, or is named as what the run itself records (`loss`, `lr`, …).

@@ -125,7 +125,7 @@ class Trainer:
         return end
 
     def _train(self) -> str | None:
-        """Updates, evaluations and checkpoints, in this order; returns the signal that ended it, if one did."""
+        """Makes updates, evaluations and checkpoints; returns the signal that ended it, if one did."""
         if self._progress.owes_evaluation:
             self._evaluate()
         if self._stopped_early() is not None:
@@ -145,7 +145,7 @@ class Trainer:
         return None
 
     def _stopped_early(self) -> str | None:
-        """Why the run is over before its last update; None if it isn't."""
+        """Returns why the run is over before its last update; None if it isn't."""
         stopping = self._early_stopping
         return stopping.reason if stopping is not None and stopping.is_over else None
 
