@@ -93,6 +93,7 @@ class WindowLoader:
         )
         self.seed = seed
         self.next_epoch = 0
+        self._loads_together = self._options.waits_for_loading
         self._source = BatchSource(MicroBatches(dataset, collate_fn, "training", seed), self._options)
 
     @property
@@ -102,7 +103,7 @@ class WindowLoader:
 
     @property
     def sizes(self) -> BatchSizes:
-        """How many samples each window has."""
+        """The numbers of samples of the windows."""
         return self.cuts.sizes
 
     def __len__(self) -> int:
@@ -129,7 +130,7 @@ class WindowLoader:
                 is_by_length=self.cuts.lengths is not None,
                 sample_indices=partial(self.cuts.micro_batches, epoch, index),
                 recutting=self._recutting(epoch, index),
-                together=self._options.waits_for_loading,
+                together=self._loads_together,
             )
             yield window
             window.skip_rest()
@@ -144,12 +145,8 @@ class WindowLoader:
         Raises:
             UserError: a sample can't be loaded.
         """
-        (batch,) = self._source.aside([next(self._requests(epoch, window))])
-        return self._moved(batch)
-
-    def _moved(self, batch: Any) -> Any:
-        options = self._options
-        return batch if options.device is None else to_device(batch, options.device, float_dtype=options.float_dtype)
+        (batch,) = self.load(epoch, window, self.cuts.micro_batches(epoch, window)[:1])
+        return batch
 
     def load(self, epoch: int, index: int, pieces: Sequence[Sequence[int]]) -> Iterator[Any]:
         """Loads micro-batches of given samples of a window to the device; disturbs no iteration under way.
@@ -159,8 +156,9 @@ class WindowLoader:
             pieces: dataset indices of each micro-batch; an empty one gives the window's placeholder.
         """
         placeholder = self.cuts.placeholder(epoch, index)
+        device, float_dtype = self._options.device, self._options.float_dtype
         for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
-            yield self._moved(batch)
+            yield batch if device is None else to_device(batch, device, float_dtype=float_dtype)
 
     def _recutting(self, epoch: int, index: int) -> Recutting:
         cuts = self.cuts

@@ -1,4 +1,4 @@
-"""The cuts of a run's windows: which samples each micro-batch of a rank has, and what changes that on the way."""
+"""Decides which samples each micro-batch of a rank has, for all windows of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CutSchedule:
 
     Attributes:
         plan: as given, but with the micro-batch of `set_sizes`.
-        sizes: how many samples each window has.
+        sizes: numbers of samples of the windows.
         lengths: of all samples, where windows are cut by length: sizes of micro-batches are in tokens then.
         found_sizes: largest micro-batch that was found to fit on each rank; None where the plan says it.
         limits: sizes that micro-batches of each rank have come down to because memory ran out, as far as known.
@@ -127,7 +127,7 @@ class CutSchedule:
 
     @property
     def unit(self) -> str:
-        """What sizes of micro-batches count: "samples", or "tokens" where windows are cut by length."""
+        """The unit of sizes of micro-batches: "samples", or "tokens" where windows are cut by length."""
         return "samples" if self.lengths is None else "tokens"
 
     @property
@@ -184,7 +184,7 @@ class CutSchedule:
         self.limits = (*self.limits[: self.rank], limit, *self.limits[self.rank + 1 :])
         return limit
 
-    # What is measured on the way
+    # Changes by measurements
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import TaskOutput
@@ -28,7 +27,7 @@ from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
-from distaccum.runtime.memory import free_cached_memory, free_memory, is_out_of_memory
+from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
 from distaccum.runtime.nested import tensors_of
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
@@ -203,23 +202,11 @@ class Fitting:
 
     def _measured(self, sample: int, size: int) -> int:
         """Returns the bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
-        seen: dict[int, int] = {}
         if not self._on_cuda:
             module = self.strategy.module
-            members: list[Tensor] = [*module.parameters(), *module.buffers()]
-            known = {part.untyped_storage().data_ptr() for part in local_parts(members)}
-
-            def keep(tensor: Tensor) -> Tensor:
-                part = local_parts([tensor])[0]
-                if part.layout is torch.strided:
-                    storage = part.untyped_storage()
-                    if storage.data_ptr() not in known:
-                        seen[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
+            with KeptForBackward([*module.parameters(), *module.buffers()]) as kept:
                 self._micro_step(sample, size)
-            return sum(seen.values())
+            return kept.bytes
         # Gradients, and what libraries allocate at their first call. Not with a single sample, which BatchNorm refuses.
         self._micro_step(sample, size)
         self._wait()

@@ -19,7 +19,7 @@ from torch import nn
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
-from distaccum.checkpoints import Checkpoint, Checkpointer, Stateful, load_exported
+from distaccum.checkpoints import Checkpoint, Checkpointer, load_exported
 from distaccum.config import ByLengthBatchConfig, Fp16Config, PrecisionConfig, TrainConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMode
@@ -171,9 +171,8 @@ def build_trainer(
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
-    optimizer = build_optimizer(
-        config.optim, strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
-    )
+    parameters = strategy.model.parameters()
+    optimizer = build_optimizer(config.optim, parameters, device, shard=shards_optimizer(config.strategy))
     recovery = _settled(config, plain, world, parts, strategy, optimizer, checkpoint) if config.batch.is_auto else None
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
@@ -182,24 +181,14 @@ def build_trainer(
     grace_seconds = config.checkpoint.grace_seconds if checkpointer is not None else math.inf
     supervision = Supervision(strategy, interruption, world.heartbeat, grace_seconds)
     compile_clock = CompileClock() if compilation is not None else None
-    flags = {
-        **supervision.flags,
-        **(checkpointer.flags if checkpointer is not None else {}),
-        **({COMPILED: compile_clock.has_news} if compile_clock is not None else {}),
-    }
+    flags = supervision.flags | (checkpointer.flags if checkpointer is not None else {})
+    if compile_clock is not None:
+        flags[COMPILED] = compile_clock.has_news
     tuning = _tuning(config, parts.loader, strategy, recovers=recovery is not None)
     accumulator = _accumulator(config, strategy, optimizer, flags, tuning, recovery)
     stopping = config.train.early_stopping
     early_stopping = EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
-    if checkpointer is not None:
-        states: dict[str, Stateful | None] = {
-            "loader": parts.loader,
-            "accumulator": accumulator,
-            "scaler": accumulator.scaler,
-            # The state of another metric would be of no use.
-            f"early_stopping/{stopping.metric}": early_stopping,
-        }
-        checkpointer.states |= {name: entry for name, entry in states.items() if entry is not None}
+    _register_states(checkpointer, parts.loader, accumulator, early_stopping)
     return Trainer(
         updater=Updater(
             task=parts.task,
@@ -278,6 +267,23 @@ def _checkpointer(
         timeout_seconds=config.distributed.timeout_seconds,
         files=[folder.path / METRICS],
     )
+
+
+def _register_states(
+    checkpointer: Checkpointer | None,
+    loader: WindowLoader,
+    accumulator: Accumulator,
+    early_stopping: EarlyStopping | None,
+) -> None:
+    """Registers what belongs to the run besides model, optimizer and generators."""
+    if checkpointer is None:
+        return
+    checkpointer.states |= {"loader": loader, "accumulator": accumulator}
+    if accumulator.scaler is not None:
+        checkpointer.states["scaler"] = accumulator.scaler
+    if early_stopping is not None:
+        # The state of another metric would be of no use.
+        checkpointer.states[f"early_stopping/{early_stopping.metric}"] = early_stopping
 
 
 def _tuning(config: TrainConfig, loader: WindowLoader, strategy: Strategy, *, recovers: bool) -> CutTuning:
