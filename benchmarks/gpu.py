@@ -296,7 +296,7 @@ def largest(scale: Scale, device: torch.device, window: int) -> tuple[int, dict[
     started = time.perf_counter()
     size = Fitting(loader, strategy, lambda module, batch: _task(module, batch, device), optimizer).samples()
     seconds = time.perf_counter() - started
-    loader.set_sizes([size])
+    loader.cuts.set_sizes([size])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     accumulator = Accumulator(model, optimizer, clip_norm=1.0)

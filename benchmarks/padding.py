@@ -140,8 +140,8 @@ class Text:
             micro_batch_size=MICRO_BATCH_SIZE,
             lengths=self.data.lengths if by_length else None,
         )
-        if loader.grouping is not None and self.costs is not None:
-            loader.grouping.costs.change(self.costs, first=0)
+        if by_length and self.costs is not None:
+            loader.cuts.set_costs(self.costs, now=-1 - loader.cuts.windows_ahead)  # in force from the first window on
         accumulator = Accumulator(model, optimizer)
         fit = CostFit()
         for window in itertools.islice(loader, self.windows):

@@ -63,7 +63,7 @@ class Training:
             world_size=world_size,
         )
         self.strategy = strategy
-        self.tuning = CutTuning(self.loader, strategy, balance_speed=balance)
+        self.tuning = CutTuning(self.loader.cuts, strategy, balance_speed=balance)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         self.accumulator = Accumulator(
             strategy.model,
@@ -119,14 +119,9 @@ def on_a_rank(rounds: int, slowed: int) -> None:
             found["ideal"].append(sum(world.gather(alone.epoch())))
             world.gather(None)
         if world.is_main:
-            shares = [
-                sum(sizes) for sizes in trainings[True].loader.plan.cut(GLOBAL_BATCH, shares_of(trainings[True])).sizes
-            ]
+            cuts = trainings[True].loader.cuts
+            shares = [sum(sizes) for sizes in cuts.plan.cut(GLOBAL_BATCH, cuts.shares).sizes]
             print(json.dumps({"found": found, "shares": shares}))
-
-
-def shares_of(training: Training) -> tuple[float, ...] | None:
-    return training.loader.speeds.changes[-1][1]
 
 
 def main() -> None:

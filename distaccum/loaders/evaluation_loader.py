@@ -1,4 +1,4 @@
-"""Evaluation data, each sample on exactly one rank."""
+"""Loads evaluation data, each sample on exactly one rank."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class EvaluationLoader:
         self._source = BatchSource(MicroBatches(dataset, collate_fn, "evaluation", seed=0), self._options)
 
     def set_batch_size(self, batch_size: int) -> None:
-        """Cuts iterations to come into batches of so many samples; with equal batches, all ranks the same way."""
+        """Sets the batch size of iterations to come; with equal batches, for all ranks alike."""
         share = self._share
         self._batches = [range(begin, min(begin + batch_size, share.stop)) for begin in share[::batch_size]]
         self._batches += [range(0)] * (-(-self._largest_share // batch_size) - len(self._batches))
         self.sizes = [len(batch) for batch in self._batches]
 
     def halve(self, said: str) -> None:
-        """Has iterations to come take batches of half the size, as memory has run out.
+        """Halves the batches of iterations to come, as memory has run out.
 
         Args:
-            said: by whom memory was asked for, for the message.
+            said: the error's message.
 
         Raises:
             UserError: batches are of one sample, or ranks take their forwards together.

@@ -1,4 +1,4 @@
-"""How long each sample of a dataset is."""
+"""Finds the length of each sample of a dataset."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 _SAMPLES_TO_COMPARE = 16
-"""Of a remembered scan, to notice when the data has changed under the same name."""
+"""Samples of a cached scan that are compared, to notice when the data has changed under the same name."""
 
 
 def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
-    """The dataset's attribute `lengths`, or what loading every sample once shows, with a progress bar.
+    """Returns the dataset's attribute `lengths`, or else loads every sample once, with a progress bar.
 
     The length of a sample is the largest first dimension of its tensors that have one. Loading leaves the global random
     generators as they were.

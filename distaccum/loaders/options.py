@@ -1,4 +1,4 @@
-"""How samples are loaded and brought to the device."""
+"""Options of loaders, and the copy of micro-batches to the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distaccum.runtime.nested import tensors_of, to_device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderOptions:
-    """How samples are loaded and brought to the device; the names are those of `torch.utils.data.DataLoader`.
+    """Options of loading and of the copy to the device, named as in `torch.utils.data.DataLoader`.
 
     Attributes:
         device: where micro-batches are moved; None leaves them where the collate made them.
@@ -33,7 +33,7 @@ class LoaderOptions:
     non_blocking: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses what can't be, which a loader without workers would leave unread.
+        """Refuses impossible options, which a loader without workers would not read.
 
         Raises:
             UserError: names the option.
@@ -49,6 +49,12 @@ class LoaderOptions:
                 )
 
     @property
+    def windows_ahead(self) -> int:
+        """Most windows that may have begun to load before the one in use is done."""
+        # torch's own default loads two micro-batches ahead for each worker; one more is on its way to the device.
+        return self.num_workers * (self.prefetch_factor or 2) + 2
+
+    @property
     def waits_for_loading(self) -> bool:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
         on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
@@ -56,7 +62,7 @@ class LoaderOptions:
 
 
 def on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:
-    """Micro-batches on the device, in their final floating-point format."""
+    """Yields micro-batches on the device, in their final floating-point format."""
     if options.device is None:
         return batches
     if options.device.type == "cuda" and options.non_blocking:
@@ -98,6 +104,7 @@ def _copied_ahead(batches: Iterator[Any], device: torch.device, float_dtype: tor
 
 
 def size_of(dataset: Any, role: str) -> int:
+    """Returns the number of samples of a map-style dataset; refuses any other, and an empty one."""
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise UserError(
             f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
@@ -118,6 +125,7 @@ def size_of(dataset: Any, role: str) -> int:
 
 
 def placement(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Returns rank and world size as given, or those of the process group, or 0 and 1 without one."""
     if (rank is None) != (world_size is None):
         raise UserError(f"give both rank and world_size or neither; got rank={rank}, world_size={world_size}.")
     if rank is None or world_size is None:

@@ -1,15 +1,20 @@
-"""What an observer is told, and when."""
+"""The records that observers get, and the methods that get them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from distaccum.accumulation.result import UpdateResult
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStart:
-    """Told once, before the first update."""
+    """Reported once, before the first update."""
 
     run_dir: Path | None
     """Folder for all that the run writes, if there is one."""
@@ -24,13 +29,26 @@ class RunStart:
     resumed_update: int = 0
     """Updates done before, by the run that this one goes on from; 0 for a new run."""
     skipped_updates: int = 0
-    """Those of them whose optimizer step was skipped."""
+    """Updates among these whose optimizer step was skipped."""
+
+
+class _OfResult(Generic[T]):
+    """An attribute of an `UpdateRecord` that is the field of the same name of its `result`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, record: UpdateRecord, owner: type) -> T:
+        value: T = getattr(record.result, self._name)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateRecord:
-    """Told after each update. Counts and means run over all ranks."""
+    """Reported after each update. Counts and means run over all ranks."""
 
+    result: UpdateResult
+    """The result of the accumulator, as it returned it."""
     update: int
     """Number of the update, from 1."""
     epoch: int
@@ -39,57 +57,74 @@ class UpdateRecord:
     """Samples trained on since the start of the run, this window included."""
     window_samples: int
     """Samples of this window, over all ranks."""
-    loss: float
-    """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
-    grad_norm: float
-    """Norm of the window's mean gradient before clipping, over all parameters together."""
     lr: float
     """Learning rate of the first parameter group."""
-    micro_steps: int
-    """Micro-steps of this rank; rank 0 never has fewer than another."""
-    weight: float
-    """Σ weight: samples, valid tokens, pixels."""
-    update_seconds: float
-    """Wall time of the window, loading included."""
-    samples_per_second: float
-    sync_calls: int
-    """Collectives that carried gradients."""
-    sync_bytes: int
-    """Bytes that this rank handed to them."""
     metrics: dict[str, float]
     """The task's metrics over the window (`accuracy`, …)."""
-    data_seconds: float
-    """Part of `update_seconds` spent waiting for micro-batches."""
-    sync_seconds: float
-    """Part of `update_seconds` spent waiting for the network and for the other ranks."""
-    noise_scale: float | None = None
-    """Gradient noise scale in samples, smoothed; infinite while the gradient can't be told from noise. None in updates
-    in which it is not measured, as the two after it."""
-    noise_scale_error: float | None = None
-    """Standard error of it; infinite while there is one measurement."""
-    coherence: float | None = None
-    """Of this window's micro-gradients: mean pairwise inner product over mean square."""
-    skipped: bool
-    """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
     compile_seconds: float = 0.0
     """Part of `update_seconds` that rank 0 spent compiling."""
     peak_memory_bytes: int | None = None
     """This rank's highest point so far: device memory on CUDA, resident set on CPU. Looked up at updates 1, 2, 4, 8, …
     and each hundredth; None at the others."""
 
-    def known(self) -> dict[str, Any]:
-        """All fields but those that are None, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    loss = _OfResult[float]()
+    """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
+    grad_norm = _OfResult[float]()
+    """Norm of the window's mean gradient before clipping, over all parameters together."""
+    micro_steps = _OfResult[int]()
+    """Micro-steps of this rank; rank 0 never has fewer than another."""
+    weight = _OfResult[float]()
+    """Σ weight: samples, valid tokens, pixels."""
+    sync_calls = _OfResult[int]()
+    """Collectives that carried gradients."""
+    sync_bytes = _OfResult[int]()
+    """Bytes that this rank handed to them."""
+    data_seconds = _OfResult[float]()
+    """Part of `update_seconds` spent waiting for micro-batches."""
+    sync_seconds = _OfResult[float]()
+    """Part of `update_seconds` spent waiting for the network and for the other ranks."""
+    noise_scale = _OfResult[float | None]()
+    """Gradient noise scale in samples, smoothed; infinite while the gradient can't be distinguished from noise. None in
+    updates in which it is not measured, as the two after it."""
+    noise_scale_error = _OfResult[float | None]()
+    """Standard error of it; infinite while there is one measurement."""
+    coherence = _OfResult[float | None]()
+    """Mean pairwise inner product of this window's micro-gradients over their mean square."""
+    skipped = _OfResult[bool]()
+    """True when the optimizer did not step: an overflow under fp16, or `train.on_nonfinite=skip`."""
+
+    @property
+    def update_seconds(self) -> float:
+        """Wall time of the window, loading included."""
+        return self.result.seconds
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples of the window over `update_seconds`."""
+        return self.window_samples / self.update_seconds
 
     @property
     def compute_seconds(self) -> float:
-        """What is left of `update_seconds`."""
+        """The rest of `update_seconds`."""
         return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
+
+    def known(self) -> dict[str, Any]:
+        """Returns all that is recorded of the update (`RECORDED`) and is not None, by name."""
+        values = {name: getattr(self, name) for name in RECORDED}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+RECORDED = (
+    *(entry.name for entry in fields(UpdateRecord) if entry.name != "result"),
+    *(name for name, value in vars(UpdateRecord).items() if isinstance(value, _OfResult)),
+    *("update_seconds", "samples_per_second"),
+)
+"""Names of what is recorded of each update. A task's metrics have other ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRecord:
-    """Told after each evaluation."""
+    """Reported after each evaluation."""
 
     update: int
     """Updates done when the evaluation was made."""
@@ -103,13 +138,13 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEnd:
-    """Told once, after the last evaluation."""
+    """Reported once, after the last evaluation."""
 
     updates: int
     samples: int
     skipped_updates: int
     stopped_early: str | None
-    """Why the run ended before its last update, or None."""
+    """The reason why the run ended before its last update, or None."""
     interrupted: str | None = None
     """The signal (`SIGTERM`, …) that the run was asked to stop by, when it is to be started again; else None."""
     is_saved: bool = True
@@ -133,9 +168,9 @@ class RunEnd:
     compute_share: float
     sync_share: float
     peak_memory_bytes: int
-    """Of the rank that used most: device memory on CUDA, resident set on CPU."""
+    """Highest point on the rank that used most: device memory on CUDA, resident set on CPU."""
     peak_memory_kind: str
-    """What `peak_memory_bytes` measures, in words."""
+    """Name of what `peak_memory_bytes` measures."""
     run_dir: Path | None
 
 
@@ -147,16 +182,16 @@ class Observer:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """Before the first update."""
+        """Called before the first update."""
 
     def on_update(self, record: UpdateRecord) -> None:
-        """After each update."""
+        """Called after each update."""
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
-        """After each evaluation."""
+        """Called after each evaluation."""
 
     def on_end(self, end: RunEnd) -> None:
-        """After the last evaluation of a run that came to its end."""
+        """Called at the end of a run that has not failed."""
 
     def close(self) -> None:
-        """Last of all, also when the run ended with an error: release what is held."""
+        """Releases what is held. Called last, also when the run ended with an error."""

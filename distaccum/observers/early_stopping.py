@@ -1,4 +1,4 @@
-"""When to stop because the evaluations no longer get better."""
+"""Decides when to stop because the evaluations no longer get better."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """True when it is time to stop."""
+        """Whether it is time to stop."""
         return self.evaluations - self.best_evaluation >= self.patience
 
     @property
     def reason(self) -> str:
-        """Why the run stops, for people."""
+        """The reason why the run stops, in words."""
         count = f"{self.patience} evaluation{'s' if self.patience > 1 else ''}"
         if self.best is None:
             return f"{words(self.metric)} was not finite in {count}"
         return f"{words(self.metric)} has not improved on {number(self.best)} for {count}"
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """What a checkpoint must keep so that a resumed run stops where an unbroken one would."""
+        """Returns the state with which a resumed run stops where an unbroken one would."""
         return {"best": self.best, "best_evaluation": self.best_evaluation, "evaluations": self.evaluations}
 
     def load_state_dict(self, state: dict[str, float | int | None]) -> None:

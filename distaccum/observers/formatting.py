@@ -1,4 +1,4 @@
-"""Numbers as people read them: short, and of nearly the same width from line to line."""
+"""Formats numbers for people: short, and of nearly the same width from line to line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def number(value: float, decimals: int = 4) -> str:
-    """`value` with so many decimals, fewer from 10 up, and an exponent where those would hide it.
+    """Formats `value` with so many decimals, fewer from 10 up, and an exponent where those would hide it.
 
     >>> number(0.43121), number(43.121), number(0.00004)
     ('0.4312', '43.121', '4.00e-05')
@@ -22,7 +22,7 @@ def number(value: float, decimals: int = 4) -> str:
 
 
 def noise_text(scale: float, error: float) -> str:
-    """A noise scale and its error, in samples.
+    """Formats a noise scale and its error, in samples.
 
     >>> noise_text(812.4, 35.2), noise_text(812.4, math.inf), noise_text(math.inf, math.inf)
     ('812 ± 35', '812', 'unknown')
@@ -34,7 +34,7 @@ def noise_text(scale: float, error: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A speed in three digits or more.
+    """Formats a speed in three digits or more.
 
     >>> rate(3214.4), rate(32.14), rate(0.3214)
     ('3,214', '32.1', '0.32')
@@ -45,7 +45,7 @@ def rate(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds; hours go on counting past a day.
+    """Formats seconds as hours, minutes and seconds; hours go on counting past a day.
 
     >>> clock(14.2), clock(93784)
     ('0:00:14', '26:03:04')
@@ -57,7 +57,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time that has been measured: with tenths of a second below a minute.
+    """Formats a measured time, with tenths of a second below a minute.
 
     >>> duration(14.23), duration(74.2)
     ('14.2 s', '0:01:14')
@@ -66,7 +66,7 @@ def duration(seconds: float) -> str:
 
 
 def byte_size(count: int) -> str:
-    """Bytes in the binary unit that leaves one to four digits before the point.
+    """Formats bytes in the binary unit that leaves one to four digits before the point.
 
     >>> byte_size(512), byte_size(432_328_704)
     ('512 B', '412.3 MiB')
@@ -80,12 +80,12 @@ def byte_size(count: int) -> str:
 
 
 def words(name: str) -> str:
-    """The name of a metric or a reference, in words: `unigram_entropy` is `unigram entropy`."""
+    """Returns the name of a metric or a reference in words: `unigram_entropy` is `unigram entropy`."""
     return name.replace("_", " ")
 
 
 def evaluation_text(metrics: Mapping[str, float], references: Mapping[str, float]) -> str:
-    """An evaluation's metrics, with the losses to compare the loss with right behind it.
+    """Formats an evaluation's metrics, with the losses to compare the loss with right behind it.
 
     >>> evaluation_text({"loss": 2.1, "accuracy": 0.98}, {"unigram_entropy": 3.2})
     'loss 2.1000 (unigram entropy 3.2000), accuracy 0.9800'

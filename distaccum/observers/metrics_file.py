@@ -1,4 +1,4 @@
-"""The run's numbers as JSON Lines, for scripts."""
+"""Writes the run's numbers as JSON Lines, for scripts."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ class MetricsFile(Observer):
         self._ended = end.interrupted is None
 
     def close(self) -> None:
-        """Writes what had to wait.
+        """Writes the lines that had to wait.
 
         Raises:
-            UserError: there is still no room, although the run has come to its end. Of a run that ends with an error
-                or is to be started again, this is a message only.
+            UserError: there is still no room, although the run has come to its end. If it ends with an error or is to
+                be started again, this is only logged.
         """
         file, self._file = self._file, None
         error = file.close() if file is not None else None
@@ -132,7 +132,7 @@ class MetricsFile(Observer):
 
 
 def _shown(ranges: list[tuple[int, int]], at_most: int = 10) -> str:
-    """`3, 7-9, 12`"""
+    """Formats ranges of numbers: `3, 7-9, 12`."""
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:at_most]]
     return ", ".join(texts) + (", …" if len(ranges) > at_most else "")
 

@@ -1,5 +1,5 @@
-"""Reading a `metrics.jsonl` back, of a run that is finished, killed or still running, by any version; and keeping
-those of its lines that a run has use for that goes on after an update."""
+"""Reads the `metrics.jsonl` of a run that is finished, killed or still running, by any version; and cuts it down to the
+lines before the update that a run goes on after."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Metrics:
         return int(self.updates[-1]["update"]) - len(self.updates) if self.updates else 0
 
     def values(self, key: str) -> list[tuple[float, float]]:
-        """Pairs of update and value, of the updates that have the key. `null` is NaN: it was not finite.
+        """Returns pairs of update and value, for updates that have the key. `null` is NaN: it was not finite.
 
         Args:
             key: as in the file; `metrics/accuracy` for one of the task's.
@@ -37,11 +37,11 @@ class Metrics:
         return _values(self.updates, key)
 
     def evaluated(self, metric: str) -> list[tuple[float, float]]:
-        """The same of the evaluations."""
+        """Returns the same for a metric of the evaluations."""
         return _values(self.evaluations, f"eval/{metric}")
 
     def evaluation_metrics(self) -> list[str]:
-        """Names of the evaluations' metrics, the loss first."""
+        """Returns the names of the evaluations' metrics, the loss first."""
         names = dict.fromkeys(name for line in self.evaluations for name in line["eval"])
         return sorted(names, key=lambda name: name != "loss")
 
@@ -67,7 +67,7 @@ def _number(value: Any) -> float:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads what can be read.
+    """Reads all lines that can be read.
 
     Raises:
         OSError: the file can't be read.
@@ -98,7 +98,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 class _Key(NamedTuple):
-    """What a line tells of. Sorted, an update comes before its evaluation."""
+    """The subject of a line. Sorted, an update comes before its evaluation."""
 
     update: int
     is_evaluation: bool
@@ -113,12 +113,12 @@ class _Place(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class KeptLines:
-    """What `keep_lines` found."""
+    """The findings of `keep_lines`."""
 
     unreadable: list[int] = field(default_factory=list)
     """Numbers, from 1, of lines among those kept that are no JSON objects with an update; they were dropped."""
     repeated: int = 0
-    """Lines about something that a later line tells of too; they were dropped."""
+    """Number of lines whose subject a later line has too; they were dropped."""
     missing: list[tuple[int, int]] = field(default_factory=list)
     """First and last of updates in a row that have no line."""
     last_evaluated: int = -1
@@ -155,7 +155,7 @@ def keep_lines(source: Path | None, target: Path, last_update: int) -> KeptLines
 
 
 def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]:
-    """Where the lines are that are wanted."""
+    """Returns the places of the wanted lines."""
     places: dict[_Key, _Place] = {}
     unreadable = []
     last_wanted = offset = 0
@@ -186,7 +186,7 @@ def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:
 
 
 def _end_of_prefix(places: list[_Place]) -> int | None:
-    """Where these lines end, if they are what the file begins with."""
+    """Returns the end of these lines if the file begins with them, else None."""
     end = 0
     for place in places:
         if place.offset != end or not place.is_whole:

@@ -1,4 +1,4 @@
-"""The run as seen on the console: a bar on a terminal, plain lines in a pipe or a batch job's log."""
+"""Shows the run on the console: a bar on a terminal, plain lines in a pipe or a batch job's log."""
 
 from __future__ import annotations
 
@@ -116,8 +116,10 @@ class Progress(Observer):
             self._print_update(record, self._remaining_seconds(record, time.monotonic()))
 
     def _remaining_seconds(self, record: UpdateRecord, now: float) -> float:
-        """Time left at the pace since the first update of this process, evaluations and all. That one itself, which
-        warms things up and may compile, counts only as long as there is no other."""
+        """Returns the time left at the pace since the first update of this process, evaluations and all.
+
+        The first update itself, which warms things up and may compile, counts only as long as there is no other.
+        """
         if self._first is None:
             self._first = record.update, now
         first_update, first_time = self._first
@@ -126,7 +128,7 @@ class Progress(Observer):
         return pace * max(0, self._total_updates - record.update)
 
     def _fields(self, record: UpdateRecord, remaining_seconds: float) -> dict[str, tuple[str, str]]:
-        """What is shown of an update, in order: a long text and a short one by name. Metrics are named `metric…`."""
+        """Returns the fields shown of an update, in order: a long text and a short one by name (metrics: `metric…`)."""
         speed = rate(record.samples_per_second)
         texts = {
             "count": (_count(record.update, self._total_updates),) * 2,
@@ -149,14 +151,14 @@ class Progress(Observer):
         self._print(Text("update " + (" " * _GAP).join(text for text, _ in fields.values())))
 
     def _print_rows(self, rows: list[tuple[str, str]]) -> None:
-        """Two aligned columns; what is too long for a terminal's line goes on beneath itself."""
+        """Prints two aligned columns; a text too long for a terminal's line goes on beneath itself."""
         for label, value in rows:
             text = Text(f"{label:<{_LABEL_WIDTH}}", style="dim")
             text.append(Text(self._wrapped(value, column=_LABEL_WIDTH, indent=_LABEL_WIDTH), style="not dim"))
             self._print(text)
 
     def _wrapped(self, text: str, column: int, indent: int) -> str:
-        """`text`, which starts at `column`, with line breaks between words for a terminal; none for a pipe.
+        """Returns `text`, which starts at `column`, with line breaks between words for a terminal; none for a pipe.
 
         A word that is longer than a line, such as a path, stays whole to be copied.
         """
@@ -178,7 +180,7 @@ def _count(update: int, total_updates: int) -> str:
 
 
 class _Bar:
-    """One line: the bar, and as much beside it as there is room for.
+    """One line with the bar, and as much beside it as there is room for.
 
     What has been shortened or left out at some width stays so at that width: otherwise fields would come and go as
     numbers gain and lose a digit.
@@ -218,7 +220,7 @@ class _Bar:
         yield grid
 
     def _versions(self) -> Iterator[list[str]]:
-        """The texts in full, then shorter and shorter ones."""
+        """Yields the texts in full, then shorter and shorter ones."""
         yield [long for long, _ in self._texts.values()]
         texts = {name: short for name, (_, short) in self._texts.items()}
         yield list(texts.values())

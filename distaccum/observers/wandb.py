@@ -1,4 +1,4 @@
-"""The run's numbers in Weights & Biases."""
+"""Logs the run's numbers to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SERVICE = "WANDB_SERVICE"
 """Environment variable that leads to wandb's background process, set while there is one."""
 
 _SECONDS_TO_END = 30.0
-"""What wandb may take at the end of a run to send what is left."""
+"""Time for wandb to send the rest at the end of a run."""
 _MOST_WAITING = 10_000
 """Updates that may wait for a background process that takes none."""
 
@@ -118,7 +118,7 @@ class Wandb(Observer):
             self._lose("its background process takes nothing")
 
     def _run_id(self) -> str:
-        """What wandb knows the run by: that of an earlier start in this folder, or a new one."""
+        """Returns wandb's id of the run: that of an earlier start in this folder, or a new one."""
         path = self._run_dir / "wandb" / "run_id"
         if path.exists():
             written = path.read_bytes().strip().decode("ascii", "replace")
@@ -225,7 +225,7 @@ class _Session:
             wandb.teardown(exit_code)
         except Exception as error:
             logger.debug("wandb could not be ended in good order", exc_info=error)
-        except SystemExit as error:  # how wandb tells that its background process failed
+        except SystemExit as error:  # how wandb reports that its background process failed
             logger.warning(
                 "wandb's background process ended with status %s: what it logged may be incomplete.", error.code
             )
@@ -238,7 +238,7 @@ class _Session:
 
 @contextmanager
 def _redacted_command_line() -> Iterator[None]:
-    """wandb keeps the arguments of the command line; those that are secret are not for it."""
+    """Hides secret arguments of the command line from wandb, which stores them."""
     before = sys.argv
     sys.argv = [*before[:1], *redacted_arguments(before[1:])]
     try:

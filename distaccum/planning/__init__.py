@@ -13,12 +13,14 @@ from distaccum.planning.batch_plan import (
     split_evenly,
     window_bounds,
 )
+from distaccum.planning.cut_schedule import CutSchedule
 from distaccum.planning.order import EpochOrder, shuffled
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_SIZE",
     "BatchPlan",
     "Cut",
+    "CutSchedule",
     "EpochOrder",
     "check_base_size",
     "check_data_size",

@@ -16,13 +16,13 @@ DEFAULT_MICRO_BATCH_SIZE = 16
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Sizes of `parts` parts of `total` that differ by at most one, larger parts first."""
+    """Returns the sizes of `parts` parts of `total` that differ by at most one, larger parts first."""
     small, larger_parts = divmod(total, parts)
     return [small + 1] * larger_parts + [small] * (parts - larger_parts)
 
 
 def split_by_speed(total: int, speeds: Sequence[float]) -> list[int]:
-    """Sizes of parts of `total` in proportion to speeds, each at least 1; the largest remainders are rounded up."""
+    """Splits `total` in proportion to speeds, each part at least 1; the largest remainders are rounded up."""
     spare = total - len(speeds)
     exact = [spare * speed / sum(speeds) for speed in speeds]
     sizes = [1 + int(part) for part in exact]
@@ -33,7 +33,7 @@ def split_by_speed(total: int, speeds: Sequence[float]) -> list[int]:
 
 
 def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
-    """First position and position after the last of each window of an epoch."""
+    """Returns the first position and the position after the last of each window of an epoch."""
     bounds = [
         (start, min(start + global_batch_size, num_samples)) for start in range(0, num_samples, global_batch_size)
     ]
@@ -44,7 +44,7 @@ def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = Fa
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How one window is dealt to ranks and micro-steps.
+    """The samples of one window, dealt to ranks and micro-steps.
 
     Attributes:
         sizes: for each rank, the number of samples of each of its micro-steps. A size of 0 is a placeholder: a
@@ -58,7 +58,7 @@ class Cut:
         return sum(map(sum, self.sizes))
 
     def micro_batches(self, rank: int) -> Iterator[tuple[int, int]]:
-        """Bounds of a rank's micro-batches, as positions in the window."""
+        """Yields the bounds of a rank's micro-batches, as positions in the window."""
         stop = sum(sum(sizes) for sizes in self.sizes[:rank])
         for size in self.sizes[rank]:
             start, stop = stop, stop + size
@@ -115,10 +115,10 @@ class BatchPlan:
         return max(1, -(-share // self.micro_batch_size))
 
     def explain(self, num_samples: int | None = None, drop_last: bool = False, how: str | None = None) -> str:
-        """One line that says how a window is cut, and what an epoch's last window looks like if it is smaller.
+        """Says in one line how a window is cut, and how large an epoch's last window is if it is smaller.
 
         Args:
-            how: what a rank's part looks like, if it is not cut evenly.
+            how: describes a rank's part, if it is not cut evenly.
         """
         windows = window_bounds(num_samples, self.global_batch_size, drop_last) if num_samples else []
         full = min(self.global_batch_size, num_samples) if num_samples else self.global_batch_size
@@ -209,7 +209,7 @@ def check_base_size(plan: BatchPlan, base: int) -> None:
     """Refuses a schedule of sizes that was made for another global batch.
 
     Raises:
-        UserError: as said.
+        UserError: names both numbers.
     """
     if base != plan.global_batch_size:
         raise UserError(
@@ -222,7 +222,7 @@ def check_data_size(plan: BatchPlan, num_samples: int, drop_last: bool) -> None:
     """Refuses a dataset with fewer samples than ranks, or than one window when small windows are left out.
 
     Raises:
-        UserError: as said.
+        UserError: names both numbers.
     """
     if num_samples < plan.world_size:
         raise UserError(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.errors import UserError
-from distaccum.planning import BatchPlan
+from distaccum.planning.batch_plan import BatchPlan
 
 _MOST_BLOCKS = 512
 """Windows of more samples than this are grouped in blocks of several, which bounds the time that it takes."""
@@ -23,7 +23,7 @@ _MOST_BLOCKS = 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostModel:
-    """What a micro-batch of n samples, padded to length L, costs: n L (1 + quadratic · L) + overhead.
+    """The cost of a micro-batch of n samples, padded to length L: n L (1 + quadratic · L) + overhead.
 
     In units of one token of a short sequence. The quadratic term is attention's, the overhead that of a forward and
     backward however small.
@@ -55,7 +55,7 @@ def cut_by_length(
         lengths: of the window's samples, by their position in it; at least 1 each.
         max_tokens: most tokens in a micro-batch, padding included. A longer sample is a micro-batch of its own.
         equal_micro_steps: give all ranks the same number of micro-steps.
-        costs: what a micro-batch costs.
+        costs: of a micro-batch.
         speeds: of the ranks, which then get costs in proportion to them. Default: all alike.
 
     Returns:
@@ -118,7 +118,7 @@ def _cheapest_groups(
 def _dealt(
     groups: list[NDArray[np.int64]], lengths: NDArray[np.int64], speeds: Sequence[float], costs: CostModel
 ) -> list[list[NDArray[np.int64]]]:
-    """Groups to ranks, so that the rank that takes longest takes little longer than the others."""
+    """Deals groups to ranks, so that the rank that takes longest takes little longer than the others."""
     speeds = [speed / max(speeds) for speed in speeds]
     while True:
         ranks: list[list[NDArray[np.int64]]] = [[] for _ in speeds]
@@ -152,7 +152,7 @@ def _split_largest(rank: list[NDArray[np.int64]], lengths: NDArray[np.int64], co
 
 
 class Grouping:
-    """The cuts by length of a run's windows, as functions of the window and of the costs in force for it.
+    """Cuts a run's windows by length, each by the costs in force for it.
 
     Args:
         lengths: of all samples of the dataset.
@@ -187,12 +187,12 @@ class Grouping:
     def cut(
         self, samples: NDArray[np.int64], number: int, speeds: Sequence[float] | None = None
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """How a window is cut: positions in it, for each rank and micro-step.
+        """Cuts a window; returns positions in it, for each rank and micro-step.
 
         Args:
             samples: the window's samples, by their indices in the dataset.
             number: of the window, counted over all epochs.
-            speeds: of the ranks, as they are in force for the window.
+            speeds: of the ranks, in force for the window.
         """
         if number not in self._known:
             if len(self._known) >= 4:  # the one in use, and those that are being loaded ahead
@@ -208,12 +208,12 @@ class Grouping:
         return self._known[number]
 
     def cost(self, groups: Iterable[Sequence[int]], number: int) -> float:
-        """What micro-batches of these samples (indices in the dataset) cost together in a window."""
+        """Returns the cost of micro-batches (of indices in the dataset) together in a window."""
         costs = self.costs.at(number)
         return sum(_cost(np.asarray(group, dtype=np.int64), self.lengths, costs) for group in groups)
 
     def explain(self) -> str:
-        """What a rank's part of a window looks like, in words."""
+        """Describes a rank's part of a window."""
         return f"micro-steps of at most {self.max_tokens} tokens, by length"
 
 
@@ -229,6 +229,11 @@ class Timeline(Generic[T]):
     def at(self, number: int) -> T:
         """The value in force for a window."""
         return next((value for first, value in reversed(self.changes) if first <= number), self.changes[0][1])
+
+    @property
+    def latest(self) -> T:
+        """The value that was put in force last."""
+        return self.changes[-1][1]
 
     def change(self, value: T, first: int, now: int = 0) -> None:
         """Puts another value in force, from a window on that no rank has begun to load.
@@ -247,11 +252,11 @@ class CostFit:
         self._rows: list[tuple[float, float, float]] = []
 
     def add(self, count: int, length: int, seconds: float) -> None:
-        """One micro-step: samples, length that they were padded to, and how long it took."""
+        """Adds a micro-step: its samples, the length that they were padded to, and its seconds."""
         self._rows.append((float(count), float(length), seconds))
 
     def fit(self) -> CostModel | None:
-        """The fitted model; None as long as too little has been seen to tell its terms apart."""
+        """Returns the fitted model; None as long as too little has been measured to separate its terms."""
         if len(self._rows) < 8 or len({length for _, length, _ in self._rows}) < 4:
             return None
         count, length, seconds = np.array(self._rows).T

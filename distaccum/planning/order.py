@@ -1,4 +1,4 @@
-"""The order of an epoch's samples: a permutation that can be entered at any place."""
+"""Orders an epoch's samples by a permutation that can be evaluated at any position."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FEISTEL_ROUNDS = 8
 def shuffled(
     positions: Sequence[int] | NDArray[np.int64], num_samples: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """The sample that stands at each position of an epoch's random order.
+    """Returns the samples at positions of an epoch's random order.
 
     The order is a permutation of `range(num_samples)`, evaluated only where it is asked for: a rank computes the
     samples of its own micro-batches and no others, and a resumed run jumps to any update at once. It is defined here
@@ -72,7 +72,7 @@ class EpochOrder:
         self._blocks: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at the positions from `start` to `stop - 1` of an epoch."""
+        """Returns the samples at the positions from `start` to `stop - 1` of an epoch."""
         if stop - start >= self._BLOCK:
             return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch)
         parts = [

@@ -1,4 +1,4 @@
-"""Cutting micro-batches smaller: which samples go together once the larger micro-batch has not fitted into memory.
+"""Cuts micro-batches smaller once they have not fitted into memory.
 
 Sizes are in samples, or in tokens with padding where the samples' lengths are known. Indices in, indices out.
 """
@@ -10,23 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.planning import split_evenly
+from distaccum.planning.batch_plan import split_evenly
 
 
 def size_of(samples: Sequence[int], lengths: NDArray[np.int64] | None) -> int:
-    """The size of a micro-batch: its samples; or with `lengths` (of all samples) its tokens, padding included."""
+    """Returns a micro-batch's size: its samples; or with `lengths` (of all samples) its tokens, padding included."""
     if lengths is None or not samples:
         return len(samples)
     return len(samples) * int(lengths[list(samples)].max())
 
 
 def size_of_half(samples: Sequence[int], lengths: NDArray[np.int64] | None) -> int:
-    """The size that half a micro-batch may have, wherever its longest sample ends up."""
+    """Returns the size that half a micro-batch may have, wherever its longest sample ends up."""
     return size_of(samples, lengths) // max(1, len(samples)) * ((len(samples) + 1) // 2)
 
 
 def recut(pieces: Sequence[Sequence[int]], limit: int, lengths: NDArray[np.int64] | None) -> list[list[int]]:
-    """A rank's micro-batches of one window, cut so that none is larger than the limit, unless it is a single sample.
+    """Cuts a rank's micro-batches of one window, so that none is larger than the limit unless it is a single sample.
 
     Without lengths the rank's samples are dealt out anew, evenly and in order; with them, only what is too large is
     cut.

@@ -15,13 +15,13 @@ from distaccum.errors import UserError, require
 _WORTH_A_CHANGE = 1.2
 """Sizes that follow the noise scale stay as they are unless they would change by this factor at least."""
 _FEWEST_MEASUREMENTS = 5
-"""Of the noise scale, before sizes follow it."""
+"""Measurements of the noise scale before sizes follow it."""
 _LARGEST_CHANGE = 2.0
 """The noise scale is known badly at times: sizes change by no more than this factor at once."""
 
 
 class SizeRule(ABC):
-    """How many samples a window is planned to have.
+    """A rule for the planned number of samples of each window.
 
     Attributes:
         base: the size at which the learning rate is as configured.
@@ -34,10 +34,7 @@ class SizeRule(ABC):
 
     @abstractmethod
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
-        """The size of a window, and the first window at which this may be another, before the epoch ends.
-
-        None: not in this epoch.
-        """
+        """Returns the size of a window, and the first window at which it may change; None if not in this epoch."""
 
     @abstractmethod
     def is_settled(self, epoch: int, number: int) -> bool:
@@ -45,11 +42,11 @@ class SizeRule(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The rule in words. Equal words, equal windows."""
+        """Describes the rule. Equal words mean equal windows."""
 
 
 class ConstantSize(SizeRule):
-    """The same for all windows."""
+    """One size for all windows."""
 
     def __init__(self, size: int) -> None:
         self.base = self.smallest = self.largest = size
@@ -100,7 +97,7 @@ class SizeTable(SizeRule):
 
 
 class SizeRamp(SizeRule):
-    """From one size to another in a straight line over the updates, rounded down.
+    """A straight line from one size to another over the updates, rounded down.
 
     Args:
         base: the size at the end.
@@ -125,7 +122,7 @@ class SizeRamp(SizeRule):
 
 
 class NoiseSizes(SizeRule):
-    """The noise scale between two bounds, in multiples of the lower one.
+    """Sizes that follow the noise scale between two bounds, in multiples of the lower one.
 
     Where a batch is as large as the noise scale, neither samples nor updates are wasted by more than a factor of two
     (McCandlish et al. 2018, section 2.3).
@@ -150,11 +147,11 @@ class NoiseSizes(SizeRule):
         return number >= self.changes[-1][0]
 
     def wanted(self, noise_scale: float, measurements: int) -> int | None:
-        """The size to change to; None to stay with the one chosen last.
+        """Returns the size to change to; None to stay with the one chosen last.
 
         Args:
-            noise_scale: in samples; infinite where the gradient can't be told from noise.
-            measurements: that it was told from.
+            noise_scale: in samples; infinite where the gradient can't be distinguished from noise.
+            measurements: number of measurements behind it.
         """
         if measurements < _FEWEST_MEASUREMENTS:
             return None
@@ -172,7 +169,7 @@ class BatchSizes:
     """The windows of a run: where they begin and end in the order of their epoch, and how they are numbered.
 
     Args:
-        rule: how many samples each is planned to have.
+        rule: the planned size of each.
         num_samples: in an epoch.
         drop_last: leave out an epoch's last window when it is smaller than planned.
     """
@@ -181,13 +178,13 @@ class BatchSizes:
 
     def __init__(self, rule: SizeRule, num_samples: int, drop_last: bool = False) -> None:
         self.rule = rule
-        self._num_samples = num_samples
-        self._drop_last = drop_last
+        self.num_samples = num_samples
+        self.drop_last = drop_last
         self._firsts = [0]
         self._bounds: dict[int, list[tuple[int, int]]] = {}
 
     def check(self, world_size: int) -> None:
-        """Refuses sizes that can't be had.
+        """Refuses impossible sizes.
 
         Raises:
             UserError: a window would have fewer samples than there are ranks, or all would be left out.
@@ -198,10 +195,10 @@ class BatchSizes:
                 f"{world_size} ranks: a window needs at least one sample per rank. Raise its smallest size or "
                 "start fewer ranks."
             )
-        if self._drop_last and self.rule.largest > self._num_samples:
+        if self.drop_last and self.rule.largest > self.num_samples:
             raise UserError(
                 f"batch.schedule ({self.rule}) has windows of {self.rule.largest} samples, more than the "
-                f"{self._num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
+                f"{self.num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
                 "largest size or set batch.drop_last=false."
             )
 
@@ -210,24 +207,24 @@ class BatchSizes:
         return isinstance(self.rule, ConstantSize)
 
     def bounds(self, epoch: int) -> list[tuple[int, int]]:
-        """First position and position after the last of each window of an epoch."""
+        """Returns the first position and the position after the last of each window of an epoch."""
         key = 0 if self.is_constant else epoch
         if key not in self._bounds:
             if len(self._bounds) >= self._KEPT:
                 self._bounds.pop(next(iter(self._bounds)))
             self._bounds[key] = [
-                (start, min(start + size, self._num_samples))
+                (start, min(start + size, self.num_samples))
                 for begin, size, count in self._runs(key, self.first_number(key))
                 for start in range(begin, begin + count * size, size)
             ]
         return self._bounds[key]
 
     def count(self, epoch: int) -> int:
-        """Windows in an epoch."""
+        """Returns the number of windows in an epoch."""
         return len(self.bounds(epoch))
 
     def first_number(self, epoch: int) -> int:
-        """Windows in all epochs before."""
+        """Returns the number of windows in all epochs before."""
         while len(self._firsts) <= epoch:
             last = len(self._firsts) - 1
             first = self._firsts[last]
@@ -236,14 +233,23 @@ class BatchSizes:
             self._firsts.append(first + self._count_from(last, first))
         return self._firsts[epoch]
 
+    def number(self, epoch: int, index: int) -> int:
+        """Returns the number of a window, counted over all epochs."""
+        return self.first_number(epoch) + index
+
+    def size(self, epoch: int, index: int) -> int:
+        """Returns the number of samples of a window."""
+        start, stop = self.bounds(epoch)[index]
+        return stop - start
+
     def planned(self, epoch: int, index: int) -> int:
-        """The planned size of a window, which its epoch's last one may fall short of."""
-        return self.rule.at(epoch, self.first_number(epoch) + index)[0]
+        """Returns the planned size of a window; its epoch's last one may be smaller."""
+        return self.rule.at(epoch, self.number(epoch, index))[0]
 
     def ratio(self, epoch: int, index: int) -> float:
-        """The planned size of a window over the one that the learning rate is given for."""
-        planned = min(self.planned(epoch, index), self._num_samples)
-        return planned / min(self.rule.base, self._num_samples)
+        """Returns the planned size of a window over the one that the learning rate is given for."""
+        planned = min(self.planned(epoch, index), self.num_samples)
+        return planned / min(self.rule.base, self.num_samples)
 
     def change(self, size: int, first: int) -> None:
         """Puts another size in force, from a window on that no rank has begun to load. For `NoiseSizes` alone."""
@@ -252,11 +258,11 @@ class BatchSizes:
         self._set_changes([*self.rule.changes, (first, size)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The sizes that were chosen on the way. All else follows from the plan."""
+        """Returns the sizes that were chosen on the way. All else follows from the plan."""
         return {"size_changes": self.rule.changes} if isinstance(self.rule, NoiseSizes) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Repeats the sizes of `state_dict()`'s answer."""
+        """Restores the sizes of `state_dict()`'s answer."""
         if isinstance(self.rule, NoiseSizes) and "size_changes" in state:
             changes: Sequence[Sequence[int]] = state["size_changes"]
             require(
@@ -275,12 +281,12 @@ class BatchSizes:
         return sum(count for _, _, count in self._runs(epoch, first_number))
 
     def _runs(self, epoch: int, number: int) -> Iterator[tuple[int, int, int]]:
-        """Runs of windows of one size: position, planned size, number of windows."""
+        """Yields runs of windows of one size: position, planned size, number of windows."""
         position = 0
-        while position < self._num_samples:
+        while position < self.num_samples:
             size, change = self.rule.at(epoch, number)
-            left = self._num_samples - position
-            count = left // size if self._drop_last else -(-left // size)
+            left = self.num_samples - position
+            count = left // size if self.drop_last else -(-left // size)
             # A change of the size comes before a ragged window only if it is that window's own.
             is_end = change is None or change - number > left // size
             if not is_end and change is not None:

@@ -1,4 +1,4 @@
-"""What a task is: a loss as a sum, what it would be averaged over, and metrics as sums."""
+"""Tasks: a loss as a sum, the weight that it is averaged over, and metrics as sums."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CoupledTask(Task):
 
     @abstractmethod
     def embed(self, model: nn.Module, batch: Any) -> Any:
-        """Embeddings of one micro-batch.
+        """Returns the embeddings of one micro-batch.
 
         Returns:
             A tensor with one row for each sample, or a tuple, list or dictionary of such tensors, among which may be
@@ -58,11 +58,11 @@ class CoupledTask(Task):
 
     @abstractmethod
     def window_loss(self, embeddings: Any) -> TaskOutput:
-        """The loss of a whole window, given the rows of all its micro-batches and ranks, in float32 at least.
+        """Returns the loss of a whole window, given the rows of all its micro-batches and ranks, in float32 at least.
 
         It must be the same function on every rank: no random numbers, and no parameters (those belong into the model).
         """
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        """One shot: the batch as a window of its own."""
+        """Takes the batch as a window of its own."""
         return self.window_loss(self.embed(model, batch))

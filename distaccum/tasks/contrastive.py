@@ -37,7 +37,7 @@ class Contrastive(CoupledTask):
             raise UserError(f"task.temperature={temperature} must be greater than 0, or null.")
         if evaluation_samples is not None and evaluation_samples < 2:
             raise UserError(
-                f"task.evaluation_samples={evaluation_samples} is impossible: it takes two samples to tell them apart."
+                f"task.evaluation_samples={evaluation_samples} is impossible: a contrastive loss needs two samples."
             )
         self.temperature = temperature
         self.evaluation_samples = evaluation_samples

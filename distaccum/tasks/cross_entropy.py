@@ -14,7 +14,7 @@ from distaccum.tasks.base import Task
 
 
 class _CrossEntropy(Task):
-    """What the three have in common. Raises a `UserError` in a call, for a micro-batch or logits of another form."""
+    """The common part of the three. Raises a `UserError` in a call, for a micro-batch or logits of another form."""
 
     class_dim: int = 1
     ignore_index = torch.iinfo(torch.int64).min
@@ -24,7 +24,7 @@ class _CrossEntropy(Task):
     _targets_form: tuple[str, ...]
 
     def _computed(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, and the number of classes."""
+        """Returns the summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, number of classes."""
         name = type(self).__name__
         inputs, targets = _inputs_and_targets(batch, name)
         logits = model(inputs)
@@ -138,7 +138,7 @@ class Segmentation(_CrossEntropy):
 
 
 def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:
-    """How many of the chosen pixels each class has, `[classes]`."""
+    """Counts the chosen pixels of each class, `[classes]`."""
     # Not bincount, whose result has a size that the host waits for.
     counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels.device)
     places = torch.where(chosen, labels, classes)
@@ -146,7 +146,7 @@ def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:
 
 
 def _inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """The two tensors of a micro-batch, the targets as int64."""
+    """Returns the two tensors of a micro-batch, the targets as int64."""
     if not (isinstance(batch, tuple | list) and [isinstance(field, Tensor) for field in batch] == [True, True]):
         got = f"a {type(batch).__name__}"
         if isinstance(batch, tuple | list):

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into memory: tried where that is safe, reckoned where it isn't.
+"""Finds the largest micro-batch that fits into memory: by trying where that is safe, else by calculation.
 
 The model's own forward and backward are run, on the costliest sample as often as the micro-batch is large, and
 everything that this changes is put back: gradients, buffers and random generators. What a forward changes besides
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import TaskOutput
@@ -28,7 +27,7 @@ from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
-from distaccum.runtime.memory import free_cached_memory, free_memory, is_out_of_memory
+from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
 from distaccum.runtime.nested import tensors_of
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
@@ -37,13 +36,13 @@ from distaccum.strategies.optimizers import own_optimizer, probe_state
 logger = logging.getLogger(__name__)
 
 _SAMPLES_TO_LOOK_AT = 32
-"""Of which the largest is taken for the costliest there is, where the dataset doesn't say how long its samples are."""
+"""The largest of so many stands for the costliest of all, where the dataset doesn't say how long its samples are."""
 _COARSENESS = 16
 """The search ends when it is known to this part of itself."""
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `fits`, to within a sixteenth; 0 if there is none.
+    """Returns the largest number up to `most` for which `fits`, to within a sixteenth; 0 if there is none.
 
     Doubles from 2 (a single sample is a special case to some layers: BatchNorm refuses it), then bisects.
     """
@@ -68,13 +67,13 @@ class Fitting:
     """Finds the largest micro-batch of one rank.
 
     Attributes:
-        loader: of the windows; none of them is used.
+        loader: of the windows, none of which is consumed.
         strategy: how the model is placed.
-        forward: of the user's own module with a micro-batch.
-        optimizer: whose state will need memory too.
+        forward: runs the user's own module on a micro-batch.
+        optimizer: its state will need memory too.
         lengths: numbers, one for each sample, if the dataset says them.
-        memory_share: part of the free memory to plan with, where sizes are reckoned.
-        ranks_on_host: that share the host's memory.
+        memory_share: part of the free memory to plan with, where sizes are calculated.
+        ranks_on_host: number of ranks that share the host's memory.
     """
 
     loader: WindowLoader
@@ -90,7 +89,7 @@ class Fitting:
         return self.strategy.device.type == "cuda"
 
     def samples(self) -> int:
-        """The largest micro-batch that fits, in samples; never more than a rank's share of a window.
+        """Returns the largest micro-batch that fits, in samples; never more than a rank's share of a window.
 
         Ranks don't wait for each other in here, but for those of strategies whose forwards hold collectives: these take
         the same two micro-steps on all ranks.
@@ -130,7 +129,7 @@ class Fitting:
         self.forward(self.strategy.module, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
 
     def _fits(self, sample: int, size: int) -> bool:
-        """Tries. Gradients of the tries before stay, as they do within a window."""
+        """Tries a size. Gradients of the tries before stay, as they do within a window."""
         try:
             self._micro_step(sample, size)
             self._wait()
@@ -148,7 +147,7 @@ class Fitting:
             torch.cuda.synchronize(self.strategy.device)
 
     def _reckoned_on_host(self, sample: int, share: int) -> int:
-        """The host rarely says that memory has run out; but if it does, trying is all there is."""
+        """Calculates the size on the host, which rarely says that memory has run out; if it does, sizes are tried."""
         try:
             return self._reckoned(sample, share)
         except Exception as error:
@@ -158,7 +157,7 @@ class Fitting:
         return share
 
     def _reckoned(self, sample: int, share: int) -> int:
-        """What fits according to the memory that two small micro-batches take, which grows with their size."""
+        """Returns the size that fits by a line through the memory that two small micro-batches take."""
         small = min(2, share)
         at_small = self._measured_first(sample, small)
         if small == share:
@@ -187,9 +186,9 @@ class Fitting:
             ) from error
 
     def _second_size(self, at_small: int, small: int, share: int, room: float) -> int:
-        """The larger size to measure: one that fits even if all that the small one takes is in proportion to it.
+        """Returns the larger size to measure, which fits even if all memory of the small one is in proportion to it.
 
-        The same on all ranks that take their micro-steps together.
+        It is the same on all ranks that take their micro-steps together.
         """
         most = room - self._bytes_to_come()
         wanted = (min(8, share), min(4, share))
@@ -202,24 +201,12 @@ class Fitting:
         return large
 
     def _measured(self, sample: int, size: int) -> int:
-        """Bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
-        seen: dict[int, int] = {}
+        """Returns the bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
         if not self._on_cuda:
             module = self.strategy.module
-            members: list[Tensor] = [*module.parameters(), *module.buffers()]
-            known = {part.untyped_storage().data_ptr() for part in local_parts(members)}
-
-            def keep(tensor: Tensor) -> Tensor:
-                part = local_parts([tensor])[0]
-                if part.layout is torch.strided:
-                    storage = part.untyped_storage()
-                    if storage.data_ptr() not in known:
-                        seen[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with saved_tensors_hooks(keep, lambda tensor: tensor):
+            with KeptForBackward([*module.parameters(), *module.buffers()]) as kept:
                 self._micro_step(sample, size)
-            return sum(seen.values())
+            return kept.bytes
         # Gradients, and what libraries allocate at their first call. Not with a single sample, which BatchNorm refuses.
         self._micro_step(sample, size)
         self._wait()
@@ -229,10 +216,10 @@ class Fitting:
         self._wait()
         return torch.cuda.max_memory_allocated(self.strategy.device) - before
 
-    # What is not there yet
+    # Memory that is taken later
 
     def _bytes_to_come(self) -> int:
-        """Of gradients and the optimizer's state, as far as they have not been made."""
+        """Returns the bytes of gradients and optimizer state that do not exist yet."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None]
         return sum(part.nbytes for part in local_parts(parameters)) + self._state_bytes_to_come()
 
@@ -242,12 +229,12 @@ class Fitting:
         return int(sum(part.nbytes for part in local_parts(parameters)) * _state_factor(inner)) if parameters else 0
 
     def _ballast(self) -> Tensor:
-        """Takes up the memory that the optimizer's state will need."""
+        """Allocates the memory that the optimizer's state will need."""
         try:
             return torch.empty(self._state_bytes_to_come(), dtype=torch.uint8, device=self.strategy.device)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                "batch.micro_batch_size=auto: there is not even room for the optimizer's state, about "
+                "batch.micro_batch_size=auto: memory has no room for the optimizer's state, about "
                 f"{self._state_bytes_to_come() / 2**30:.1f} GiB. Take an optimizer with less state, "
                 "strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
             ) from error
@@ -271,7 +258,7 @@ class Fitting:
 
 
 def _state_factor(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes of an optimizer's state for each byte of parameters, as a step of another one of its kind shows."""
+    """Returns bytes of optimizer state per byte of parameters, as a step of another optimizer of its kind shows."""
     state = probe_state(optimizer)
     if state is None:
         return 2.0
@@ -280,13 +267,13 @@ def _state_factor(optimizer: torch.optim.Optimizer) -> float:
 
 
 def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoint: Checkpoint | None) -> Recovery:
-    """Gives the loader the largest micro-batch that fits on each rank: the run's own, a remembered one, or found now.
+    """Sets the largest micro-batch that fits on each rank: that of the checkpoint, a cached one, or one found now.
 
     All ranks call it.
 
     Args:
-        plain: the configuration, as JSON has it.
-        checkpoint: what the run goes on from.
+        plain: the configuration as plain dictionaries.
+        checkpoint: the one that the run goes on from.
 
     Returns:
         What the accumulator needs to go on when memory runs out all the same.
@@ -294,7 +281,7 @@ def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoi
     Raises:
         UserError: not even a single sample fits on some rank.
     """
-    loader, strategy = fitting.loader, fitting.strategy
+    cuts, strategy = fitting.loader.cuts, fitting.strategy
     memory = Remembered(f"micro-batch-{_fingerprint(plain, world, strategy)}-rank{world.rank}")
     own = memory.read()
     remembered = world.gather(own if isinstance(own, int) and own > 0 else None)
@@ -309,19 +296,18 @@ def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoi
         how = f"as found before on this machine (remove {memory.path.parent} to search again)"
     else:
         with world.together():
-            own = fitting.samples() * (1 if loader.lengths is None else int(loader.lengths.max()))
+            own = fitting.samples() * (1 if cuts.lengths is None else int(cuts.lengths.max()))
             memory.write(own)
         sizes, how = world.gather(own), "found by trying" if not strategy.equal_micro_steps else "reckoned"
-    loader.set_sizes(sizes)
+    cuts.set_sizes(sizes)
     if before is not None and checkpoint is not None:
         # Now, as forwards come before the rest is restored.
         with putting_back(checkpoint, "loader"):
-            loader.load_state_dict(checkpoint.states["loader"])
+            cuts.load_state_dict(checkpoint.states["loader"])
     if world.is_main:
-        unit = "samples" if loader.lengths is None else "tokens"
-        in_use = sizes if loader.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
+        in_use = sizes if cuts.lengths is None and not strategy.equal_micro_steps else [min(sizes)]
         shown = ", ".join(map(str, in_use)) if len(set(in_use)) > 1 else str(in_use[0])
-        logger.info("batch.micro_batch_size=auto: micro-batches of at most %s %s, %s", shown, unit, how)
+        logger.info("batch.micro_batch_size=auto: micro-batches of at most %s %s, %s", shown, cuts.unit, how)
     return Recovery(on_smaller=memory.write)
 
 
@@ -334,7 +320,7 @@ def _sizes_before(checkpoint: Checkpoint | None, world_size: int) -> list[int] |
 
 
 def _fingerprint(plain: dict[str, Any], world: World, strategy: Strategy) -> str:
-    """Of all that decides how much memory a micro-batch takes, and how much there is."""
+    """Returns a fingerprint of all that decides how much memory a micro-batch takes, and how much there is."""
     device = strategy.device
     on_cuda = device.type == "cuda"
     hardware = torch.cuda.get_device_properties(device) if on_cuda else None

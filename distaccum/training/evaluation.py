@@ -1,4 +1,4 @@
-"""Exact evaluation, every sample once whatever the number of ranks: of any model, and of a run's averages beside."""
+"""Evaluates a model exactly, each sample once for any number of ranks; for a run, its weight averages too."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
-from distaccum.observers import EvaluationRecord, UpdateRecord
+from distaccum.observers import EvaluationRecord
+from distaccum.observers.base import RECORDED
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
 from distaccum.runtime.nested import gather_rows, leaves_of, mapped, rebuilt
 from distaccum.strategies import Strategy
 from distaccum.tasks import CoupledTask, Task, as_number
-from distaccum.training.grace import EvaluationDroppedError, Grace
 from distaccum.training.model import evaluation_mode
+from distaccum.training.supervision import EvaluationDroppedError, Supervision
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def evaluate_model(
         task: a `CoupledTask` is given embeddings of `evaluation_samples` samples at a time, gathered over the ranks; so
             all ranks hold those of the whole data.
         batches: this rank's part, disjoint from the other ranks'. Placeholders of an `EvaluationLoader` count nothing.
-        heartbeat: told of each batch.
+        heartbeat: reports each batch to the other ranks.
         between: called before each batch with False, and with True before the ranks meet at the end; what it raises
             ends the evaluation.
 
@@ -96,7 +97,7 @@ def evaluate_model(
 
 @dataclass
 class _Evaluation:
-    """Sums over this rank's batches."""
+    """The sums over this rank's batches."""
 
     task: Any
     device: torch.device
@@ -116,7 +117,7 @@ class _Evaluation:
     def totals_over_ranks(self) -> dict[str, Tensor]:
         totals = self.totals
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # A rank without a batch doesn't know the shapes of the task's sums, so those travel first.
+            # A rank without a batch doesn't know the shapes of the task's sums, so those are exchanged first.
             shapes: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
             known = max(shapes, key=len)
@@ -139,7 +140,7 @@ class _Evaluation:
 
 @dataclass
 class _CoupledEvaluation(_Evaluation):
-    """Losses of so many samples together, however they are dealt to ranks and batches."""
+    """The losses of `evaluation_samples` samples together, however they are dealt to ranks and batches."""
 
     embeddings: list[Any] = field(default_factory=list)
 
@@ -158,7 +159,7 @@ class _CoupledEvaluation(_Evaluation):
         return {name: value.cpu() for name, value in self.totals.items()}
 
     def _whole(self) -> tuple[Any, list[Tensor]]:
-        """What a nest of embeddings looks like, and its tensors with the rows of all batches and ranks."""
+        """Returns an empty nest of embeddings, and its tensors with the rows of all batches and ranks."""
         mine = [leaves_of(rows) for rows in self.embeddings]
         leaves = [torch.cat(parts) for parts in zip(*mine, strict=True)]
         # A rank without a batch doesn't know what embeddings look like.
@@ -178,20 +179,20 @@ class Evaluator:
     """Evaluates a placed model, exactly over all ranks.
 
     Attributes:
-        task: as the trainer's.
-        loader: what to evaluate on.
+        task: as the updater's.
+        loader: of the evaluation data.
+        precision: the format to compute in.
+        supervision: drops the evaluation once a signal has come.
         references: losses to compare with, by name.
-        grace: says whether there is time.
         averages: of the weights, evaluated too as soon as they have begun; their metrics are `ema/loss` and so on.
     """
 
     strategy: Strategy
     task: Callable[[nn.Module, Any], TaskOutput]
     loader: EvaluationLoader
-    references: dict[str, float]
     precision: Precision
-    heartbeat: Heartbeat
-    grace: Grace
+    supervision: Supervision
+    references: dict[str, float] = field(default_factory=dict)
     averages: Sequence[WeightAverage] = ()
 
     def evaluate(self, update: int, epoch: int) -> EvaluationRecord:
@@ -219,7 +220,7 @@ class Evaluator:
         )
 
     def to_choose_by(self, metrics: dict[str, float]) -> dict[str, float]:
-        """An evaluation's metrics for those who compare evaluations: NaN for averages that have not begun."""
+        """Returns metrics to compare evaluations by: those given, and NaN for averages that have not begun."""
         later = {
             f"{average.name}/{name}": math.nan for average in self.averages if not average.has_begun for name in metrics
         }
@@ -233,14 +234,14 @@ class Evaluator:
             self.loader,
             device=self.strategy.device,
             autocast=self.precision.autocast,
-            heartbeat=self.heartbeat,
-            between=lambda is_over: self.grace.check_evaluation(update, is_over=is_over),
+            heartbeat=self.supervision.heartbeat,
+            between=lambda is_over: self.supervision.check_evaluation(update, is_over=is_over),
         )
         return {"loss": loss, **metrics_of(self.task, sums, weight)}
 
 
 def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-    """The task's metrics over a window or an evaluation, of its sums.
+    """Returns the task's metrics over a window or an evaluation, made of its sums.
 
     Raises:
         UserError: one is no number, or is named as what the run itself records (`loss`, `lr`, …).
@@ -250,6 +251,6 @@ def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, f
     found = task.metrics(sums, weight) if hasattr(task, "metrics") else Task.metrics(task, sums, weight)
     if not isinstance(found, Mapping):
         raise UserError(f"the task's metrics() returned a {type(found).__name__}, not numbers by name.")
-    if taken := found.keys() & UpdateRecord.__dataclass_fields__.keys():
+    if taken := found.keys() & set(RECORDED):
         raise UserError(f"the task's metric {min(taken)} would hide the run's own {min(taken)}: give it another name.")
     return {name: as_number(value, f"the task's metric {name}") for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""Where the memory of a run goes, in one line after its first update."""
+"""Logs where the memory of a run goes, in one line after its first update."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MemoryLine:
-    """Looks at what the first micro-step of a run keeps for its backward; afterwards it costs nothing.
+    """Measures what the first micro-step of a run keeps for its backward; afterwards it costs nothing.
 
     Attributes:
-        is_compiled: compiled code keeps what it likes, and would be compiled once more to be looked at.
+        is_compiled: leave the activations out: compiled code chooses what it keeps, and would be compiled once more to
+            be measured.
     """
 
     strategy: Strategy
@@ -33,21 +34,21 @@ class MemoryLine:
     is_compiled: bool = False
     _kept: KeptForBackward | None = None
     _samples: int = 0
-    _has_told: bool = False
+    _is_logged: bool = False
 
     def watching(self, samples: int) -> AbstractContextManager[Any]:
-        """Encloses a forward of so many samples. Only the first one is looked at."""
+        """Encloses a forward of so many samples. Only the first one is measured."""
         if self._kept is not None or self.is_compiled:
             return nullcontext()
         self._samples = samples
         self._kept = KeptForBackward([*self.strategy.model.parameters(), *self.strategy.model.buffers()])
         return self._kept
 
-    def tell(self) -> None:
-        """Logs the line, once."""
-        if self._has_told:
+    def log_once(self) -> None:
+        """Logs the line at the first call."""
+        if self._is_logged:
             return
-        self._has_told = True
+        self._is_logged = True
         module = self.strategy.module
         parts = {
             "parameters": held_bytes(module.parameters()),
@@ -56,15 +57,15 @@ class MemoryLine:
         }
         if self.averages:
             parts["averages"] = sum(held_bytes(average.tensors().values()) for average in self.averages)
-        told = " + ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items())
+        text = " + ".join(f"{name} {size / 1e6:.1f} MB" for name, size in parts.items())
         peak, what = peak_memory(self.strategy.device)
         if self._kept is not None:
             samples = max(1, self._samples)
-            told += f" + activations {samples} × {self._kept.bytes / samples / 1e6:.3g} MB"
-        logger.info("memory: %s; peak so far %.0f MB %s", told, peak / 1e6, what)
+            text += f" + activations {samples} × {self._kept.bytes / samples / 1e6:.3g} MB"
+        logger.info("memory: %s; peak so far %.0f MB %s", text, peak / 1e6, what)
 
 
 def _gradient_bytes(parameter: torch.Tensor) -> int:
-    """What its gradient takes, which is not there between windows; accumulated in float32, it is wider than it."""
+    """Bytes of a parameter's gradient, which does not exist between windows and may be wider (`grad_dtype`)."""
     dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
     return held_bytes([parameter]) * dtype.itemsize // parameter.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What can be said of any model, whatever its class: activation checkpointing, frozen parameters, modes."""
+"""Applies to any model, whatever its class: activation checkpointing, frozen parameters, modes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS = ("activation_checkpointing", "freeze", "init_from")
 
 
 def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.Module:
-    """Builds the model of a section `model` and does with it what the section says of any model.
+    """Builds the model of a section `model`, and applies `freeze` and `activation_checkpointing`.
 
     A key that the model's constructor takes itself under the same name is the constructor's.
 
@@ -61,7 +61,7 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
 
 
 def options_of(section: Any) -> tuple[Any, dict[str, Any]]:
-    """A section without the keys that are not the constructor's, and those keys."""
+    """Splits a section into the constructor's arguments and the keys that apply to any model."""
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         section = {entry.name: getattr(section, entry.name) for entry in dataclasses.fields(section)}
     if not isinstance(section, Mapping) or not isinstance(section.get(targets.TARGET), str):
@@ -101,7 +101,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
-    """What a user should know of a model before it trains, in lines of the log.
+    """Yields remarks on a model that a user should see before it trains.
 
     Args:
         is_cut: windows are more than one micro-batch on one rank.
@@ -156,7 +156,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def checkpoint_blocks(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Module]:
-    """Keeps of each block its inputs only, and computes the block once more in the backward (Chen et al. 2016).
+    """Stores only the inputs of each block, and recomputes the block in the backward (Chen et al. 2016).
 
     The same bits, random numbers included: less memory for more time. Names in `state_dict()` stay as they are.
 

@@ -1,4 +1,4 @@
-"""Optimizers from their configuration, and schedules as functions of the update's number."""
+"""Builds optimizers, and learning-rate schedules as functions of the update's number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distaccum.errors import UserError
 logger = logging.getLogger(__name__)
 
 LR_POWERS = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}
-"""What power of the batch size the learning rate follows."""
+"""The power of the batch size that the learning rate follows."""
 
 # Where torch has fused kernels: on the devices named, for parameters in float32 and float64.
 _FUSED_DEVICES: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ _FUSED_SHARDED = ("torch.optim.Adam", "torch.optim.AdamW")
 def build_optimizer(
     config: Any, parameters: Iterable[nn.Parameter], device: torch.device, *, shard: bool = False
 ) -> torch.optim.Optimizer:
-    """Makes the optimizer of a section `optim`: one of torch's, or anybody's own by `_target_`.
+    """Builds the optimizer of a section `optim`: one of torch's, or anybody's own by `_target_`.
 
     Args:
         shard: keep the state for a part of the parameters only, and send that part of each update to the other ranks
@@ -110,7 +110,7 @@ def _check_8bit(trainable: list[nn.Parameter], device: torch.device) -> None:
         )
     if any(isinstance(parameter, DTensor) for parameter in trainable):
         raise UserError(
-            "optim=adamw8bit can't be had with strategy=fsdp: bitsandbytes knows no sharded parameters. Set "
+            "strategy=fsdp does not support optim=adamw8bit: bitsandbytes knows no sharded parameters. Set "
             "strategy=ddp strategy.shard_optimizer=true, which shards its state over the ranks, or optim=adamw."
         )
     if device.type == "cuda" and any(parameter.dtype is torch.float64 for parameter in trainable):
@@ -120,7 +120,7 @@ def _check_8bit(trainable: list[nn.Parameter], device: torch.device) -> None:
 
 
 def has_8bit() -> bool:
-    """Whether `optim=adamw8bit` can be had."""
+    """Whether `optim=adamw8bit` is installed."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -140,7 +140,7 @@ def _implementation_arguments(
 
 
 def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int], float]:
-    """The factor of the learning rate for update 1, 2, …, `total_updates`.
+    """Returns a function that gives the factor of the learning rate for update 1, 2, …, `total_updates`.
 
     During the warm-up the factor of update *t* is t / warmup_updates. After it, with x from 0 at the warm-up's end to
     1 at the last update: linear 1 − x · (1 − final), cosine final + (1 − final) · (1 + cos πx) / 2 (Loshchilov and
@@ -172,23 +172,31 @@ def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int
 
 
 class Schedule:
-    """Sets the learning rates of an optimizer for each update.
+    """Sets the learning rates of an optimizer for each update. The trainer applies it in `Updater.update`.
 
-    A function of the update's number alone, so there is no state to save, nothing that steps too often when there are
-    micro-steps or ranks, and nothing to restore on resume.
+    A function of the update's number and the window's size alone, so there is no state to save, nothing that steps too
+    often when there are micro-steps or ranks, and nothing to restore on resume.
+
+    Args:
+        optimizer: whose present learning rates are the peaks.
+        factor: the factor of the learning rates for update 1, 2, …
+        lr_rule: how learning rates follow the size of windows.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], lr_rule: LrRule = LrRule.none
+    ) -> None:
         self._optimizer = optimizer
         self._factor = factor
+        self._power = LR_POWERS[lr_rule]
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
-    def apply(self, update: int, times: float = 1.0) -> float:
+    def apply(self, update: int, size_ratio: float = 1.0) -> float:
         """Sets the learning rates for an update (from 1); returns that of the first parameter group.
 
         Args:
-            times: one more factor, which follows the batch size, say.
+            size_ratio: the window's planned size over the one that the learning rate is configured for.
         """
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._factor(update) * times
+            group["lr"] = peak * self._factor(update) * size_ratio**self._power
         return float(self._optimizer.param_groups[0]["lr"])

@@ -1,4 +1,4 @@
-"""Where a run stands, as its checkpoints say it, and whether another configuration can go on from there."""
+"""Counts what a run has done, and saves and restores it: totals, the next window, the last evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UPDATES_BETWEEN_MEMORY = 100
 
 @dataclass(slots=True)
 class Totals:
-    """What has been done since the start of the run, before it was interrupted too."""
+    """Totals since the start of the run, over all its restarts."""
 
     updates: int = 0
     samples: int = 0
@@ -40,7 +40,7 @@ class Totals:
     data_seconds: float = 0.0
     sync_seconds: float = 0.0
     warm_up_updates: int = 0
-    """Those in which a rank compiled. They are not in the shares, nor in the samples per second."""
+    """Updates in which a rank compiled. They are not in the shares, nor in the samples per second."""
     warm_up_samples: int = 0
     warm_up_seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -50,7 +50,7 @@ class Totals:
         """Counts one more update.
 
         Args:
-            compile_seconds: of it, spent compiling on this rank.
+            compile_seconds: part of it spent compiling on this rank.
         """
         self.updates += 1
         self.samples += window.num_samples
@@ -66,12 +66,12 @@ class Totals:
         self.sync_seconds += result.sync_seconds
 
     def samples_per_second(self) -> float:
-        """Without the warm-up, unless there was nothing else."""
+        """Returns samples per second without the warm-up, unless there was nothing else."""
         samples, seconds = self.samples - self.warm_up_samples, self.train_seconds - self.warm_up_seconds
         return samples / seconds if samples else self.samples / (self.train_seconds or 1.0)
 
     def shares(self) -> tuple[float, float, float]:
-        """Shares of the time in updates that went into data, computing and sync; they add up to 1."""
+        """Returns the shares of the time in updates that went into data, computing and sync; they add up to 1."""
         seconds = self.train_seconds - self.warm_up_seconds or 1.0
         # Clocks differ a little, so a share may come out a hair below 0 or above 1.
         data = min(1.0, self.data_seconds / seconds)
@@ -87,32 +87,24 @@ class Totals:
         device: torch.device,
         compile_seconds: float = 0.0,
     ) -> UpdateRecord:
-        """The record of the update that was counted last."""
+        """Returns the record of the update that was counted last."""
         # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
         has_memory = self.updates & (self.updates - 1) == 0 or self.updates % _UPDATES_BETWEEN_MEMORY == 0
         return UpdateRecord(
-            **_common(result, UpdateRecord),
+            result=result,
             update=self.updates,
             epoch=window.epoch,
             samples=self.samples,
             window_samples=window.num_samples,
             metrics=metrics,
             lr=lr,
-            update_seconds=result.seconds,
-            samples_per_second=window.num_samples / result.seconds,
             compile_seconds=compile_seconds,
             peak_memory_bytes=peak_memory(device)[0] if has_memory else None,
         )
 
 
-def _common(source: Any, kind: Any) -> dict[str, Any]:
-    """Those fields of a record that what it is made of has under the same names."""
-    names = {entry.name for entry in fields(kind)}
-    return {entry.name: getattr(source, entry.name) for entry in fields(source) if entry.name in names}
-
-
 def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
-    """Bytes at the highest point on the rank that used most, and what they are, in words."""
+    """Returns the bytes at the highest point on the rank that used most, and what they measure, in words."""
     memory, kind = peak_memory(strategy.device)
     if strategy.process_group is None:
         return memory, kind
@@ -140,14 +132,14 @@ _PROGRESS: Form = {
     },
     "config": is_dict,
 }
-"""What a trainer's checkpoint says of where the run stands."""
+"""The form of `progress` in a trainer's checkpoint."""
 
 
 def check_progress(checkpoint: Checkpoint, mend: str) -> None:
     """Refuses a checkpoint that no trainer has saved.
 
     Raises:
-        UserError: what it doesn't say as a trainer does.
+        UserError: names the entry that is missing or of another form.
     """
     progress = checkpoint.state["progress"]
     where = misfit(progress, _PROGRESS)
@@ -155,20 +147,20 @@ def check_progress(checkpoint: Checkpoint, mend: str) -> None:
         where = ".totals.updates"
     if where is not None:
         raise UserError(
-            f"{checkpoint.path} was not saved by distaccum.train, which says {where.removeprefix('.')} "
-            f"another way. {mend}"
+            f"{checkpoint.path} was not saved by distaccum.train, which writes {where.removeprefix('.')} in "
+            f"another form. {mend}"
         )
 
 
 class RunProgress:
-    """What a run has done so far and which window is its next.
+    """Counts what a run has done, and goes through the windows that are left.
 
     Args:
         loader: of the windows.
-        loop: how long the run is.
+        loop: length of the run.
 
     Attributes:
-        totals: what has been done.
+        totals: of the updates so far.
         epoch: of the next window; one that is over stays the current one until the next window has been begun.
         next_window: its number in the epoch.
         owes_evaluation: whether an evaluation has been due since the last window, and is not done.
@@ -183,11 +175,11 @@ class RunProgress:
         self.owes_evaluation = False
         self.evaluation: EvaluationRecord | None = None
         self._ahead = 0
-        """Updates that the run has made beyond the windows before its next one."""
+        """See `updates_ahead`."""
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     def begin(self) -> None:
-        """To be called when the training begins: what was before that is not in its seconds."""
+        """Starts the clock: what was before is not in the run's seconds."""
         self._started = time.perf_counter()
         most, last = self._loop.max_updates, self.total_updates
         if most is not None and last < most and not self.follows_noise:
@@ -200,7 +192,7 @@ class RunProgress:
 
     @property
     def total_seconds(self) -> float:
-        """How long the run has taken so far, before it was interrupted too."""
+        """Seconds that the run has taken so far, over all its restarts."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
@@ -215,7 +207,7 @@ class RunProgress:
 
     @property
     def follows_noise(self) -> bool:
-        """Whether the sizes of windows follow the noise scale, so that nobody knows how many updates there will be."""
+        """Whether the sizes of windows follow the noise scale and the number of updates is not known in advance."""
         return isinstance(self._loader.sizes.rule, NoiseSizes)
 
     def is_evaluation_due(self, window: Window) -> bool:
@@ -227,7 +219,7 @@ class RunProgress:
         return window.index == self._loader.sizes.count(window.epoch) - 1
 
     def windows(self) -> Iterator[Window]:
-        """From the next one to the run's last. `totals` count them meanwhile."""
+        """Yields the windows from the next one to the run's last, while `totals` count them."""
         while self.updates < self.total_updates:
             for window in self._loader.epoch(self.epoch, self.next_window):
                 self.epoch, self.next_window = window.epoch, window.index
@@ -237,12 +229,12 @@ class RunProgress:
             self.epoch, self.next_window = self.epoch + 1, 0
 
     def sample_micro_batch(self) -> Any:
-        """A micro-batch of the next window, loaded aside."""
+        """Loads a micro-batch of the next window, which stays the next one."""
         is_over = self.next_window >= self._loader.sizes.count(self.epoch)
         return self._loader.sample_micro_batch(*((self.epoch + 1, 0) if is_over else (self.epoch, self.next_window)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What `go_on_from` puts back, as JSON has it, but for the sizes of windows, which the loader says itself."""
+        """Returns the state for `go_on_from`, for JSON. The sizes of windows are in the loader's own."""
         done = self._loader.sizes.bounds(self.epoch)[self.next_window - 1][1] if self.next_window else 0
         return {
             "totals": asdict(self.totals),
@@ -256,15 +248,16 @@ class RunProgress:
         }
 
     def end(self, strategy: Strategy, **how: Any) -> RunEnd:
-        """The record of the run's end. All ranks call it.
+        """Returns the record of the run's end. All ranks call it.
 
         Args:
-            how: why it ended, whether it is saved, and where, as `RunEnd` has it.
+            how: the fields of `RunEnd` that say why it ended, whether it is saved, and where.
         """
         data, compute, sync = self.totals.shares()
         memory, kind = _largest_peak_memory(strategy)
+        totals = asdict(self.totals)
         return RunEnd(
-            **_common(self.totals, RunEnd),
+            **{entry.name: totals[entry.name] for entry in fields(RunEnd) if entry.name in totals},
             evaluation=self.evaluation,
             total_seconds=self.total_seconds,
             samples_per_second=self.totals.samples_per_second(),
@@ -277,7 +270,7 @@ class RunProgress:
         )
 
     def go_on_from(self, checkpoint: Checkpoint, *, override: bool) -> None:
-        """Puts back what `state_dict` said when the checkpoint was saved, and the sizes of the loader's windows.
+        """Restores the state of a checkpoint, and the sizes of the loader's windows.
 
         Args:
             override: go on although the windows are no longer the same ones.
@@ -286,7 +279,7 @@ class RunProgress:
             UserError: they are not, and there is no override.
         """
         progress = checkpoint.state["progress"]
-        # They tell the next window.
+        # The next window depends on them.
         with putting_back(checkpoint, "loader"):
             self._loader.sizes.load_state_dict(checkpoint.states.get("loader", {}))
         if different := _different_windows(progress["windows"], self._loader):
@@ -308,42 +301,44 @@ class RunProgress:
 
 
 def total_updates(loop: LoopConfig, sizes: BatchSizes, ahead: int = 0) -> int:
-    """Number of the run's last update, unless it stops early or sizes change that follow the noise scale.
+    """Returns the number of the run's last update, unless it stops early or sizes that follow the noise scale change.
 
     Args:
-        ahead: of a run whose windows have become others on the way (see `updates_ahead`).
+        ahead: see `updates_ahead`.
     """
     limits = [loop.max_updates, sizes.first_number(loop.epochs) + ahead if loop.epochs is not None else None]
     return min(limit for limit in limits if limit is not None)
 
 
 def updates_ahead(progress: dict[str, Any], loader: WindowLoader) -> int:
-    """How many more updates a run has made than there are windows before its next one: 0, unless its windows have
-    become others on the way."""
+    """Returns how many more updates a run has made than there are windows before its next one.
+
+    That is 0, unless its windows have become others on the way.
+    """
     made: int = progress["totals"]["updates"]
-    return made - loader.number(progress["epoch"], _next_window(progress, loader))
+    return made - loader.sizes.number(progress["epoch"], _next_window(progress, loader))
 
 
 def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
-    """All that the samples of a window depend on."""
+    """Returns all that the samples of a window depend on."""
     return {
         "batch.global_batch_size": loader.plan.global_batch_size,
         "batch.schedule": str(loader.sizes.rule),
-        "batch.drop_last": loader.drop_last,
+        "batch.drop_last": loader.sizes.drop_last,
         "seed": loader.seed,
         "training samples": loader.num_samples,
     }
 
 
 def _different_windows(before: dict[str, Any], loader: WindowLoader) -> str:
-    """What `_windows_identity` said before and now, where it differs; empty where nothing does."""
+    """Describes how `_windows_identity` has changed; empty if it has not."""
     now = _windows_identity(loader)
     before = {"batch.schedule": "constant", **before}
     return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
 
 
 def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
-    """The number in its epoch of the window that a run goes on with.
+    """Returns the number in its epoch of the window that a run goes on with.
 
     Where the windows are others by now, that is the first which begins where the run had come to, or later.
     """

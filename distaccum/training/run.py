@@ -1,4 +1,4 @@
-"""From a configuration to a run: every part built, each by its own module, in the order that errors are cheapest."""
+"""Runs a training from its configuration: folder, checkpoint, trainer, in the order in which errors are cheapest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(config: TrainConfig) -> RunEnd:
     """Runs a training from its configuration, in the ranks that the launcher has started.
 
     Raises:
-        UserError: whatever in the configuration, the data or the machine keeps the run from going on.
+        UserError: the configuration, the data or the machine keeps the run from going on.
     """
     with joined_world() as world, ExitStack() as stack:
         device = resolve_device(config.device, world.local_rank)
@@ -82,7 +82,7 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
 
 
 def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, found whole; None for a run that begins anew.
+    """Finds the checkpoint that the run goes on from, and checks it; None for a run that begins anew.
 
     Raises:
         UserError: `resume` names one that is not there or is damaged.
@@ -113,7 +113,7 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
 
 
 def _of_both(own: Checkpoint | None, named: Path, folder: RunFolder, world: World) -> Checkpoint:
-    """The run's own checkpoint, if it has one already, else the one that `resume` names."""
+    """Returns the run's own checkpoint, if it has one already, else the one that `resume` names."""
     if own is None:
         return _named_checkpoint(named, world)
     inside = folder.path.resolve() in named.resolve().parents

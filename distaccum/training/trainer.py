@@ -1,203 +1,86 @@
-"""The loop: windows outside, micro-steps inside. A client of the accumulator like any other."""
+"""The loop of a run: updates, evaluations and checkpoints, in this order. `training.build` assembles its parts."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distaccum.accumulation import Accumulator
-from distaccum.accumulation.noise_scale import NoiseScale
-from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import UpdateResult
-from distaccum.checkpoints import Checkpoint, Checkpointer, Stateful, export_model
+from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
 from distaccum.config import LoopConfig
-from distaccum.config.enums import LrRule, OnNonfinite, PrecisionName
 from distaccum.errors import UserError
-from distaccum.loaders import EvaluationLoader, Window, WindowLoader
+from distaccum.loaders import Window, WindowLoader
 from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
-from distaccum.runtime.compilation import CompileClock
-from distaccum.runtime.devices import Precision
-from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.randomness import derived_seed, seed_everything
-from distaccum.runtime.stop_signals import Interruption
-from distaccum.strategies import Strategy, strategy_of
-from distaccum.tasks import TaskOutput
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluation import Evaluator, metrics_of
-from distaccum.training.grace import EvaluationDroppedError, Grace, WindowDroppedError
-from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import remarks
-from distaccum.training.optim import LR_POWERS, Schedule
-from distaccum.training.progress import COMPILED, RunProgress
+from distaccum.training.progress import RunProgress
+from distaccum.training.supervision import EvaluationDroppedError, WindowDroppedError
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-LIMIT_REPORT = "largest micro-batch"
-"""Report of the accumulator: what micro-batches of a rank have come down to because memory ran out; 0 if it didn't."""
-
 _SECONDS_FOR_A_SAVE_UNDER_WAY = 10.0
 
 
 class Trainer:
-    """Trains a model on windows, evaluates it, and tells observers.
+    """Trains a model on windows, evaluates and saves it, and reports to observers.
 
     Everything it uses is open to anybody's own loop: the loader, the accumulator, the task, the schedule.
 
     Args:
-        model: placed already: a plain module in one process, `DistributedDataParallel` in several.
-        task: any callable `(model, batch) -> TaskOutput`; a `CoupledTask` for a loss that couples a window's samples.
-        optimizer: over the model's parameters.
+        updater: makes the update of a window.
         loader: the windows to train on.
-        loop: how long, when to evaluate, clipping.
-        schedule: sets the learning rate of each update; None leaves it alone.
-        evaluation_loader: what to evaluate on; None for no evaluation.
-        references: losses to compare evaluations with, by name.
-        precision: the format to compute in; None for the parameters' own.
-        scaler: gradient scaler for float16.
-        observers: told of what happens on this rank; rank 0 has them all, the others none.
-        strategy: how the model is placed. Default: what the model shows.
-        run_dir: where the run's files are, for the observers to say.
+        loop: how long to train and when to evaluate.
+        tuning: adapts how windows are cut; None leaves that alone.
+        evaluator: None for no evaluations.
+        early_stopping: ends the run when evaluations no longer get better.
+        averages: of the weights, taken after each update.
+        checkpointer: saves the run; None for no checkpoints. Its `states` and `tensors` hold all that belongs to the
+            run besides model, optimizer and generators.
+        observers: get what happens on this rank; rank 0 has them all, the others none.
+        run_dir: folder of the run's files.
         config: the configuration, for the observers and checkpoints to keep.
-        checkpointer: saves the run; None for no checkpoints.
-        interruption: tells when the run is to stop; None if it never is.
-        heartbeat: told what this rank is doing, for the other ranks to know if it hangs.
-        measure_costs: fit what micro-batches cost, if windows are cut by length.
-        balance_speed: give ranks shares of each window in proportion to their measured speed.
-        compile_clock: counts what the updates spend compiling; None if nothing is compiled.
-        recovery: go on with smaller micro-batches when memory runs out. None: that ends the run.
-        noise_scale: measures how noisy gradients are; None: nobody does.
-        lr_rule: how the learning rate follows the size of windows, if the loader has a schedule for it.
     """
 
     def __init__(
         self,
         *,
-        model: nn.Module,
-        task: Callable[[nn.Module, Any], TaskOutput],
-        optimizer: torch.optim.Optimizer,
+        updater: Updater,
         loader: WindowLoader,
         loop: LoopConfig,
-        schedule: Schedule | None = None,
-        evaluation_loader: EvaluationLoader | None = None,
-        references: dict[str, float] | None = None,
-        precision: Precision | None = None,
-        scaler: torch.amp.GradScaler | None = None,
+        tuning: CutTuning | None = None,
+        evaluator: Evaluator | None = None,
+        early_stopping: EarlyStopping | None = None,
+        averages: Sequence[WeightAverage] = (),
+        checkpointer: Checkpointer | None = None,
         observers: Sequence[Observer] = (),
-        strategy: Strategy | None = None,
         run_dir: Path | None = None,
         config: dict[str, Any] | None = None,
-        checkpointer: Checkpointer | None = None,
-        interruption: Interruption | None = None,
-        heartbeat: Heartbeat | None = None,
-        measure_costs: bool = True,
-        balance_speed: bool = False,
-        compile_clock: CompileClock | None = None,
-        recovery: Recovery | None = None,
-        noise_scale: NoiseScale | None = None,
-        lr_rule: LrRule = LrRule.none,
     ) -> None:
-        self.model = model
-        self.task = task
         self.loader = loader
-        self.loop = loop
-        self.schedule = schedule
-        self.evaluation_loader = evaluation_loader
-        self.strategy = strategy_of(model, strategy)
-        self.precision = precision or Precision(PrecisionName.fp32, self.strategy.device.type)
+        self.accumulator = updater.accumulator
+        self.strategy = updater.accumulator.strategy
+        self.checkpointer = checkpointer
         self.observers = observers
         self.run_dir = run_dir
         self.config = config or {}
-        self.optimizer = optimizer
-        self.checkpointer = checkpointer
-        self.interruption = interruption or Interruption()
-        self.heartbeat = heartbeat or Heartbeat(0, 1)
-        self._compile_clock = compile_clock
-        grace_seconds = checkpointer.config.grace_seconds if checkpointer else math.inf
-        self._grace = Grace(self.interruption, self.strategy, grace_seconds)
-        self._averages = [WeightAverage(self.strategy, config) for config in loop.averages]
-        self._evaluator: Evaluator | None = None
-        if evaluation_loader is not None:
-            self._evaluator = Evaluator(
-                strategy=self.strategy,
-                task=task,
-                loader=evaluation_loader,
-                references=references or {},
-                precision=self.precision,
-                heartbeat=self.heartbeat,
-                grace=self._grace,
-                averages=self._averages,
-            )
-        self._tuning = CutTuning(
-            loader, self.strategy, measure_costs=measure_costs, balance_speed=balance_speed, noise_scale=noise_scale
-        )
-        self.accumulator = self._new_accumulator(scaler, recovery, noise_scale)
-        self._memory_line = MemoryLine(self.strategy, optimizer, self._averages, is_compiled=compile_clock is not None)
-        self._updater = Updater(
-            model=model,
-            task=task,
-            accumulator=self.accumulator,
-            precision=self.precision,
-            schedule=schedule,
-            interruption=self.interruption,
-            grace=self._grace,
-            heartbeat=self.heartbeat,
-            memory_line=self._memory_line,
-            compile_clock=compile_clock,
-        )
-        self._lr_power = LR_POWERS[lr_rule]
+        self._updater = updater
+        self._supervision = updater.supervision
+        self._compile_clock = updater.compile_clock
+        self._tuning = tuning
+        self._evaluator = evaluator
+        self._early_stopping = early_stopping
+        self._averages = averages
         self._progress = RunProgress(loader, loop)
-        stopping = loop.early_stopping
-        self._early_stopping = (
-            EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
-        )
         self._is_ahead_of_save = False
-        self._register_states(scaler)
-
-    def _new_accumulator(
-        self, scaler: torch.amp.GradScaler | None, recovery: Recovery | None, noise_scale: NoiseScale | None
-    ) -> Accumulator:
-        limit = {LIMIT_REPORT: lambda: float(self.loader.limit or 0)} if recovery is not None else {}
-        return Accumulator(
-            self.model,
-            self.optimizer,
-            clip_norm=self.loop.clip_norm,
-            scaler=scaler,
-            skip_nonfinite=self.loop.on_nonfinite is OnNonfinite.skip,
-            strategy=self.strategy,
-            flags={
-                "stop": self.interruption.is_requested,
-                "long": self._grace.is_long,
-                **(self.checkpointer.flags if self.checkpointer else {}),
-                **({COMPILED: self._compile_clock.has_news} if self._compile_clock else {}),
-            },
-            reports=self._tuning.reports | limit,
-            time_micro_steps=self._tuning.needs_times,
-            recovery=recovery,
-            noise_scale=noise_scale,
-        )
-
-    def _register_states(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Tells the checkpointer what belongs to the run besides model, optimizer and generators."""
-        if self.checkpointer is None:
-            return
-        stateful: dict[str, Stateful | None] = {
-            "loader": self.loader,
-            "accumulator": self.accumulator,
-            "scaler": scaler,
-            # Of another metric, it would be of no use.
-            f"early_stopping/{self.loop.early_stopping.metric}": self._early_stopping,
-        }
-        self.checkpointer.states |= {name: entry for name, entry in stateful.items() if entry is not None}
-        self.checkpointer.tensors |= {average.name: average.tensors() for average in self._averages}
 
     @property
     def total_updates(self) -> int:
@@ -205,7 +88,7 @@ class Trainer:
         return self._progress.total_updates
 
     def fit(self) -> RunEnd:
-        """Trains to the end of the run, or to a signal to stop.
+        """Trains to the end of the run, or to a signal to stop (see `training.supervision`).
 
         Raises:
             UserError: a sample can't be loaded, a loss is NaN, an observer can't write, …
@@ -213,20 +96,20 @@ class Trainer:
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.callback(observer.close)
-            for loader in (self.loader, self.evaluation_loader):
-                if loader is not None:
-                    stack.callback(loader.close)
+            stack.callback(self.loader.close)
+            if self._evaluator is not None:
+                stack.callback(self._evaluator.loader.close)
             if self._compile_clock is not None:
                 stack.enter_context(self._compile_clock.listening())
             if self.checkpointer is not None:
                 # What ends the run with an error should not cost the checkpoint that is being written.
                 stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
             self._progress.begin()
-            self._tell_start()
+            self._report_start()
             try:
                 interrupted = self._train()
             except (WindowDroppedError, EvaluationDroppedError):
-                interrupted = self._grace.agreed_signal()
+                interrupted = self._supervision.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
             if interrupted is None:
                 logger.debug("finished after update %d", self._progress.updates)  # for distaccum.report
@@ -242,7 +125,7 @@ class Trainer:
         return end
 
     def _train(self) -> str | None:
-        """Updates, evaluations and checkpoints, in this order; returns the signal that ended it, if one did."""
+        """Makes updates, evaluations and checkpoints; returns the signal that ended it, if one did."""
         if self._progress.owes_evaluation:
             self._evaluate()
         if self._stopped_early() is not None:
@@ -253,7 +136,7 @@ class Trainer:
             self._progress.owes_evaluation = self._evaluator is not None and self._progress.is_evaluation_due(window)
             if "stop" in result.flags:
                 # An evaluation may take longer than the time that is left: the resumed run makes up for it.
-                return self._grace.agreed_signal()
+                return self._supervision.agreed_signal()
             is_best = self._progress.owes_evaluation and self._evaluate()
             if self._stopped_early() is not None:
                 return None
@@ -262,26 +145,24 @@ class Trainer:
         return None
 
     def _stopped_early(self) -> str | None:
-        """Why the run is over before its last update; None if it isn't."""
+        """Returns why the run is over before its last update; None if it isn't."""
         stopping = self._early_stopping
         return stopping.reason if stopping is not None and stopping.is_over else None
 
     def _update(self, window: Window) -> UpdateResult:
         number = self._progress.updates + 1
-        factor = self.loader.sizes.ratio(window.epoch, window.index) ** self._lr_power if self._lr_power else 1.0
-        result, lr = self._updater.update(number, window, factor)
-        if LIMIT_REPORT in result.reports:
-            self.loader.limits = tuple(int(size) or None for size in result.reports[LIMIT_REPORT])
+        result, lr = self._updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
         if not result.skipped:
             for average in self._averages:
                 average.after_update(number)
-        self._tell_update(window, result, lr)
-        self._memory_line.tell()
-        self._tuning.after_update(self._progress.updates, window, result)
-        self.accumulator.time_micro_steps = self._tuning.needs_times
+        self._report_update(window, result, lr)
+        self._updater.memory_line.log_once()
+        if self._tuning is not None:
+            self._tuning.after_update(number, window, result)
+            self.accumulator.time_micro_steps = self._tuning.needs_times
         return result
 
-    def _tell_update(self, window: Window, result: UpdateResult, lr: float) -> None:
+    def _report_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0
         self._progress.totals.add(window, result, compile_seconds)
         self._is_ahead_of_save = True
@@ -290,7 +171,7 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        metrics = metrics_of(self.task, result.sums, result.weight)
+        metrics = metrics_of(self._updater.task, result.sums, result.weight)
         record = self._progress.totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
         for observer in self.observers:
             observer.on_update(record)
@@ -334,12 +215,10 @@ class Trainer:
             # Not the numbers again that the run has drawn at its start.
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
-        self._progress.owes_evaluation &= self.evaluation_loader is not None
+        self._progress.owes_evaluation &= self._evaluator is not None
 
     def _loss_of_next_window(self) -> Tensor:
-        batch = self._progress.sample_micro_batch()
-        with self.precision.autocast():
-            return self.task(self.model, batch).loss_sum
+        return self._updater.loss(self._progress.sample_micro_batch())
 
     def _save(self, *, wait: bool = False) -> None:
         assert self.checkpointer is not None
@@ -350,7 +229,7 @@ class Trainer:
     def _save_at_the_end(self, *, is_finished: bool) -> None:
         if self.checkpointer is None:
             return
-        self.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
+        self._supervision.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
         self.checkpointer.wait()
         if self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:
             self._save(wait=True)
@@ -368,9 +247,9 @@ class Trainer:
                     with average.in_the_model():
                         export_model(self.strategy, self.run_dir, is_main=is_main, name=f"model-{average.name}")
 
-    # What observers are told
+    # Reporting to observers
 
-    def _tell_start(self) -> None:
+    def _report_start(self) -> None:
         logger.debug("%s", self.loader.explain())
         last = self._progress.total_updates
         for average in self._averages:

@@ -1,4 +1,4 @@
-"""Averages of the weights over updates, kept by torch's `AveragedModel` beside whatever holds the weights."""
+"""Averages the weights over updates with torch's `AveragedModel`, for any strategy."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class WeightAverage:
             self._averaged.update_parameters(self._weights())
 
     def goes_on_from(self, update: int) -> None:
-        """After its state has been put back as a checkpoint of that update has it.
+        """Begins anew if the restored average holds updates that no longer count.
 
-        What is in it of updates that no longer count is dropped: the average begins anew.
+        To be called once its state is that of a checkpoint after `update`.
         """
         assert self.config.first_update is not None
         if self.has_begun and self.config.first_update > update:
@@ -103,7 +103,7 @@ class WeightAverage:
 
     @contextmanager
     def in_the_model(self) -> Iterator[None]:
-        """Has the model use the average while the context is open; afterwards its own weights are back, bit for bit."""
+        """Puts the average into the model for a while; afterwards its own weights are back, bit for bit."""
         self._strategy.at_rest()
         # What has changed places, with a copy where the average keeps its own; memory may run out on the way.
         changed: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -122,7 +122,7 @@ class WeightAverage:
                     own.copy_(copy)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The average as a checkpoint keeps it: live tensors by the names of the model's own, and `n_averaged`."""
+        """Returns the average for a checkpoint: live tensors by the names of the model's own, and `n_averaged`."""
         found = {}
         for (name, live), part in zip(self._live.items(), self._averaged_parts(), strict=True):
             if isinstance(live, DTensor):

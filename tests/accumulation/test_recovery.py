@@ -128,7 +128,7 @@ def test_sizes_come_down_until_they_fit_and_stay_there(undisturbed: Trained, dir
     assert found.module.faults.raised == 2, "what is known not to fit is not tried again"
     assert found.curve[:3] == pytest.approx(undisturbed.curve[:3], rel=1e-12)
     assert found.curve == pytest.approx(Trained(updates=6).curve, rel=1e-12)
-    assert found.loader.limit == 2
+    assert found.loader.cuts.limit == 2
 
 
 def test_micro_batches_by_length_keep_to_the_tokens_that_fit(undisturbed: Trained) -> None:
@@ -247,7 +247,7 @@ def test_what_happened_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_loaders_state_has_the_sizes_of_all_ranks() -> None:
     def loader() -> WindowLoader:
         made = WindowLoader(Vectors(), global_batch_size=16, micro_batch_size=8, rank=1, world_size=2)
-        made.set_sizes([8, 5])
+        made.cuts.set_sizes([8, 5])
         return made
 
     first = loader()
@@ -255,11 +255,11 @@ def test_a_loaders_state_has_the_sizes_of_all_ranks() -> None:
     assert window.sizes == (4, 4)
     assert window.recutting is not None
     assert window.recutting.forbid(window.sample_indices[0]) == 2
-    assert first.limits == (None, 2)
+    assert first.cuts.limits == (None, 2)
     second = loader()
     second.load_state_dict(first.state_dict())
     assert next(iter(second)).sizes == (2, 2, 2, 2)
     other = WindowLoader(Vectors(), global_batch_size=16, micro_batch_size=8, rank=1, world_size=4)
-    other.set_sizes([4, 4, 4, 4])
+    other.cuts.set_sizes([4, 4, 4, 4])
     other.load_state_dict(first.state_dict())
     assert next(iter(other)).sizes == (4,), "sizes of other ranks say nothing"

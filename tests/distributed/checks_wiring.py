@@ -22,10 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from distaccum import Accumulator, TaskOutput, Trainer, UserError, WindowLoader
 from distaccum.checkpoints import Checkpointer
 from distaccum.config import DDPConfig, LoopConfig
-from distaccum.config.enums import Compression
+from distaccum.config.enums import Compression, PrecisionName
 from distaccum.loaders import Window
+from distaccum.runtime.devices import Precision
 from distaccum.runtime.world import World
 from distaccum.strategies import DDPStrategy, SingleStrategy, strategy_of
+from distaccum.training.memory_line import MemoryLine
+from distaccum.training.optim import Schedule
+from distaccum.training.supervision import Supervision
+from distaccum.training.update import Updater
 
 
 class Net(nn.Module):
@@ -105,7 +110,7 @@ def check_a_checkpointer_without_a_strategy_takes_the_models(world: World) -> No
         assert checkpointer.strategy.traffic.calls > 0
 
 
-def check_a_trainer_without_a_strategy_takes_the_models(world: World) -> None:
+def check_a_trainer_put_together_by_hand(world: World) -> None:
     model, twin = DistributedDataParallel(Net()), Net()
     samples = all_batches()
 
@@ -113,11 +118,18 @@ def check_a_trainer_without_a_strategy_takes_the_models(world: World) -> None:
         return TaskOutput(model(batch, True).square().sum(), len(batch))
 
     optimizer = sgd(model)
+    accumulator = Accumulator(model, optimizer)
+    updater = Updater(
+        task=task,
+        accumulator=accumulator,
+        schedule=Schedule(optimizer, lambda update: 1.0),
+        precision=Precision(PrecisionName.fp64, "cpu"),
+        supervision=Supervision(accumulator.strategy),
+        memory_line=MemoryLine(accumulator.strategy, optimizer),
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=model,
-            task=task,
-            optimizer=optimizer,
+            updater=updater,
             loader=WindowLoader(
                 samples,
                 global_batch_size=len(samples),
@@ -125,10 +137,10 @@ def check_a_trainer_without_a_strategy_takes_the_models(world: World) -> None:
                 rank=world.rank,
                 world_size=world.world_size,
             ),
-            loop=LoopConfig(max_updates=1, clip_norm=None),
+            loop=LoopConfig(max_updates=1),
             checkpointer=Checkpointer(Path(world.gather(folder)[0], "checkpoints"), model, optimizer),
         )
-        trainer.fit()
+        assert trainer.fit().is_saved
         world.gather(None)
     one_shot(twin, side=True)
     sgd(twin).step()

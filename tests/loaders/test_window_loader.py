@@ -389,11 +389,10 @@ def test_cuts_that_change_are_the_same_for_loading_ahead() -> None:
     lengths = [1 + (7 * index) % 40 for index in range(64)]
     options = LoaderOptions(num_workers=2)
     loader = WindowLoader(Numbers(64), global_batch_size=8, micro_batch_size=4, lengths=lengths, options=options)
-    assert loader.grouping is not None
     with closing(loader):
         for window in loader.epoch(0):
             if window.index == 1:
-                loader.grouping.costs.change(CostModel(overhead=1e6), 1 + loader.windows_ahead + 1)
+                loader.cuts.set_costs(CostModel(overhead=1e6), now=1)
             expected = window.sample_indices
             assert [batch[1].tolist() for batch in window] == expected
             assert window.sizes == tuple(map(len, expected))
@@ -409,15 +408,15 @@ def test_measured_speeds_and_costs_go_on_after_a_resume(lengths: list[int] | Non
         )
 
     one, again, fewer = loader(), loader(), loader(1)
-    one.speeds.change((0.75, 0.25), 2)
-    if one.grouping is not None:
-        one.grouping.costs.change(CostModel(overhead=1e6), 3)
+    one.cuts.set_shares((0.75, 0.25), now=-1)
+    if lengths is not None:
+        one.cuts.set_costs(CostModel(overhead=1e6), now=0)
     state = json.loads(json.dumps(one.state_dict()))
     again.load_state_dict(state)
     assert [window.sizes for window in again.epoch(1)] == [window.sizes for window in one.epoch(1)]
     assert next(one.epoch(0)).sizes != next(one.epoch(1)).sizes
     fewer.load_state_dict(state)
-    assert fewer.speeds.at(99) is None, "speeds of other ranks say nothing"
+    assert fewer.cuts.shares == (1.0,), "speeds of other ranks say nothing"
 
 
 def _as_arrays(samples: list[Any]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distaccum.accumulation import UpdateResult
 from distaccum.observers import EvaluationRecord, RunEnd, RunStart, UpdateRecord
 
 CONFIG = {"seed": 3, "batch": {"global_batch_size": 64}, "model": {"_target_": "m.Net", "sizes": [8, 4], "bias": None}}
@@ -23,26 +24,33 @@ def start(run_dir: Path | None, **changes: Any) -> RunStart:
 
 
 def update(number: int, **changes: Any) -> UpdateRecord:
-    made = UpdateRecord(
-        update=number,
-        epoch=(number - 1) // 6,
-        samples=number * 64,
-        window_samples=64,
+    result = UpdateResult(
         loss=0.43121,
-        metrics={"accuracy": 0.8712},
         grad_norm=1.0 / 3.0,
-        lr=0.1,
         micro_steps=4,
         weight=64.0,
-        update_seconds=0.02,
-        samples_per_second=3214.4,
+        seconds=0.02,
         data_seconds=0.001,
         sync_seconds=0.002,
         sync_calls=2,
         sync_bytes=1024,
         skipped=False,
+        sums={},
+        flags=frozenset(),
+        reports={},
+        micro_seconds=(),
     )
-    return replace(made, **changes)
+    of_result = {name: value for name, value in changes.items() if name in UpdateResult.__dataclass_fields__}
+    made = UpdateRecord(
+        result=replace(result, **of_result),
+        update=number,
+        epoch=(number - 1) // 6,
+        samples=number * 64,
+        window_samples=64,
+        metrics={"accuracy": 0.8712},
+        lr=0.1,
+    )
+    return replace(made, **{name: value for name, value in changes.items() if name not in of_result})
 
 
 def evaluation(number: int, **changes: Any) -> EvaluationRecord:

@@ -69,7 +69,7 @@ def test_an_update_is_one_line_of_these_keys(tmp_path: Path) -> None:
         "micro_steps": 4,
         "weight": 64.0,
         "update_seconds": 0.02,
-        "samples_per_second": 3214.4,
+        "samples_per_second": 3200.0,
         "sync_calls": 2,
         "sync_bytes": 1024,
         "metrics": {"accuracy": 0.8712},

@@ -145,7 +145,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
         "train/micro_steps": 4,
         "train/weight": 64.0,
         "train/update_seconds": 0.02,
-        "train/samples_per_second": 3214.4,
+        "train/samples_per_second": 3200.0,
         "train/data_seconds": 0.001,
         "train/compute_seconds": pytest.approx(0.017),
         "train/sync_seconds": 0.002,

@@ -18,7 +18,7 @@ from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import window_bounds
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
-from distaccum.training.build import size_rule
+from distaccum.training.data import size_rule
 from distaccum.training.progress import total_updates
 
 SIZES = st.integers(1, 20)
@@ -180,11 +180,11 @@ def test_a_size_that_changes_while_an_epoch_is_loaded_moves_its_end() -> None:
     seen: list[list[int]] = []
     for window in loader.epoch(0):
         if window.index == 1:
-            loader.sizes.change(16, window.number + loader.windows_ahead + 2)
+            loader.cuts.set_window_size(16, now=window.number)
         seen.append([int(sample) for (batch,) in window for sample in batch])
     assert list(map(len, seen)) == [4, 4, 4, 4, 4, 16, 14]
     assert sorted(sample for window in seen for sample in window) == list(range(50))
-    assert loader.number(1, 0) == 7
+    assert loader.sizes.number(1, 0) == 7
     again = WindowLoader(
         TensorDataset(torch.arange(50)),
         global_batch_size=4,

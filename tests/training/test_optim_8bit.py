@@ -179,7 +179,10 @@ def test_ranks_and_shards_make_the_same_updates(tmp_path: Path, monkeypatch: pyt
 
 @needs_8bit
 def test_what_it_can_not_be_combined_with(train: Callable[..., Ended]) -> None:
-    assert "strategy=fsdp does not support" in forked(2, "-m", "distaccum.train", *DIGITS, "strategy=fsdp").stderr
+    assert (
+        "strategy=fsdp does not support optim=adamw8bit"
+        in forked(2, "-m", "distaccum.train", *DIGITS, "strategy=fsdp").stderr
+    )
     assert train(*DIGITS, "optim.betas=[0.9]").status == 2
     ended = train(*DIGITS, "optim.betas=[0.9,1.5]")
     assert ended.status == 2

@@ -54,6 +54,6 @@ def test_what_a_trainer_says_is_taken() -> None:
 )
 def test_what_no_trainer_says_is_refused(key: str, value: Any) -> None:
     with pytest.raises(
-        UserError, match=rf"^update-7 was not saved by distaccum\.train, .* {key}.* another way\. Mend\."
+        UserError, match=rf"^update-7 was not saved by distaccum\.train, .* {key}.* another form\. Mend\."
     ):
         check_progress(checkpoint({**PROGRESS, key: value}), "Mend.")

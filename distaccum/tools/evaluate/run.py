@@ -32,7 +32,7 @@ from distaccum.runtime.logs import console
 from distaccum.runtime.world import World, joined_world
 from distaccum.tasks import CoupledTask
 from distaccum.tools.evaluate.members import Member, find_members, load_weights
-from distaccum.training.build import collate_fn, loader_options
+from distaccum.training.data import collate_fn, loader_options
 from distaccum.training.evaluation import evaluate_model, metrics_of
 from distaccum.training.model import build_model
 

@@ -31,7 +31,8 @@ from distaccum.tasks import CoupledTask
 from distaccum.tools.memory.lines import sizes_to_measure
 from distaccum.tools.memory.measuring import Footprint, Setting, measure, replicas_of
 from distaccum.tools.memory.report import Report, Row
-from distaccum.training.build import Parts, build_parts, collate_fn
+from distaccum.training.build import Parts, build_parts
+from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
 

@@ -1,0 +1,140 @@
+"""Builds the datasets and loaders that a configuration names."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, TrainConfig, as_plain
+from distaccum.config import instantiate as targets
+from distaccum.config.enums import BatchSchedule, TableUnit
+from distaccum.errors import UserError
+from distaccum.loaders import EvaluationLoader, LoaderOptions, WindowLoader
+from distaccum.loaders.lengths import lengths_of
+from distaccum.planning.window_sizes import NoiseSizes, SizeRamp, SizeRule, SizeTable
+from distaccum.runtime.cache import Remembered, fingerprint
+from distaccum.runtime.devices import Precision
+from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps
+
+logger = logging.getLogger(__name__)
+
+
+def build_window_loader(
+    config: TrainConfig,
+    train_data: Any,
+    options: LoaderOptions,
+    *,
+    rank: int,
+    world_size: int,
+    equal_micro_steps: bool = False,
+) -> WindowLoader:
+    """Builds the loader of the windows to train on.
+
+    Args:
+        equal_micro_steps: give all ranks equally many micro-steps, whatever the strategy.
+
+    Raises:
+        UserError: the batch numbers, the schedule of sizes or the lengths don't fit the data.
+    """
+    batch = config.batch
+    micro_batch_size = batch.given_size
+    if batch.is_auto and batch.global_batch_size is not None:
+        micro_batch_size = -(-batch.global_batch_size // world_size)  # until it is known what fits
+    by_length: dict[str, Any] = {}
+    if isinstance(batch, ByLengthBatchConfig):
+        # A file for each rank, as ranks of one host write at the same time.
+        name = f"lengths-{fingerprint([as_plain(config.data.train), type(train_data).__qualname__])}-rank{rank}"
+        by_length = {"lengths": lengths_of(train_data, Remembered(name)), "max_tokens": batch.max_tokens}
+    return WindowLoader(
+        train_data,
+        global_batch_size=batch.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=batch.accumulation_steps,
+        **by_length,
+        drop_last=batch.drop_last,
+        seed=config.seed,
+        collate_fn=collate_fn(config.data),
+        rank=rank,
+        world_size=world_size,
+        equal_micro_steps=equal_micro_steps or needs_equal_micro_steps(config.strategy),
+        split_every=config.insight.every_updates if config.insight.noise_scale else None,
+        schedule=size_rule(batch),
+        options=options,
+    )
+
+
+def build_evaluation(
+    config: TrainConfig, options: LoaderOptions, *, rank: int, world_size: int, batch_size: int
+) -> tuple[Any, EvaluationLoader | None]:
+    """Builds the evaluation data and its loader; both are None without `data.evaluation`.
+
+    Raises:
+        UserError: the configuration asks for evaluations and names no data for them.
+    """
+    if config.data.evaluation is None:
+        wanted = {
+            "train.early_stopping.metric": config.train.early_stopping.metric,
+            "train.eval_every": config.train.eval_every,
+            "checkpoint.keep_best": config.checkpoint.keep_best or None,
+        }
+        for key, value in wanted.items():
+            if value is not None:
+                raise UserError(f"{key}={value} needs evaluations, and data.evaluation is null: leave one out.")
+        return None, None
+    data = targets.build(config.data.evaluation, "data.evaluation")
+    loader = EvaluationLoader(
+        data,
+        batch_size=batch_size,
+        collate_fn=collate_fn(config.data),
+        rank=rank,
+        world_size=world_size,
+        options=options,
+        equal_batches=needs_equal_forwards(config.strategy),
+    )
+    return data, loader
+
+
+def loader_options(config: DataConfig, device: torch.device, precision: Precision) -> LoaderOptions:
+    """Returns how loaders bring data to a device."""
+    on_cuda = device.type == "cuda"
+    if config.pin_memory and not on_cuda:
+        logger.warning("data.pin_memory=true has no effect: the device is a CPU")
+    return LoaderOptions(
+        num_workers=config.num_workers,
+        pin_memory=on_cuda and config.pin_memory is not False,
+        persistent_workers=config.num_workers > 0 and config.persistent_workers is not False,
+        prefetch_factor=config.prefetch_factor,
+        device=device,
+        float_dtype=precision.input_dtype,
+        non_blocking=config.non_blocking,
+    )
+
+
+def collate_fn(config: DataConfig) -> Any:
+    """Builds the configured function that makes micro-batches; None if none is configured."""
+    if config.collate_fn is None:
+        return None
+    found = targets.build(config.collate_fn, "data.collate_fn")
+    if not callable(found):
+        raise UserError(f"data.collate_fn built a {type(found).__name__}, which can't be called.")
+    return found
+
+
+def size_rule(config: BatchConfig) -> SizeRule | None:
+    """Builds the schedule of the sizes of windows; None where they have one size."""
+    base = config.global_batch_size
+    if config.schedule is BatchSchedule.constant or base is None:
+        return None
+    if config.schedule is BatchSchedule.table:
+        return SizeTable(
+            base, {entry[0]: entry[1] for entry in config.table}, by_epoch=config.table_unit is TableUnit.epoch
+        )
+    if config.schedule is BatchSchedule.ramp:
+        assert config.ramp_from is not None
+        assert config.ramp_updates is not None
+        return SizeRamp(base, start=config.ramp_from, updates=config.ramp_updates)
+    assert config.min_size is not None
+    assert config.max_size is not None
+    return NoiseSizes(base, smallest=config.min_size, largest=config.max_size)

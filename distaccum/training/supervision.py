@@ -1,0 +1,177 @@
+"""Reports what this rank is doing, and decides with the other ranks what is still finished once a signal has come.
+
+A signal to stop (SIGTERM, …) is only noted when it comes, by `Interruption` in `runtime/stop_signals.py`. Then:
+
+1. `Supervision.begin_phase` asks before each forward whether the window can be finished within
+   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`WindowDroppedError`), as if it had never begun. An
+   evaluation is dropped in any case (`EvaluationDroppedError`) and made up for by the resumed run.
+2. The result of a window that is finished has the flag `stop`, on all ranks alike, at which `Trainer._train` returns.
+3. `Trainer.fit` saves a checkpoint, and `training/run.py` leaves `unfinished.json`, by which launchers start the run
+   again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distaccum.accumulation.gradient_caching import Stage
+from distaccum.checkpoints import random_state, set_random_state
+from distaccum.runtime.buffers import KeptBuffers
+from distaccum.runtime.heartbeat import Heartbeat
+from distaccum.runtime.stop_signals import Interruption
+from distaccum.strategies import Strategy
+
+_SAVING_SHARE = 0.3
+"""Part of the grace period that is left for saving."""
+
+_LONG_SHARE = 0.1
+"""A window longer than this part of the grace period may have to be dropped, so the next one is prepared for that."""
+
+
+class WindowDroppedError(Exception):
+    """The window was dropped, on all ranks, and nothing of it remains."""
+
+
+class EvaluationDroppedError(Exception):
+    """The evaluation was dropped, on all ranks."""
+
+
+class Supervision:
+    """Watches one window after another. Dropping one puts buffers and generators back to where it began.
+
+    Strategies whose micro-steps hold collectives finish every window: their ranks can't leave one at different places.
+
+    Args:
+        strategy: of the placed model.
+        interruption: notes signals to stop. Default: none ever comes.
+        heartbeat: reports to the other ranks what this one is doing.
+        grace_seconds: time between a signal and the end of the process.
+
+    Attributes:
+        flags: questions that the accumulator asks each rank at the end of a window: whether a signal has come, and
+            whether the window was so long that the next one may have to be dropped.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        interruption: Interruption | None = None,
+        heartbeat: Heartbeat | None = None,
+        grace_seconds: float = math.inf,
+    ) -> None:
+        self.heartbeat = heartbeat or Heartbeat(0, 1)
+        self._strategy = strategy
+        self._interruption = interruption or Interruption()
+        self._seconds = grace_seconds * (1 - _SAVING_SHARE)
+        self.flags = {"stop": self._interruption.is_requested, "long": self._is_long}
+        # All ranks must be prepared alike. Nothing is known of the first window, so it may be long.
+        self._next_is_long = not strategy.equal_micro_steps
+        self._update = 0
+        self._micro_steps = 0
+        self._started = 0.0
+        self._random: dict[str, Tensor] | None = None
+        self._buffers = KeptBuffers()
+        self._remembered: dict[str, Tensor] = {}
+
+    def _is_long(self) -> bool:
+        too_long = time.perf_counter() - self._started > _LONG_SHARE * self._seconds
+        return too_long and not self._strategy.equal_micro_steps
+
+    def begin_window(self, update: int, micro_steps: int) -> None:
+        """Begins the window of an update, of which this rank has so many micro-steps."""
+        self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
+        self._random, self._buffers, self._remembered = None, KeptBuffers(), {}
+        if self._next_is_long:
+            self._random = random_state(self._strategy.device)
+            self._buffers = KeptBuffers(self._strategy.module)
+            # Leaving a window drops what a strategy remembers of the windows before.
+            self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
+
+    def begin_phase(self, phase: str, micro_step: int, is_last: bool) -> None:
+        """Begins a phase of a micro-step (from 1), as `Accumulator.run` names it.
+
+        Raises:
+            WindowDroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
+                have agreed to drop it.
+        """
+        doing = self.heartbeat.doing
+        if phase == "step":
+            doing("step", update=self._update, waits=True)
+        elif phase == "loading":
+            doing("loading of a micro-batch", update=self._update, micro_step=micro_step)
+        elif phase == "forward":
+            self._check_window(micro_step, is_last=is_last)
+            doing("forward", update=self._update, micro_step=micro_step)
+        else:
+            how = "backward with the gradient sync" if is_last else "backward"
+            doing(how, update=self._update, micro_step=micro_step, waits=is_last)
+
+    def begin_stage(self, stage: Stage, step: int) -> None:
+        """Begins a stage of a window with a coupled loss, as `accumulate_coupled` names it.
+
+        Raises:
+            WindowDroppedError: as `begin_phase`.
+        """
+        # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
+        # takes about three times as long.
+        if stage is Stage.embedding:
+            self._check_window(step, is_last=step == self._micro_steps, to_come=3 * self._micro_steps)
+        self.heartbeat.doing(stage.value, update=self._update, micro_step=step, waits=stage.waits)
+
+    def _check_window(self, micro_step: int, *, is_last: bool, to_come: int = 0) -> None:
+        """Drops the window if a signal has come and there is too little time.
+
+        Args:
+            to_come: work after the last micro-step, in micro-steps.
+        """
+        if self._strategy.equal_micro_steps or not self._interruption.is_requested():
+            return
+        spent = time.perf_counter() - self._started
+        # There may be more of them than planned, if memory has run out.
+        left = max(1, self._micro_steps - micro_step + 1) + to_come
+        needed = spent / max(1, micro_step - 1) * left
+        is_too_slow = self._interruption.seconds_since() + needed > self._seconds
+        window = f"window/{self._update}"
+        fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
+        if fate is None and is_last:
+            # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
+            fate = self._interruption.settle(window, "finish")
+        if fate == "drop":
+            raise WindowDroppedError
+
+    def end_window(self, flags: frozenset[str]) -> None:
+        """Ends the window; `flags` are those of its result."""
+        self.heartbeat.doing("end", update=self._update)
+        self._next_is_long = "long" in flags
+
+    def put_back(self) -> None:
+        """Undoes what the forwards of a dropped window have left behind."""
+        assert self._random is not None
+        set_random_state(self._random, self._strategy.device)
+        self._strategy.load_state_tensors(self._remembered)
+        self._buffers.put_back()
+
+    def check_evaluation(self, update: int, *, is_over: bool) -> None:
+        """Drops the evaluation after an update if a signal has come, as it can be made at any time.
+
+        To be called before each of its batches, and before ranks meet at its end (`is_over`).
+
+        Raises:
+            EvaluationDroppedError: the ranks have agreed to drop it.
+        """
+        if self._strategy.equal_micro_steps or not self._interruption.is_requested():
+            return
+        if self._interruption.settle(f"evaluation/{update}", "finish" if is_over else "drop") == "drop":
+            raise EvaluationDroppedError
+
+    def agreed_signal(self) -> str:
+        """Returns the signal that came to the first rank that got one. All ranks call it once one has."""
+        names = [self._interruption.signal_name]
+        if self._strategy.process_group is not None:
+            names = [None] * self._strategy.world_size
+            dist.all_gather_object(names, self._interruption.signal_name, group=self._strategy.process_group)
+        return next(name for name in names if name is not None)
