@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.open_window import OpenWindow
-from distaccum.errors import UserError
+from distaccum.errors import NonfiniteError, UserError
 from distaccum.loaders import Window
 from distaccum.strategies import Strategy, can_recover
 from distaccum.strategies.scalar_sync import summed_beside
@@ -229,7 +229,7 @@ def is_to_be_made(
     """Whether an update is one, or to be skipped. All ranks see the same numbers, so all come to the same answer.
 
     Raises:
-        UserError: it is neither.
+        NonfiniteError: it is neither.
     """
     has_loss = math.isfinite(loss) and 0 < weight < math.inf
     if has_loss and math.isfinite(grad_norm):
@@ -246,7 +246,7 @@ def is_to_be_made(
         what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, window.strategy)}"
     else:
         what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
-    raise UserError(
+    raise NonfiniteError(
         f"update {window.number}: {what}. The parameters have not moved. Look at that data, lower the learning rate, "
         "or leave such updates out with train.on_nonfinite=skip."
     )

@@ -74,10 +74,6 @@ def _verdict(runs: Sequence[Run]) -> str:
     return html.section("How it went", *content, style="verdict")
 
 
-def _state(run: Run) -> str:
-    return f"stopped by {run.stopped_by}" if run.stopped_by else "finished" if run.is_finished else "not finished"
-
-
 def _runs_table(runs: Sequence[Run]) -> str:
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.evaluation_metrics()))[:4]
     heads = ["run", "state", "updates", "samples", "window", "training loss"]
@@ -89,7 +85,7 @@ def _runs_table(runs: Sequence[Run]) -> str:
         rows.append(
             [
                 run.name,
-                _state(run),
+                run.state,
                 f"{run.num_updates:,}",
                 _count(run.samples),
                 _count(run.window),
@@ -178,8 +174,8 @@ def _circumstances(runs: Sequence[Run]) -> str:
     entries = []
     for run in runs:
         facts_of_run = [("folder", str(run.path.resolve()))]
-        if run.plan:
-            facts_of_run.append(("cut", run.plan))
+        if run.record is not None and run.record.plan:
+            facts_of_run.append(("cut", run.record.plan))
         if run.resumed_after:
             after = ", ".join(f"{update:,}" for update in run.resumed_after)
             facts_of_run.append(("went on", f"from the checkpoint after update {after}"))

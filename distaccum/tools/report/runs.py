@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,14 +14,10 @@ from distaccum.config import flat
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import Metrics, read_metrics
-from distaccum.runtime.files import open_regular, read_plain_yaml
+from distaccum.observers.run_file import RUN_FILE, Outcome, RunRecord
+from distaccum.runtime.files import read_plain_yaml
 
 METRICS = "metrics.jsonl"
-_GOES_ON = re.compile(r"going on from .*, update (\d+)$")
-_SECONDS_BETWEEN_FILES = 60.0
-_MOST_BYTES_OF_LOG, _MOST_BYTES_OF_MARKER = 1 << 30, 1 << 16
-_FINISHED = re.compile(r": finished after update (\d+)$")
-_PLAN = re.compile(r": (window \d+ = .*)$")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,15 +30,32 @@ class Run:
     config: dict[str, Any]
     """Empty if there is none that can be read."""
     metrics: Metrics
-    is_finished: bool = False
-    stopped_by: str | None = None
-    """The signal that told it to stop, if it waits to be started again."""
-    resumed_after: list[int] = field(default_factory=list)
-    """Updates that it went on from, each time it was started again."""
-    plan: str = ""
-    """How a window was cut, in its own words."""
+    record: RunRecord | None = None
+    """What `run.json` says; None if it is missing or can't be read."""
     problems: list[str] = field(default_factory=list)
     """What of the folder could not be read."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to its end, and was not made longer since."""
+        record = self.record
+        return record is not None and record.outcome is Outcome.finished and record.updates == self.num_updates
+
+    @property
+    def state(self) -> str:
+        """How it ended, in a word or two."""
+        if self.record is None:
+            return "end not known"
+        if self.is_finished:
+            return "finished"
+        if self.record.outcome is Outcome.stopped:
+            return f"stopped by {self.record.reason}"
+        return self.record.outcome if self.record.outcome in (Outcome.diverged, Outcome.failed) else "not finished"
+
+    @property
+    def resumed_after(self) -> list[int]:
+        """Updates that it went on from, each time it was started again."""
+        return self.record.resumed_after if self.record else []
 
     @property
     def last(self) -> dict[str, Any]:
@@ -163,10 +174,10 @@ def _read(folder: Path, name: str) -> Run:
         raise UserError(f"{folder / METRICS} can't be read: {error.strerror or error}.") from error
     if not metrics.updates:
         raise UserError(f"{folder / METRICS} holds no update that can be read: there is nothing to show yet.")
-    run = Run(name=name, path=folder, config={}, metrics=metrics)
+    run = Run(name=name, path=folder, config={}, metrics=metrics, record=RunRecord.read(folder))
     run.config = _config(run)
-    _add_log(run)
-    _add_end(run)
+    if run.record is None:
+        run.problems.append(f"{RUN_FILE} is missing or can't be read, so it is not known how the run ended")
     if metrics.unreadable:
         run.problems.append(f"{metrics.unreadable} damaged line{'s' * (metrics.unreadable > 1)} of {METRICS} left out")
     if metrics.missing:
@@ -181,38 +192,6 @@ def _config(run: Run) -> dict[str, Any]:
         return {}
     plain: dict[str, Any] = redacted(found)  # it is already; what the environment holds now is kept out too
     return plain
-
-
-def _add_log(run: Run) -> None:
-    """What rank 0's log says of starts and of the plan."""
-    try:
-        with open_regular(run.path / "logs" / "rank0.log", _MOST_BYTES_OF_LOG) as file:
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        if found := _GOES_ON.search(line):
-            run.resumed_after.append(int(found[1]))
-        elif found := _FINISHED.search(line):
-            run.is_finished = int(found[1]) == run.num_updates
-        elif found := _PLAN.search(line):
-            run.plan = found[1]
-
-
-def _add_end(run: Run) -> None:
-    try:
-        with open_regular(run.path / "unfinished.json", _MOST_BYTES_OF_MARKER) as file:
-            marker = json.load(file)
-        run.stopped_by = str(marker.get("signal", "a signal")) if isinstance(marker, dict) else "a signal"
-    except (OSError, ValueError, RecursionError):
-        reached_the_end = run.is_finished or run.configured("train.max_updates") == run.num_updates
-        run.is_finished = reached_the_end or _has_model_of_last_update(run.path)
-
-
-def _has_model_of_last_update(folder: Path) -> bool:
-    """The model is written at a run's end; an older one is of a run that was made longer since."""
-    model = folder / "model.safetensors"
-    return model.exists() and model.stat().st_mtime >= (folder / METRICS).stat().st_mtime - _SECONDS_BETWEEN_FILES
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

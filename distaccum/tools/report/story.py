@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
+from distaccum.observers.run_file import Outcome
 from distaccum.tools.pages.page import subject_of
 from distaccum.tools.report.runs import Run, is_better_low, number_of
 
@@ -22,7 +23,7 @@ _FEWEST = 20
 
 def facts(run: Run) -> str:
     """What the run was, in short."""
-    ranks = run.plan.partition(" = ")[2].partition(" × ")[0]
+    ranks = (run.record.plan if run.record else "").partition(" = ")[2].partition(" × ")[0]
     optimizer = str(run.configured("optim._target_") or "").rpartition(".")[2]
     parts = [
         "" if math.isnan(run.window) else f"window of {run.window:,.0f} samples",
@@ -49,10 +50,15 @@ def _extent(run: Run) -> str:
         amount += f", {run.samples:,.0f} samples"
     if epochs is not None:
         amount += f", {epochs} epoch{'s' * (epochs > 1)}"
-    if run.stopped_by is not None:
-        state = f"told to stop by {run.stopped_by} after {amount}; started again, it goes on"
+    outcome = run.record.outcome if run.record is not None else None
+    if outcome is None:
+        state = f"{amount}; it is not known how it ended"
     elif run.is_finished:
         state = f"finished after {amount}"
+    elif outcome is Outcome.stopped:
+        state = f"{run.state} after {amount}; started again, it goes on"
+    elif outcome in (Outcome.diverged, Outcome.failed):
+        state = f"{outcome} after {amount}"
     else:
         state = f"not finished, or still going on: {amount} so far"
     if run.resumed_after:
@@ -117,8 +123,14 @@ def what_to_look_at(run: Run) -> list[str]:
         _told_of_memory,
         _told_of_shortness,
     ]
-    told = [teller(run) for teller in tellers]
+    told = [_failure(run), *(teller(run) for teller in tellers)]
     return [text for text in (*told, *(f"{problem}." for problem in run.problems)) if text]
+
+
+def _failure(run: Run) -> str:
+    if run.record is None or run.record.outcome not in (Outcome.diverged, Outcome.failed):
+        return ""
+    return f"It ended with an error: {run.record.reason or 'the log of the rank that failed says which.'}"
 
 
 def _told_of_nonfinite(run: Run) -> str:
@@ -265,7 +277,7 @@ def comparison(runs: Sequence[Run]) -> str:
         (slow, slow_name), (fast, fast_name) = min(rates), max(rates)
         if fast > slow * 1.1:
             texts.append(f"Fastest is {fast_name} with {rate(fast)} samples/s, slowest {slow_name} with {rate(slow)}.")
-    unfinished = [run.name for run in runs if not run.is_finished]
+    unfinished = [run.name for run in runs if run.record is not None and not run.is_finished]
     if unfinished:
         texts.append(f"Not finished: {', '.join(unfinished)}.")
     return " ".join(texts)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from distaccum.config.tools import StudyConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
 from distaccum.observers.formatting import duration, number
 from distaccum.observers.metrics_reading import read_metrics
+from distaccum.observers.run_file import Outcome, RunRecord
 from distaccum.runtime.files import without_tilde, write_result, write_text
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.stop_signals import SIGNALS
@@ -39,7 +40,6 @@ from distaccum.training.run_folder import changes, held_run_folder
 
 logger = logging.getLogger(__name__)
 
-_OUTCOME = "outcome.json"
 _MAY_CHANGE = ("batch_sizes", "lr_rules", "metric", "goal", "target", "smoothing", "point", "threads_per_rank")
 """Keys of `study` that another start of the same study may have otherwise: its runs stay what they are."""
 
@@ -216,7 +216,8 @@ class _Study:
             target = self.section.target
             return target is not None and crossing(learning.curve, target, self.goal) is not None
 
-        (run_dir / _OUTCOME).unlink(missing_ok=True)
+        if before := RunRecord.read(run_dir):
+            replace(before, outcome=Outcome.running, reason=None).write(run_dir)
         try:
             learning = run(
                 configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
@@ -227,11 +228,12 @@ class _Study:
                 log=self.path / "logs" / f"{point.name}.log",
             )
         except PointFailedError as failure:
-            # What the run says of a number that is not finite ends with how to go on all the same.
-            diverged = "train.on_nonfinite=skip" in str(failure)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / _OUTCOME, json.dumps({"reason": str(failure), "diverged": diverged}) + "\n")
-            logger.warning("%s: %s", point.title, failure)
+            record = self._record(point)
+            if record.reason is None:  # it was killed, or failed before its first update
+                run_dir.mkdir(parents=True, exist_ok=True)
+                record = replace(record, outcome=Outcome.failed, reason=str(failure))
+                record.write(run_dir)
+            logger.warning("%s: %s", point.title, record.reason)
             return
         logger.info("%s: %s", point.title, self._in_words(learning))
 
@@ -249,7 +251,7 @@ class _Study:
 
     def _is_over(self, point: Point, learning: Learning) -> bool:
         """Whether there is nothing left to be run of it; what failed is tried again, what diverged is not."""
-        if self._outcome(point).get("diverged"):
+        if self._record(point).outcome is Outcome.diverged:
             return True
         updates = configuration(point, self.config, self.num_samples, "").train.max_updates
         assert updates is not None
@@ -258,21 +260,18 @@ class _Study:
             target is not None and crossing(learning.curve, target, self.goal) is not None
         )
 
-    def _outcome(self, point: Point) -> dict[str, Any]:
-        try:
-            found = json.loads((self._run_dir(point) / _OUTCOME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def _record(self, point: Point) -> RunRecord:
+        return RunRecord.read(self._run_dir(point)) or RunRecord()
 
     def _result(self, point: Point) -> Result:
-        learning, outcome = self._learning(point), self._outcome(point)
+        learning, record = self._learning(point), self._record(point)
+        has_failed = record.outcome in (Outcome.failed, Outcome.diverged)
         return result_of(
             point,
             learning,
             is_over=self._is_over(point, learning),
-            reason=str(outcome.get("reason", "")),
-            diverged=bool(outcome.get("diverged")),
+            reason=record.reason or "" if has_failed else "",
+            diverged=record.outcome is Outcome.diverged,
         )
 
     def _concluded(self, results: list[Result]) -> Study:
