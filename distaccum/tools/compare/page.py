@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
@@ -12,25 +11,30 @@ from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
 from distaccum.tools.compare.results import Report, Row
 from distaccum.tools.compare.terminal import cells, heads
-from distaccum.tools.pages import page as html
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
+from distaccum.tools.pages.page import Section, render, subject_of
 from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick, nice_ticks
 
-_STYLE = Path(__file__).with_name("page.css")
-
 
 def page_of(report: Report) -> str:
-    """The whole page."""
-    sections = [_header(report), html.advice("Which placement to use here", report.advice)]
-    if report.measured:
-        sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
-    sections += [_table(report), _circumstances(report)]
-    title = f"{html.subject_of(report.config)}: placements compared"
-    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
+    """Returns the whole page."""
+    subject = subject_of(report.config)
+    return render(
+        "compare",
+        f"{subject}: placements compared",
+        heading=subject,
+        facts=[_facts(report)],
+        report=report,
+        sections=[_times(report), _errors(report)] if report.measured else [],
+        pair=[_scaling(report), _curves(report)] if report.measured else [],
+        heads=["placement", *heads(str(report.config["precision"]["name"]))],
+        rows=_rows(report),
+        circumstances=_circumstances(report),
+    )
 
 
-def _header(report: Report) -> str:
+def _facts(report: Report) -> str:
     config = report.config
     facts = [
         f"window of {config['batch']['global_batch_size']} samples",
@@ -39,7 +43,7 @@ def _header(report: Report) -> str:
         report.machine,
         report.date.replace("T", " ")[:16],
     ]
-    return html.header(html.subject_of(config), " · ".join(fact for fact in facts if fact))
+    return " · ".join(fact for fact in facts if fact)
 
 
 def _labels(report: Report) -> list[tuple[str, str]]:
@@ -51,7 +55,7 @@ def _reasons(report: Report) -> list[str | None]:
     return [row.reason if row.reason is not None or row.seconds is not None else "not measured" for row in report.rows]
 
 
-def _times(report: Report) -> str:
+def _times(report: Report) -> Section:
     time = Panel(
         title="Time per update, ms",
         share=0.62,
@@ -80,21 +84,19 @@ def _times(report: Report) -> str:
         bars=[_memory_bar(row) for row in report.rows],
         labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
     )
-    colours = html.key(
-        [
-            ("data", "waiting for data"),
-            ("compute", "computing"),
-            ("sync", "waiting in the sync"),
-            ("before", "Python and torch, before the model"),
-            ("training", "the training"),
-        ]
-    )
+    colours = [
+        ("data", "waiting for data"),
+        ("compute", "computing"),
+        ("sync", "waiting in the sync"),
+        ("before", "Python and torch, before the model"),
+        ("training", "the training"),
+    ]
     chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
     told = (
         f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
         "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
-    return html.section("Time and memory", colours, chart, html.note(told))
+    return Section(heading="Time and memory", key=colours, wide=chart, note=told)
 
 
 def _time_bar(row: Row) -> list[Segment]:
@@ -128,7 +130,7 @@ def _memory_kind(report: Report) -> str:
     return next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
 
 
-def _errors(report: Report) -> str:
+def _errors(report: Report) -> Section:
     precision = str(report.config["precision"]["name"])
     tolerance = float(report.config["compare"]["tolerance"])
     errors = Panel(
@@ -161,9 +163,9 @@ def _errors(report: Report) -> str:
         ],
     )
     missing = [None if reason is None else "not measured" for reason in _reasons(report)]
-    colours = html.key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
+    colours = [("dot64", "computed in float64"), ("dot", f"computed in {precision}")]
     chart = row_chart("Error of the update and traffic", _labels(report), missing, [errors, traffic])
-    return html.section("Exactness and traffic", colours, chart, html.note(_what_the_error_is(report)))
+    return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
 
 
 def _what_the_error_is(report: Report) -> str:
@@ -188,7 +190,7 @@ def _error_dots(row: Row, precision: str) -> list[Dot]:
     return dots
 
 
-def _scaling(report: Report) -> str:
+def _scaling(report: Report) -> Section | None:
     """Samples per second over the number of ranks, each placement at its fastest number of accumulation steps."""
     best: dict[str, dict[int, Row]] = {}
     for row in report.measured:
@@ -200,7 +202,7 @@ def _scaling(report: Report) -> str:
     single = best.pop(PlacementName.single.value, {}).get(1)
     best.pop(PlacementName.one_shot.value, None)
     if len(sizes) < 2 or not best:
-        return ""
+        return None
     curves = []
     if single is not None and single.samples_per_second is not None:
         speed = single.samples_per_second
@@ -221,13 +223,13 @@ def _scaling(report: Report) -> str:
     )
     has_choice = len(report.config["compare"]["accumulation_steps"]) > 1
     told = "Each placement with the accumulation steps that were fastest." if has_choice else ""
-    return html.section("Scaling", chart, html.note(told))
+    return Section(heading="Scaling", wide=chart, note=told)
 
 
-def _curves(report: Report) -> str:
+def _curves(report: Report) -> Section | None:
     rows = [row for row in report.measured if row.loss_curve and all(map(math.isfinite, row.loss_curve))]
     if not rows:
-        return ""
+        return None
     groups = coinciding(rows)
     curves = []
     for group in sorted(groups, key=len, reverse=True):
@@ -241,7 +243,7 @@ def _curves(report: Report) -> str:
     chart = line_chart(
         "Loss over the updates",
         curves,
-        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])]),
+        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6) if tick > 1)]),
         y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
@@ -249,7 +251,7 @@ def _curves(report: Report) -> str:
     if len(together) > 1:
         names = "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in together))
         told = f"The same windows, the same curve: {names} can't be told apart here."
-    return html.section("Loss", chart, html.note(told))
+    return Section(heading="Loss", wide=chart, note=told)
 
 
 def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
@@ -268,15 +270,15 @@ def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def _table(report: Report) -> str:
+def _rows(report: Report) -> list[list[str]]:
     rows = []
     for row in report.rows:
         rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
         rows += [["", told] for told in row.notes]
-    return html.section("All numbers", html.table(["placement", *heads(str(report.config["precision"]["name"]))], rows))
+    return rows
 
 
-def _circumstances(report: Report) -> str:
+def _circumstances(report: Report) -> list[tuple[str, str]]:
     compare = report.config["compare"]
     threads = compare["threads_per_rank"]
     timed = (
@@ -284,5 +286,4 @@ def _circumstances(report: Report) -> str:
         f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
         f"thread{'s' if threads > 1 else ''}; the slowest rank counts"
     )
-    facts = [*report.facts, ("took", f"{report.seconds:.0f} s"), ("timed", timed)]
-    return html.section("How this came about", html.definitions(facts), html.configuration(report.config))
+    return [*report.facts, ("took", f"{report.seconds:.0f} s"), ("timed", timed)]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
-from distaccum.tools.pages.svg import axis_ticks, escaped, line, short, svg, text
+from markupsafe import Markup
+
+from distaccum.tools.pages.svg import axis_ticks, line, short, svg, text
 
 _LABEL_GAP = 14.5
 _LABEL_ROOM = 158.0
@@ -135,7 +138,7 @@ class _Frame:
         lower = [(self.at_x(x), self.at_y(low)) for x, low, _ in reversed(band.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*upper, *lower))
         self.parts.append(
-            f'<g class="band {band.style}"><title>{escaped(band.hint)}</title><polygon points="{path}"/></g>'
+            f'<g class="band {band.style}"><title>{escape(band.hint)}</title><polygon points="{path}"/></g>'
         )
 
     def draw_mark(self, mark: Mark) -> None:
@@ -170,8 +173,8 @@ class _Frame:
             x, y = pieces[-1][-1]
             is_right = x > self.right - 50
             body += text(x - 8 if is_right else x + 8, y - 8, curve.tag, "tag", "end" if is_right else "start")
-        label = f' data-name="{escaped(curve.label)}"' if curve.label else ""
-        self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escaped(curve.hint)}</title>{body}</g>')
+        label = f' data-name="{escape(curve.label)}"' if curve.label else ""
+        self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escape(curve.hint)}</title>{body}</g>')
         return pieces[-1][-1] if pieces else None
 
 
@@ -193,7 +196,7 @@ def line_chart(
     bands: Sequence[Band] = (),
     marks: Sequence[Mark] = (),
     size: tuple[float, float] | None = None,
-) -> str:
+) -> Markup:
     """A chart of lines.
 
     Args:

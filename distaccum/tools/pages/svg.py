@@ -5,21 +5,19 @@ Colours are classes, so that the page's style sheet decides on them, for light a
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
+
+from markupsafe import Markup
 
 from distaccum.observers.formatting import byte_size
 
 
-def escaped(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
 def text(x: float, y: float, content: str, style: str = "", anchor: str = "start", hint: str = "") -> str:
-    title = f"<title>{escaped(hint)}</title>" if hint else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     css = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{css}>{title}{escaped(content)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{css}>{title}{escape(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
@@ -28,11 +26,12 @@ def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
 
 def svg(
     width: float, height: float, name: str, parts: Sequence[str], attributes: Mapping[str, str] | None = None
-) -> str:
-    """A picture, with what it shows in words for those who can't see it."""
+) -> Markup:
+    """Returns a picture, with what it shows in words for those who can't see it."""
     body = "\n".join(parts)
-    more = "".join(f' {key}="{escaped(value)}"' for key, value in (attributes or {}).items())
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escaped(name)}"{more}>\n{body}\n</svg>'
+    more = "".join(f' {key}="{escape(value)}"' for key, value in (attributes or {}).items())
+    frame = f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(name)}"{more}'
+    return Markup(f"<svg {frame}>\n{body}\n</svg>")
 
 
 def nice_ticks(largest: float, count: int = 5, binary: bool = False) -> list[float]:

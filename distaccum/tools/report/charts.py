@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from distaccum.observers.formatting import byte_size, number, words
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
-from distaccum.tools.pages.page import figure, key
+from distaccum.tools.pages.page import Figure
 from distaccum.tools.pages.rows import Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick
 from distaccum.tools.pages.thinning import moving_median, thinned
@@ -64,8 +66,8 @@ class Charts:
 
     def chart(
         self, title: str, name: str, *, is_log: bool | None = None, from_zero: bool = False, averaged: bool = False
-    ) -> str:
-        """One measure of all runs over the updates; empty if none has it.
+    ) -> Figure | None:
+        """Draws one measure of all runs over the updates; None if none has it.
 
         Args:
             name: a key of the lines (`loss`), or `eval/METRIC`.
@@ -74,7 +76,7 @@ class Charts:
         """
         series = self._series(name)
         if not series:
-            return ""
+            return None
         is_evaluation = name.startswith("eval/")
         curves: list[Curve] = []
         for index, run, points in series:
@@ -86,7 +88,7 @@ class Charts:
         described = (
             f"{title} over {self._x_name}: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
         )
-        return figure(self._drawn(described, [*curves, *marks], axis))
+        return Figure(self._drawn(described, [*curves, *marks], axis))
 
     def _evaluated_losses(self) -> list[Point]:
         return self._placed(self._runs[0], self._runs[0].metrics.evaluated("loss"))
@@ -136,14 +138,13 @@ class Charts:
         curves: Sequence[Curve],
         axis: Axis,
         bands: Sequence[Band] = (),
-        low_x: float | None = None,
-    ) -> str:
+    ) -> Markup:
         marks = []
         if self._is_single and not self._over_samples:
             marks = [
                 Mark(float(update), "went on") for update in sorted(set(self._runs[0].resumed_after))[:3] if update
             ]
-        x = Axis(title="sample" if self._over_samples else "update", low=low_x)
+        x = Axis(title="sample" if self._over_samples else "update")
         return line_chart(described, curves, x=x, y=axis, bands=bands, marks=marks, size=(400.0, 250.0))
 
     def _in_words(self, run: Run, points: Sequence[Point]) -> str:
@@ -156,11 +157,11 @@ class Charts:
         extremes = [f"{name} {number(y)} at {x:,.0f}" for name, (x, y) in (("lowest", low), ("highest", high))]
         return f"{run.name}: {', '.join((*ends, *extremes))}"
 
-    def noise_scale(self) -> str:
-        """The gradient noise scale, with its error if there is one run, beside the window; empty if not measured."""
+    def noise_scale(self) -> Figure | None:
+        """Draws the gradient noise scale, for one run with its error and the window; None if it was not measured."""
         series = self._series("noise_scale")
         if not series:
-            return ""
+            return None
         curves = [
             Curve("", style_of(index), thinned(points, _POINTS), self._in_words(run, points), label=run.name)
             for index, run, points in series
@@ -183,18 +184,18 @@ class Charts:
                 )
         values = [value for _, _, points in series for _, value in points if math.isfinite(value) and value > 0]
         if not values:
-            return ""
+            return None
         low = min(values) / 2
         axis = Axis(title="Gradient noise scale, samples", is_log=True, low=low)
         described = f"Gradient noise scale: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
         caption = "Dashed: the window." if self._is_single else ""
-        return figure(self._drawn(described, curves, axis, bands), caption)
+        return Figure(self._drawn(described, curves, axis, bands), caption=caption)
 
-    def memory(self) -> str:
-        """The peak of memory so far, on rank 0; empty if it is not known."""
+    def memory(self) -> Figure | None:
+        """Draws the peak of memory so far, on rank 0; None if it is not known."""
         series = self._series("peak_memory_bytes")
         if not series:
-            return ""
+            return None
         mebi = 2.0**20
         curves = []
         for index, run, points in series:
@@ -202,15 +203,15 @@ class Charts:
             scaled = [(x, value / mebi) for x, value in points]
             curves.append(Curve("", style_of(index), thinned(scaled, _POINTS), hint, len(points) <= 20, label=run.name))
         described = "Peak memory of rank 0: " + "; ".join(curve.hint for curve in curves) + "."
-        return figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
+        return Figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
 
-    def time_split(self) -> str:
-        """What an update's time went into: over the updates for one run, in all for several."""
+    def time_split(self) -> Figure | None:
+        """Draws what an update's time went into: over the updates for one run, in all for several."""
         return self._time_of_one(self._runs[0]) if self._is_single else self._time_of_all()
 
-    def _time_of_one(self, run: Run) -> str:
+    def _time_of_one(self, run: Run) -> Figure | None:
         if run.shares is None:
-            return ""
+            return None
         lines = [line for line in run.metrics.updates if all(key in line for key in _TIMES)]
         stretches = min(_STRETCHES, len(lines))
         layers: dict[str, list[tuple[float, float, float]]] = {"compute": [], "data": [], "sync": []}
@@ -229,12 +230,12 @@ class Charts:
         ]
         described = f"Time of an update: {', '.join(band.hint for band in bands)}."
         chart = self._drawn(described, [], Axis(title="Time of an update, ms", low=0.0), bands)
-        return figure(chart + key([(name, f"{_WORDS[name]} {shown[name]:.0%}") for name in layers]))
+        return Figure(chart, key=[(name, f"{_WORDS[name]} {shown[name]:.0%}") for name in layers])
 
-    def _time_of_all(self) -> str:
+    def _time_of_all(self) -> Figure | None:
         runs = [run for run in self._runs if run.shares is not None]
         if not runs:
-            return ""
+            return None
         bars, labels = [], []
         for run in runs:
             shares = run.shares
@@ -266,9 +267,9 @@ class Charts:
         )
         has_memory = any(run.peak_memory is not None for run in runs)
         chart = row_chart(described, names, [None] * len(runs), [time, memory] if has_memory else [time])
-        return key(list(_WORDS.items())) + chart
+        return Figure(chart, key=list(_WORDS.items()))
 
-    def evaluations(self) -> list[str]:
+    def evaluations(self) -> list[Figure | None]:
         """A chart for each metric of the evaluations; of one run's loss, that of the training has it."""
         names = dict.fromkeys(name for run in self._runs for name in run.metrics.evaluation_metrics())
         wanted = [name for name in names if not (self._is_single and name == "loss")]

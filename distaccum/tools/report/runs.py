@@ -58,6 +58,17 @@ class Run:
         return self.record.resumed_after if self.record else []
 
     @property
+    def circumstances(self) -> list[tuple[str, str]]:
+        """Facts on where the page's figures come from."""
+        facts = [("folder", str(self.path.resolve()))]
+        if self.record is not None and self.record.plan:
+            facts.append(("cut", self.record.plan))
+        if self.resumed_after:
+            after = ", ".join(f"{update:,}" for update in self.resumed_after)
+            facts.append(("went on", f"from the checkpoint after update {after}"))
+        return facts + [("not read", problem) for problem in self.problems]
+
+    @property
     def last(self) -> dict[str, Any]:
         """Its last update."""
         return self.metrics.updates[-1]

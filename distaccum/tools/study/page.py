@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+
+from markupsafe import Markup
 
 from distaccum.observers.formatting import duration, number
-from distaccum.tools.pages import page as html
 from distaccum.tools.pages.lines import Axis, Curve, Mark, line_chart
+from distaccum.tools.pages.page import Figure, Section, render, standalone, subject_of
 from distaccum.tools.pages.svg import short
 from distaccum.tools.pages.thinning import thinned
 from distaccum.tools.study.advice import round_number, what_metric
@@ -16,34 +17,33 @@ from distaccum.tools.study.curves import Spot
 from distaccum.tools.study.results import Study, measured
 from distaccum.tools.study.terminal import cells, heads
 
-_STYLE = Path(__file__).with_name("page.css")
 _POINTS = 300
 _NUM_SHADES = 8
 _SIZE = (400.0, 280.0)
 
 
 def page_of(study: Study) -> str:
-    """The whole page."""
-    title = f"{html.subject_of(study.config)}: what batch size?"
-    sections = [
-        _header(study, title),
-        html.advice("What batch size to use, and what it costs", study.advice),
-        _tradeoff(study),
-        _learning(study),
-        _table(study),
-        _circumstances(study),
-    ]
-    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"), has_hover=True)
+    """Returns the whole page."""
+    rows, styles = _table(study)
+    return render(
+        "study",
+        f"{subject_of(study.config)}: what batch size?",
+        facts=[_facts(study)],
+        study=study,
+        sections=[_tradeoff(study), _learning(study)],
+        heads=heads(study),
+        rows=rows,
+        styles=styles,
+        circumstances=_circumstances(study),
+    )
 
 
 def picture_of(study: Study) -> str:
-    """The main chart as an SVG file; empty if no run reached the target."""
-    if not study.chosen:
-        return ""
-    return html.standalone(_updates_over_samples(study, (620, 400)), _STYLE.read_text(encoding="utf-8"))
+    """Returns the main chart as an SVG file; empty if no run reached the target."""
+    return standalone(_updates_over_samples(study, (620, 400)), "study") if study.chosen else ""
 
 
-def _header(study: Study, title: str) -> str:
+def _facts(study: Study) -> str:
     ranks = study.config["study"]["ranks"]
     sizes = list(dict.fromkeys(result.batch_size for result in study.results))
     facts = [
@@ -53,7 +53,7 @@ def _header(study: Study, title: str) -> str:
         study.machine,
         study.date.replace("T", " ")[:16],
     ]
-    return html.header(title, " · ".join(facts))
+    return " · ".join(facts)
 
 
 def _shade(study: Study, size: int) -> str:
@@ -63,11 +63,11 @@ def _shade(study: Study, size: int) -> str:
     return f"q{round(place * (_NUM_SHADES - 1))}"
 
 
-def _tradeoff(study: Study) -> str:
-    """What the target takes at each batch size."""
+def _tradeoff(study: Study) -> Section | None:
+    """Shows what the target takes at each batch size."""
     if not study.chosen:
-        return ""
-    figures = [html.figure(_updates_over_samples(study)), *_over_batch_size(study)]
+        return None
+    figures = [Figure(_updates_over_samples(study)), *_over_batch_size(study), *_noise(study)]
     told = (
         f"Each dot: the run of a batch size that brought {what_metric(study)} to {number(study.target or 0.0)} in "
         "fewest updates; grey: with another learning rate. Line: (S/S_min - 1)(E/E_min - 1) = 1 for S updates and E "
@@ -75,10 +75,10 @@ def _tradeoff(study: Study) -> str:
         if study.fit is not None
         else "Two batch sizes at least have to reach the target for a curve."
     )
-    return html.section("What the target takes", html.charts(figures), html.note(told))
+    return Section(heading="What the target takes", figures=figures, note=told)
 
 
-def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> str:
+def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> Markup:
     curves, marks = [], []
     fitted = study.fit
     reached = [result for result in study.results if result.reached is not None]
@@ -121,8 +121,8 @@ def _log_axis(title: str, values: list[float], ticks: Sequence[float] | None = N
     return Axis(title=title, is_log=True, low=min(positive) / room, high=max(positive) * room, ticks=ticks, tick=tick)
 
 
-def _over_batch_size(study: Study) -> list[str]:
-    """Updates, samples and seconds over the batch size."""
+def _over_batch_size(study: Study) -> list[Figure]:
+    """Shows updates, samples and seconds over the batch size."""
     fitted = study.fit
     wanted: list[tuple[str, Callable[[Spot], float], Callable[[float], float] | None]] = [
         ("Updates to the target", lambda spot: spot.updates, fitted.updates if fitted else None),
@@ -166,11 +166,11 @@ def _over_batch_size(study: Study) -> list[str]:
             marks=[*marks, *more],
             size=_SIZE,
         )
-        figures.append(html.figure(chart))
-    return [*figures, *_noise(study)]
+        figures.append(Figure(chart))
+    return figures
 
 
-def _noise(study: Study) -> list[str]:
+def _noise(study: Study) -> list[Figure]:
     """The noise scale that the chosen runs measured while they learned."""
     curves = []
     for result in study.chosen:
@@ -193,14 +193,14 @@ def _noise(study: Study) -> list[str]:
         marks=marks,
         size=_SIZE,
     )
-    return [html.figure(chart)]
+    return [Figure(chart)]
 
 
-def _learning(study: Study) -> str:
-    """The curves of all runs over samples, updates and seconds."""
+def _learning(study: Study) -> Section | None:
+    """Shows the curves of all runs over samples, updates and seconds."""
     runs = [result for result in study.results if result.curve]
     if not runs:
-        return ""
+        return None
     finite = [spot.value for result in runs for spot in result.curve if math.isfinite(spot.value)]
     is_log = bool(finite) and min(finite) > 0 and max(finite) > 10 * min(finite)
     marks = [] if study.target is None else [Mark(study.target, f"target {number(study.target)}", is_vertical=False)]
@@ -230,9 +230,9 @@ def _learning(study: Study) -> str:
             marks=marks,
             size=_SIZE,
         )
-        figures.append(html.figure(chart))
-    sizes = list(dict.fromkeys(result.batch_size for result in runs))
-    colours = html.key([(_shade(study, size), str(size)) for size in sizes])
+        figures.append(Figure(chart))
+    sizes = dict.fromkeys(result.batch_size for result in runs)
+    colours = [(_shade(study, size), str(size)) for size in sizes]
     rules = study.config["study"]["lr_rules"]
     dashes = f" Dashed: the rule {rules[1]}; whole: {rules[0]}." if len(rules) == 2 else ""
     told = (
@@ -240,10 +240,11 @@ def _learning(study: Study) -> str:
         "Seconds leave evaluations out; an update counts as 20 usual ones at most, so that the start of a process does "
         "not show."
     )
-    return html.section("How they learned", colours, html.charts(figures), html.note(told))
+    return Section(heading="How they learned", key=colours, figures=figures, note=told)
 
 
-def _table(study: Study) -> str:
+def _table(study: Study) -> tuple[list[list[str]], list[str]]:
+    """Returns the rows, and a CSS class for each or none."""
     rows, styles = [], []
     for result in study.results:
         rows.append(cells(result))
@@ -251,10 +252,10 @@ def _table(study: Study) -> str:
         if result.reason:
             rows.append(["", result.reason])
             styles.append("")
-    return html.section("All runs", html.table(heads(study), rows, styles))
+    return rows, styles
 
 
-def _circumstances(study: Study) -> str:
+def _circumstances(study: Study) -> list[tuple[str, str]]:
     fitted = study.fit
     facts = [
         *study.facts,
@@ -271,7 +272,7 @@ def _circumstances(study: Study) -> str:
             "points, Huber's loss of the logarithms of updates"
         )
         facts.append(("fit", said))
-    return html.section("How this came about", html.definitions(facts), html.configuration(study.config))
+    return facts
 
 
 def _limit(value: float) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
-from distaccum.tools.pages.page import table, whole_page
+from distaccum.tools.pages.page import render
 from distaccum.tools.pages.svg import axis_ticks, short
 from distaccum.tools.pages.thinning import moving_median, thinned
 
@@ -86,7 +86,7 @@ def test_one_point_alone_is_a_chart_too() -> None:
 
 
 def test_what_is_written_on_a_page_is_escaped() -> None:
-    page = whole_page("a<b", [table(["<i>"], [["<script>", "&"]])])
+    page = render("pages", "a<b", facts=["<script>"])
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "<title>a&lt;b</title>" in page

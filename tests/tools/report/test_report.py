@@ -205,7 +205,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [run(tmp_path / above / "run", usual(3)) for above in ("one", "two")]
     assert [found.name for found in read_runs(folders)] == ["one/run", "two/run"]
     assert differences(read_runs(folders)) == []
-    assert "Nothing: all runs were told the same." in page(*folders, out=tmp_path / "page.html").words
+    assert "Nothing: all runs were configured alike." in page(*folders, out=tmp_path / "page.html").words
 
 
 def test_what_went_wrong_is_told_and_not_drawn(tmp_path: Path) -> None:
