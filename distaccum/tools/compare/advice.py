@@ -5,7 +5,7 @@ from __future__ import annotations
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
-from distaccum.tools.compare.results import Report, Row, is_within_noise
+from distaccum.tools.compare.results import CompareReport, CompareRow, is_within_noise
 
 _CLEARLY_LESS_MEMORY = 0.9
 """A peak is called smaller when it is below this part of the other."""
@@ -13,7 +13,7 @@ _AS_INEXACT_AS = 10.0
 """Without float64, a placement passes if its error is at most so many times one shot's own."""
 
 
-def advise(report: Report) -> list[str]:
+def advise(report: CompareReport) -> list[str]:
     """Paragraphs: what to use, why, and what speaks for the others."""
     measured = report.measured
     if not measured:
@@ -37,7 +37,7 @@ def advise(report: Report) -> list[str]:
     return [*paragraphs, *(paragraph for paragraph in others if paragraph)]
 
 
-def is_exact(row: Row, rows: list[Row], tolerance: float) -> bool:
+def is_exact(row: CompareRow, rows: list[CompareRow], tolerance: float) -> bool:
     """Whether a row's update is that of the large batch; unknown counts as yes where nothing was compared."""
     if row.error_float64 is not None:
         return row.error_float64 <= tolerance
@@ -47,7 +47,7 @@ def is_exact(row: Row, rows: list[Row], tolerance: float) -> bool:
     return row.error <= _AS_INEXACT_AS * floor
 
 
-def choose(rows: list[Row]) -> tuple[Row, list[Row]]:
+def choose(rows: list[CompareRow]) -> tuple[CompareRow, list[CompareRow]]:
     """The row to use, and those whose speed can't be told from its.
 
     The fastest; but among those within the noise of the fastest, the one with clearly less memory, then with fewer
@@ -61,7 +61,7 @@ def choose(rows: list[Row]) -> tuple[Row, list[Row]]:
     return chosen, [row for row in equals if row is not chosen]
 
 
-def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
+def _choice(chosen: CompareRow, rivals: list[CompareRow], tolerance: float) -> str:
     if chosen.placement == PlacementName.one_shot.value:
         exactness = "it is the large batch itself, which fits"
     elif chosen.error_float64 is not None and chosen.error_float64 <= tolerance:
@@ -80,7 +80,7 @@ def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
     return f"{text}. Train with: {chosen.command}"
 
 
-def _speed(chosen: Row, rows: list[Row]) -> str:
+def _speed(chosen: CompareRow, rows: list[CompareRow]) -> str:
     text = f"It takes {milliseconds(_seconds(chosen))} an update, {rate(chosen.samples_per_second or 0.0)} samples/s"
     single = [
         row for row in rows if row.placement == PlacementName.single.value and row is not chosen and not row.is_uniform
@@ -96,7 +96,7 @@ def _speed(chosen: Row, rows: list[Row]) -> str:
     return f"{text}."
 
 
-def _inexact(rows: list[Row], tolerance: float) -> str | None:
+def _inexact(rows: list[CompareRow], tolerance: float) -> str | None:
     """Placements that should be exact and aren't, if only some of them."""
     wrong = [row for row in rows if not row.is_lossy and not is_exact(row, rows, tolerance)]
     if not wrong or len(wrong) == sum(not row.is_lossy for row in rows):
@@ -110,7 +110,7 @@ def _inexact(rows: list[Row], tolerance: float) -> str | None:
     )
 
 
-def _no_sync(rows: list[Row]) -> str | None:
+def _no_sync(rows: list[CompareRow]) -> str | None:
     """What syncing in every micro-step costs."""
     pairs = [
         (every, once)
@@ -136,7 +136,7 @@ def _no_sync(rows: list[Row]) -> str | None:
     )
 
 
-def _compression(chosen: Row, rows: list[Row]) -> str | None:
+def _compression(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     lossy = [row for row in rows if row.is_lossy]
     if not lossy:
         return None
@@ -151,7 +151,7 @@ def _compression(chosen: Row, rows: list[Row]) -> str | None:
     return f"Compression buys no time here: the fastest, {best.title}, takes {time} an update{error}."
 
 
-def _memory(chosen: Row, rows: list[Row]) -> str | None:
+def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     sized = [row for row in rows if row.peak_memory]
     if not sized or not chosen.peak_memory:
         return None
@@ -169,7 +169,7 @@ def _memory(chosen: Row, rows: list[Row]) -> str | None:
     return f"{text}, the least of all; the most is {byte_size(most.peak_memory or 0)} ({most.title})."
 
 
-def _nothing_exact(report: Report, tolerance: float) -> str:
+def _nothing_exact(report: CompareReport, tolerance: float) -> str:
     if report.reference.problem is not None:
         return f"Exactness could not be measured: there is no float64 reference ({report.reference.problem})."
     errors = [row.error_float64 for row in report.measured if row.error_float64 is not None and not row.is_lossy]
@@ -181,7 +181,7 @@ def _nothing_exact(report: Report, tolerance: float) -> str:
     )
 
 
-def _left_out(report: Report) -> str | None:
+def _left_out(report: CompareReport) -> str | None:
     failed = [row for row in report.rows if row.reason is not None]
     if not failed:
         return None
@@ -202,7 +202,7 @@ def _briefly(titles: dict[str, list[str]]) -> str:
     )
 
 
-def _seconds(row: Row) -> float:
+def _seconds(row: CompareRow) -> float:
     assert row.seconds is not None
     return row.seconds
 

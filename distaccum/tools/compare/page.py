@@ -9,7 +9,7 @@ from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
-from distaccum.tools.compare.results import Report, Row
+from distaccum.tools.compare.results import CompareReport, CompareRow
 from distaccum.tools.compare.terminal import cells, heads
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
 from distaccum.tools.pages.page import Section, render, subject_of
@@ -17,7 +17,7 @@ from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick, nice_ticks
 
 
-def page_of(report: Report) -> str:
+def page_of(report: CompareReport) -> str:
     """Returns the whole page."""
     subject = subject_of(report.config)
     return render(
@@ -34,7 +34,7 @@ def page_of(report: Report) -> str:
     )
 
 
-def _facts(report: Report) -> str:
+def _facts(report: CompareReport) -> str:
     config = report.config
     facts = [
         f"window of {config['batch']['global_batch_size']} samples",
@@ -46,16 +46,16 @@ def _facts(report: Report) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _labels(report: Report) -> list[tuple[str, str]]:
+def _labels(report: CompareReport) -> list[tuple[str, str]]:
     parted = [row.title.partition(" · ") for row in report.rows]
     return [(title, numbers) for title, _, numbers in parted]
 
 
-def _reasons(report: Report) -> list[str | None]:
+def _reasons(report: CompareReport) -> list[str | None]:
     return [row.reason if row.reason is not None or row.seconds is not None else "not measured" for row in report.rows]
 
 
-def _times(report: Report) -> Section:
+def _times(report: CompareReport) -> Section:
     time = Panel(
         title="Time per update, ms",
         share=0.62,
@@ -99,7 +99,7 @@ def _times(report: Report) -> Section:
     return Section(heading="Time and memory", key=colours, wide=chart, note=told)
 
 
-def _time_bar(row: Row) -> list[Segment]:
+def _time_bar(row: CompareRow) -> list[Segment]:
     if row.reason is not None or row.seconds is None:
         return []
     shares = [
@@ -117,7 +117,7 @@ def _time_bar(row: Row) -> list[Segment]:
     ]
 
 
-def _memory_bar(row: Row) -> list[Segment]:
+def _memory_bar(row: CompareRow) -> list[Segment]:
     if row.reason is not None or row.peak_memory is None:
         return []
     before = min(max(row.memory_before), row.peak_memory)
@@ -126,11 +126,11 @@ def _memory_bar(row: Row) -> list[Segment]:
     return [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
 
 
-def _memory_kind(report: Report) -> str:
+def _memory_kind(report: CompareReport) -> str:
     return next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
 
 
-def _errors(report: Report) -> Section:
+def _errors(report: CompareReport) -> Section:
     precision = str(report.config["precision"]["name"])
     tolerance = float(report.config["compare"]["tolerance"])
     errors = Panel(
@@ -168,7 +168,7 @@ def _errors(report: Report) -> Section:
     return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
 
 
-def _what_the_error_is(report: Report) -> str:
+def _what_the_error_is(report: CompareReport) -> str:
     if report.reference.problem is not None:
         return f"There is no float64 reference, so there are no errors: {report.reference.problem}."
     steps = report.reference.accumulation_steps
@@ -179,7 +179,7 @@ def _what_the_error_is(report: Report) -> str:
     )
 
 
-def _error_dots(row: Row, precision: str) -> list[Dot]:
+def _error_dots(row: CompareRow, precision: str) -> list[Dot]:
     if row.reason is not None:
         return []
     dots = []
@@ -190,9 +190,9 @@ def _error_dots(row: Row, precision: str) -> list[Dot]:
     return dots
 
 
-def _scaling(report: Report) -> Section | None:
+def _scaling(report: CompareReport) -> Section | None:
     """Samples per second over the number of ranks, each placement at its fastest number of accumulation steps."""
-    best: dict[str, dict[int, Row]] = {}
+    best: dict[str, dict[int, CompareRow]] = {}
     for row in report.measured:
         of_placement = best.setdefault(row.placement, {})
         other = of_placement.get(row.world_size)
@@ -226,7 +226,7 @@ def _scaling(report: Report) -> Section | None:
     return Section(heading="Scaling", wide=chart, note=told)
 
 
-def _curves(report: Report) -> Section | None:
+def _curves(report: CompareReport) -> Section | None:
     rows = [row for row in report.measured if row.loss_curve and all(map(math.isfinite, row.loss_curve))]
     if not rows:
         return None
@@ -254,11 +254,11 @@ def _curves(report: Report) -> Section | None:
     return Section(heading="Loss", wide=chart, note=told)
 
 
-def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
+def coinciding(rows: Sequence[CompareRow]) -> list[list[CompareRow]]:
     """Rows in groups whose loss curves are the same line on paper: closer than a two-hundredth of the range."""
     losses = [loss for row in rows for loss in row.loss_curve]
     near = (max(losses) - min(losses)) / 200
-    groups: list[list[Row]] = []
+    groups: list[list[CompareRow]] = []
     for row in rows:
         for group in groups:
             pairs = zip(group[0].loss_curve, row.loss_curve, strict=False)
@@ -270,7 +270,7 @@ def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def _rows(report: Report) -> list[list[str]]:
+def _rows(report: CompareReport) -> list[list[str]]:
     rows = []
     for row in report.rows:
         rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
@@ -278,7 +278,7 @@ def _rows(report: Report) -> list[list[str]]:
     return rows
 
 
-def _circumstances(report: Report) -> list[tuple[str, str]]:
+def _circumstances(report: CompareReport) -> list[tuple[str, str]]:
     compare = report.config["compare"]
     threads = compare["threads_per_rank"]
     timed = (

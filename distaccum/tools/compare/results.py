@@ -14,7 +14,7 @@ from distaccum.tools.compare.placements import Case
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
+class CompareRow:
     """What is known of one placement with its numbers. What could not be measured is None."""
 
     key: str
@@ -89,11 +89,11 @@ class Reference:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report(Circumstances):
+class CompareReport(Circumstances):
     """What `compare.json` holds."""
 
     reference: Reference
-    rows: list[Row]
+    rows: list[CompareRow]
     on_cuda: bool = False
     advice: list[str] = field(default_factory=list)
     """What to use here and why, a paragraph each."""
@@ -101,14 +101,14 @@ class Report(Circumstances):
     """How long the comparison took."""
 
     @property
-    def measured(self) -> list[Row]:
+    def measured(self) -> list[CompareRow]:
         """Rows that have been timed."""
         return [row for row in self.rows if row.is_measured]
 
 
-def row_of(case: Case, command: str = "") -> Row:
+def row_of(case: Case, command: str = "") -> CompareRow:
     """An empty row."""
-    return Row(
+    return CompareRow(
         key=case.key,
         placement=case.placement.name.value,
         title=case.title,
@@ -122,7 +122,7 @@ def row_of(case: Case, command: str = "") -> Row:
     )
 
 
-def add_preparation(row: Row, answers: Sequence[dict[str, Any]]) -> None:
+def add_preparation(row: CompareRow, answers: Sequence[dict[str, Any]]) -> None:
     """Fills in the loss curve and the memory."""
     row.loss_curve = answers[0]["loss_curve"]
     row.micro_batch_sizes = answers[0]["micro_batch_sizes"]
@@ -131,7 +131,7 @@ def add_preparation(row: Row, answers: Sequence[dict[str, Any]]) -> None:
     row.memory_kind = answers[0]["memory_kind"]
 
 
-def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
+def add_rounds(row: CompareRow, rounds: Sequence[Round]) -> None:
     """Fills in times, shares and traffic."""
     if not rounds:
         return
@@ -146,7 +146,7 @@ def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
     row.sync_bytes = rounds[-1].sync_bytes
 
 
-def add_speedups(rows: Sequence[Row]) -> None:
+def add_speedups(rows: Sequence[CompareRow]) -> None:
     """Fills in how many times as fast each row is as accumulation in one process, cut as configured."""
     baselines = {
         row.accumulation_steps: row.seconds
@@ -158,7 +158,7 @@ def add_speedups(rows: Sequence[Row]) -> None:
             row.speedup = baselines.get(row.accumulation_steps, min(baselines.values())) / row.seconds
 
 
-def is_within_noise(row: Row, other: Row) -> bool:
+def is_within_noise(row: CompareRow, other: CompareRow) -> bool:
     """True if the middle halves of the rounds of both overlap: the order may be chance."""
     (low, high), (other_low, other_high) = (middle_half(one.round_seconds) for one in (row, other))
     return low <= other_high and other_low <= high

@@ -29,7 +29,15 @@ from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import page_of
 from distaccum.tools.compare.placements import Case, cases_of, reference_case
-from distaccum.tools.compare.results import Reference, Report, Row, add_preparation, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import (
+    CompareReport,
+    CompareRow,
+    Reference,
+    add_preparation,
+    add_rounds,
+    add_speedups,
+    row_of,
+)
 from distaccum.tools.compare.terminal import show
 from distaccum.training.run_folder import held_run_folder
 
@@ -39,7 +47,7 @@ _KEPT_SHARE = 0.25
 """A placement's processes may wait for their next turn if they take no more than this share of the memory left."""
 
 
-def compare(config: CompareConfig) -> Report:
+def compare(config: CompareConfig) -> CompareReport:
     """Compares what a configuration asks for; writes `compare.json` and `compare.html` into the run folder.
 
     Raises:
@@ -62,7 +70,7 @@ class _Contender:
     """A row in the making."""
 
     case: Case
-    row: Row
+    row: CompareRow
     session: Session | None = None
     rounds: list[Round] = field(default_factory=list)
     is_prepared: bool = False
@@ -82,7 +90,7 @@ class _Comparison:
         self.reference: Reference | None = None
         self.on_cuda = False
 
-    def run(self) -> Report:
+    def run(self) -> CompareReport:
         contenders = [
             _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
             for case in cases_of(self.config)
@@ -105,7 +113,7 @@ class _Comparison:
         for contender in contenders:
             add_rounds(contender.row, contender.rounds)
         add_speedups(rows)
-        report = Report(
+        report = CompareReport(
             **environment(),
             config=redacted(as_plain(self.config)),
             reference=self.reference,
@@ -189,7 +197,7 @@ class _Comparison:
         if not self._may_stay(contender.row):
             contender.stop()
 
-    def _may_stay(self, row: Row) -> bool:
+    def _may_stay(self, row: CompareRow) -> bool:
         """Whether processes may be kept until their next turn."""
         if self.section.keep_alive is not None:
             return self.section.keep_alive

@@ -10,7 +10,7 @@ from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
-from distaccum.tools.compare.results import Report, Row
+from distaccum.tools.compare.results import CompareReport, CompareRow
 
 _FULL_WIDTH = 150
 _IN_TERMINAL = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)
@@ -19,7 +19,7 @@ _MOST_IMPORTANT = (1, 4, 8, 10, 11)
 """Columns for a narrow one: time, speed-up, memory, bytes sent, error."""
 
 
-def show(report: Report, run_dir: Path) -> None:
+def show(report: CompareReport, run_dir: Path) -> None:
     """Prints a report on the console; in a narrow one, the table has the columns that matter most."""
     is_narrow = console.is_terminal and console.width < _FULL_WIDTH
     names = heads(str(report.config["precision"]["name"]))
@@ -45,7 +45,7 @@ def heads(precision: str) -> list[str]:
     ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: CompareRow) -> list[str]:
     """What the tables say of a row beside its name; nothing if it was not measured."""
     if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
         return []
