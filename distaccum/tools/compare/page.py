@@ -12,7 +12,7 @@ from distaccum.tools.compare.placements import PLACEMENTS
 from distaccum.tools.compare.results import CompareReport, CompareRow
 from distaccum.tools.compare.terminal import cells, heads
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
-from distaccum.tools.pages.page import Section, render, subject_of
+from distaccum.tools.pages.page import TIME_PARTS, Section, render, subject_of
 from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick, nice_ticks
 
@@ -59,21 +59,10 @@ def _times(report: CompareReport) -> Section:
     time = Panel(
         title="Time per update, ms",
         share=0.62,
-        tick=lambda value: f"{value:g}",
         label_width=150,
         bars=[_time_bar(row) for row in report.rows],
-        whiskers=[
-            (row.low_seconds * 1e3, row.high_seconds * 1e3)
-            if row.low_seconds is not None and row.high_seconds is not None
-            else None
-            for row in report.rows
-        ],
-        labels=[
-            ""
-            if row.seconds is None
-            else milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
-            for row in report.rows
-        ],
+        whiskers=[_whisker(row) for row in report.rows],
+        labels=[_time_label(row) for row in report.rows],
     )
     memory = Panel(
         title=f"Peak memory of a process ({_memory_kind(report)})",
@@ -84,37 +73,37 @@ def _times(report: CompareReport) -> Section:
         bars=[_memory_bar(row) for row in report.rows],
         labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
     )
-    colours = [
-        ("data", "waiting for data"),
-        ("compute", "computing"),
-        ("sync", "waiting in the sync"),
-        ("before", "Python and torch, before the model"),
-        ("training", "the training"),
-    ]
+    colours = TIME_PARTS | {"before": "Python and torch, before the model", "training": "the training"}
     chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
     told = (
         f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
         "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
-    return Section(heading="Time and memory", key=colours, wide=chart, note=told)
+    return Section(heading="Time and memory", key=list(colours.items()), wide=chart, note=told)
+
+
+def _whisker(row: CompareRow) -> tuple[float, float] | None:
+    if row.low_seconds is None or row.high_seconds is None:
+        return None
+    return row.low_seconds * 1e3, row.high_seconds * 1e3
+
+
+def _time_label(row: CompareRow) -> str:
+    if row.seconds is None:
+        return ""
+    return milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
 
 
 def _time_bar(row: CompareRow) -> list[Segment]:
     if row.reason is not None or row.seconds is None:
         return []
-    shares = [
-        ("data", row.data_share, "waiting for data"),
-        ("compute", row.compute_share, "computing"),
-        ("sync", row.sync_share, "waiting in the sync"),
-    ]
-    return [
-        Segment(
-            row.seconds * 1e3 * (share or 0.0),
-            style,
-            f"{row.title}: {what} {milliseconds(row.seconds * (share or 0.0))} ({share or 0.0:.0%})",
-        )
-        for style, share, what in shares
-    ]
+    shares = {"data": row.data_share, "compute": row.compute_share, "sync": row.sync_share}
+    segments = []
+    for part, share in shares.items():
+        seconds = row.seconds * (share or 0.0)
+        hint = f"{row.title}: {TIME_PARTS[part]} {milliseconds(seconds)} ({share or 0.0:.0%})"
+        segments.append(Segment(seconds * 1e3, part, hint))
+    return segments
 
 
 def _memory_bar(row: CompareRow) -> list[Segment]:
@@ -147,18 +136,9 @@ def _errors(report: CompareReport) -> Section:
         tick=bytes_tick,
         label_width=118,
         binary=True,
-        bars=[
-            []
-            if row.reason is not None or row.sync_bytes is None
-            else [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
-            for row in report.rows
-        ],
+        bars=[_traffic_bar(row) for row in report.rows],
         labels=[
-            ""
-            if row.sync_bytes is None
-            else "nothing"
-            if not row.sync_calls
-            else f"{byte_size(row.sync_bytes)} in {row.sync_calls}"
+            f"{byte_size(row.sync_bytes or 0)} in {row.sync_calls}" if row.sync_calls else "nothing"
             for row in report.rows
         ],
     )
@@ -166,6 +146,12 @@ def _errors(report: CompareReport) -> Section:
     colours = [("dot64", "computed in float64"), ("dot", f"computed in {precision}")]
     chart = row_chart("Error of the update and traffic", _labels(report), missing, [errors, traffic])
     return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
+
+
+def _traffic_bar(row: CompareRow) -> list[Segment]:
+    if row.reason is not None or row.sync_bytes is None:
+        return []
+    return [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
 
 
 def _what_the_error_is(report: CompareReport) -> str:
@@ -207,14 +193,14 @@ def _scaling(report: CompareReport) -> Section | None:
     if single is not None and single.samples_per_second is not None:
         speed = single.samples_per_second
         ideal = [(float(size), speed * size) for size in sizes]
-        curves.append(Curve("ideal", "c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True))
+        curves.append(Curve("c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True, name="ideal"))
     for name, of_placement in best.items():
         rows = [of_placement[size] for size in sorted(of_placement)]
         rows = [single, *rows] if single is not None and rows[0].world_size > 1 else rows
         points = [(float(row.world_size), row.samples_per_second or 0.0) for row in rows]
         hint = "; ".join(f"{row.title}: {rate(row.samples_per_second or 0.0)} samples/s" for row in rows)
         title = PLACEMENTS[PlacementName[name]].title
-        curves.append(Curve(title, f"c-{name}", points, hint, has_marks=True))
+        curves.append(Curve(f"c-{name}", points, hint, has_marks=True, name=title))
     chart = line_chart(
         "Samples per second over the number of ranks",
         curves,
@@ -238,7 +224,7 @@ def _curves(report: CompareReport) -> Section | None:
         name = row.title.partition(" · ")[0] if len(group) == 1 else f"{len(group)} coincide"
         points = [(float(number), loss) for number, loss in enumerate(row.loss_curve, 1)]
         style = "c-many" if len(group) > 1 else f"c-{row.placement}"
-        curves.append(Curve(name, style, points, names))
+        curves.append(Curve(style, points, names, name=name))
     length = max(len(row.loss_curve) for row in rows)
     chart = line_chart(
         "Loss over the updates",

@@ -43,8 +43,6 @@ class Axis:
 class Curve:
     """A line of a line chart. Where a value is not finite, it has a gap."""
 
-    name: str
-    """Written at its end, if the chart has room for names; empty for none."""
     style: str
     """CSS classes; the colour is theirs."""
     points: list[tuple[float, float]]
@@ -56,7 +54,9 @@ class Curve:
     tag: str = ""
     """Written beside its last point."""
     label: str = ""
-    """What its values are called when the pointer is over them; empty: it keeps silent."""
+    """Name of its values where the pointer shows them; empty: they are not shown."""
+    name: str = ""
+    """Written at its end, if the chart has room for names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ from markupsafe import Markup
 MADE_BY = '<meta name="generator" content="distaccum">'
 """By which a page is recognized as one of these."""
 
+TIME_PARTS = {"data": "waiting for data", "compute": "computing", "sync": "waiting in the sync"}
+"""What an update's time goes into: CSS class → its name."""
+
 _TOOLS = Path(__file__).parent.parent
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TOOLS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

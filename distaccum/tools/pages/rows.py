@@ -43,9 +43,10 @@ class Panel:
     title: str
     share: float
     """Part of the chart's width."""
-    tick: Callable[[float], str]
     label_width: float
     """Room for the labels behind the longest bar."""
+    tick: Callable[[float], str] = "{:g}".format
+    """How a tick's number is written."""
     bars: list[list[Segment]] = field(default_factory=list)
     whiskers: list[tuple[float, float] | None] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)

@@ -72,7 +72,7 @@ def page_of(runs: Sequence[Run]) -> str:
 def _row(run: Run, metrics: Sequence[str]) -> list[str]:
     """Returns what the table of several runs says of one."""
     bests = [run.best(name) for name in metrics]
-    losses = [value for _, value in run.metrics.values("loss") if math.isfinite(value)]
+    losses = run.metrics.finite("loss")
     return [
         run.name,
         run.state,

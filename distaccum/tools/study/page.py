@@ -88,7 +88,7 @@ def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> Ma
         high = max(point.batch_size for point in points) * 1.5
         sizes = [low * (high / low) ** (index / 80) for index in range(81)]
         line = [(fitted.samples(size), fitted.updates(size)) for size in sizes]
-        curves.append(Curve("", "fit", line, "the fitted curve"))
+        curves.append(Curve("fit", line, "the fitted curve"))
         # Only where the points tell of them: else they are far away.
         if fitted.high < math.inf:
             marks.append(Mark(fitted.min_updates, f"fewest {short(round(fitted.min_updates))}", is_vertical=False))
@@ -98,7 +98,7 @@ def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> Ma
         style = _shade(study, result.batch_size) if result.is_chosen else "other"
         hint = f"{result.title}: {point.updates:,.0f} updates, {point.samples:,.0f} samples"
         tag = str(result.batch_size) if result.is_chosen else ""
-        curves.append(Curve("", f"{style} dot", [(point.samples, point.updates)], hint, has_marks=True, tag=tag))
+        curves.append(Curve(f"{style} dot", [(point.samples, point.updates)], hint, has_marks=True, tag=tag))
     each = "; ".join(curve.hint for curve in curves if "dot" in curve.style)
     return line_chart(
         f"Updates against samples to reach the target, by batch size: {each}.",
@@ -139,17 +139,17 @@ def _over_batch_size(study: Study) -> list[Figure]:
         low, high = sizes[0] / 1.2, sizes[-1] * 1.2
         if of_fit is not None:
             line = [low * (high / low) ** (index / 60) for index in range(61)]
-            curves.append(Curve("", "fit", [(size, of_fit(size)) for size in line], "the fitted curve"))
+            curves.append(Curve("fit", [(size, of_fit(size)) for size in line], "the fitted curve"))
         elif len(sizes) > 1:
             measured_points = [(float(r.batch_size), of_spot(r.reached)) for r in study.chosen if r.reached]
-            curves.append(Curve("", "fit", measured_points, "from batch size to batch size", is_dashed=True))
+            curves.append(Curve("fit", measured_points, "from batch size to batch size", is_dashed=True))
         for result in study.results:
             if result.reached is None:
                 continue
             style = _shade(study, result.batch_size) if result.is_chosen else "other"
             value = of_spot(result.reached)
             hint = f"{result.title}: {value:,.3g}"
-            curves.append(Curve("", f"{style} dot", [(float(result.batch_size), value)], hint, has_marks=True))
+            curves.append(Curve(f"{style} dot", [(float(result.batch_size), value)], hint, has_marks=True))
         if not any(point[1] > 0 for curve in curves for point in curve.points):
             continue
         noise = study.noise_scale if title.startswith("Updates") else None
@@ -178,7 +178,7 @@ def _noise(study: Study) -> list[Figure]:
         if points:
             hint = f"{result.title}: {result.noise_scale:,.0f} in its second half"
             label = str(result.batch_size)
-            curves.append(Curve("", _shade(study, result.batch_size), thinned(points, _POINTS), hint, label=label))
+            curves.append(Curve(_shade(study, result.batch_size), thinned(points, _POINTS), hint, label=label))
     if not curves:
         return []
     fitted = study.fit
@@ -221,7 +221,7 @@ def _learning(study: Study) -> Section | None:
             best = "—" if result.best is None else number(result.best)
             hint = f"{result.title}: best {best} in {result.updates:,} updates, {duration(result.seconds)}"
             style, is_sqrt_alone = _shade(study, result.batch_size), result.rules == ["sqrt"]
-            curves.append(Curve("", style, points, hint, is_dashed=is_sqrt_alone, label=result.title))
+            curves.append(Curve(style, points, hint, is_dashed=is_sqrt_alone, label=result.title))
         chart = line_chart(
             f"{title} over {name}: {'; '.join(curve.hint for curve in curves)}.",
             curves,

@@ -55,7 +55,9 @@ def test_numbers_on_axes_are_short(value: float, text: str) -> None:
 
 
 def test_a_gap_is_a_gap_and_no_value_leaves_the_chart() -> None:
-    curve = Curve("a", "r0", [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 0.0), (6, 4.0)], "hint", label="a<b")
+    curve = Curve(
+        "r0", [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 0.0), (6, 4.0)], "hint", label="a<b", name="a"
+    )
     chart = line_chart(
         "what it shows",
         [curve],
@@ -80,8 +82,8 @@ def test_a_gap_is_a_gap_and_no_value_leaves_the_chart() -> None:
 
 def test_one_point_alone_is_a_chart_too() -> None:
     for value in (0.0, -3.0, 5.0):
-        assert "<circle" in line_chart("one", [Curve("", "r0", [(1, value)], "")], x=Axis(title="x"), y=Axis(title="y"))
-    nothing = line_chart("none", [Curve("", "r0", [], "")], x=Axis(title="x"), y=Axis(title="y", is_log=True))
+        assert "<circle" in line_chart("one", [Curve("r0", [(1, value)], "")], x=Axis(title="x"), y=Axis(title="y"))
+    nothing = line_chart("none", [Curve("r0", [], "")], x=Axis(title="x"), y=Axis(title="y", is_log=True))
     assert "<svg" in nothing
 
 
