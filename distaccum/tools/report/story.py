@@ -195,8 +195,8 @@ def _waits(run: Run) -> list[str]:
         texts.append(f"{shares['data']:.0%} of the time went into waiting for data: more data.num_workers may help.")
     if shares["sync"] >= _MUCH_SYNC:
         texts.append(
-            f"{shares['sync']:.0%} of the time went into the sync, or into waiting for slower ranks there: a larger window, "
-            "strategy.compression or batch.balance=speed may help."
+            f"{shares['sync']:.0%} of the time went into the sync, or into waiting for slower ranks there: a larger "
+            "window, strategy.compression or batch.balance=speed may help."
         )
     return texts
 
