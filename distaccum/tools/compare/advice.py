@@ -1,4 +1,4 @@
-"""Which placement to use, and why, in words: nothing but what was measured."""
+"""Says which placement to use, and why, from what was measured alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _AS_INEXACT_AS = 10.0
 
 
 def advise(report: CompareReport) -> list[str]:
-    """Paragraphs: what to use, why, and what speaks for the others."""
+    """Returns paragraphs: what to use, why, and what the others are good for."""
     measured = report.measured
     if not measured:
         return ["Nothing could be measured: the table says why for each placement."]
@@ -38,7 +38,7 @@ def advise(report: CompareReport) -> list[str]:
 
 
 def is_exact(row: CompareRow, rows: list[CompareRow], tolerance: float) -> bool:
-    """Whether a row's update is that of the large batch; unknown counts as yes where nothing was compared."""
+    """Returns whether a row's update is that of the large batch; True too where nothing was compared."""
     if row.error_float64 is not None:
         return row.error_float64 <= tolerance
     if row.error is None:
@@ -48,7 +48,7 @@ def is_exact(row: CompareRow, rows: list[CompareRow], tolerance: float) -> bool:
 
 
 def choose(rows: list[CompareRow]) -> tuple[CompareRow, list[CompareRow]]:
-    """The row to use, and those whose speed can't be told from its.
+    """Returns the row to use, and those whose speed does not differ from its speed beyond the noise.
 
     The fastest; but among those within the noise of the fastest, the one with clearly less memory, then with fewer
     processes, then the one that is simplest (the order of the table).
@@ -97,7 +97,7 @@ def _speed(chosen: CompareRow, rows: list[CompareRow]) -> str:
 
 
 def _inexact(rows: list[CompareRow], tolerance: float) -> str | None:
-    """Placements that should be exact and aren't, if only some of them."""
+    """Names placements that should be exact and are not, unless none is."""
     wrong = [row for row in rows if not row.is_lossy and not is_exact(row, rows, tolerance)]
     if not wrong or len(wrong) == sum(not row.is_lossy for row in rows):
         return None
@@ -111,7 +111,7 @@ def _inexact(rows: list[CompareRow], tolerance: float) -> str | None:
 
 
 def _no_sync(rows: list[CompareRow]) -> str | None:
-    """What syncing in every micro-step costs."""
+    """Says what syncing in every micro-step costs."""
     pairs = [
         (every, once)
         for every in rows
@@ -145,10 +145,10 @@ def _compression(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     error = "" if best.error is None else f", and its update is off by {best.error:.1e}"
     if _seconds(best) < _seconds(chosen) and not is_within_noise(best, chosen):
         return (
-            f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth it is "
-            "not for a stopwatch to say."
+            f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth "
+            "the error, these times don't say."
         )
-    return f"Compression buys no time here: the fastest, {best.title}, takes {time} an update{error}."
+    return f"Compression saves no time here: the fastest, {best.title}, takes {time} an update{error}."
 
 
 def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
@@ -193,7 +193,7 @@ def _left_out(report: CompareReport) -> str | None:
 
 
 def _briefly(titles: dict[str, list[str]]) -> str:
-    """Rows by name; those of one placement together, by their number."""
+    """Names rows; several rows of one placement together, by their number."""
     return _listed(
         [
             rows[0] if len(rows) == 1 else f"{rows[0].partition(' · ')[0]} in {len(rows)} rows"

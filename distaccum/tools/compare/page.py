@@ -1,4 +1,4 @@
-"""The comparison as one page that needs nothing else: its charts and its style are inside it."""
+"""Draws the comparison as one page that needs nothing else: its charts and its style are in it."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def _error_dots(row: CompareRow, precision: str) -> list[Dot]:
 
 
 def _scaling(report: CompareReport) -> Section | None:
-    """Samples per second over the number of ranks, each placement at its fastest number of accumulation steps."""
+    """Shows samples per second over the number of ranks, with the steps that were fastest for each placement."""
     best: dict[str, dict[int, CompareRow]] = {}
     for row in report.measured:
         of_placement = best.setdefault(row.placement, {})
@@ -241,7 +241,7 @@ def _curves(report: CompareReport) -> Section | None:
 
 
 def coinciding(rows: Sequence[CompareRow]) -> list[list[CompareRow]]:
-    """Rows in groups whose loss curves are the same line on paper: closer than a two-hundredth of the range."""
+    """Groups rows whose loss curves look the same: they are closer than a two-hundredth of the range."""
     losses = [loss for row in rows for loss in row.loss_curve]
     near = (max(losses) - min(losses)) / 200
     groups: list[list[CompareRow]] = []

@@ -1,4 +1,4 @@
-"""A comparison, whole: its rows, and the statistics that make them of what the ranks have answered."""
+"""The results of a comparison: its rows, and the statistics that fill them from the ranks' answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distaccum.tools.compare.placements import Case
 
 @dataclass(kw_only=True, slots=True)
 class CompareRow:
-    """What is known of one placement with its numbers. What could not be measured is None."""
+    """The results of one placement with its numbers. What was not measured is None."""
 
     key: str
     placement: str
@@ -25,11 +25,11 @@ class CompareRow:
     num_processes: int
     is_lossy: bool
     command: str
-    """How to train so; for the placement that knows no `no_sync`, how to train without that fault."""
+    """The command that trains like this; for the placement without `no_sync`, the one with it."""
     is_uniform: bool = False
     """Cut into equal micro-batches, where the others are cut by length."""
     reason: str | None = None
-    """Why it could not run, or None."""
+    """Why it could not be run, or None."""
     notes: list[str] = field(default_factory=list)
     """What else went wrong."""
     error_float64: float | None = None
@@ -67,12 +67,12 @@ class CompareRow:
 
     @property
     def is_measured(self) -> bool:
-        """Whether it has been timed, to the end."""
+        """Whether it was timed to the end."""
         return self.reason is None and self.seconds is not None
 
     @property
     def peak_memory(self) -> int | None:
-        """Of the process that used most."""
+        """Peak of the process that used most."""
         return max(self.memory) if self.memory else None
 
 
@@ -107,7 +107,7 @@ class CompareReport(Circumstances):
 
 
 def row_of(case: Case, command: str = "") -> CompareRow:
-    """An empty row."""
+    """Returns an empty row."""
     return CompareRow(
         key=case.key,
         placement=case.placement.name.value,
@@ -159,6 +159,6 @@ def add_speedups(rows: Sequence[CompareRow]) -> None:
 
 
 def is_within_noise(row: CompareRow, other: CompareRow) -> bool:
-    """True if the middle halves of the rounds of both overlap: the order may be chance."""
+    """Returns whether the middle halves of both rows' rounds overlap, so that their order may be chance."""
     (low, high), (other_low, other_high) = (middle_half(one.round_seconds) for one in (row, other))
     return low <= other_high and other_low <= high

@@ -67,7 +67,7 @@ def compare(config: CompareConfig) -> CompareReport:
 
 @dataclass(slots=True)
 class _Contender:
-    """A row in the making."""
+    """A row that is being measured."""
 
     case: Case
     row: CompareRow
@@ -135,7 +135,7 @@ class _Comparison:
             progress.advance(bar)
 
     def _attempt(self, contender: _Contender, step: Any) -> None:
-        """Takes a step with a placement; one that fails ends as a row that says why."""
+        """Takes a step with a placement. If it fails, its row gives the reason."""
         if contender.row.reason is not None:
             return
         try:
@@ -198,14 +198,14 @@ class _Comparison:
             contender.stop()
 
     def _may_stay(self, row: CompareRow) -> bool:
-        """Whether processes may be kept until their next turn."""
+        """Returns whether processes may be kept until their next turn."""
         if self.section.keep_alive is not None:
             return self.section.keep_alive
         # What waits on a GPU takes up its memory, which the others are to have for themselves.
         return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * free_memory(torch.device("cpu"))
 
     def _make_reference(self) -> Reference:
-        """The float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
+        """Makes the float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
 
         Raises:
             UserError: the configuration can't be trained, whatever the placement.

@@ -1,4 +1,4 @@
-"""The comparison in the terminal: a table, the advice, and where the rest is."""
+"""Prints the comparison: a table, the advice, and where the page is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show(report: CompareReport, run_dir: Path) -> None:
 
 
 def heads(precision: str) -> list[str]:
-    """The names of the columns beside that of the row."""
+    """Returns the names of all columns but the first."""
     return [
         "micro-batch", "time", "middle half", "samples/s", "speed-up", "data", "compute", "in sync", "memory", "syncs",
         "sent", "error fp64", f"error {precision}",
@@ -46,7 +46,7 @@ def heads(precision: str) -> list[str]:
 
 
 def cells(row: CompareRow) -> list[str]:
-    """What the tables say of a row beside its name; nothing if it was not measured."""
+    """Returns a row's cells, without its name; none if it was not measured."""
     if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
         return []
     sizes = sorted(set(row.micro_batch_sizes))

@@ -35,12 +35,12 @@ class Point:
 
     batch_size: int
     rules: tuple[LrRule, ...]
-    """All that come to this learning rate; at the configured batch size, every rule does."""
+    """All rules that give this learning rate; at the configured batch size, every rule does."""
     lr: float
 
     @property
     def name(self) -> str:
-        """Of its folder: `b0064-linear`."""
+        """The name of its folder: `b00064-linear`."""
         return f"b{self.batch_size:05d}-{self.rules[0].name if len(self.rules) == 1 else 'base'}"
 
     @property
@@ -51,7 +51,7 @@ class Point:
 
 
 def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
-    """The runs of a study, from small batches to large ones.
+    """Returns the runs of a study, from small batches to large ones.
 
     Args:
         num_samples: of the training data.
@@ -71,7 +71,7 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
 
 
 def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
-    """The batch sizes that are asked for, or those that follow from the configured one."""
+    """Returns the batch sizes that are asked for, or those that follow from the configured one."""
     base = config.batch.global_batch_size
     assert base is not None
     if config.study.batch_sizes is not None:
@@ -93,7 +93,7 @@ def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
 
 
 def learning_rate(optim: Any) -> float:
-    """`optim.lr` of a built-in optimizer or of anybody's own.
+    """Returns `optim.lr` of a built-in optimizer or of the user's own.
 
     Raises:
         UserError: it has none.
@@ -105,7 +105,7 @@ def learning_rate(optim: Any) -> float:
 
 
 def max_samples(config: StudyConfig, num_samples: int) -> int:
-    """Samples that a run ends after."""
+    """Returns the number of samples after which a run ends."""
     if config.study.max_samples is not None:
         return config.study.max_samples
     base = config.batch.global_batch_size
@@ -119,7 +119,7 @@ def max_samples(config: StudyConfig, num_samples: int) -> int:
 
 
 def measures_noise(config: StudyConfig, task: Any) -> bool:
-    """Whether the runs of a study are to measure the noise scale.
+    """Returns whether the runs of a study measure the noise scale.
 
     Args:
         task: as the configuration builds it.
@@ -133,7 +133,7 @@ def measures_noise(config: StudyConfig, task: Any) -> bool:
 def configuration(
     point: Point, config: StudyConfig, num_samples: int, run_dir: str, *, noise_scale: bool = False
 ) -> TrainConfig:
-    """The training of a point: the user's, but for the batch size and what follows from it.
+    """Returns the training of a point: the user's, except for the batch size and what follows from it.
 
     What the configuration counts in updates (warm-up, steps of the schedule, the weights' averages) takes the same
     number of samples at each batch size. Every window has its full size.
@@ -187,7 +187,7 @@ def _schedule(schedule: ScheduleConfig, of_samples: float, updates: int) -> Sche
 
 
 _MEASUREMENTS = 16
-"""Of the noise scale in a run, at least: large batches have few updates."""
+"""The least number of measurements of the noise scale in a run: large batches have few updates."""
 
 
 def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> InsightConfig:
@@ -196,7 +196,7 @@ def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> Insight
 
 
 def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
-    """The average with the same memory in samples.
+    """Returns the average with the same memory in samples.
 
     Args:
         of_samples: updates of this batch size for each of the configured one.
@@ -208,7 +208,7 @@ def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
 
 
 def swa_of(swa: SwaConfig, of_samples: float) -> SwaConfig:
-    """The same samples from one that counts to the next."""
+    """Returns the average of weights that are as many samples apart."""
     if swa.first_update is None:
         return swa
     return dataclasses.replace(
@@ -222,12 +222,12 @@ Average = TypeVar("Average", EmaConfig, SwaConfig)
 
 
 def _not_after(updates: int, average: Average) -> Average:
-    """Has it begin in the run at least."""
+    """Has an average begin at the last update of the run at the latest."""
     if average.first_update is None:
         return average
     return dataclasses.replace(average, first_update=min(updates, average.first_update))
 
 
 def _strategy(strategy: StrategyConfig, ranks: int) -> StrategyConfig:
-    """The configured one; a study of several ranks that has not said how they are placed gets DDP."""
+    """Returns the configured strategy; DDP for several ranks that are given none."""
     return DDPConfig() if ranks > 1 and isinstance(strategy, SingleConfig) else strategy

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ _MAY_CHANGE = ("batch_sizes", "lr_rules", "metric", "goal", "target", "smoothing
 
 
 class _StoppedError(Exception):
-    """SIGTERM or SIGHUP: save, leave, and say that this wants to be started again."""
+    """SIGTERM or SIGHUP has arrived: save, and end with the status that asks for another start."""
 
 
 def study(config: StudyConfig) -> int:
@@ -66,7 +66,7 @@ def study(config: StudyConfig) -> int:
 
 
 def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> int:
-    """One point, beside other jobs that have the others; the last one concludes."""
+    """Runs one point, while other jobs run the others; the last one concludes."""
     index = config.study.point
     assert index is not None
     _check_array(len(points))
@@ -94,7 +94,7 @@ def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> in
 
 
 def _check_array(num_points: int) -> None:
-    """An array of another size would leave points out, or run some for nothing."""
+    """Refuses an array of another size, which would leave points out, or run some for nothing."""
     count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
     if count is not None and int(count) != num_points:
         raise UserError(
@@ -103,7 +103,7 @@ def _check_array(num_points: int) -> None:
 
 
 def _check_same_study(config: StudyConfig) -> None:
-    """A folder that holds a study may only go on with that one."""
+    """Refuses a folder that holds a run or another study."""
     if config.run_dir is None:
         return
     path = without_tilde(config.run_dir)
@@ -117,8 +117,8 @@ def _check_same_study(config: StudyConfig) -> None:
         before = None
     if not isinstance(before, dict) or not isinstance(before.get("study"), dict):
         raise UserError(
-            f"{path / 'config.yaml'} can't be read, so there is no telling whether run_dir={config.run_dir} holds this "
-            "study: choose another folder."
+            f"{path / 'config.yaml'} can't be read, so it is not known whether run_dir={config.run_dir} holds "
+            "this study: choose another folder."
         )
     now = redacted(as_plain(config))
     for plain in (before, now):
@@ -146,9 +146,9 @@ class _Study:
         self.smoothing_samples = max(1, self.section.smoothing * self.limit // self.section.evaluations)
 
     def make(self, wanted: list[Point]) -> int:
-        """Runs the points that are wanted and not finished, and writes what is known then."""
+        """Runs those points that are not finished yet, and writes the results; returns the exit status."""
         waiting = [point for point in wanted if not self._is_over(point, self._learning(point))]
-        self._tell_start(waiting)
+        self._log_start(waiting)
         status = 0
         try:
             with _sigterm_raises():
@@ -172,16 +172,12 @@ class _Study:
             )
         return status
 
-    def _tell_start(self, waiting: list[Point]) -> None:
+    def _log_start(self, waiting: list[Point]) -> None:
         sizes = ", ".join(str(size) for size in dict.fromkeys(point.batch_size for point in self.points))
         target = "chosen from the runs" if self.section.target is None else f"{self.section.target:g}"
         logger.info(
             "%d runs (batch sizes %s), each of at most %s samples; target of %s: %s",
-            len(self.points),
-            sizes,
-            f"{self.limit:,}",
-            self.metric,
-            target,
+            *(len(self.points), sizes, f"{self.limit:,}", self.metric, target),
         )
         logger.info(
             "every window has its full size (batch.drop_last=true); warm-up and schedule take the same samples at each "
@@ -194,27 +190,22 @@ class _Study:
     def _run_all(self, points: list[Point]) -> None:
         with progress_bar(TextColumn("{task.completed:.1f}/{task.total}")) as progress:
             bar = progress.add_task("", total=len(points))
-            for number_of_point, point in enumerate(points):
+            for done, point in enumerate(points):
 
-                def tell(learning: Learning, point: Point = point, done: int = number_of_point) -> None:
-                    value = learning.curve[-1].value if learning.curve else None
-                    shown = "" if value is None else f" · {self.metric} {number(value)}"
-                    progress.update(
-                        bar,
-                        description=f"{point.title}{shown}",
-                        completed=done + min(1.0, learning.samples / self.limit),
-                    )
+                def show_progress(learning: Learning, point: Point = point, done: int = done) -> None:
+                    shown = f" · {self.metric} {number(learning.curve[-1].value)}" if learning.curve else ""
+                    completed = done + min(1.0, learning.samples / self.limit)
+                    progress.update(bar, description=f"{point.title}{shown}", completed=completed)
 
-                tell(Learning())
-                self._run(point, tell)
+                show_progress(Learning())
+                self._run(point, show_progress)
 
-    def _run(self, point: Point, tell: Any) -> None:
+    def _run(self, point: Point, show_progress: Callable[[Learning], None]) -> None:
         run_dir = self._run_dir(point)
 
         def is_enough(learning: Learning) -> bool:
-            tell(learning)
-            target = self.section.target
-            return target is not None and crossing(learning.curve, target, self.goal) is not None
+            show_progress(learning)
+            return self._has_reached(learning)
 
         if before := RunRecord.read(run_dir):
             replace(before, outcome=Outcome.running, reason=None).write(run_dir)
@@ -250,15 +241,16 @@ class _Study:
         return read_learning(self._run_dir(point), self.metric, self.section.smoothing, self.smoothing_samples)
 
     def _is_over(self, point: Point, learning: Learning) -> bool:
-        """Whether there is nothing left to be run of it; what failed is tried again, what diverged is not."""
+        """Returns whether nothing of it is left to be run. What failed is tried again, what diverged is not."""
         if self._record(point).outcome is Outcome.diverged:
             return True
         updates = configuration(point, self.config, self.num_samples, "").train.max_updates
         assert updates is not None
+        return learning.updates >= updates or self._has_reached(learning)
+
+    def _has_reached(self, learning: Learning) -> bool:
         target = self.section.target
-        return learning.updates >= updates or (
-            target is not None and crossing(learning.curve, target, self.goal) is not None
-        )
+        return target is not None and crossing(learning.curve, target, self.goal) is not None
 
     def _record(self, point: Point) -> RunRecord:
         return RunRecord.read(self._run_dir(point)) or RunRecord()
