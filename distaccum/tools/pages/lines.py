@@ -1,4 +1,4 @@
-"""Line charts: curves over one horizontal axis, their names at their ends or in the page's key."""
+"""Draws line charts: curves over one horizontal axis, with their names at their ends or in the page's key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Axis:
     """How a tick's number is written."""
 
     def place(self, value: float) -> float:
-        """Where a value lies, up to shift and scale."""
+        """Returns where a value lies, up to shift and scale."""
         return math.log(value) if self.is_log else value
 
     def has(self, value: float) -> bool:
@@ -80,7 +80,7 @@ class Mark:
 
 @dataclass(kw_only=True, slots=True)
 class _Frame:
-    """Where values are on paper."""
+    """Maps values to places in the chart."""
 
     x: Axis
     y: Axis
@@ -109,7 +109,7 @@ class _Frame:
         return self.bottom - share * (self.bottom - self.top)
 
     def attributes(self) -> dict[str, str]:
-        """Where values are, for the page's script."""
+        """Returns where values are, for the page's script."""
         sides = {
             "data-x": (self.left, self.right, self.low_x, self.high_x, self.x.is_log),
             "data-y": (self.bottom, self.top, self.low_y, self.high_y, self.y.is_log),
@@ -154,7 +154,7 @@ class _Frame:
             self.parts.append(text(self.left + 4, y - 5, mark.label, "tick on-grid"))
 
     def draw_curve(self, curve: Curve) -> tuple[float, float] | None:
-        """Draws it; returns where it ends."""
+        """Draws a curve; returns where it ends."""
         pieces: list[list[tuple[float, float]]] = [[]]
         for x, y in curve.points:
             if self.x.has(x) and self.y.has(y):
@@ -197,10 +197,10 @@ def line_chart(
     marks: Sequence[Mark] = (),
     size: tuple[float, float] | None = None,
 ) -> Markup:
-    """A chart of lines.
+    """Draws a chart of lines.
 
     Args:
-        name: what it shows, for those who can't see it.
+        name: what it shows in words, for readers who don't see it.
         size: width and height, for curves without names: the page's key has to say what colours mean. None: curves
             have their names at the right, moved apart where they would touch.
     """

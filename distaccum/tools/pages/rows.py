@@ -1,4 +1,4 @@
-"""Rows of bars or dots that share their labels on the left."""
+"""Draws rows of bars or dots that share their labels on the left."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Panel:
 def row_chart(
     name: str, labels: Sequence[tuple[str, str]], reasons: Sequence[str | None], panels: Sequence[Panel]
 ) -> Markup:
-    """Panels side by side, whose rows share the labels on the left.
+    """Draws panels side by side, whose rows share the labels on the left.
 
     Args:
-        labels: the name of each row and what is added to it in a quieter voice.
+        labels: the name of each row and an addition in a quieter colour.
         reasons: why there is nothing to show in a row, or None.
 
     Returns:
