@@ -112,14 +112,10 @@ class Session:
         self._server.listen(self._job.num_processes)
         self._selector.register(self._server, selectors.EVENT_READ, None)
         job = self._job
+        content = {"config": job.config, "sync_every_step": job.sync_every_step, "reference": str(job.reference)}
         return start_worker(
             "distaccum.tools.bench.worker",
-            {
-                "config": job.config,
-                "sync_every_step": job.sync_every_step,
-                "reference": str(job.reference),
-                "socket": path,
-            },
+            content | {"socket": path},
             folder,
             num_processes=job.num_processes,
             threads=job.threads,
