@@ -21,15 +21,19 @@ def page_of(report: CompareReport) -> str:
     """Returns the whole page."""
     subject = subject_of(report.config)
     return render(
+        "pages/results.html",
         "compare",
         f"{subject}: placements compared",
         heading=subject,
         facts=[_facts(report)],
-        report=report,
+        found=report,
+        advice_heading="Which placement to use here",
         sections=[_times(report), _errors(report)] if report.measured else [],
         pair=[_scaling(report), _curves(report)] if report.measured else [],
+        table_heading="All numbers",
         heads=["placement", *heads(str(report.config["precision"]["name"]))],
         rows=_rows(report),
+        styles=(),
         circumstances=_circumstances(report),
     )
 

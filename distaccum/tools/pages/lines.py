@@ -88,15 +88,11 @@ class _Frame:
     right: float
     top: float
     bottom: float
-    low_x: float = 0.0
-    high_x: float = 1.0
-    low_y: float = 0.0
-    high_y: float = 1.0
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
     parts: list[str] = field(default_factory=list)
-
-    def fit(self, xs: Sequence[float], ys: Sequence[float]) -> None:
-        self.low_x, self.high_x = _ends(self.x, xs)
-        self.low_y, self.high_y = _ends(self.y, ys)
 
     def at_x(self, value: float) -> float:
         low, high = self.x.place(self.low_x), self.x.place(self.high_x)
@@ -206,24 +202,19 @@ def line_chart(
     """
     width, height = size or (530.0, 330.0)
     room = _LABEL_ROOM if size is None else 14.0
-    frame = _Frame(x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0)
     points = [point for curve in curves for point in curve.points]
-    frame.fit(
-        [value for value, _ in points if x.has(value)]
-        + [value for band in bands for value, _, _ in band.points]
-        + [mark.value for mark in marks if mark.is_vertical],
-        [value for _, value in points]
-        + [value for band in bands for triple in band.points for value in triple[1:]]
-        + [mark.value for mark in marks if not mark.is_vertical],
-    )
+    points += [(at, value) for band in bands for at, *ends in band.points for value in ends]
+    low_x, high_x = _ends(x, [at for at, _ in points] + [mark.value for mark in marks if mark.is_vertical])
+    low_y, high_y = _ends(y, [value for _, value in points] + [mark.value for mark in marks if not mark.is_vertical])
+    frame = _Frame(
+        x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0,
+        low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y,
+    )  # fmt: skip
     frame.draw_axes()
     for band in bands:
         frame.draw_band(band)
-    ends = []
-    for curve in curves:
-        end = frame.draw_curve(curve)
-        if end is not None and curve.name:
-            ends.append((end, curve))
+    drawn = [(frame.draw_curve(curve), curve) for curve in curves]
+    ends = [(end, curve) for end, curve in drawn if end is not None and curve.name]
     for mark in marks:
         frame.draw_mark(mark)
     if size is None:

@@ -49,13 +49,17 @@ class Section:
     """Small print below."""
 
 
-def render(tool: str, title: str, **content: Any) -> str:
-    """Returns the page of a tool: its `page.html` and `page.css`, filled in, in one file.
+def render(template: str, tool: str, title: str, *, has_hover: bool = False, **content: Any) -> str:
+    """Returns a page in one file.
 
     Args:
+        template: its name below `tools/`.
+        tool: the page has the styles of `TOOL/page.css`.
+        has_hover: a script shows the values under the pointer.
         content: what the template uses; strings in it are escaped. `facts`: lines below the heading.
     """
-    return _ENVIRONMENT.get_template(f"{tool}/page.html").render(tool=tool, title=title, **content)
+    page = _ENVIRONMENT.get_template(template)
+    return page.render(tool=tool, title=title, has_hover=has_hover, **content)
 
 
 def standalone(chart: Markup, tool: str) -> str:

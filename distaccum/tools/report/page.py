@@ -50,8 +50,10 @@ def page_of(runs: Sequence[Run]) -> str:
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.evaluation_metrics()))[:4]
     where = " · ".join(str(run.path) for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
     return render(
+        "report/page.html",
         "report",
         subjects[0] if is_single else f"{len(runs)} runs: {', '.join(subjects[:3])}",
+        has_hover=True,
         facts=[facts(runs[0]) if is_single else "", where],
         runs=runs,
         names=[run.name for run in runs],

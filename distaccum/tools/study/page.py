@@ -24,11 +24,16 @@ def page_of(study: Study) -> str:
     """Returns the whole page."""
     rows, styles = _table(study)
     return render(
+        "pages/results.html",
         "study",
         f"{subject_of(study.config)}: what batch size?",
         facts=[_facts(study)],
-        study=study,
+        has_hover=True,
+        found=study,
+        advice_heading="What batch size to use, and what it costs",
         sections=[_tradeoff(study), _learning(study)],
+        pair=[],
+        table_heading="All runs",
         heads=heads(study),
         rows=rows,
         styles=styles,

@@ -60,8 +60,7 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
         UserError: a batch size is larger than the data.
     """
     points = []
-    base, peak = config.batch.global_batch_size, learning_rate(config.optim)
-    assert base is not None
+    base, peak = _base_size(config), learning_rate(config.optim)
     for size in sorted(batch_sizes(config, num_samples)):
         rates: dict[float, list[LrRule]] = {}
         for rule in config.study.lr_rules:
@@ -70,10 +69,13 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
     return points
 
 
+def _base_size(config: StudyConfig) -> int:
+    assert config.batch.global_batch_size is not None, "a study is not composed without one"
+    return config.batch.global_batch_size
+
+
 def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
     """Returns the batch sizes that are asked for, or those that follow from the configured one."""
-    base = config.batch.global_batch_size
-    assert base is not None
     if config.study.batch_sizes is not None:
         for size in config.study.batch_sizes:
             if size > num_samples:
@@ -82,12 +84,12 @@ def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
                     "the training data, and every window has to have its full size."
                 )
         return config.study.batch_sizes
-    sizes = {round(base * factor) for factor in _FACTORS}
+    sizes = {round(_base_size(config) * factor) for factor in _FACTORS}
     sizes = {size for size in sizes if 1 <= size <= num_samples}
     if len(sizes) < 2:
         raise UserError(
-            f"batch.global_batch_size={base} and {num_samples} training samples leave no batch sizes to try: name them "
-            "with study.batch_sizes=[…]."
+            f"batch.global_batch_size={_base_size(config)} and {num_samples} training samples leave no batch sizes to "
+            "try: name them with study.batch_sizes=[…]."
         )
     return sorted(sizes)
 
@@ -108,13 +110,11 @@ def max_samples(config: StudyConfig, num_samples: int) -> int:
     """Returns the number of samples after which a run ends."""
     if config.study.max_samples is not None:
         return config.study.max_samples
-    base = config.batch.global_batch_size
-    assert base is not None
     limits = []
     if config.train.epochs is not None:
         limits.append(config.train.epochs * num_samples)
     if config.train.max_updates is not None:
-        limits.append(config.train.max_updates * base)
+        limits.append(config.train.max_updates * _base_size(config))
     return min(limits)
 
 
@@ -138,9 +138,7 @@ def configuration(
     What the configuration counts in updates (warm-up, steps of the schedule, the weights' averages) takes the same
     number of samples at each batch size. Every window has its full size.
     """
-    base = config.batch.global_batch_size
-    assert base is not None
-    of_samples = base / point.batch_size
+    of_samples = _base_size(config) / point.batch_size
     limit = max_samples(config, num_samples)
     updates = max(1, math.ceil(limit / point.batch_size))
     every = max(1, round(limit / config.study.evaluations / point.batch_size))

@@ -88,7 +88,7 @@ def test_one_point_alone_is_a_chart_too() -> None:
 
 
 def test_what_is_written_on_a_page_is_escaped() -> None:
-    page = render("pages", "a<b", facts=["<script>"])
+    page = render("pages/page.html", "pages", "a<b", facts=["<script>"])
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "<title>a&lt;b</title>" in page
