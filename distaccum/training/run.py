@@ -1,4 +1,4 @@
-"""From a configuration to a run: every part built, each by its own module, in the order that errors are cheapest."""
+"""Runs a training from its configuration: holds its folder, finds its checkpoint, builds it, and records its end."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check_same_config(world: World, plain: dict[str, Any]) -> None:
 
 
 def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, found whole; None for a run that begins anew.
+    """Returns the whole checkpoint that the run goes on from; None for a run that starts at its first update.
 
     Raises:
         UserError: `resume` names one that is not there or is damaged.
@@ -119,7 +119,7 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
 
 
 def _of_both(own: Checkpoint | None, named: Path, folder: RunFolder, world: World) -> Checkpoint:
-    """The run's own checkpoint, if it has one already, else the one that `resume` names."""
+    """Returns the run's own checkpoint, if it has one already, else the one that `resume` names."""
     if own is None:
         return _named_checkpoint(named, world)
     inside = folder.path.resolve() in named.resolve().parents

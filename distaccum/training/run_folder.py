@@ -41,20 +41,18 @@ _NOT_THE_RUNS_OWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Attributes:
-    path: the folder.
-    is_restart: it holds a run that this one goes on with, or starts over if it has saved nothing yet.
-    """
+    """The folder of a run."""
 
     path: Path
     is_restart: bool
+    """It holds a run that this one goes on with, or starts over if it has saved nothing yet."""
 
 
 @contextmanager
 def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> Iterator[RunFolder]:
     """Makes or finds the run folder and keeps other jobs out of it. To be called on rank 0.
 
-    A new run's has its `config.yaml` then; for one that goes on, `begin` writes it.
+    The folder of a new run has its `config.yaml` then; for a run that goes on, `begin` writes it.
 
     Args:
         run_dir: the folder, or None for a new one in `runs/`, named by the time.
@@ -84,9 +82,9 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
 
 
 def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
-    """Writes the run's configuration, and takes away what said that it was not finished.
+    """Writes the run's configuration, and removes the mark of an unfinished run.
 
-    For a run that goes on, once that is sure: one that is refused leaves its folder as it was.
+    For a run that goes on, it is called once that is certain: a run that is refused leaves its folder as it was.
 
     Raises:
         UserError: the folder can't be written.
@@ -114,7 +112,7 @@ def _folder(run_dir: str | None) -> Path:
 
 
 def _folder_before_restart() -> Path | None:
-    """The folder that the same torchrun's ranks had before it restarted them."""
+    """Returns the folder that the same torchrun's ranks had before it restarted them."""
     if not _is_relaunched():
         return None
     mine = _launch()
@@ -127,14 +125,14 @@ def _is_relaunched() -> bool:
 
 
 def _launch() -> str | None:
-    """What tells one start of torchrun from another; None without torchrun."""
+    """Returns what identifies this start of torchrun; None without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     # A static rendezvous calls all of them none; the launcher's own process outlives the ranks that it restarts.
     return f"none {socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
 
 
 def _made_anew(path: Path) -> Path:
-    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
+    """Makes a new folder: `path`, or `path` with a number behind it."""
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
         # Asking first whether it is there would let two runs that start at once take the same one.
@@ -146,11 +144,11 @@ def _made_anew(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[str | None]:
-    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies.
+    """Holds the folder's lock, which the kernel releases when the process ends, in whatever way.
 
-    Gives the launch that held it before.
+    Yields the launch that held it before.
     """
-    before = _holder(path / _LOCK).get("launch")  # opening the file again later would let go of the lock
+    before = _holder(path / _LOCK).get("launch")  # opening the file again later would release the lock
     with open(path / _LOCK, "a+", encoding="utf-8", opener=opened) as file:
         _wait_for_lock(file, path)
         file.truncate(0)
@@ -210,7 +208,7 @@ def _is_same_run(path: Path, plain: dict[str, Any]) -> bool:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two configurations differ in, as far as it belongs to the run itself: `optim.lr: 0.1 → 0.2`."""
+    """Returns the differences of two configurations that make another run: `optim.lr: 0.1 → 0.2`."""
     old, new = flat(before), flat(now)
     keys = [key for key in {**old, **new} if key.partition(".")[0] not in _NOT_THE_RUNS_OWN]
     # As text, because NaN is not equal to itself.
@@ -218,7 +216,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def leave_marker(path: Path, update: int, signal_name: str) -> None:
-    """Says that the run is not finished and wants to be started again."""
+    """Marks the run as unfinished, for launchers to start it again."""
     content = {"update": update, "signal": signal_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
         write_text(path / UNFINISHED, json.dumps(content) + "\n")

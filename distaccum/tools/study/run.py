@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import TextColumn
 
 from distaccum.config import as_plain
@@ -24,7 +23,7 @@ from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
 from distaccum.observers.formatting import duration, number
 from distaccum.observers.metrics_reading import read_metrics
 from distaccum.observers.run_file import Outcome, RunRecord
-from distaccum.runtime.files import without_tilde, write_result, write_text
+from distaccum.runtime.files import read_plain_yaml, without_tilde, write_result
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.stop_signals import SIGNALS
 from distaccum.tools.bench.environment import as_json, environment
@@ -36,7 +35,7 @@ from distaccum.tools.study.point_process import PointFailedError, run
 from distaccum.tools.study.points import Point, configuration, max_samples, measures_noise, points_of
 from distaccum.tools.study.results import FAILED, Result, Study, chosen_target, conclude, result_of
 from distaccum.tools.study.terminal import show
-from distaccum.training.run_folder import changes, held_run_folder
+from distaccum.training.run_folder import RunFolder, begin, changes, held_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +81,12 @@ def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> in
     path = without_tilde(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.path.exists(path / "config.yaml"):
-            plain = as_plain(config)
-            plain["study"]["point"] = None
-            write_text(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise UserError(f"run_dir={path} can't be written: {error.strerror or error}.") from error
+    if not os.path.exists(path / "config.yaml"):
+        plain = as_plain(config)
+        plain["study"]["point"] = None
+        begin(RunFolder(path, is_restart=False), plain)
     point = points[index]
     with logging_to(path / "logs" / point.name, 0):
         return _Study(config, path, points, num_samples).make([point])
@@ -111,11 +110,8 @@ def _check_same_study(config: StudyConfig) -> None:
         raise UserError(f"run_dir={config.run_dir} holds a run, and a study needs a folder of its own: choose another.")
     if not os.path.exists(path / "points"):
         return
-    try:
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict) or not isinstance(before.get("study"), dict):
+    before = read_plain_yaml(path / "config.yaml")
+    if before is None or not isinstance(before.get("study"), dict):
         raise UserError(
             f"{path / 'config.yaml'} can't be read, so it is not known whether run_dir={config.run_dir} holds "
             "this study: choose another folder."
@@ -131,6 +127,8 @@ def _check_same_study(config: StudyConfig) -> None:
 
 
 class _Study:
+    """Runs the points of a study in its folder, and concludes."""
+
     def __init__(self, config: StudyConfig, path: Path, points: list[Point], num_samples: int) -> None:
         self.config = config
         self.section = config.study
