@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config.redaction import redacted, redacted_arguments
@@ -73,7 +73,6 @@ class _Contender:
     row: CompareRow
     session: Session | None = None
     rounds: list[Round] = field(default_factory=list)
-    is_prepared: bool = False
 
     def stop(self) -> None:
         session, self.session = self.session, None
@@ -82,6 +81,8 @@ class _Contender:
 
 
 class _Comparison:
+    """Runs the reference and every placement of one comparison."""
+
     def __init__(self, config: CompareConfig, run_dir: Path) -> None:
         self.config = config
         self.section = config.compare
@@ -95,16 +96,22 @@ class _Comparison:
             _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
             for case in cases_of(self.config)
         ]
-        turns = len(contenders) * self.section.rounds
         with ExitStack() as stack:
             stack.callback(self.reference_file.unlink, missing_ok=True)
             for contender in contenders:
                 stack.callback(contender.stop)
             progress = stack.enter_context(progress_bar(TextColumn("{task.completed}/{task.total}")))
-            bar = progress.add_task("float64 reference", total=turns)
+            bar = progress.add_task("float64 reference", total=len(contenders) * self.section.rounds)
             self.reference = self._make_reference()
-            for number_of_round in range(1, self.section.rounds + 1):
-                self._play_round(number_of_round, contenders, progress, bar)
+            # All are built before any is timed, so that starting one never disturbs another's time.
+            for contender in contenders:
+                progress.update(bar, description=f"starting · {contender.case.title}")
+                self._attempt(contender, self._prepare)
+            for turn in range(1, self.section.rounds + 1):
+                for contender in contenders:
+                    progress.update(bar, description=f"round {turn} · {contender.case.title}")
+                    self._attempt(contender, self._time)
+                    progress.advance(bar)
             progress.update(bar, description="ending")
             for contender in contenders:
                 if contender.session is not None:
@@ -123,18 +130,7 @@ class _Comparison:
         report.advice = advise(report)
         return report
 
-    def _play_round(self, turn: int, contenders: list[_Contender], progress: Progress, bar: TaskID) -> None:
-        if turn == 1:
-            # All are built before any is timed, so that starting one never disturbs another's time.
-            for contender in contenders:
-                progress.update(bar, description=f"starting · {contender.case.title}")
-                self._attempt(contender, self._prepare)
-        for contender in contenders:
-            progress.update(bar, description=f"round {turn} · {contender.case.title}")
-            self._attempt(contender, self._time)
-            progress.advance(bar)
-
-    def _attempt(self, contender: _Contender, step: Any) -> None:
+    def _attempt(self, contender: _Contender, step: Callable[[_Contender], None]) -> None:
         """Takes a step with a placement. If it fails, its row gives the reason."""
         if contender.row.reason is not None:
             return
@@ -162,7 +158,6 @@ class _Comparison:
         answers = session.ask("prepare", curve_updates=self.section.curve_updates)
         add_preparation(row, answers)
         self.on_cuda = answers[0]["device"] != "CPU"
-        contender.is_prepared = True
         exact = contender.case.exact_updates(self.config)
         if self.section.exact_updates <= exact:
             row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
