@@ -68,8 +68,9 @@ def _times(report: CompareReport) -> Section:
         whiskers=[_whisker(row) for row in report.rows],
         labels=[_time_label(row) for row in report.rows],
     )
+    kind = next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
     memory = Panel(
-        title=f"Peak memory of a process ({_memory_kind(report)})",
+        title=f"Peak memory of a process ({kind})",
         share=0.38,
         tick=bytes_tick,
         label_width=72,
@@ -79,11 +80,11 @@ def _times(report: CompareReport) -> Section:
     )
     colours = TIME_PARTS | {"before": "Python and torch, before the model", "training": "the training"}
     chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
-    told = (
+    note = (
         f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
         "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
-    return Section(heading="Time and memory", key=list(colours.items()), wide=chart, note=told)
+    return Section(heading="Time and memory", key=list(colours.items()), wide=chart, note=note)
 
 
 def _whisker(row: CompareRow) -> tuple[float, float] | None:
@@ -117,10 +118,6 @@ def _memory_bar(row: CompareRow) -> list[Segment]:
     each = ", ".join(byte_size(value) for value in row.memory)
     hint = f"{row.title}: {each}; before the model {byte_size(before)}"
     return [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
-
-
-def _memory_kind(report: CompareReport) -> str:
-    return next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
 
 
 def _errors(report: CompareReport) -> Section:
@@ -212,8 +209,8 @@ def _scaling(report: CompareReport) -> Section | None:
         y=Axis(title="Samples per second", low=0.0),
     )
     has_choice = len(report.config["compare"]["accumulation_steps"]) > 1
-    told = "Each placement with the accumulation steps that were fastest." if has_choice else ""
-    return Section(heading="Scaling", wide=chart, note=told)
+    note = "Each placement with the accumulation steps that were fastest." if has_choice else ""
+    return Section(heading="Scaling", wide=chart, note=note)
 
 
 def _curves(report: CompareReport) -> Section | None:
@@ -237,11 +234,11 @@ def _curves(report: CompareReport) -> Section | None:
         y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
-    told = ""
+    note = ""
     if len(together) > 1:
         names = "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in together))
-        told = f"The same windows, the same curve: {names} can't be told apart here."
-    return Section(heading="Loss", wide=chart, note=told)
+        note = f"The same windows, the same curve: {names} do not differ here."
+    return Section(heading="Loss", wide=chart, note=note)
 
 
 def coinciding(rows: Sequence[CompareRow]) -> list[list[CompareRow]]:
@@ -264,7 +261,7 @@ def _rows(report: CompareReport) -> list[list[str]]:
     rows = []
     for row in report.rows:
         rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
-        rows += [["", told] for told in row.notes]
+        rows += [["", note] for note in row.notes]
     return rows
 
 

@@ -31,8 +31,8 @@ def show(report: CompareReport, run_dir: Path) -> None:
     console.print()
     print_table(table, _FULL_WIDTH)
     for row in report.rows:
-        for told in (*((row.reason,) if row.reason is not None else ()), *row.notes):
-            console.print(Text(f"{row.title}: {told}", style="yellow"))
+        for problem in filter(None, (row.reason, *row.notes)):
+            console.print(Text(f"{row.title}: {problem}", style="yellow"))
     print_paragraphs(report.advice)
     console.print(Text(f"took {report.seconds:.0f} s; the page with the charts: {run_dir / 'compare.html'}"))
 

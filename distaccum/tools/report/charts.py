@@ -170,7 +170,10 @@ class Charts:
             ]
             if triples:
                 bands.append(Band("r0", triples[:: max(1, len(triples) // _POINTS)], "the error of the noise scale"))
-            windows = [(x, v) for x, v in self._placed(run, _windows(run)) if math.isfinite(v)]
+            sizes = run.metrics.values("window_samples") or [
+                (u, run.window) for u, _ in run.metrics.values("noise_scale")
+            ]
+            windows = [(x, v) for x, v in self._placed(run, sizes) if math.isfinite(v)]
             if windows:
                 curves.append(Curve("quiet-line", thinned(windows, _POINTS), "samples of the window", is_dashed=True))
         values = [value for _, _, points in series for _, value in points if math.isfinite(value) and value > 0]
@@ -257,8 +260,3 @@ class Charts:
 
 
 _TIMES = ("update_seconds", "data_seconds", "sync_seconds")
-
-
-def _windows(run: Run) -> list[Point]:
-    measured = run.metrics.values("window_samples")
-    return measured or [(u, run.window) for u, _ in run.metrics.values("noise_scale")]

@@ -58,7 +58,7 @@ def page_of(runs: Sequence[Run]) -> str:
         runs=runs,
         names=[run.name for run in runs],
         lead=how_it_went(runs[0]) if is_single else comparison(runs),
-        told=[(run.name, text) for run in runs for text in what_to_look_at(run)],
+        striking=[(run.name, text) for run in runs for text in what_to_look_at(run)],
         metrics=metrics,
         heads=["run", "state", "updates", "samples", "window", "training loss"]
         + [f"best {words(name)}" for name in metrics]

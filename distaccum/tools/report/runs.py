@@ -145,7 +145,7 @@ class Run:
 
 
 def is_better_low(metric: str) -> bool:
-    """Whether less of a metric is better, as far as its name tells."""
+    """Returns whether less of a metric is better, judging by its name."""
     return any(word in metric for word in ("loss", "error", "perplexity", "entropy"))
 
 

@@ -225,13 +225,13 @@ def _learning(study: Study) -> Section | None:
             curves.append(Curve(style, points, hint, is_dashed=is_dashed, label=result.title))
         figures.append(_drawn(f"{title} over {x.title}", curves, x, y, marks))
     sizes = dict.fromkeys(result.batch_size for result in runs)
-    told = (
+    note = (
         f"Each place is a mean over {section['smoothing']} evaluations, or as many samples."
         f"{f' Dashed: the rule {rules[1]}; whole: {rules[0]}.' if dashed else ''} Seconds leave evaluations out; an "
         "update counts as 20 usual ones at most, so that the start of a process does not show."
     )
     colours = [(_shade(study, size), str(size)) for size in sizes]
-    return Section(heading="How they learned", key=colours, figures=figures, note=told)
+    return Section(heading="How they learned", key=colours, figures=figures, note=note)
 
 
 def _table(study: Study) -> tuple[list[list[str]], list[str]]:
