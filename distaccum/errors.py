@@ -24,6 +24,10 @@ class UserError(Exception):
     """
 
 
+class NonfiniteError(UserError):
+    """A loss, a weight or a gradient is NaN or infinite: the run has diverged."""
+
+
 class OtherRankFailedError(UserError):
     """This rank stops because another one did; that one has said why, so there is nothing to print."""
 

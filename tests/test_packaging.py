@@ -1,4 +1,4 @@
-"""From a wheel, in an empty folder: the configuration must have come along."""
+"""From a wheel, in an empty folder: the configuration and the templates must have come along."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ def test_the_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     empty.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     settings = ["data=synthetic", "model=mlp", "train.max_updates=2", "wandb.mode=disabled", "run_dir=out"]
-    done = subprocess.run(
-        [sys.executable, "-m", "distaccum.train", *settings],
-        cwd=empty,
-        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    for command in (["distaccum.train", *settings], ["distaccum.report", "out"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=empty, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
     assert (empty / "out" / "metrics.jsonl").exists()
+    page = (empty / "out" / "report.html").read_text()
+    assert "finished after 2 updates" in page
+    assert "--paper:" in page, "the style sheet"
+    assert "pointermove" in page, "the script"
 
 
 def test_the_wheel_holds_what_it_should(wheel: Path) -> None:

@@ -34,6 +34,7 @@ POINTS = [
 FILES = {
     "config.yaml",
     "metrics.jsonl",
+    "run.json",
     "logs/rank0.log",
     "run.lock",
     "model.safetensors",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.open_window import OpenWindow
-from distaccum.errors import UserError
+from distaccum.errors import NonfiniteError, UserError
 from distaccum.loaders import Window
 from distaccum.runtime.nested import gather_objects
 from distaccum.strategies import Strategy
@@ -225,7 +225,7 @@ def is_to_be_made(
     """Whether an update is to be made, or else skipped. All ranks see the same numbers, so all get the same answer.
 
     Raises:
-        UserError: a number is not finite, and such updates are not to be skipped.
+        NonfiniteError: it is neither.
     """
     has_loss = math.isfinite(loss) and 0 < weight < math.inf
     if has_loss and math.isfinite(grad_norm):
@@ -242,7 +242,7 @@ def is_to_be_made(
         what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, window.strategy)}"
     else:
         what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
-    raise UserError(
+    raise NonfiniteError(
         f"update {window.number}: {what}. The parameters have not moved. Look at that data, lower the learning rate, "
         "or leave such updates out with train.on_nonfinite=skip."
     )

@@ -36,6 +36,10 @@ class Metrics:
         """
         return _values(self.updates, key)
 
+    def finite(self, key: str) -> list[float]:
+        """The values that are finite, without their updates."""
+        return [value for _, value in self.values(key) if math.isfinite(value)]
+
     def evaluated(self, metric: str) -> list[tuple[float, float]]:
         """Returns the same for a metric of the evaluations."""
         return _values(self.evaluations, f"eval/{metric}")
@@ -47,7 +51,7 @@ class Metrics:
 
     def has(self, key: str) -> bool:
         """Whether there is a finite value of it."""
-        return any(math.isfinite(value) for _, value in self.values(key))
+        return bool(self.finite(key))
 
 
 def _values(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -58,11 +62,12 @@ def _values(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     for line in lines:
         entries = line.get(group) if group else line
         if isinstance(entries, dict) and name in entries:
-            found.append((float(line["update"]), _number(entries[name])))
+            found.append((float(line["update"]), number_or_nan(entries[name])))
     return found
 
 
-def _number(value: Any) -> float:
+def number_or_nan(value: Any) -> float:
+    """The number that was read; NaN if it is none."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 

@@ -28,6 +28,7 @@ from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader, WindowLoader
 from distaccum.observers import EarlyStopping, MetricsFile, Observer, Progress, Wandb
+from distaccum.observers.run_file import RunFile
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.runtime.devices import Precision, cast, resolve_precision
 from distaccum.runtime.memory import is_out_of_memory
@@ -352,7 +353,8 @@ def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Ch
 def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:
     run_dir = folder.path
     source = checkpoint.path.parent.parent if checkpoint is not None else None
-    observers: list[Observer] = [Progress(), MetricsFile(run_dir, continues=folder.is_restart, start_from=source)]
+    metrics_file = MetricsFile(run_dir, continues=folder.is_restart, start_from=source)
+    observers: list[Observer] = [Progress(), metrics_file, RunFile(run_dir)]
     if config.wandb.mode is not WandbMode.disabled:
         wandb = config.wandb
         observers.append(Wandb(run_dir, wandb.mode, wandb.project, wandb.name or run_dir.name, wandb.tags))

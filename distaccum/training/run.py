@@ -12,6 +12,7 @@ from distaccum.config import TrainConfig, as_plain, flat
 from distaccum.config.redaction import hide, redacted
 from distaccum.errors import UserError
 from distaccum.observers import RunEnd
+from distaccum.observers.run_file import record_failure
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.files import without_tilde
 from distaccum.runtime.logs import logging_to
@@ -52,7 +53,12 @@ def train(config: TrainConfig) -> RunEnd:
             with world.together():
                 if world.is_main and folder.is_restart:
                     begin(folder, plain)
-            end = trainer.fit()
+            try:
+                end = trainer.fit()
+            except Exception as error:
+                if world.is_main:
+                    record_failure(folder.path, error)
+                raise
             if end.interrupted is not None and world.is_main:
                 leave_marker(folder.path, end.updates, end.interrupted)
             return end

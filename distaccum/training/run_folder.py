@@ -41,22 +41,18 @@ _NOT_THE_RUNS_OWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of a run.
-
-    Attributes:
-        path: the folder.
-        is_restart: it holds a run that this one goes on with, or starts over if it has saved nothing yet.
-    """
+    """The folder of a run."""
 
     path: Path
     is_restart: bool
+    """It holds a run that this one goes on with, or starts over if it has saved nothing yet."""
 
 
 @contextmanager
 def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> Iterator[RunFolder]:
     """Makes or finds the run folder and keeps other jobs out of it. To be called on rank 0.
 
-    The folder of a new run has its `config.yaml` then; for one that goes on, `begin` writes it.
+    The folder of a new run has its `config.yaml` then; for a run that goes on, `begin` writes it.
 
     Args:
         run_dir: the folder, or None for a new one in `runs/`, named by the time.
@@ -86,9 +82,9 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
 
 
 def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
-    """Writes the run's configuration, and removes the marker of an unfinished run.
+    """Writes the run's configuration, and removes the mark of an unfinished run.
 
-    A run that goes on calls it only when that is sure: one that is refused leaves its folder as it was.
+    For a run that goes on, it is called once that is certain: a run that is refused leaves its folder as it was.
 
     Raises:
         UserError: the folder can't be written.
@@ -136,7 +132,7 @@ def _launch() -> str | None:
 
 
 def _made_anew(path: Path) -> Path:
-    """Makes a folder that was not there: `path`, or `path` with a number behind it."""
+    """Makes a new folder: `path`, or `path` with a number behind it."""
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
         # Asking first whether it is there would let two runs that start at once take the same one.
@@ -148,11 +144,11 @@ def _made_anew(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[str | None]:
-    """Holds the folder's lock, which the kernel lets go of when the process dies, however it dies.
+    """Holds the folder's lock, which the kernel releases when the process ends, in whatever way.
 
     Yields the launch that held it before.
     """
-    before = _holder(path / _LOCK).get("launch")  # opening the file again later would let go of the lock
+    before = _holder(path / _LOCK).get("launch")  # opening the file again later would release the lock
     with open(path / _LOCK, "a+", encoding="utf-8", opener=opened) as file:
         _wait_for_lock(file, path)
         file.truncate(0)
@@ -212,7 +208,7 @@ def _is_same_run(path: Path, plain: dict[str, Any]) -> bool:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists what two configurations differ in, as far as it belongs to the run itself: `optim.lr: 0.1 → 0.2`."""
+    """Returns the differences of two configurations that make another run: `optim.lr: 0.1 → 0.2`."""
     old, new = flat(before), flat(now)
     keys = [key for key in {**old, **new} if key.partition(".")[0] not in _NOT_THE_RUNS_OWN]
     # As text, because NaN is not equal to itself.
@@ -220,7 +216,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def leave_marker(path: Path, update: int, signal_name: str) -> None:
-    """Marks the run as not finished, for launchers to start it again."""
+    """Marks the run as unfinished, for launchers to start it again."""
     content = {"update": update, "signal": signal_name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     try:
         write_text(path / UNFINISHED, json.dumps(content) + "\n")

@@ -111,8 +111,6 @@ class Trainer:
             except (WindowDroppedError, EvaluationDroppedError):
                 interrupted = self._supervision.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
-            if interrupted is None:
-                logger.debug("finished after update %d", self._progress.updates)  # for distaccum.report
             end = self._progress.end(
                 self.strategy,
                 stopped_early=self._stopped_early(),

@@ -1,1 +1,1 @@
-"""Measuring a training in processes of its own, for tools that try it in several ways."""
+"""Measures a training in processes of its own, for tools that try it in several ways."""

@@ -1,4 +1,4 @@
-"""Where a tool's figures were taken: date, command, machine and versions."""
+"""Records how a tool's figures came about: date, command, machine and versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distaccum.runtime.version import __version__
 
 @dataclass(kw_only=True, slots=True)
 class Circumstances:
-    """What the results of every tool begin with."""
+    """The first part of every tool's results."""
 
     date: str
     command: str
@@ -33,13 +33,13 @@ class Circumstances:
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """All but the configuration, for a page."""
+        """Everything but the configuration, for a page."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [("command", self.command), ("date", self.date), ("machine", self.machine), ("versions", versions)]
 
 
 def environment(module: str = "distaccum.compare") -> dict[str, Any]:
-    """Date, command line (of a tool), machine and versions."""
+    """Returns date, command line of a tool, machine and versions."""
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", module, *redacted_arguments(sys.argv[1:])]),
@@ -53,10 +53,10 @@ def environment(module: str = "distaccum.compare") -> dict[str, Any]:
 
 
 def refuse_other_results(run_dir: str | None, name: str, what: str) -> None:
-    """Keeps a tool from writing over what it found before.
+    """Keeps a tool from overwriting earlier results.
 
     Raises:
-        UserError: the folder has a file of that name, the results of another such (what: `tuning`).
+        UserError: the folder has a file of that name, from another run of the tool (`what`: "tuning").
     """
     if run_dir is not None and os.path.exists(Path(run_dir) / name):
         raise UserError(
@@ -66,7 +66,7 @@ def refuse_other_results(run_dir: str | None, name: str, what: str) -> None:
 
 
 def as_json(found: Circumstances) -> str:
-    """Results as their file has them; what is not finite is null, for JSON knows no such numbers."""
+    """Returns results as JSON, which has no numbers that are not finite: they become null."""
     return json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
 
 

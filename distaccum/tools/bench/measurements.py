@@ -1,4 +1,4 @@
-"""What is measured of one placement, in the process of one of its ranks."""
+"""Measures one placement, in the process of one of its ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,10 +36,10 @@ from distaccum.training.progress import total_updates
 
 
 class SyncEveryMicroStep:
-    """A strategy whose `no_sync` syncs: what a loop does that knows nothing of `no_sync`.
+    """A strategy whose `no_sync` syncs, as in a loop that does not use `no_sync`.
 
-    Everything else is the strategy's own. The waits of all the micro-steps before the last one, of which the
-    accumulator knows nothing, are kept here.
+    Everything else is the strategy's own. The waits of the micro-steps before the last one, which the accumulator does
+    not measure, are kept here.
     """
 
     def __init__(self, strategy: DDPStrategy) -> None:
@@ -51,26 +51,23 @@ class SyncEveryMicroStep:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
 
-    def no_sync(self) -> AbstractContextManager[None]:
-        return self._noting_the_wait()
-
     @contextmanager
-    def _noting_the_wait(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         yield
         self._waits.append((self._strategy.traffic.last_launch, self._stopwatch.mark()))
 
     def take_waited_seconds(self) -> float:
-        """Seconds since the last call; to be asked for when the host has waited for the device."""
+        """Returns the seconds waited since the last call. Call it after the host has waited for the device."""
         waits, self._waits = self._waits, []
         return sum(self._stopwatch.seconds(start, end) for start, end in waits if start is not None)
 
 
 class Training:
-    """The training of a configuration, one update at a time: what `distaccum.train` does, without its observers.
+    """Makes the updates of a configured training one at a time: what `distaccum.train` does, without its observers.
 
     Args:
-        sync_every_step: do as a loop does that knows nothing of `no_sync`.
-        alone: this rank's part of it, with everything but the network: gradients meet those of no other rank.
+        sync_every_step: sync in every micro-step, as a loop does that does not use `no_sync`.
+        alone: do this rank's part with everything but the network: its gradients are not summed with other ranks'.
     """
 
     def __init__(
@@ -128,7 +125,7 @@ class Training:
             yield from self.loader
 
     def update(self) -> tuple[Window, UpdateResult]:
-        """Makes the next update. What was waited for in the sync includes all micro-steps."""
+        """Makes the next update. Its `sync_seconds` include the waits of all micro-steps."""
         window = next(self._windows)
         return window, self.update_of(window)
 
@@ -155,7 +152,7 @@ class Training:
             return self.task.embed(self.strategy.model, batch)
 
     def parameters(self) -> Tensor:
-        """All parameters in one row, float64 on the CPU. Sharded ones are gathered: every rank must ask."""
+        """Returns all parameters as one vector, float64 on the CPU. Every rank calls it: sharded ones are gathered."""
         rows = []
         for parameter in self.strategy.module.parameters():
             value = parameter.detach()
@@ -165,7 +162,7 @@ class Training:
 
 
 def _some_batches(training: Training, count: int) -> tuple[list[Any], float]:
-    """So many micro-batches of whole windows, in mixed order; and the mean samples of a micro-batch in these windows.
+    """Returns `count` micro-batches of whole windows, in mixed order, and the mean samples of a micro-batch in these.
 
     By length the costliest come last in a window: in mixed order a few of them are like all of them.
     """
@@ -182,7 +179,7 @@ def _some_batches(training: Training, count: int) -> tuple[list[Any], float]:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Measuring:
-    """One rank of a placement, told what to measure next. Each method returns what JSON can hold."""
+    """Measures one rank of a placement. Each method returns what JSON can hold."""
 
     config: TrainConfig
     device: torch.device
@@ -199,21 +196,19 @@ class Measuring:
         training = self._training = self._start(self.config)
         curve = [training.update()[1].loss for _ in range(min(curve_updates, training.total_updates))]
         peak, kind = peak_memory(self.device)
-        # After what was measured: the optimizer has its state now, and no more is to come.
         first_window = next(iter(training.loader.epoch(0)))
-        sizes = list(first_window.sizes)
         return {
             "loss_curve": curve,
             "memory_before": before,
             "peak_memory": peak,
             "memory_kind": kind,
-            "micro_batch_sizes": sizes,
+            "micro_batch_sizes": list(first_window.sizes),
             "window": first_window.num_samples,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         }
 
     def exactness(self, updates: int, precision: str | None) -> dict[str, Any]:
-        """Distance of the parameters' change from the reference's, after a few updates from the start.
+        """Returns how far the parameters' change is from the reference's, after a few updates from the start.
 
         Args:
             precision: "fp64", or None for the configuration's own.
@@ -225,13 +220,14 @@ class Measuring:
         return {"error": float((change - wanted).norm() / wanted.norm())}
 
     def make_reference(self, updates: int) -> dict[str, Any]:
+        """Writes the parameters' change in float64 to the file of the reference."""
         self.config = dataclasses.replace(self.config, compile=False)
         change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
         torch.save(change, self.reference)
         return {"parameters": change.numel(), "norm": float(change.norm())}
 
     def round(self, updates: int, warmup_updates: int) -> dict[str, Any]:
-        """Times so many updates of full windows."""
+        """Times updates of full windows."""
         if self._training is None:
             self._training = self._start(self.config)
         training = self._training
@@ -262,7 +258,7 @@ class Measuring:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What can be tuned: whether lengths differ, and how large the gradients are."""
+        """Returns what tuning depends on: whether lengths differ, and how large the gradients are."""
         training = self._training = self._training or self._start(self.config)
         lengths = training.lengths
         trained = [p for p in training.strategy.module.parameters() if p.requires_grad]
@@ -273,7 +269,7 @@ class Measuring:
         }
 
     def compute(self, steps: list[int], rounds: int) -> dict[str, Any]:
-        """Times updates of so many micro-steps, each rank for itself: all that an update takes but the network.
+        """Times updates with numbers of micro-steps, each rank by itself: all that an update takes but the network.
 
         Each number of micro-steps is measured with the same micro-batches, however unequal these are.
 
@@ -300,17 +296,13 @@ class Measuring:
         }
 
     def link(self, sizes: list[int], rounds: int) -> dict[str, Any]:
-        """Times bare all-reduces of so many bytes, smallest first."""
+        """Times bare all-reduces of these numbers of bytes, smallest first."""
         found = time_all_reduces(sizes, rounds, self.device)
         return {"seconds": {str(size): seconds for size, seconds in found.items()}}
 
     def _start(self, config: TrainConfig) -> Training:
         return Training(
-            config,
-            self.device,
-            rank=self.rank,
-            world_size=self.world_size,
-            sync_every_step=self.sync_every_step,
+            config, self.device, rank=self.rank, world_size=self.world_size, sync_every_step=self.sync_every_step
         )
 
     def _change(self, updates: int, precision: PrecisionConfig | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bare all-reduces, timed: what the network does without a model."""
+"""Times bare all-reduces: the network without a model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 import torch.distributed as dist
 
 SIZES = (256, 2**20, 2 * 2**20, 4 * 2**20, 8 * 2**20)
-"""Bytes of the all-reduces that a link is fitted to. The fewest are nothing to any link, and yet more than one number,
-of which gloo makes a single message where it makes several of anything longer."""
+"""Bytes of the all-reduces that a link is fitted to. The smallest costs latency alone, and is more than one number,
+which gloo would send as a single message where it sends anything longer as several."""
 
 _SECONDS_OF_COMPUTING = 1e-3
 _TIMES_AS_OFTEN = 8
-"""As large all-reduces, small ones are measured: what they take varies more."""
+"""Small all-reduces are measured more often than large ones by this factor: their times vary more."""
 
 
 def time_all_reduces(sizes: Sequence[int], rounds: int, device: torch.device) -> dict[int, float]:
-    """Median seconds of an all-reduce over all ranks, by its bytes. Every rank calls it.
+    """Returns the median seconds of an all-reduce over all ranks, by its bytes. Every rank calls it.
 
     Each comes after some computing, as in an update: the backend's threads have gone to sleep by then, and the ranks
     don't come at the same moment. In a tight loop or just after a barrier, a small one takes a fraction of that.
 
     Args:
-        rounds: in which the large ones are measured.
+        rounds: measurements of each large one.
     """
     seconds = {}
     matrix = torch.ones(128, 128, device=device)

@@ -1,4 +1,4 @@
-"""A typed configuration as JSON and back, so that other processes get exactly what was checked here."""
+"""Turns a typed configuration into JSON and back, so that other processes get exactly what was checked here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ENUM = "(enum)"
 
 
 def to_portable(value: Any) -> Any:
-    """What `json.dumps` takes, with the names of dataclasses and enums beside their values."""
+    """Returns what `json.dumps` takes, with the names of dataclasses and enums beside their values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = {entry.name: to_portable(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
         return {_DATACLASS: _name_of(type(value)), **entries}
@@ -26,7 +26,7 @@ def to_portable(value: Any) -> Any:
 
 
 def from_portable(value: Any) -> Any:
-    """The configuration that `to_portable` was given, checked anew."""
+    """Returns the configuration that `to_portable` was given, checked again."""
     if isinstance(value, list):
         return [from_portable(entry) for entry in value]
     if not isinstance(value, dict):

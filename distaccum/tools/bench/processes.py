@@ -1,4 +1,4 @@
-"""The processes that a tool starts: one for each rank, told what to do by a file, and ended without fail."""
+"""Starts the processes of a tool, one for each rank, each with a job file, and waits for their end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 def start_worker(
     module: str,
-    told: dict[str, Any],
+    job: dict[str, Any],
     folder: Path,
     *,
     num_processes: int,
@@ -24,14 +24,14 @@ def start_worker(
     """Starts `python -m MODULE JOB`, under torchrun if there are several processes.
 
     Args:
-        told: what the file JOB holds, as JSON; `threads` too.
-        folder: for that file.
-        threads: on the CPU, of each process.
-        log: where everything goes that the processes write.
-        is_apart: Ctrl-C, and what Slurm says, is for the tool alone.
+        job: what the file JOB holds, as JSON, beside `threads`.
+        folder: the folder of that file.
+        threads: CPU threads of each process.
+        log: the file for all output of the processes.
+        is_apart: the processes get neither Ctrl-C nor the variables of Slurm.
     """
     file = folder / "job.json"
-    file.write_text(json.dumps({**told, "threads": threads}), encoding="utf-8")
+    file.write_text(json.dumps({**job, "threads": threads}), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     environment = {
         **{name: value for name, value in os.environ.items() if not (is_apart and name.startswith("SLURM_"))},
@@ -53,12 +53,12 @@ def start_worker(
 
 
 def has_ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether a process is gone, after some seconds at most."""
+    """Returns whether a process has ended, after some seconds at most."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.poll() is not None
 
 
 def log_of(path: Path) -> str:
-    """What processes have written; empty if there is nothing."""
+    """Returns what processes have written; empty if there is nothing."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

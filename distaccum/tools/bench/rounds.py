@@ -1,4 +1,4 @@
-"""One turn of a measurement, summed up over its ranks."""
+"""Sums up one turn of a measurement over its ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Round:
 
 
 def round_of(answers: Sequence[dict[str, Any]]) -> Round:
-    """One turn, of what each rank has timed."""
+    """Sums up what each rank has timed in one turn."""
     slowest = [max(of_ranks) for of_ranks in zip(*(answer["seconds"] for answer in answers), strict=True)]
 
     def mean_share(name: str) -> float:
@@ -41,7 +41,7 @@ def round_of(answers: Sequence[dict[str, Any]]) -> Round:
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile, between the values where they fall so.
+    """Returns the first and the third quartile, interpolated between values.
 
     >>> middle_half([1.0, 2.0, 3.0, 4.0, 100.0])
     (2.0, 4.0)
@@ -53,7 +53,7 @@ def middle_half(values: Sequence[float]) -> tuple[float, float]:
 
 
 def milliseconds(seconds: float) -> str:
-    """A short time in a fitting unit.
+    """Returns a short time as text, in a fitting unit.
 
     >>> milliseconds(0.03456), milliseconds(3.456), milliseconds(0.0003456)
     ('34.6 ms', '3.46 s', '0.346 ms')

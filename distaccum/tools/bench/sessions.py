@@ -1,4 +1,4 @@
-"""The processes of one placement, seen from the tool: started, told what to do, heard, and stopped."""
+"""Starts the processes of one placement, sends them commands, receives their answers, and ends them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _SECONDS_FOR_OTHERS = 3.0
 
 
 class PlacementFailedError(Exception):
-    """A placement can't be measured, and why, in one line.
+    """A placement can't be measured; the message is the reason, in one line.
 
     Attributes:
         kind: `user` (its configuration can't be run here), `memory`, `bug`, `died` or `silent`.
-        is_alive: True if all ranks have answered, so that they may be asked for something else.
+        is_alive: True if all ranks have answered, so that another command may be sent.
     """
 
     def __init__(self, reason: str, kind: str, *, is_alive: bool = False) -> None:
@@ -39,7 +39,7 @@ class PlacementFailedError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a worker is told at its start."""
+    """The processes to start, and what they get."""
 
     config: dict[str, Any]
     """The typed configuration, by `to_portable`."""
@@ -48,21 +48,21 @@ class Job:
     threads: int
     reference: Path
     log: Path
-    """Where everything goes that the processes write."""
+    """The file for all output of the processes."""
 
 
-class _Line:
-    """A rank's connection."""
+class _Connection:
+    """The connection to a rank."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
+        self.socket = connection
         self.rank = -1
         self._received = b""
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The answers that have arrived whole, or None at the end of the line."""
+        """Returns the answers that have arrived whole; None if the connection is closed."""
         try:
-            data = self.connection.recv(1 << 20)
+            data = self.socket.recv(1 << 20)
         except ConnectionError:
             data = b""
         if not data:
@@ -72,27 +72,27 @@ class _Line:
 
 
 class Session:
-    """One placement's processes. A context manager: at its end no process is left.
+    """The processes of one placement. A context manager: at its end no process is left.
 
     Raises:
-        PlacementFailedError: from `ask` and at the start, when they die, fail or stay silent.
+        PlacementFailedError: from `ask` and at the start, when they end, fail or don't answer in time.
     """
 
     def __init__(self, job: Job, timeout_seconds: float) -> None:
         self._job = job
         self._timeout = timeout_seconds
         self._selector = selectors.DefaultSelector()
-        self._lines: list[_Line] = []
+        self._connections: list[_Connection] = []
         self._pids: list[int] = []
         self._folder = tempfile.TemporaryDirectory(prefix="distaccum-")
         self._process: subprocess.Popen[bytes] | None = None
         self._is_dismissed = False
         self._is_waiting = False
-        """True as long as an answer is missing: ranks that compute, or hang, don't hear."""
+        """True as long as an answer is missing: ranks that compute, or hang, read no command."""
         try:
             self._process = self._start()
             self._pids += [greeting["pid"] for greeting in self._answers("starting")]
-            self._lines.sort(key=lambda line: line.rank)
+            self._connections.sort(key=lambda connection: connection.rank)
         except BaseException:
             self.close()
             raise
@@ -106,21 +106,28 @@ class Session:
     def _start(self) -> subprocess.Popen[bytes]:
         folder = Path(self._folder.name)
         # In a folder of the system: the path of such a socket must be short.
+        path = str(folder / "socket")
         self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(str(folder / "line"))
+        self._server.bind(path)
         self._server.listen(self._job.num_processes)
         self._selector.register(self._server, selectors.EVENT_READ, None)
         job = self._job
-        told = {"config": job.config, "sync_every_step": job.sync_every_step, "reference": str(job.reference)}
-        told["socket"] = str(folder / "line")
-        worker = "distaccum.tools.bench.worker"
-        return start_worker(worker, told, folder, num_processes=job.num_processes, threads=job.threads, log=job.log)
+        content = {"config": job.config, "sync_every_step": job.sync_every_step, "reference": str(job.reference)}
+        return start_worker(
+            "distaccum.tools.bench.worker",
+            content | {"socket": path},
+            folder,
+            num_processes=job.num_processes,
+            threads=job.threads,
+            log=job.log,
+        )
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Has all ranks do something; returns their answers, by rank."""
-        for line in self._lines:
+        """Sends a command to all ranks; returns their answers, by rank."""
+        command = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        for connection in self._connections:
             try:
-                line.connection.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
+                connection.socket.sendall(command)
             except OSError:
                 raise self._died() from None
         answers = self._answers(do)
@@ -131,7 +138,7 @@ class Session:
         return answers
 
     def _answers(self, doing: str) -> list[dict[str, Any]]:
-        """One answer of each rank. If one has failed, those that come soon, the failure first."""
+        """Waits for one answer of each rank; once one has failed, for those that come soon. Returns failures first."""
         deadline = time.monotonic() + self._timeout
         answers: dict[int, dict[str, Any]] = {}
         failed = False
@@ -145,24 +152,23 @@ class Session:
                 raise PlacementFailedError(f"no answer{who} within {self._timeout:g} s ({doing}): stopped", "silent")
             for key, _ in self._selector.select(min(left, 0.5)):
                 if key.data is None:
-                    connection, _ = self._server.accept()
-                    line = _Line(connection)
-                    self._lines.append(line)
-                    self._selector.register(connection, selectors.EVENT_READ, line)
+                    connection = _Connection(self._server.accept()[0])
+                    self._connections.append(connection)
+                    self._selector.register(connection.socket, selectors.EVENT_READ, connection)
                     continue
-                line = key.data
-                received = line.receive()
+                connection = key.data
+                received = connection.receive()
                 if received is None:
-                    self._selector.unregister(line.connection)
-                    # A rank that has lost another one may be heard before that one's end is seen.
+                    self._selector.unregister(connection.socket)
+                    # The answer of a rank that has lost another one may arrive before that one's end is seen.
                     if all(answer.get("ok", True) or answer["kind"] == "died" for answer in answers.values()):
                         raise self._died()
                     deadline = time.monotonic()
                     break
                 for answer in received:
-                    if line.rank < 0:
-                        line.rank = answer["rank"]
-                    answers[line.rank] = answer
+                    if connection.rank < 0:
+                        connection.rank = answer["rank"]
+                    answers[connection.rank] = answer
                     if not answer.get("ok", True) and not failed:
                         # Ranks that wait for this one in a collective will never answer.
                         failed = True
@@ -173,7 +179,7 @@ class Session:
         return sorted(answers.values(), key=lambda answer: answer.get("ok", True))
 
     def _died(self) -> PlacementFailedError:
-        """Why processes are gone that have said nothing."""
+        """Returns why processes have ended without an answer, from their output."""
         assert self._process is not None
         has_ended(self._process, _GRACE_SECONDS)
         text = log_of(self._job.log)
@@ -181,17 +187,17 @@ class Session:
         if status == -signal.SIGKILL or "Signal 9" in text or "exitcode  : -9" in text:
             return PlacementFailedError("killed by signal 9: out of memory, most likely", "memory")
         said = [line.strip() for line in text.splitlines() if line and not line[0].isspace() and "rror: " in line]
-        # torchrun's report of its own comes last and says less.
-        said = [line for line in said if "ChildFailedError" not in line] or ["it said nothing"]
+        # torchrun's own report comes last and holds less.
+        said = [line for line in said if "ChildFailedError" not in line] or ["it printed no error"]
         return PlacementFailedError(f"the process ended with status {status}: {said[0][:300]}", "died")
 
     def dismiss(self) -> None:
-        """Tells the processes that they may end, and doesn't wait for it."""
+        """Asks the processes to end, and does not wait for it."""
         if self._process is not None and not self._is_dismissed:
             self._is_dismissed = True
-            for line in self._lines:
+            for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    line.connection.sendall(b'{"do": "end"}\n')
+                    connection.socket.sendall(b'{"do": "end"}\n')
 
     def close(self) -> None:
         """Ends the processes: asks, then stops, then kills."""
@@ -201,14 +207,14 @@ class Session:
             if not has_ended(process, 0.1 if self._is_waiting else _GRACE_SECONDS):
                 process.terminate()
             if not has_ended(process, 2.0):
-                # Ranks that torchrun could not end; while it lives, their numbers are their own.
+                # Ranks that torchrun could not end; as long as it runs, no other process has their numbers.
                 for pid in self._pids:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 process.kill()
                 process.wait()
-        for line in self._lines:
-            line.connection.close()
+        for connection in self._connections:
+            connection.socket.close()
         self._selector.close()
         self._server.close()
         self._folder.cleanup()

@@ -1,4 +1,4 @@
-"""What tools print alike: a bar while they measure, tables, and paragraphs."""
+"""Prints what the tools have in common: a progress bar, tables, and paragraphs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from distaccum.runtime.logs import console
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
-    """What is being done, a bar, these columns, and the time."""
+    """Returns a progress bar: the task, the bar, more columns, and the time."""
     shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn())
     return Progress(*shown, console=console, transient=True)
 
 
 def table_of(*heads: str, left: tuple[int, ...] = (0,), folded: tuple[int, ...] = (0,)) -> Table:
-    """A table without lines.
+    """Returns a table without lines.
 
     Args:
         left: indices of the columns of text; the others are of numbers.
-        folded: those that may take several lines.
+        folded: indices of columns that may take several lines.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, head in enumerate(heads):

@@ -1,8 +1,7 @@
-"""One rank of one placement, in a process of its own: does what the tool says, and answers.
+"""One rank of one placement, in a process of its own: measures what the tool asks for, and answers.
 
 Started by `distaccum.tools.bench.sessions` as `python -m distaccum.tools.bench.worker JOB`, under torchrun if there are
-several ranks. Every rank has a line of its own to the tool, so waiting for the next command costs nothing, on the
-GPU neither.
+several ranks. Every rank has its own connection to the tool, so that waiting for a command takes no time of CPU or GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from distaccum.tools.bench.portable import from_portable
 
 
 def explain_failure(error: BaseException) -> tuple[str, str]:
-    """Returns the kind of a failure (`user`, `memory`, `bug`, `died` of another rank), and one line that tells it."""
+    """Returns the kind of a failure (`user`, `memory`, `bug`, `died` of another rank), and a line that describes it."""
     line = redacted_text(" ".join(str(error).split()))
     if isinstance(error, UserError):
         return "user", line
@@ -38,17 +37,17 @@ def explain_failure(error: BaseException) -> tuple[str, str]:
     return "died" if is_broken_collective(error) else "bug", f"{type(error).__name__}: {line}"[:400]
 
 
-def _obey(world: World, job: dict[str, Any], line: socket.socket) -> None:
-    """Answers commands until there are no more."""
+def _serve(world: World, job: dict[str, Any], connection: socket.socket) -> None:
+    """Answers commands until the last one."""
     measuring: Measuring | None = None
-    with line.makefile("rw", encoding="utf-8", newline="\n") as talk:
+    with connection.makefile("rw", encoding="utf-8", newline="\n") as stream:
 
-        def say(**answer: Any) -> None:
-            talk.write(json.dumps(answer) + "\n")
-            talk.flush()
+        def send(**answer: Any) -> None:
+            stream.write(json.dumps(answer) + "\n")
+            stream.flush()
 
-        say(rank=world.rank, pid=os.getpid())
-        for text in talk:
+        send(rank=world.rank, pid=os.getpid())
+        for text in stream:
             command = json.loads(text)
             name = command.pop("do")
             if name == "end":
@@ -56,11 +55,11 @@ def _obey(world: World, job: dict[str, Any], line: socket.socket) -> None:
             try:
                 if measuring is None:
                     measuring = _measuring(world, job)
-                say(ok=True, **getattr(measuring, name)(**command))
+                send(ok=True, **getattr(measuring, name)(**command))
             except Exception as error:
                 traceback.print_exc()
                 kind, reason = explain_failure(error)
-                say(ok=False, kind=kind, reason=reason)
+                send(ok=False, kind=kind, reason=reason)
 
 
 def _measuring(world: World, job: dict[str, Any]) -> Measuring:
@@ -78,15 +77,15 @@ def _measuring(world: World, job: dict[str, Any]) -> Measuring:
 
 
 def main(job_file: str) -> None:
-    """Works through one job, whose file says where the tool is to be found."""
+    """Works through one job, whose file names the socket of the tool."""
     make_output_safe()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     hide(job["config"])
     torch.set_num_threads(job["threads"])
-    with socket.socket(socket.AF_UNIX) as line:
-        line.connect(job["socket"])
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(job["socket"])
         with joined_world() as world:
-            _obey(world, job, line)
+            _serve(world, job, connection)
 
 
 if __name__ == "__main__":

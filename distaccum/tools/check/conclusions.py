@@ -5,7 +5,7 @@ from __future__ import annotations
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
 from distaccum.tools.check.measuring import Update
-from distaccum.tools.check.report import CutRow, Finding, Report, Severity
+from distaccum.tools.check.report import CheckReport, CutRow, Finding, Severity
 
 
 def weight_not_positive(update: Update) -> Finding:
@@ -29,7 +29,7 @@ def measured_under_ddp(strategy: str) -> Finding:
     )
 
 
-def too_few_samples(report: Report) -> Finding:
+def too_few_samples(report: CheckReport) -> Finding:
     return Finding(
         kind="not_measured_on_ranks",
         severity=Severity.warning,
@@ -54,7 +54,7 @@ def compression(config: DDPConfig) -> Finding:
     )
 
 
-def unexplained(report: Report, rows: list[CutRow]) -> Finding:
+def unexplained(report: CheckReport, rows: list[CutRow]) -> Finding:
     row = max(rows, key=lambda row: row.worst_error or 0.0)
     if row.failure:
         because, where = f"the cut into {row.cut} can't be computed ({row.failure})", f"cut: {row.cut}"
@@ -85,7 +85,7 @@ def amplified(optimizer: str, error: float) -> Finding:
     )
 
 
-def rounding(report: Report) -> Finding:
+def rounding(report: CheckReport) -> Finding:
     row = max((row for row in report.rows if not row.equal), key=lambda row: row.gradient_error or 0.0)
     return Finding(
         kind="rounding",

@@ -85,7 +85,7 @@ class ParameterRow:
 
 
 @dataclass(slots=True)
-class Report:
+class CheckReport:
     """All that a check has found."""
 
     model: str
@@ -161,7 +161,7 @@ class Report:
                 console.print(Text(f"  {name + ':':8}{getattr(finding, name)}"))
 
 
-def _table_of_cuts(report: Report) -> Table:
+def _table_of_cuts(report: CheckReport) -> Table:
     table = Table(title=f"against the window in one shot: {report.model}", title_justify="left", title_style="")
     for heading in ("window", "precision", "ranks", "cut", "steps"):
         table.add_column(heading, justify="left" if heading in ("precision", "cut") else "right")
@@ -184,7 +184,7 @@ def _table_of_cuts(report: Report) -> Table:
     return table
 
 
-def _table_of_parameters(report: Report, worst: int) -> Table:
+def _table_of_parameters(report: CheckReport, worst: int) -> Table:
     title = f"the {min(worst, len(report.parameters))} parameters that differ most, of {len(report.parameters)}"
     table = Table(title=title, title_justify="left", title_style="")
     table.add_column("parameter")

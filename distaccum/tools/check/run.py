@@ -18,7 +18,7 @@ from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
 from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
-from distaccum.tools.check.report import CutRow, Finding, ParameterRow, Report, Severity
+from distaccum.tools.check.report import CheckReport, CutRow, Finding, ParameterRow, Severity
 from distaccum.tools.check.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
 from distaccum.training.build import build_parts
 from distaccum.training.run import check_same_config
@@ -52,13 +52,13 @@ def check(config: CheckConfig) -> int:
         return world.from_main(report.status)
 
 
-def examine(config: CheckConfig, world: World, device: torch.device) -> Report:
+def examine(config: CheckConfig, world: World, device: torch.device) -> CheckReport:
     """All experiments. The report is complete on rank 0 only."""
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
         subject = Subject(config, parts, device)
         windows = window_samples(subject)
-    report = Report(
+    report = CheckReport(
         model=type(subject.model).__name__,
         precision=config.precision.name.value,
         world_size=world.world_size,
@@ -84,7 +84,7 @@ def examine(config: CheckConfig, world: World, device: torch.device) -> Report:
 class _Examination:
     """The measurements and what they have come to so far."""
 
-    def __init__(self, subject: Subject, report: Report, windows: list[list[int]]) -> None:
+    def __init__(self, subject: Subject, report: CheckReport, windows: list[list[int]]) -> None:
         self.subject = subject
         self.report = report
         self.windows = windows

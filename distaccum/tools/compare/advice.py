@@ -1,11 +1,11 @@
-"""Which placement to use, and why, in words: nothing but what was measured."""
+"""Says which placement to use, and why, from what was measured alone."""
 
 from __future__ import annotations
 
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
-from distaccum.tools.compare.results import Report, Row, is_within_noise
+from distaccum.tools.compare.results import CompareReport, CompareRow, is_within_noise
 
 _CLEARLY_LESS_MEMORY = 0.9
 """A peak is called smaller when it is below this part of the other."""
@@ -13,8 +13,8 @@ _AS_INEXACT_AS = 10.0
 """Without float64, a placement passes if its error is at most so many times one shot's own."""
 
 
-def advise(report: Report) -> list[str]:
-    """Paragraphs: what to use, why, and what speaks for the others."""
+def advise(report: CompareReport) -> list[str]:
+    """Returns paragraphs: what to use, why, and what the others are good for."""
     measured = report.measured
     if not measured:
         return ["Nothing could be measured: the table says why for each placement."]
@@ -37,8 +37,8 @@ def advise(report: Report) -> list[str]:
     return [*paragraphs, *(paragraph for paragraph in others if paragraph)]
 
 
-def is_exact(row: Row, rows: list[Row], tolerance: float) -> bool:
-    """Whether a row's update is that of the large batch; unknown counts as yes where nothing was compared."""
+def is_exact(row: CompareRow, rows: list[CompareRow], tolerance: float) -> bool:
+    """Returns whether a row's update is that of the large batch; True too where nothing was compared."""
     if row.error_float64 is not None:
         return row.error_float64 <= tolerance
     if row.error is None:
@@ -47,8 +47,8 @@ def is_exact(row: Row, rows: list[Row], tolerance: float) -> bool:
     return row.error <= _AS_INEXACT_AS * floor
 
 
-def choose(rows: list[Row]) -> tuple[Row, list[Row]]:
-    """The row to use, and those whose speed can't be told from its.
+def choose(rows: list[CompareRow]) -> tuple[CompareRow, list[CompareRow]]:
+    """Returns the row to use, and those whose speed does not differ from its speed beyond the noise.
 
     The fastest; but among those within the noise of the fastest, the one with clearly less memory, then with fewer
     processes, then the one that is simplest (the order of the table).
@@ -61,7 +61,7 @@ def choose(rows: list[Row]) -> tuple[Row, list[Row]]:
     return chosen, [row for row in equals if row is not chosen]
 
 
-def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
+def _choice(chosen: CompareRow, rivals: list[CompareRow], tolerance: float) -> str:
     if chosen.placement == PlacementName.one_shot.value:
         exactness = "it is the large batch itself, which fits"
     elif chosen.error_float64 is not None and chosen.error_float64 <= tolerance:
@@ -80,7 +80,7 @@ def _choice(chosen: Row, rivals: list[Row], tolerance: float) -> str:
     return f"{text}. Train with: {chosen.command}"
 
 
-def _speed(chosen: Row, rows: list[Row]) -> str:
+def _speed(chosen: CompareRow, rows: list[CompareRow]) -> str:
     text = f"It takes {milliseconds(_seconds(chosen))} an update, {rate(chosen.samples_per_second or 0.0)} samples/s"
     single = [
         row for row in rows if row.placement == PlacementName.single.value and row is not chosen and not row.is_uniform
@@ -96,8 +96,8 @@ def _speed(chosen: Row, rows: list[Row]) -> str:
     return f"{text}."
 
 
-def _inexact(rows: list[Row], tolerance: float) -> str | None:
-    """Placements that should be exact and aren't, if only some of them."""
+def _inexact(rows: list[CompareRow], tolerance: float) -> str | None:
+    """Names placements that should be exact and are not, unless none is."""
     wrong = [row for row in rows if not row.is_lossy and not is_exact(row, rows, tolerance)]
     if not wrong or len(wrong) == sum(not row.is_lossy for row in rows):
         return None
@@ -110,8 +110,8 @@ def _inexact(rows: list[Row], tolerance: float) -> str | None:
     )
 
 
-def _no_sync(rows: list[Row]) -> str | None:
-    """What syncing in every micro-step costs."""
+def _no_sync(rows: list[CompareRow]) -> str | None:
+    """Says what syncing in every micro-step costs."""
     pairs = [
         (every, once)
         for every in rows
@@ -136,7 +136,7 @@ def _no_sync(rows: list[Row]) -> str | None:
     )
 
 
-def _compression(chosen: Row, rows: list[Row]) -> str | None:
+def _compression(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     lossy = [row for row in rows if row.is_lossy]
     if not lossy:
         return None
@@ -145,13 +145,13 @@ def _compression(chosen: Row, rows: list[Row]) -> str | None:
     error = "" if best.error is None else f", and its update is off by {best.error:.1e}"
     if _seconds(best) < _seconds(chosen) and not is_within_noise(best, chosen):
         return (
-            f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth it is "
-            "not for a stopwatch to say."
+            f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth "
+            "the error, these times don't say."
         )
-    return f"Compression buys no time here: the fastest, {best.title}, takes {time} an update{error}."
+    return f"Compression saves no time here: the fastest, {best.title}, takes {time} an update{error}."
 
 
-def _memory(chosen: Row, rows: list[Row]) -> str | None:
+def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     sized = [row for row in rows if row.peak_memory]
     if not sized or not chosen.peak_memory:
         return None
@@ -169,7 +169,7 @@ def _memory(chosen: Row, rows: list[Row]) -> str | None:
     return f"{text}, the least of all; the most is {byte_size(most.peak_memory or 0)} ({most.title})."
 
 
-def _nothing_exact(report: Report, tolerance: float) -> str:
+def _nothing_exact(report: CompareReport, tolerance: float) -> str:
     if report.reference.problem is not None:
         return f"Exactness could not be measured: there is no float64 reference ({report.reference.problem})."
     errors = [row.error_float64 for row in report.measured if row.error_float64 is not None and not row.is_lossy]
@@ -181,7 +181,7 @@ def _nothing_exact(report: Report, tolerance: float) -> str:
     )
 
 
-def _left_out(report: Report) -> str | None:
+def _left_out(report: CompareReport) -> str | None:
     failed = [row for row in report.rows if row.reason is not None]
     if not failed:
         return None
@@ -193,7 +193,7 @@ def _left_out(report: Report) -> str | None:
 
 
 def _briefly(titles: dict[str, list[str]]) -> str:
-    """Rows by name; those of one placement together, by their number."""
+    """Names rows; several rows of one placement together, by their number."""
     return _listed(
         [
             rows[0] if len(rows) == 1 else f"{rows[0].partition(' · ')[0]} in {len(rows)} rows"
@@ -202,7 +202,7 @@ def _briefly(titles: dict[str, list[str]]) -> str:
     )
 
 
-def _seconds(row: Row) -> float:
+def _seconds(row: CompareRow) -> float:
     assert row.seconds is not None
     return row.seconds
 

@@ -1,36 +1,44 @@
-"""The comparison as one page that needs nothing else: its charts and its style are inside it."""
+"""Draws the comparison as one page that needs nothing else: its charts and its style are in it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
-from distaccum.tools.compare.results import Report, Row
+from distaccum.tools.compare.results import CompareReport, CompareRow
 from distaccum.tools.compare.terminal import cells, heads
-from distaccum.tools.pages import page as html
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
+from distaccum.tools.pages.page import TIME_PARTS, Section, render, subject_of
 from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick, nice_ticks
 
-_STYLE = Path(__file__).with_name("page.css")
+
+def page_of(report: CompareReport) -> str:
+    """Returns the whole page."""
+    subject = subject_of(report.config)
+    return render(
+        "pages/results.html",
+        "compare",
+        f"{subject}: placements compared",
+        heading=subject,
+        facts=[_facts(report)],
+        found=report,
+        advice_heading="Which placement to use here",
+        sections=[_times(report), _errors(report)] if report.measured else [],
+        pair=[_scaling(report), _curves(report)] if report.measured else [],
+        table_heading="All numbers",
+        heads=["placement", *heads(str(report.config["precision"]["name"]))],
+        rows=_rows(report),
+        styles=(),
+        circumstances=_circumstances(report),
+    )
 
 
-def page_of(report: Report) -> str:
-    """The whole page."""
-    sections = [_header(report), html.advice("Which placement to use here", report.advice)]
-    if report.measured:
-        sections += [_times(report), _errors(report), f'<div class="pair">{_scaling(report)}{_curves(report)}</div>']
-    sections += [_table(report), _circumstances(report)]
-    title = f"{html.subject_of(report.config)}: placements compared"
-    return html.whole_page(title, sections, _STYLE.read_text(encoding="utf-8"))
-
-
-def _header(report: Report) -> str:
+def _facts(report: CompareReport) -> str:
     config = report.config
     facts = [
         f"window of {config['batch']['global_batch_size']} samples",
@@ -39,40 +47,30 @@ def _header(report: Report) -> str:
         report.machine,
         report.date.replace("T", " ")[:16],
     ]
-    return html.header(html.subject_of(config), " · ".join(fact for fact in facts if fact))
+    return " · ".join(fact for fact in facts if fact)
 
 
-def _labels(report: Report) -> list[tuple[str, str]]:
+def _labels(report: CompareReport) -> list[tuple[str, str]]:
     parted = [row.title.partition(" · ") for row in report.rows]
     return [(title, numbers) for title, _, numbers in parted]
 
 
-def _reasons(report: Report) -> list[str | None]:
+def _reasons(report: CompareReport) -> list[str | None]:
     return [row.reason if row.reason is not None or row.seconds is not None else "not measured" for row in report.rows]
 
 
-def _times(report: Report) -> str:
+def _times(report: CompareReport) -> Section:
     time = Panel(
         title="Time per update, ms",
         share=0.62,
-        tick=lambda value: f"{value:g}",
         label_width=150,
         bars=[_time_bar(row) for row in report.rows],
-        whiskers=[
-            (row.low_seconds * 1e3, row.high_seconds * 1e3)
-            if row.low_seconds is not None and row.high_seconds is not None
-            else None
-            for row in report.rows
-        ],
-        labels=[
-            ""
-            if row.seconds is None
-            else milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
-            for row in report.rows
-        ],
+        whiskers=[_whisker(row) for row in report.rows],
+        labels=[_time_label(row) for row in report.rows],
     )
+    kind = next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
     memory = Panel(
-        title=f"Peak memory of a process ({_memory_kind(report)})",
+        title=f"Peak memory of a process ({kind})",
         share=0.38,
         tick=bytes_tick,
         label_width=72,
@@ -80,42 +78,40 @@ def _times(report: Report) -> str:
         bars=[_memory_bar(row) for row in report.rows],
         labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
     )
-    colours = html.key(
-        [
-            ("data", "waiting for data"),
-            ("compute", "computing"),
-            ("sync", "waiting in the sync"),
-            ("before", "Python and torch, before the model"),
-            ("training", "the training"),
-        ]
-    )
+    colours = TIME_PARTS | {"before": "Python and torch, before the model", "training": "the training"}
     chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
-    told = (
+    note = (
         f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
         "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
-    return html.section("Time and memory", colours, chart, html.note(told))
+    return Section(heading="Time and memory", key=list(colours.items()), wide=chart, note=note)
 
 
-def _time_bar(row: Row) -> list[Segment]:
+def _whisker(row: CompareRow) -> tuple[float, float] | None:
+    if row.low_seconds is None or row.high_seconds is None:
+        return None
+    return row.low_seconds * 1e3, row.high_seconds * 1e3
+
+
+def _time_label(row: CompareRow) -> str:
+    if row.seconds is None:
+        return ""
+    return milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
+
+
+def _time_bar(row: CompareRow) -> list[Segment]:
     if row.reason is not None or row.seconds is None:
         return []
-    shares = [
-        ("data", row.data_share, "waiting for data"),
-        ("compute", row.compute_share, "computing"),
-        ("sync", row.sync_share, "waiting in the sync"),
-    ]
-    return [
-        Segment(
-            row.seconds * 1e3 * (share or 0.0),
-            style,
-            f"{row.title}: {what} {milliseconds(row.seconds * (share or 0.0))} ({share or 0.0:.0%})",
-        )
-        for style, share, what in shares
-    ]
+    shares = {"data": row.data_share, "compute": row.compute_share, "sync": row.sync_share}
+    segments = []
+    for part, share in shares.items():
+        seconds = row.seconds * (share or 0.0)
+        hint = f"{row.title}: {TIME_PARTS[part]} {milliseconds(seconds)} ({share or 0.0:.0%})"
+        segments.append(Segment(seconds * 1e3, part, hint))
+    return segments
 
 
-def _memory_bar(row: Row) -> list[Segment]:
+def _memory_bar(row: CompareRow) -> list[Segment]:
     if row.reason is not None or row.peak_memory is None:
         return []
     before = min(max(row.memory_before), row.peak_memory)
@@ -124,11 +120,7 @@ def _memory_bar(row: Row) -> list[Segment]:
     return [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
 
 
-def _memory_kind(report: Report) -> str:
-    return next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
-
-
-def _errors(report: Report) -> str:
+def _errors(report: CompareReport) -> Section:
     precision = str(report.config["precision"]["name"])
     tolerance = float(report.config["compare"]["tolerance"])
     errors = Panel(
@@ -145,28 +137,25 @@ def _errors(report: Report) -> str:
         tick=bytes_tick,
         label_width=118,
         binary=True,
-        bars=[
-            []
-            if row.reason is not None or row.sync_bytes is None
-            else [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
-            for row in report.rows
-        ],
+        bars=[_traffic_bar(row) for row in report.rows],
         labels=[
-            ""
-            if row.sync_bytes is None
-            else "nothing"
-            if not row.sync_calls
-            else f"{byte_size(row.sync_bytes)} in {row.sync_calls}"
+            f"{byte_size(row.sync_bytes or 0)} in {row.sync_calls}" if row.sync_calls else "nothing"
             for row in report.rows
         ],
     )
     missing = [None if reason is None else "not measured" for reason in _reasons(report)]
-    colours = html.key([("dot64", "computed in float64"), ("dot", f"computed in {precision}")])
+    colours = [("dot64", "computed in float64"), ("dot", f"computed in {precision}")]
     chart = row_chart("Error of the update and traffic", _labels(report), missing, [errors, traffic])
-    return html.section("Exactness and traffic", colours, chart, html.note(_what_the_error_is(report)))
+    return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
 
 
-def _what_the_error_is(report: Report) -> str:
+def _traffic_bar(row: CompareRow) -> list[Segment]:
+    if row.reason is not None or row.sync_bytes is None:
+        return []
+    return [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
+
+
+def _what_the_error_is(report: CompareReport) -> str:
     if report.reference.problem is not None:
         return f"There is no float64 reference, so there are no errors: {report.reference.problem}."
     steps = report.reference.accumulation_steps
@@ -177,7 +166,7 @@ def _what_the_error_is(report: Report) -> str:
     )
 
 
-def _error_dots(row: Row, precision: str) -> list[Dot]:
+def _error_dots(row: CompareRow, precision: str) -> list[Dot]:
     if row.reason is not None:
         return []
     dots = []
@@ -188,9 +177,9 @@ def _error_dots(row: Row, precision: str) -> list[Dot]:
     return dots
 
 
-def _scaling(report: Report) -> str:
-    """Samples per second over the number of ranks, each placement at its fastest number of accumulation steps."""
-    best: dict[str, dict[int, Row]] = {}
+def _scaling(report: CompareReport) -> Section | None:
+    """Shows samples per second over the number of ranks, with the steps that were fastest for each placement."""
+    best: dict[str, dict[int, CompareRow]] = {}
     for row in report.measured:
         of_placement = best.setdefault(row.placement, {})
         other = of_placement.get(row.world_size)
@@ -200,19 +189,19 @@ def _scaling(report: Report) -> str:
     single = best.pop(PlacementName.single.value, {}).get(1)
     best.pop(PlacementName.one_shot.value, None)
     if len(sizes) < 2 or not best:
-        return ""
+        return None
     curves = []
     if single is not None and single.samples_per_second is not None:
         speed = single.samples_per_second
         ideal = [(float(size), speed * size) for size in sizes]
-        curves.append(Curve("ideal", "c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True))
+        curves.append(Curve("c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True, name="ideal"))
     for name, of_placement in best.items():
         rows = [of_placement[size] for size in sorted(of_placement)]
         rows = [single, *rows] if single is not None and rows[0].world_size > 1 else rows
         points = [(float(row.world_size), row.samples_per_second or 0.0) for row in rows]
         hint = "; ".join(f"{row.title}: {rate(row.samples_per_second or 0.0)} samples/s" for row in rows)
         title = PLACEMENTS[PlacementName[name]].title
-        curves.append(Curve(title, f"c-{name}", points, hint, has_marks=True))
+        curves.append(Curve(f"c-{name}", points, hint, has_marks=True, name=title))
     chart = line_chart(
         "Samples per second over the number of ranks",
         curves,
@@ -220,14 +209,14 @@ def _scaling(report: Report) -> str:
         y=Axis(title="Samples per second", low=0.0),
     )
     has_choice = len(report.config["compare"]["accumulation_steps"]) > 1
-    told = "Each placement with the accumulation steps that were fastest." if has_choice else ""
-    return html.section("Scaling", chart, html.note(told))
+    note = "Each placement with the accumulation steps that were fastest." if has_choice else ""
+    return Section(heading="Scaling", wide=chart, note=note)
 
 
-def _curves(report: Report) -> str:
+def _curves(report: CompareReport) -> Section | None:
     rows = [row for row in report.measured if row.loss_curve and all(map(math.isfinite, row.loss_curve))]
     if not rows:
-        return ""
+        return None
     groups = coinciding(rows)
     curves = []
     for group in sorted(groups, key=len, reverse=True):
@@ -236,27 +225,27 @@ def _curves(report: Report) -> str:
         name = row.title.partition(" · ")[0] if len(group) == 1 else f"{len(group)} coincide"
         points = [(float(number), loss) for number, loss in enumerate(row.loss_curve, 1)]
         style = "c-many" if len(group) > 1 else f"c-{row.placement}"
-        curves.append(Curve(name, style, points, names))
+        curves.append(Curve(style, points, names, name=name))
     length = max(len(row.loss_curve) for row in rows)
     chart = line_chart(
         "Loss over the updates",
         curves,
-        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6)[1:])]),
+        x=Axis(title="update", ticks=[1.0, *(tick for tick in nice_ticks(length, 6) if tick > 1)]),
         y=Axis(title="Training loss", low=0.0),
     )
     together = max(groups, key=len)
-    told = ""
+    note = ""
     if len(together) > 1:
         names = "; ".join(dict.fromkeys(row.title.partition(" · ")[0] for row in together))
-        told = f"The same windows, the same curve: {names} can't be told apart here."
-    return html.section("Loss", chart, html.note(told))
+        note = f"The same windows, the same curve: {names} do not differ here."
+    return Section(heading="Loss", wide=chart, note=note)
 
 
-def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in groups whose loss curves are the same line on paper: closer than a two-hundredth of the range."""
+def coinciding(rows: Sequence[CompareRow]) -> list[list[CompareRow]]:
+    """Groups rows whose loss curves look the same: they are closer than a two-hundredth of the range."""
     losses = [loss for row in rows for loss in row.loss_curve]
     near = (max(losses) - min(losses)) / 200
-    groups: list[list[Row]] = []
+    groups: list[list[CompareRow]] = []
     for row in rows:
         for group in groups:
             pairs = zip(group[0].loss_curve, row.loss_curve, strict=False)
@@ -268,15 +257,15 @@ def coinciding(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def _table(report: Report) -> str:
+def _rows(report: CompareReport) -> list[list[str]]:
     rows = []
     for row in report.rows:
         rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
-        rows += [["", told] for told in row.notes]
-    return html.section("All numbers", html.table(["placement", *heads(str(report.config["precision"]["name"]))], rows))
+        rows += [["", note] for note in row.notes]
+    return rows
 
 
-def _circumstances(report: Report) -> str:
+def _circumstances(report: CompareReport) -> list[tuple[str, str]]:
     compare = report.config["compare"]
     threads = compare["threads_per_rank"]
     timed = (
@@ -284,5 +273,4 @@ def _circumstances(report: Report) -> str:
         f"{compare['warmup_updates']} to warm up; each rank in a process of its own with {threads} CPU "
         f"thread{'s' if threads > 1 else ''}; the slowest rank counts"
     )
-    facts = [*report.facts, ("took", f"{report.seconds:.0f} s"), ("timed", timed)]
-    return html.section("How this came about", html.definitions(facts), html.configuration(report.config))
+    return [*report.facts, ("took", f"{report.seconds:.0f} s"), ("timed", timed)]

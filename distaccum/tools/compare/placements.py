@@ -1,4 +1,4 @@
-"""What is compared: placements, each for several numbers of ranks and of accumulation steps."""
+"""The placements that are compared, each for several numbers of ranks and of accumulation steps."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Placement:
 
     name: PlacementName
     title: str
-    """What people call it."""
+    """Its usual name."""
     overrides: str
-    """What chooses it on the command line of distaccum.train."""
+    """Its part of the command line of distaccum.train."""
     is_single: bool = False
     """One model on one device: there is nothing to vary but the accumulation steps."""
     has_ranks: bool = True
@@ -86,7 +86,7 @@ class Case:
     is_uniform: bool = False
     """Cut into equal micro-batches although the configuration cuts by length: to see what that gains."""
     impossible: str | None = None
-    """Why there is nothing to run."""
+    """Why it can't be run, or None."""
 
     @property
     def key(self) -> str:
@@ -115,7 +115,7 @@ class Case:
         return f"{self.placement.title} · {self.world_size} {what} × {self.accumulation_steps}"
 
     def command(self, config: CompareConfig, overrides: Sequence[str] = ()) -> str:
-        """How to train so.
+        """Returns the command that trains like this.
 
         Args:
             overrides: the comparison's command line, of which all that belongs to the training is kept.
@@ -143,7 +143,7 @@ class Case:
         return f"{launcher} -m distaccum.train {own}{self.placement.overrides}{replicas} {cut}"
 
     def configuration(self, config: CompareConfig) -> TrainConfig:
-        """The user's configuration, placed and cut so."""
+        """Returns the user's configuration with this placement and this cut."""
         batch = config.batch
         if self.is_uniform:
             batch = BatchConfig(**{entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(BatchConfig)})
@@ -154,7 +154,7 @@ class Case:
         return dataclasses.replace(config, batch=batch, strategy=self._strategy(config.strategy))
 
     def exact_updates(self, config: CompareConfig) -> int:
-        """Updates at the start that are not compressed, though the later ones are."""
+        """Returns how many updates at the start are not compressed, although the later ones are."""
         placed = self._strategy(config.strategy)
         if isinstance(placed, DDPConfig) and placed.compression is Compression.powersgd:
             return placed.powersgd_start_update
@@ -191,9 +191,9 @@ class Case:
 
 
 def cases_of(config: CompareConfig) -> list[Case]:
-    """The rows of a comparison, in the order in which they take their turns.
+    """Returns the rows of a comparison, in the order in which they take their turns.
 
-    A placement that none of the numbers fits has a row too, which says so.
+    A placement that none of the numbers fits has a row too, which gives the reason.
     """
     section = config.compare
     names = list(PLACEMENTS) if section.placements is None else section.placements
@@ -220,6 +220,6 @@ def cases_of(config: CompareConfig) -> list[Case]:
 
 
 def reference_case(accumulation_steps: int) -> Case:
-    """The float64 run that the others are compared with: one shot, or cut if that doesn't fit into memory."""
+    """Returns the float64 run that others are compared with: one shot, or cut if that does not fit into memory."""
     name = PlacementName.one_shot if accumulation_steps == 1 else PlacementName.single
     return Case(placement=PLACEMENTS[name], world_size=1, accumulation_steps=accumulation_steps)

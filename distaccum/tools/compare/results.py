@@ -1,4 +1,4 @@
-"""A comparison, whole: its rows, and the statistics that make them of what the ranks have answered."""
+"""The results of a comparison: its rows, and the statistics that fill them from the ranks' answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from distaccum.tools.compare.placements import Case
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
-    """What is known of one placement with its numbers. What could not be measured is None."""
+class CompareRow:
+    """The results of one placement with its numbers. What was not measured is None."""
 
     key: str
     placement: str
@@ -25,11 +25,11 @@ class Row:
     num_processes: int
     is_lossy: bool
     command: str
-    """How to train so; for the placement that knows no `no_sync`, how to train without that fault."""
+    """The command that trains like this; for the placement without `no_sync`, the one with it."""
     is_uniform: bool = False
     """Cut into equal micro-batches, where the others are cut by length."""
     reason: str | None = None
-    """Why it could not run, or None."""
+    """Why it could not be run, or None."""
     notes: list[str] = field(default_factory=list)
     """What else went wrong."""
     error_float64: float | None = None
@@ -67,12 +67,12 @@ class Row:
 
     @property
     def is_measured(self) -> bool:
-        """Whether it has been timed, to the end."""
+        """Whether it was timed to the end."""
         return self.reason is None and self.seconds is not None
 
     @property
     def peak_memory(self) -> int | None:
-        """Of the process that used most."""
+        """Peak of the process that used most."""
         return max(self.memory) if self.memory else None
 
 
@@ -89,11 +89,11 @@ class Reference:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report(Circumstances):
+class CompareReport(Circumstances):
     """What `compare.json` holds."""
 
     reference: Reference
-    rows: list[Row]
+    rows: list[CompareRow]
     on_cuda: bool = False
     advice: list[str] = field(default_factory=list)
     """What to use here and why, a paragraph each."""
@@ -101,14 +101,14 @@ class Report(Circumstances):
     """How long the comparison took."""
 
     @property
-    def measured(self) -> list[Row]:
+    def measured(self) -> list[CompareRow]:
         """Rows that have been timed."""
         return [row for row in self.rows if row.is_measured]
 
 
-def row_of(case: Case, command: str = "") -> Row:
-    """An empty row."""
-    return Row(
+def row_of(case: Case, command: str = "") -> CompareRow:
+    """Returns an empty row."""
+    return CompareRow(
         key=case.key,
         placement=case.placement.name.value,
         title=case.title,
@@ -122,7 +122,7 @@ def row_of(case: Case, command: str = "") -> Row:
     )
 
 
-def add_preparation(row: Row, answers: Sequence[dict[str, Any]]) -> None:
+def add_preparation(row: CompareRow, answers: Sequence[dict[str, Any]]) -> None:
     """Fills in the loss curve and the memory."""
     row.loss_curve = answers[0]["loss_curve"]
     row.micro_batch_sizes = answers[0]["micro_batch_sizes"]
@@ -131,7 +131,7 @@ def add_preparation(row: Row, answers: Sequence[dict[str, Any]]) -> None:
     row.memory_kind = answers[0]["memory_kind"]
 
 
-def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
+def add_rounds(row: CompareRow, rounds: Sequence[Round]) -> None:
     """Fills in times, shares and traffic."""
     if not rounds:
         return
@@ -146,7 +146,7 @@ def add_rounds(row: Row, rounds: Sequence[Round]) -> None:
     row.sync_bytes = rounds[-1].sync_bytes
 
 
-def add_speedups(rows: Sequence[Row]) -> None:
+def add_speedups(rows: Sequence[CompareRow]) -> None:
     """Fills in how many times as fast each row is as accumulation in one process, cut as configured."""
     baselines = {
         row.accumulation_steps: row.seconds
@@ -158,7 +158,7 @@ def add_speedups(rows: Sequence[Row]) -> None:
             row.speedup = baselines.get(row.accumulation_steps, min(baselines.values())) / row.seconds
 
 
-def is_within_noise(row: Row, other: Row) -> bool:
-    """True if the middle halves of the rounds of both overlap: the order may be chance."""
+def is_within_noise(row: CompareRow, other: CompareRow) -> bool:
+    """Returns whether the middle halves of both rows' rounds overlap, so that their order may be chance."""
     (low, high), (other_low, other_high) = (middle_half(one.round_seconds) for one in (row, other))
     return low <= other_high and other_low <= high

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config.redaction import redacted, redacted_arguments
@@ -29,7 +29,15 @@ from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import page_of
 from distaccum.tools.compare.placements import Case, cases_of, reference_case
-from distaccum.tools.compare.results import Reference, Report, Row, add_preparation, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import (
+    CompareReport,
+    CompareRow,
+    Reference,
+    add_preparation,
+    add_rounds,
+    add_speedups,
+    row_of,
+)
 from distaccum.tools.compare.terminal import show
 from distaccum.training.run_folder import held_run_folder
 
@@ -39,7 +47,7 @@ _KEPT_SHARE = 0.25
 """A placement's processes may wait for their next turn if they take no more than this share of the memory left."""
 
 
-def compare(config: CompareConfig) -> Report:
+def compare(config: CompareConfig) -> CompareReport:
     """Compares what a configuration asks for; writes `compare.json` and `compare.html` into the run folder.
 
     Raises:
@@ -59,13 +67,12 @@ def compare(config: CompareConfig) -> Report:
 
 @dataclass(slots=True)
 class _Contender:
-    """A row in the making."""
+    """A row that is being measured."""
 
     case: Case
-    row: Row
+    row: CompareRow
     session: Session | None = None
     rounds: list[Round] = field(default_factory=list)
-    is_prepared: bool = False
 
     def stop(self) -> None:
         session, self.session = self.session, None
@@ -74,6 +81,8 @@ class _Contender:
 
 
 class _Comparison:
+    """Runs the reference and every placement of one comparison."""
+
     def __init__(self, config: CompareConfig, run_dir: Path) -> None:
         self.config = config
         self.section = config.compare
@@ -82,21 +91,27 @@ class _Comparison:
         self.reference: Reference | None = None
         self.on_cuda = False
 
-    def run(self) -> Report:
+    def run(self) -> CompareReport:
         contenders = [
             _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
             for case in cases_of(self.config)
         ]
-        turns = len(contenders) * self.section.rounds
         with ExitStack() as stack:
             stack.callback(self.reference_file.unlink, missing_ok=True)
             for contender in contenders:
                 stack.callback(contender.stop)
             progress = stack.enter_context(progress_bar(TextColumn("{task.completed}/{task.total}")))
-            bar = progress.add_task("float64 reference", total=turns)
+            bar = progress.add_task("float64 reference", total=len(contenders) * self.section.rounds)
             self.reference = self._make_reference()
-            for number_of_round in range(1, self.section.rounds + 1):
-                self._play_round(number_of_round, contenders, progress, bar)
+            # All are built before any is timed, so that starting one never disturbs another's time.
+            for contender in contenders:
+                progress.update(bar, description=f"starting · {contender.case.title}")
+                self._attempt(contender, self._prepare)
+            for turn in range(1, self.section.rounds + 1):
+                for contender in contenders:
+                    progress.update(bar, description=f"round {turn} · {contender.case.title}")
+                    self._attempt(contender, self._time)
+                    progress.advance(bar)
             progress.update(bar, description="ending")
             for contender in contenders:
                 if contender.session is not None:
@@ -105,7 +120,7 @@ class _Comparison:
         for contender in contenders:
             add_rounds(contender.row, contender.rounds)
         add_speedups(rows)
-        report = Report(
+        report = CompareReport(
             **environment(),
             config=redacted(as_plain(self.config)),
             reference=self.reference,
@@ -115,19 +130,8 @@ class _Comparison:
         report.advice = advise(report)
         return report
 
-    def _play_round(self, turn: int, contenders: list[_Contender], progress: Progress, bar: TaskID) -> None:
-        if turn == 1:
-            # All are built before any is timed, so that starting one never disturbs another's time.
-            for contender in contenders:
-                progress.update(bar, description=f"starting · {contender.case.title}")
-                self._attempt(contender, self._prepare)
-        for contender in contenders:
-            progress.update(bar, description=f"round {turn} · {contender.case.title}")
-            self._attempt(contender, self._time)
-            progress.advance(bar)
-
-    def _attempt(self, contender: _Contender, step: Any) -> None:
-        """Takes a step with a placement; one that fails ends as a row that says why."""
+    def _attempt(self, contender: _Contender, step: Callable[[_Contender], None]) -> None:
+        """Takes a step with a placement. If it fails, its row gives the reason."""
         if contender.row.reason is not None:
             return
         try:
@@ -154,7 +158,6 @@ class _Comparison:
         answers = session.ask("prepare", curve_updates=self.section.curve_updates)
         add_preparation(row, answers)
         self.on_cuda = answers[0]["device"] != "CPU"
-        contender.is_prepared = True
         exact = contender.case.exact_updates(self.config)
         if self.section.exact_updates <= exact:
             row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
@@ -189,15 +192,15 @@ class _Comparison:
         if not self._may_stay(contender.row):
             contender.stop()
 
-    def _may_stay(self, row: Row) -> bool:
-        """Whether processes may be kept until their next turn."""
+    def _may_stay(self, row: CompareRow) -> bool:
+        """Returns whether processes may be kept until their next turn."""
         if self.section.keep_alive is not None:
             return self.section.keep_alive
         # What waits on a GPU takes up its memory, which the others are to have for themselves.
         return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * free_memory(torch.device("cpu"))
 
     def _make_reference(self) -> Reference:
-        """The float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
+        """Makes the float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
 
         Raises:
             UserError: the configuration can't be trained, whatever the placement.

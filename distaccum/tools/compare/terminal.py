@@ -1,4 +1,4 @@
-"""The comparison in the terminal: a table, the advice, and where the rest is."""
+"""Prints the comparison: a table, the advice, and where the page is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
-from distaccum.tools.compare.results import Report, Row
+from distaccum.tools.compare.results import CompareReport, CompareRow
 
 _FULL_WIDTH = 150
 _IN_TERMINAL = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)
@@ -19,7 +19,7 @@ _MOST_IMPORTANT = (1, 4, 8, 10, 11)
 """Columns for a narrow one: time, speed-up, memory, bytes sent, error."""
 
 
-def show(report: Report, run_dir: Path) -> None:
+def show(report: CompareReport, run_dir: Path) -> None:
     """Prints a report on the console; in a narrow one, the table has the columns that matter most."""
     is_narrow = console.is_terminal and console.width < _FULL_WIDTH
     names = heads(str(report.config["precision"]["name"]))
@@ -31,22 +31,22 @@ def show(report: Report, run_dir: Path) -> None:
     console.print()
     print_table(table, _FULL_WIDTH)
     for row in report.rows:
-        for told in (*((row.reason,) if row.reason is not None else ()), *row.notes):
-            console.print(Text(f"{row.title}: {told}", style="yellow"))
+        for problem in filter(None, (row.reason, *row.notes)):
+            console.print(Text(f"{row.title}: {problem}", style="yellow"))
     print_paragraphs(report.advice)
     console.print(Text(f"took {report.seconds:.0f} s; the page with the charts: {run_dir / 'compare.html'}"))
 
 
 def heads(precision: str) -> list[str]:
-    """The names of the columns beside that of the row."""
+    """Returns the names of all columns but the first."""
     return [
         "micro-batch", "time", "middle half", "samples/s", "speed-up", "data", "compute", "in sync", "memory", "syncs",
         "sent", "error fp64", f"error {precision}",
     ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
-    """What the tables say of a row beside its name; nothing if it was not measured."""
+def cells(row: CompareRow) -> list[str]:
+    """Returns a row's cells, without its name; none if it was not measured."""
     if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
         return []
     sizes = sorted(set(row.micro_batch_sizes))

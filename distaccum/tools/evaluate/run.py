@@ -61,7 +61,7 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class EvaluateRow:
     """How one model does, or all of them together."""
 
     name: str
@@ -139,10 +139,10 @@ class _Examination:
             )
         return wishes.combine or Combination.probabilities
 
-    def rows(self, class_dim: int | None) -> list[Row]:
+    def rows(self, class_dim: int | None) -> list[EvaluateRow]:
         """Each model's, and all models' together; `problem` then says why they can't be, if so. All ranks call it."""
         rows = [
-            Row(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
+            EvaluateRow(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
             for member, model in zip(self.members, self.models, strict=True)
         ]
         if self.combine is not None:
@@ -155,7 +155,7 @@ class _Examination:
                     if self.combine is Combination.weights
                     else Ensemble(self.models, combine=self.combine, class_dim=class_dim)
                 )
-                rows.append(Row(name=name, update=None, metrics=self._metrics(together)))
+                rows.append(EvaluateRow(name=name, update=None, metrics=self._metrics(together)))
             except NotTogetherError as error:  # a matter of what models give, so the same on every rank
                 self.problem, self.combine = str(error), None
         self.loader.close()
@@ -227,7 +227,7 @@ def _model(member: Member, train_data: Any, weights: Weights, precision: Precisi
     return module
 
 
-def _tell(rows: Sequence[Row], examination: _Examination, wishes: Wishes) -> None:
+def _tell(rows: Sequence[EvaluateRow], examination: _Examination, wishes: Wishes) -> None:
     samples = examination.loader.num_samples
     title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")

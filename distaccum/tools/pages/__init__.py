@@ -1,1 +1,1 @@
-"""Pages that need nothing else: charts as inline SVG, and the frame, style and tables that the tools' pages share."""
+"""Pages that need nothing else: charts as inline SVG, and the templates and styles that the tools' pages share."""

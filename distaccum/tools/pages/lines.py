@@ -1,12 +1,15 @@
-"""Line charts: curves over one horizontal axis, their names at their ends or in the page's key."""
+"""Draws line charts: curves over one horizontal axis, with their names at their ends or in the page's key."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
-from distaccum.tools.pages.svg import axis_ticks, escaped, line, short, svg, text
+from markupsafe import Markup
+
+from distaccum.tools.pages.svg import axis_ticks, line, short, svg, text
 
 _LABEL_GAP = 14.5
 _LABEL_ROOM = 158.0
@@ -29,7 +32,7 @@ class Axis:
     """How a tick's number is written."""
 
     def place(self, value: float) -> float:
-        """Where a value lies, up to shift and scale."""
+        """Returns where a value lies, up to shift and scale."""
         return math.log(value) if self.is_log else value
 
     def has(self, value: float) -> bool:
@@ -40,8 +43,6 @@ class Axis:
 class Curve:
     """A line of a line chart. Where a value is not finite, it has a gap."""
 
-    name: str
-    """Written at its end, if the chart has room for names; empty for none."""
     style: str
     """CSS classes; the colour is theirs."""
     points: list[tuple[float, float]]
@@ -53,7 +54,9 @@ class Curve:
     tag: str = ""
     """Written beside its last point."""
     label: str = ""
-    """What its values are called when the pointer is over them; empty: it keeps silent."""
+    """Name of its values where the pointer shows them; empty: they are not shown."""
+    name: str = ""
+    """Written at its end, if the chart has room for names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Mark:
 
 @dataclass(kw_only=True, slots=True)
 class _Frame:
-    """Where values are on paper."""
+    """Maps values to places in the chart."""
 
     x: Axis
     y: Axis
@@ -85,15 +88,11 @@ class _Frame:
     right: float
     top: float
     bottom: float
-    low_x: float = 0.0
-    high_x: float = 1.0
-    low_y: float = 0.0
-    high_y: float = 1.0
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
     parts: list[str] = field(default_factory=list)
-
-    def fit(self, xs: Sequence[float], ys: Sequence[float]) -> None:
-        self.low_x, self.high_x = _ends(self.x, xs)
-        self.low_y, self.high_y = _ends(self.y, ys)
 
     def at_x(self, value: float) -> float:
         low, high = self.x.place(self.low_x), self.x.place(self.high_x)
@@ -106,7 +105,7 @@ class _Frame:
         return self.bottom - share * (self.bottom - self.top)
 
     def attributes(self) -> dict[str, str]:
-        """Where values are, for the page's script."""
+        """Returns where values are, for the page's script."""
         sides = {
             "data-x": (self.left, self.right, self.low_x, self.high_x, self.x.is_log),
             "data-y": (self.bottom, self.top, self.low_y, self.high_y, self.y.is_log),
@@ -135,7 +134,7 @@ class _Frame:
         lower = [(self.at_x(x), self.at_y(low)) for x, low, _ in reversed(band.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*upper, *lower))
         self.parts.append(
-            f'<g class="band {band.style}"><title>{escaped(band.hint)}</title><polygon points="{path}"/></g>'
+            f'<g class="band {band.style}"><title>{escape(band.hint)}</title><polygon points="{path}"/></g>'
         )
 
     def draw_mark(self, mark: Mark) -> None:
@@ -151,7 +150,7 @@ class _Frame:
             self.parts.append(text(self.left + 4, y - 5, mark.label, "tick on-grid"))
 
     def draw_curve(self, curve: Curve) -> tuple[float, float] | None:
-        """Draws it; returns where it ends."""
+        """Draws a curve; returns where it ends."""
         pieces: list[list[tuple[float, float]]] = [[]]
         for x, y in curve.points:
             if self.x.has(x) and self.y.has(y):
@@ -170,8 +169,8 @@ class _Frame:
             x, y = pieces[-1][-1]
             is_right = x > self.right - 50
             body += text(x - 8 if is_right else x + 8, y - 8, curve.tag, "tag", "end" if is_right else "start")
-        label = f' data-name="{escaped(curve.label)}"' if curve.label else ""
-        self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escaped(curve.hint)}</title>{body}</g>')
+        label = f' data-name="{escape(curve.label)}"' if curve.label else ""
+        self.parts.append(f'<g class="curve {curve.style}"{label}><title>{escape(curve.hint)}</title>{body}</g>')
         return pieces[-1][-1] if pieces else None
 
 
@@ -193,34 +192,29 @@ def line_chart(
     bands: Sequence[Band] = (),
     marks: Sequence[Mark] = (),
     size: tuple[float, float] | None = None,
-) -> str:
-    """A chart of lines.
+) -> Markup:
+    """Draws a chart of lines.
 
     Args:
-        name: what it shows, for those who can't see it.
+        name: what it shows in words, for readers who don't see it.
         size: width and height, for curves without names: the page's key has to say what colours mean. None: curves
             have their names at the right, moved apart where they would touch.
     """
     width, height = size or (530.0, 330.0)
     room = _LABEL_ROOM if size is None else 14.0
-    frame = _Frame(x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0)
     points = [point for curve in curves for point in curve.points]
-    frame.fit(
-        [value for value, _ in points if x.has(value)]
-        + [value for band in bands for value, _, _ in band.points]
-        + [mark.value for mark in marks if mark.is_vertical],
-        [value for _, value in points]
-        + [value for band in bands for triple in band.points for value in triple[1:]]
-        + [mark.value for mark in marks if not mark.is_vertical],
-    )
+    points += [(at, value) for band in bands for at, *ends in band.points for value in ends]
+    low_x, high_x = _ends(x, [at for at, _ in points] + [mark.value for mark in marks if mark.is_vertical])
+    low_y, high_y = _ends(y, [value for _, value in points] + [mark.value for mark in marks if not mark.is_vertical])
+    frame = _Frame(
+        x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0,
+        low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y,
+    )  # fmt: skip
     frame.draw_axes()
     for band in bands:
         frame.draw_band(band)
-    ends = []
-    for curve in curves:
-        end = frame.draw_curve(curve)
-        if end is not None and curve.name:
-            ends.append((end, curve))
+    drawn = [(frame.draw_curve(curve), curve) for curve in curves]
+    ends = [(end, curve) for end, curve in drawn if end is not None and curve.name]
     for mark in marks:
         frame.draw_mark(mark)
     if size is None:

@@ -1,12 +1,15 @@
-"""Rows of bars or dots that share their labels on the left."""
+"""Draws rows of bars or dots that share their labels on the left."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 
-from distaccum.tools.pages.svg import escaped, line, nice_ticks, shortened, svg, text
+from markupsafe import Markup
+
+from distaccum.tools.pages.svg import line, nice_ticks, shortened, svg, text
 
 ROW_HEIGHT = 27
 _BAR_HEIGHT = 13
@@ -40,9 +43,10 @@ class Panel:
     title: str
     share: float
     """Part of the chart's width."""
-    tick: Callable[[float], str]
     label_width: float
     """Room for the labels behind the longest bar."""
+    tick: Callable[[float], str] = "{:g}".format
+    """How a tick's number is written."""
     bars: list[list[Segment]] = field(default_factory=list)
     whiskers: list[tuple[float, float] | None] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -55,11 +59,11 @@ class Panel:
 
 def row_chart(
     name: str, labels: Sequence[tuple[str, str]], reasons: Sequence[str | None], panels: Sequence[Panel]
-) -> str:
-    """Panels side by side, whose rows share the labels on the left.
+) -> Markup:
+    """Draws panels side by side, whose rows share the labels on the left.
 
     Args:
-        labels: the name of each row and what is added to it in a quieter voice.
+        labels: the name of each row and an addition in a quieter colour.
         reasons: why there is nothing to show in a row, or None.
 
     Returns:
@@ -71,9 +75,9 @@ def row_chart(
     for index, ((label, addition), reason) in enumerate(zip(labels, reasons, strict=True)):
         y = top + ROW_HEIGHT * (index + 0.5)
         style = "label" if reason is None else "label quiet"
-        quiet = f'<tspan class="quiet">{escaped(" " + addition)}</tspan>' if addition else ""
+        quiet = f'<tspan class="quiet">{escape(" " + addition)}</tspan>' if addition else ""
         where = f'x="{gutter - 12:.1f}" y="{y + 4:.1f}" text-anchor="end"'
-        parts.append(f'<text {where} class="{style}">{escaped(label)}{quiet}</text>')
+        parts.append(f'<text {where} class="{style}">{escape(label)}{quiet}</text>')
     left = gutter
     for number, panel in enumerate(panels):
         room = (width - gutter) * panel.share - (gap if number < len(panels) - 1 else 0)
@@ -86,7 +90,7 @@ def row_chart(
                     notes.append(text(left + 6, y, shortened(reason, 118), "reason", hint=reason))
         left += room + gap
     # On a narrow screen it is scrolled rather than shrunk.
-    return f'<div class="wide">{svg(width, height, name, [*parts, *notes])}</div>'
+    return Markup(f'<div class="wide">{svg(width, height, name, [*parts, *notes])}</div>')
 
 
 def _panel(panel: Panel, left: float, room: float, top: float, num_rows: int) -> list[str]:
@@ -106,7 +110,7 @@ def _panel(panel: Panel, left: float, room: float, top: float, num_rows: int) ->
         y = top + ROW_HEIGHT * (index + 0.5)
         parts += [
             f'<circle cx="{place(dot.value):.1f}" cy="{y:.1f}" r="{dot.radius:g}" class="{dot.style}">'
-            f"<title>{escaped(dot.hint)}</title></circle>"
+            f"<title>{escape(dot.hint)}</title></circle>"
             for dot in dots
         ]
     return parts
@@ -120,7 +124,7 @@ def _bar(panel: Panel, index: int, segments: Sequence[Segment], y: float, place:
         start += segment.value
         parts.append(
             f'<rect x="{x1:.1f}" y="{y - _BAR_HEIGHT / 2:.1f}" width="{max(0.0, x2 - x1):.1f}" height="{_BAR_HEIGHT}" '
-            f'class="{segment.style}"><title>{escaped(segment.hint)}</title></rect>'
+            f'class="{segment.style}"><title>{escape(segment.hint)}</title></rect>'
         )
     end = place(start)
     whisker = panel.whiskers[index] if panel.whiskers else None

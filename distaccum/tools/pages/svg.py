@@ -1,25 +1,23 @@
-"""Scalable vector graphics by hand: their parts as text.
+"""Makes scalable vector graphics, as text.
 
-Colours are classes, so that the page's style sheet decides on them, for light and for dark.
+Colours are CSS classes, so that the page's style sheet sets them, for light and for dark.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
+
+from markupsafe import Markup
 
 from distaccum.observers.formatting import byte_size
 
 
-def escaped(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
 def text(x: float, y: float, content: str, style: str = "", anchor: str = "start", hint: str = "") -> str:
-    title = f"<title>{escaped(hint)}</title>" if hint else ""
+    title = f"<title>{escape(hint)}</title>" if hint else ""
     css = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{css}>{title}{escaped(content)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{css}>{title}{escape(content)}</text>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
@@ -28,15 +26,16 @@ def line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
 
 def svg(
     width: float, height: float, name: str, parts: Sequence[str], attributes: Mapping[str, str] | None = None
-) -> str:
-    """A picture, with what it shows in words for those who can't see it."""
+) -> Markup:
+    """Returns a picture, with what it shows in words for readers who don't see it."""
     body = "\n".join(parts)
-    more = "".join(f' {key}="{escaped(value)}"' for key, value in (attributes or {}).items())
-    return f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escaped(name)}"{more}>\n{body}\n</svg>'
+    more = "".join(f' {key}="{escape(value)}"' for key, value in (attributes or {}).items())
+    frame = f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(name)}"{more}'
+    return Markup(f"<svg {frame}>\n{body}\n</svg>")
 
 
 def nice_ticks(largest: float, count: int = 5, binary: bool = False) -> list[float]:
-    """Round numbers from 0 to about `largest`, at most `count` steps.
+    """Returns round numbers from 0 to about `largest`, at most `count` steps.
 
     >>> nice_ticks(37.0)
     [0.0, 10.0, 20.0, 30.0]
@@ -53,12 +52,12 @@ def nice_ticks(largest: float, count: int = 5, binary: bool = False) -> list[flo
 
 
 def shortened(content: str, length: int) -> str:
-    """`content`, or its beginning with an ellipsis, in at most `length` characters."""
+    """Returns `content`, or its beginning with an ellipsis, in at most `length` characters."""
     return content if len(content) <= length else content[: length - 1].rstrip() + "…"
 
 
 def axis_ticks(low: float, high: float, count: int = 5, is_log: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, at most about `count` of them.
+    """Returns round numbers from `low` to `high`, at most about `count` of them.
 
     >>> axis_ticks(0.013, 0.094), axis_ticks(2.0, 700.0, is_log=True)
     ([0.02, 0.04, 0.06, 0.08], [3.0, 10.0, 30.0, 100.0, 300.0])
@@ -84,7 +83,7 @@ def axis_ticks(low: float, high: float, count: int = 5, is_log: bool = False) ->
 
 
 def short(value: float) -> str:
-    """A number for an axis, with as few characters as it takes.
+    """Returns a number as text for an axis, with as few characters as it takes.
 
     >>> short(12500), short(2e6), short(0.02), short(3e-5), short(0)
     ('12.5k', '2M', '0.02', '3e-5', '0')
@@ -100,5 +99,5 @@ def short(value: float) -> str:
 
 
 def bytes_tick(value: float) -> str:
-    """Bytes for an axis with ticks at powers of two."""
+    """Returns bytes as text for an axis with ticks at powers of two."""
     return "0" if value == 0 else byte_size(int(value)).replace(".0 ", " ")

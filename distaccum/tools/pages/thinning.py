@@ -1,4 +1,4 @@
-"""Thousands of points on a few hundred pixels: which ones to draw, so that none is missed that stands out."""
+"""Chooses from thousands of points those to draw on a few hundred pixels, so that none is lost that stands out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Point = tuple[float, float]
 
 
 def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
-    """At most about so many points: of each of equal stretches, the lowest and the highest; the first and the last.
+    """Returns at most about `most` points: lowest and highest of each of equal stretches, and the first and the last.
 
     So a spike of one update stays in sight. A stretch in which a value is not finite keeps one of those too: a gap.
 
@@ -34,10 +34,10 @@ def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
 
 
 def moving_median(points: Sequence[Point], length: int, most: int = 600) -> list[Point]:
-    """The median of so many values in a row, at the middle one; a spike leaves no trace in it.
+    """Returns the medians of `length` values in a row, each at the middle one, without single spikes.
 
-    At both ends it is of fewer values, as many on either side. Values that are not finite are left out. Of more points
-    than `most`, evenly spaced ones are taken.
+    At both ends they are of fewer values, as many on either side. Values that are not finite are left out. Of more
+    points than `most`, evenly spaced ones are taken.
 
     >>> moving_median([(1, 1.0), (2, 9.0), (3, 2.0), (4, 3.0)], 3)
     [(1, 1.0), (2, 2.0), (3, 3.0), (4, 3.0)]

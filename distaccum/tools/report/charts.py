@@ -1,4 +1,4 @@
-"""The charts of a page of runs, each with what it shows in words."""
+"""Draws the charts of a page of runs; each has its content in words too."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from distaccum.observers.formatting import byte_size, number, words
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
-from distaccum.tools.pages.page import figure, key
+from distaccum.tools.pages.page import TIME_PARTS, Figure
 from distaccum.tools.pages.rows import Panel, Segment, row_chart
 from distaccum.tools.pages.svg import bytes_tick
 from distaccum.tools.pages.thinning import moving_median, thinned
 from distaccum.tools.report.runs import Run
 
 NUM_STYLES = 8
-"""Colours for runs; more runs than that have them again, dashed."""
+"""Colours for runs; further runs have the same ones again, dashed."""
 _POINTS = 480
 _STRETCHES = 60
 _WIDE_RANGE = 30.0
@@ -29,12 +31,12 @@ def style_of(index: int) -> str:
 
 
 def window_of_median(length: int) -> int:
-    """Over how many updates a curve of so many takes its median: an odd number, about a fortieth."""
+    """Returns over how many updates a curve of some length takes its median: an odd number, about a fortieth of it."""
     return 1 if length < 40 else 2 * (length // 80) + 1
 
 
 class Charts:
-    """The charts of some runs.
+    """Draws the charts of some runs.
 
     Args:
         over_samples: the horizontal axis counts samples instead of updates.
@@ -44,9 +46,10 @@ class Charts:
         self._runs = runs
         self._is_single = len(runs) == 1
         self._over_samples = over_samples
+        self._unit = "sample" if over_samples else "update"
 
     def _placed(self, run: Run, points: Sequence[Point]) -> list[Point]:
-        """Points over the horizontal axis."""
+        """Moves points from updates to the horizontal axis."""
         if not self._over_samples:
             return list(points)
         samples = dict(run.metrics.values("samples"))
@@ -64,8 +67,8 @@ class Charts:
 
     def chart(
         self, title: str, name: str, *, is_log: bool | None = None, from_zero: bool = False, averaged: bool = False
-    ) -> str:
-        """One measure of all runs over the updates; empty if none has it.
+    ) -> Figure | None:
+        """Draws one measure of all runs over the updates; None if none has it.
 
         Args:
             name: a key of the lines (`loss`), or `eval/METRIC`.
@@ -74,22 +77,18 @@ class Charts:
         """
         series = self._series(name)
         if not series:
-            return ""
+            return None
         is_evaluation = name.startswith("eval/")
         curves: list[Curve] = []
         for index, run, points in series:
             curves += self._curves(index, run, points, averaged=averaged, has_marks=is_evaluation)
-        if self._is_single and name == "loss" and (evaluated := self._evaluated_losses()):
-            curves += self._curves(1, self._runs[0], evaluated, averaged=False, has_marks=True)
+        if self._is_single and name == "loss" and (evaluated := self._runs[0].metrics.evaluated("loss")):
+            run = self._runs[0]
+            curves += self._curves(1, run, self._placed(run, evaluated), averaged=False, has_marks=True)
         axis = self._axis(title, [value for _, _, points in series for _, value in points], is_log, from_zero)
         marks = self._skipped(curves, axis) if name == "loss" else []
-        described = (
-            f"{title} over {self._x_name}: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
-        )
-        return figure(self._drawn(described, [*curves, *marks], axis))
-
-    def _evaluated_losses(self) -> list[Point]:
-        return self._placed(self._runs[0], self._runs[0].metrics.evaluated("loss"))
+        described = f"{title} over {self._unit}s: {self._all_in_words(series)}."
+        return Figure(self._drawn(described, [*curves, *marks], axis))
 
     def _curves(self, index: int, run: Run, points: list[Point], *, averaged: bool, has_marks: bool) -> list[Curve]:
         style = style_of(index)
@@ -100,15 +99,15 @@ class Charts:
         if length == 1:
             marks = has_marks and len(points) <= 60
             drawn = thinned(points, _POINTS)
-            return [Curve("", style, drawn, hint, has_marks=marks, is_dashed=is_dashed, label=label)]
+            return [Curve(style, drawn, hint, has_marks=marks, is_dashed=is_dashed, label=label)]
         medians = moving_median(points, length, _POINTS)
-        curves = [Curve("", style, medians, hint, is_dashed=is_dashed, label=label)]
+        curves = [Curve(style, medians, hint, is_dashed=is_dashed, label=label)]
         if len(self._runs) <= 3:
-            curves.insert(0, Curve("", f"{style} pale", thinned(points, _POINTS), hint))
+            curves.insert(0, Curve(f"{style} pale", thinned(points, _POINTS), hint))
         return curves
 
     def _skipped(self, curves: Sequence[Curve], axis: Axis) -> list[Curve]:
-        """Updates that were left out, as marks at the bottom."""
+        """Draws skipped updates as marks at the bottom."""
         heights = [y for curve in curves for _, y in curve.points if axis.has(y)]
         bottom = axis.low if axis.low is not None else min(heights, default=1.0)
         found = []
@@ -116,7 +115,7 @@ class Charts:
             points = self._placed(run, [(float(update), bottom) for update in run.skipped[:_MANY_SKIPPED]])
             if points:
                 hint = f"{run.name}: {len(run.skipped)} skipped updates"
-                found.append(Curve("", "skipped", points, hint, has_marks=True, has_line=False))
+                found.append(Curve("skipped", points, hint, has_marks=True, has_line=False))
         return found
 
     def _axis(self, title: str, values: Sequence[float], is_log: bool | None, from_zero: bool) -> Axis:
@@ -126,43 +125,38 @@ class Charts:
             is_log = low > 0 and high > low * _WIDE_RANGE
         return Axis(title=title, is_log=is_log and low > 0, low=0.0 if from_zero and low >= 0 and not is_log else None)
 
-    @property
-    def _x_name(self) -> str:
-        return "samples" if self._over_samples else "updates"
-
     def _drawn(
         self,
         described: str,
         curves: Sequence[Curve],
         axis: Axis,
         bands: Sequence[Band] = (),
-        low_x: float | None = None,
-    ) -> str:
+    ) -> Markup:
         marks = []
         if self._is_single and not self._over_samples:
-            marks = [
-                Mark(float(update), "went on") for update in sorted(set(self._runs[0].resumed_after))[:3] if update
-            ]
-        x = Axis(title="sample" if self._over_samples else "update", low=low_x)
+            marks = [Mark(float(update), "went on") for update in sorted(set(self._runs[0].resumed_after))[:3]]
+        x = Axis(title=self._unit)
         return line_chart(described, curves, x=x, y=axis, bands=bands, marks=marks, size=(400.0, 250.0))
+
+    def _all_in_words(self, series: Sequence[tuple[int, Run, list[Point]]]) -> str:
+        return "; ".join(self._in_words(run, points) for _, run, points in series)
 
     def _in_words(self, run: Run, points: Sequence[Point]) -> str:
         finite = [(x, y) for x, y in points if math.isfinite(y)]
         if not finite:
             return f"{run.name}: no finite value"
         low, high = min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])
-        where = "sample" if self._over_samples else "update"
-        ends = [f"{number(y)} at {where} {x:,.0f}" for x, y in (finite[0], finite[-1])]
+        ends = [f"{number(y)} at {self._unit} {x:,.0f}" for x, y in (finite[0], finite[-1])]
         extremes = [f"{name} {number(y)} at {x:,.0f}" for name, (x, y) in (("lowest", low), ("highest", high))]
         return f"{run.name}: {', '.join((*ends, *extremes))}"
 
-    def noise_scale(self) -> str:
-        """The gradient noise scale, with its error if there is one run, beside the window; empty if not measured."""
+    def noise_scale(self) -> Figure | None:
+        """Draws the gradient noise scale, for one run with its error and the window; None if it was not measured."""
         series = self._series("noise_scale")
         if not series:
-            return ""
+            return None
         curves = [
-            Curve("", style_of(index), thinned(points, _POINTS), self._in_words(run, points), label=run.name)
+            Curve(style_of(index), thinned(points, _POINTS), self._in_words(run, points), label=run.name)
             for index, run, points in series
         ]
         bands = []
@@ -176,41 +170,41 @@ class Charts:
             ]
             if triples:
                 bands.append(Band("r0", triples[:: max(1, len(triples) // _POINTS)], "the error of the noise scale"))
-            windows = [(x, v) for x, v in self._placed(run, _windows(run)) if math.isfinite(v)]
+            sizes = run.metrics.values("window_samples") or [
+                (u, run.window) for u, _ in run.metrics.values("noise_scale")
+            ]
+            windows = [(x, v) for x, v in self._placed(run, sizes) if math.isfinite(v)]
             if windows:
-                curves.append(
-                    Curve("", "quiet-line", thinned(windows, _POINTS), "samples of the window", is_dashed=True)
-                )
+                curves.append(Curve("quiet-line", thinned(windows, _POINTS), "samples of the window", is_dashed=True))
         values = [value for _, _, points in series for _, value in points if math.isfinite(value) and value > 0]
         if not values:
-            return ""
-        low = min(values) / 2
-        axis = Axis(title="Gradient noise scale, samples", is_log=True, low=low)
-        described = f"Gradient noise scale: {'; '.join(self._in_words(run, points) for _, run, points in series)}."
+            return None
+        axis = Axis(title="Gradient noise scale, samples", is_log=True, low=min(values) / 2)
+        described = f"Gradient noise scale: {self._all_in_words(series)}."
         caption = "Dashed: the window." if self._is_single else ""
-        return figure(self._drawn(described, curves, axis, bands), caption)
+        return Figure(self._drawn(described, curves, axis, bands), caption=caption)
 
-    def memory(self) -> str:
-        """The peak of memory so far, on rank 0; empty if it is not known."""
+    def memory(self) -> Figure | None:
+        """Draws the peak of memory so far, on rank 0; None if it is not known."""
         series = self._series("peak_memory_bytes")
         if not series:
-            return ""
+            return None
         mebi = 2.0**20
         curves = []
         for index, run, points in series:
             hint = f"{run.name}: {byte_size(run.peak_memory or 0)} at most"
             scaled = [(x, value / mebi) for x, value in points]
-            curves.append(Curve("", style_of(index), thinned(scaled, _POINTS), hint, len(points) <= 20, label=run.name))
+            curves.append(Curve(style_of(index), thinned(scaled, _POINTS), hint, len(points) <= 20, label=run.name))
         described = "Peak memory of rank 0: " + "; ".join(curve.hint for curve in curves) + "."
-        return figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
+        return Figure(self._drawn(described, curves, Axis(title="Peak memory of rank 0, MiB", low=0.0)))
 
-    def time_split(self) -> str:
-        """What an update's time went into: over the updates for one run, in all for several."""
+    def time_split(self) -> Figure | None:
+        """Draws what an update's time went into: over the updates for one run, in all for several."""
         return self._time_of_one(self._runs[0]) if self._is_single else self._time_of_all()
 
-    def _time_of_one(self, run: Run) -> str:
+    def _time_of_one(self, run: Run) -> Figure | None:
         if run.shares is None:
-            return ""
+            return None
         lines = [line for line in run.metrics.updates if all(key in line for key in _TIMES)]
         stretches = min(_STRETCHES, len(lines))
         layers: dict[str, list[tuple[float, float, float]]] = {"compute": [], "data": [], "sync": []}
@@ -223,34 +217,24 @@ class Charts:
             layers["compute"].append((middle, 0.0, compute))
             layers["data"].append((middle, compute, compute + data))
             layers["sync"].append((middle, compute + data, max(total, compute + data)))
-        shown = dict(zip(("data", "compute", "sync"), run.shares, strict=True))
-        bands = [
-            Band(name, triples, f"{_WORDS[name]}: {shown[name]:.0%} of the time") for name, triples in layers.items()
-        ]
+        names = {part: f"{TIME_PARTS[part]} {run.shares[part]:.0%}" for part in layers}
+        bands = [Band(part, triples, f"{names[part]} of the time") for part, triples in layers.items()]
         described = f"Time of an update: {', '.join(band.hint for band in bands)}."
         chart = self._drawn(described, [], Axis(title="Time of an update, ms", low=0.0), bands)
-        return figure(chart + key([(name, f"{_WORDS[name]} {shown[name]:.0%}") for name in layers]))
+        return Figure(chart, key=list(names.items()))
 
-    def _time_of_all(self) -> str:
+    def _time_of_all(self) -> Figure | None:
         runs = [run for run in self._runs if run.shares is not None]
         if not runs:
-            return ""
+            return None
         bars, labels = [], []
         for run in runs:
             shares = run.shares
             assert shares is not None
             seconds = 1e3 * run.train_seconds / len(run.metrics.updates)
-            parts = zip(("data", "compute", "sync"), shares, strict=True)
-            bars.append([Segment(seconds * s, n, f"{run.name}: {_WORDS[n]} {s:.0%}") for n, s in parts])
+            bars.append([Segment(seconds * s, n, f"{run.name}: {TIME_PARTS[n]} {s:.0%}") for n, s in shares.items()])
             labels.append(f"{number(seconds, 2)} ms")
-        time = Panel(
-            title="Mean time of an update, ms",
-            share=0.6,
-            tick=lambda v: f"{v:g}",
-            label_width=84,
-            bars=bars,
-            labels=labels,
-        )
+        time = Panel(title="Mean time of an update, ms", share=0.6, label_width=84, bars=bars, labels=labels)
         memory = Panel(
             title="Peak memory of rank 0",
             share=0.4,
@@ -261,24 +245,18 @@ class Charts:
             labels=["" if run.peak_memory is None else byte_size(run.peak_memory) for run in runs],
         )
         names = [(run.name if len(run.name) <= 30 else f"…{run.name[-29:]}", "") for run in runs]
-        described = "Time of an update: " + "; ".join(
-            f"{run.name} {label}" for run, label in zip(runs, labels, strict=True)
-        )
+        each = "; ".join(f"{run.name} {label}" for run, label in zip(runs, labels, strict=True))
         has_memory = any(run.peak_memory is not None for run in runs)
-        chart = row_chart(described, names, [None] * len(runs), [time, memory] if has_memory else [time])
-        return key(list(_WORDS.items())) + chart
+        chart = row_chart(
+            f"Time of an update: {each}", names, [None] * len(runs), [time, memory] if has_memory else [time]
+        )
+        return Figure(chart, key=list(TIME_PARTS.items()))
 
-    def evaluations(self) -> list[str]:
-        """A chart for each metric of the evaluations; of one run's loss, that of the training has it."""
+    def evaluations(self) -> list[Figure | None]:
+        """Draws each metric of the evaluations, except one run's loss, which is in the chart of the training loss."""
         names = dict.fromkeys(name for run in self._runs for name in run.metrics.evaluation_metrics())
         wanted = [name for name in names if not (self._is_single and name == "loss")]
         return [self.chart(f"Evaluation: {words(name)}", f"eval/{name}") for name in wanted]
 
 
 _TIMES = ("update_seconds", "data_seconds", "sync_seconds")
-_WORDS = {"data": "waiting for data", "compute": "computing", "sync": "waiting in the sync"}
-
-
-def _windows(run: Run) -> list[Point]:
-    measured = run.metrics.values("window_samples")
-    return measured or [(u, run.window) for u, _ in run.metrics.values("noise_scale")]

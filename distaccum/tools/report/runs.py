@@ -1,11 +1,9 @@
-"""Runs as their folders show them, whether finished, killed, or still going on."""
+"""Reads runs from their folders, whether they are finished, killed, or still going on."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,15 +13,11 @@ from typing import Any
 from distaccum.config import flat
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
-from distaccum.observers.metrics_reading import Metrics, read_metrics
-from distaccum.runtime.files import open_regular, read_plain_yaml
+from distaccum.observers.metrics_reading import Metrics, number_or_nan, read_metrics
+from distaccum.observers.run_file import RUN_FILE, Outcome, RunRecord
+from distaccum.runtime.files import read_plain_yaml
 
 METRICS = "metrics.jsonl"
-_GOES_ON = re.compile(r"going on from .*, update (\d+)$")
-_SECONDS_BETWEEN_FILES = 60.0
-_MOST_BYTES_OF_LOG, _MOST_BYTES_OF_MARKER = 1 << 30, 1 << 16
-_FINISHED = re.compile(r": finished after update (\d+)$")
-_PLAN = re.compile(r": (window \d+ = .*)$")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,24 +25,59 @@ class Run:
     """A run, as far as it is known."""
 
     name: str
-    """Told apart from the other runs of the page."""
+    """Differs from those of the other runs on the page."""
     path: Path
     config: dict[str, Any]
     """Empty if there is none that can be read."""
     metrics: Metrics
-    is_finished: bool = False
-    stopped_by: str | None = None
-    """The signal that told it to stop, if it waits to be started again."""
-    resumed_after: list[int] = field(default_factory=list)
-    """Updates that it went on from, each time it was started again."""
-    plan: str = ""
-    """How a window was cut, in its own words."""
+    record: RunRecord | None = None
+    """What `run.json` says; None if it is missing or can't be read."""
     problems: list[str] = field(default_factory=list)
-    """What of the folder could not be read."""
+    """What could not be read of the folder."""
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended; None if that is not known."""
+        return self.record.outcome if self.record is not None else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to its end, and was not made longer since."""
+        record = self.record
+        return record is not None and record.outcome is Outcome.finished and record.updates == self.num_updates
+
+    @property
+    def has_failed(self) -> bool:
+        return self.outcome in (Outcome.diverged, Outcome.failed)
+
+    @property
+    def state(self) -> str:
+        """How it ended, in a word or two."""
+        if self.record is None:
+            return "end not known"
+        if self.record.outcome is Outcome.stopped:
+            return f"stopped by {self.record.reason}"
+        return self.record.outcome if self.is_finished or self.has_failed else "not finished"
+
+    @property
+    def resumed_after(self) -> list[int]:
+        """The updates after which it went on, each time that it was started again."""
+        return self.record.resumed_after if self.record else []
+
+    @property
+    def circumstances(self) -> list[tuple[str, str]]:
+        """Facts on where the page's figures come from."""
+        facts = [("folder", str(self.path.resolve()))]
+        if self.record is not None and self.record.plan:
+            facts.append(("cut", self.record.plan))
+        if self.resumed_after:
+            after = ", ".join(f"{update:,}" for update in self.resumed_after)
+            facts.append(("went on", f"from the checkpoint after update {after}"))
+        return facts + [("not read", problem) for problem in self.problems]
 
     @property
     def last(self) -> dict[str, Any]:
-        """Its last update."""
+        """The last update's line."""
         return self.metrics.updates[-1]
 
     @property
@@ -57,41 +86,41 @@ class Run:
 
     @property
     def samples(self) -> float:
-        return number_of(self.last.get("samples"))
+        return number_or_nan(self.last.get("samples"))
 
     @property
     def window(self) -> float:
         """Samples of a full window; NaN if not known."""
-        return number_of(self.configured("batch.global_batch_size"))
+        return number_or_nan(self.configured("batch.global_batch_size"))
 
     @property
     def train_seconds(self) -> float:
         """Time in updates; NaN if no update has its time."""
-        seconds = [value for _, value in self.metrics.values("update_seconds") if math.isfinite(value)]
+        seconds = self.metrics.finite("update_seconds")
         return sum(seconds) if seconds else math.nan
 
     @property
     def samples_per_second(self) -> float:
         """The median over the updates; NaN if not known."""
-        rates = [value for _, value in self.metrics.values("samples_per_second") if math.isfinite(value)]
+        rates = self.metrics.finite("samples_per_second")
         return statistics.median(rates) if rates else math.nan
 
     @property
-    def shares(self) -> tuple[float, float, float] | None:
-        """Shares of the time in data, computing and sync, from 0 to 1; None if not known."""
+    def shares(self) -> dict[str, float] | None:
+        """Shares of the time by the names of `TIME_PARTS`, from 0 to 1; None if they are not known."""
         total = self.train_seconds
         keys = ("data_seconds", "sync_seconds")
         if not total or not all(self.metrics.has(key) for key in keys):
             return None
-        data, sync = (sum(v for _, v in self.metrics.values(key) if math.isfinite(v)) / total for key in keys)
+        data, sync = (sum(self.metrics.finite(key)) / total for key in keys)
         data = min(1.0, data)
         sync = min(1.0 - data, sync)
-        return data, 1.0 - data - sync, sync
+        return {"data": data, "compute": 1.0 - data - sync, "sync": sync}
 
     @property
     def peak_memory(self) -> int | None:
         """Bytes, on rank 0; None if not known."""
-        found = [value for _, value in self.metrics.values("peak_memory_bytes") if math.isfinite(value)]
+        found = self.metrics.finite("peak_memory_bytes")
         return int(max(found)) if found else None
 
     @property
@@ -100,14 +129,14 @@ class Run:
         return [line["update"] for line in self.metrics.updates if line.get("skipped") is True]
 
     def configured(self, key: str) -> Any:
-        """A value of the configuration by its full key; None if it has none."""
+        """Returns a value of the configuration by its full key; None if it has none."""
         value: Any = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def best(self, metric: str) -> tuple[int, float] | None:
-        """Update and value of the best evaluation by a metric: the least loss, the most of everything else."""
+        """Returns update and value of the best evaluation by a metric; None if it has no finite value."""
         found = [(int(u), v) for u, v in self.metrics.evaluated(metric) if math.isfinite(v)]
         if not found:
             return None
@@ -116,17 +145,12 @@ class Run:
 
 
 def is_better_low(metric: str) -> bool:
-    """Whether less of a metric is better, as far as its name tells."""
+    """Returns whether less of a metric is better, judging by its name."""
     return any(word in metric for word in ("loss", "error", "perplexity", "entropy"))
 
 
-def number_of(value: Any) -> float:
-    """A number, or NaN."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders.
+    """Reads the runs in some folders.
 
     Raises:
         UserError: one is no folder of a run, has no update yet, or is named twice.
@@ -140,7 +164,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many of those above as it takes to tell them apart."""
+    """Returns the folders' own names, with as many of those above them as it takes to make them differ."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -151,7 +175,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is no folder. Give the folder of a run, as its last line `files` says.")
+        raise UserError(f"{folder} is no folder. Give the folder of a run: its last line, `files`, names it.")
     try:
         metrics = read_metrics(folder / METRICS)
     except FileNotFoundError:
@@ -163,10 +187,10 @@ def _read(folder: Path, name: str) -> Run:
         raise UserError(f"{folder / METRICS} can't be read: {error.strerror or error}.") from error
     if not metrics.updates:
         raise UserError(f"{folder / METRICS} holds no update that can be read: there is nothing to show yet.")
-    run = Run(name=name, path=folder, config={}, metrics=metrics)
+    run = Run(name=name, path=folder, config={}, metrics=metrics, record=RunRecord.read(folder))
     run.config = _config(run)
-    _add_log(run)
-    _add_end(run)
+    if run.record is None:
+        run.problems.append(f"{RUN_FILE} is missing or can't be read, so it is not known how the run ended")
     if metrics.unreadable:
         run.problems.append(f"{metrics.unreadable} damaged line{'s' * (metrics.unreadable > 1)} of {METRICS} left out")
     if metrics.missing:
@@ -177,46 +201,14 @@ def _read(folder: Path, name: str) -> Run:
 def _config(run: Run) -> dict[str, Any]:
     found = read_plain_yaml(run.path / "config.yaml")
     if found is None:
-        run.problems.append("config.yaml is missing or can't be read, so nothing is known of the settings")
+        run.problems.append("config.yaml is missing or can't be read, so the settings are not known")
         return {}
     plain: dict[str, Any] = redacted(found)  # it is already; what the environment holds now is kept out too
     return plain
 
 
-def _add_log(run: Run) -> None:
-    """What rank 0's log says of starts and of the plan."""
-    try:
-        with open_regular(run.path / "logs" / "rank0.log", _MOST_BYTES_OF_LOG) as file:
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        if found := _GOES_ON.search(line):
-            run.resumed_after.append(int(found[1]))
-        elif found := _FINISHED.search(line):
-            run.is_finished = int(found[1]) == run.num_updates
-        elif found := _PLAN.search(line):
-            run.plan = found[1]
-
-
-def _add_end(run: Run) -> None:
-    try:
-        with open_regular(run.path / "unfinished.json", _MOST_BYTES_OF_MARKER) as file:
-            marker = json.load(file)
-        run.stopped_by = str(marker.get("signal", "a signal")) if isinstance(marker, dict) else "a signal"
-    except (OSError, ValueError, RecursionError):
-        reached_the_end = run.is_finished or run.configured("train.max_updates") == run.num_updates
-        run.is_finished = reached_the_end or _has_model_of_last_update(run.path)
-
-
-def _has_model_of_last_update(folder: Path) -> bool:
-    """The model is written at a run's end; an older one is of a run that was made longer since."""
-    model = folder / "model.safetensors"
-    return model.exists() and model.stat().st_mtime >= (folder / METRICS).stat().st_mtime - _SECONDS_BETWEEN_FILES
-
-
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Keys of the configuration in which runs differ, and each run's value as text; those that all have come first."""
+    """Returns keys of the configuration in which runs differ, with each run's value; keys that all have come first."""
     flats = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flats for key in values if key not in ("run_dir", "resume", "wandb.name"))
     rows = []

@@ -1,28 +1,30 @@
-"""What a page says in words: what the run was, how it went, what to look at."""
+"""Sentences of a page: what a run was, how it went, and what stands out."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
-from distaccum.tools.pages.page import subject_of
-from distaccum.tools.report.runs import Run, is_better_low, number_of
+from distaccum.observers.metrics_reading import number_or_nan
+from distaccum.observers.run_file import Outcome
+from distaccum.tools.pages.page import TIME_PARTS, subject_of
+from distaccum.tools.report.runs import Run, is_better_low
 
 _MUCH_DATA = 0.1
 _MUCH_SYNC = 0.2
 _WORSE = 1.05
-"""An evaluation loss that has risen by this factor since its best is worth a word."""
+"""The factor by which the evaluation's loss has risen since its best, from which it is mentioned."""
 _SLOWER = 0.8
 _GROWN = 1.1
 _FEWEST = 20
-"""Updates below which there is no telling how a run develops."""
+"""Updates that it takes to say how a run develops."""
 
 
 def facts(run: Run) -> str:
-    """What the run was, in short."""
-    ranks = run.plan.partition(" = ")[2].partition(" × ")[0]
+    """Returns what the run was, in one line."""
+    ranks = (run.record.plan if run.record else "").partition(" = ")[2].partition(" × ")[0]
     optimizer = str(run.configured("optim._target_") or "").rpartition(".")[2]
     parts = [
         "" if math.isnan(run.window) else f"window of {run.window:,.0f} samples",
@@ -36,23 +38,25 @@ def facts(run: Run) -> str:
 
 
 def how_it_went(run: Run) -> str:
-    """One paragraph."""
+    """Returns one paragraph on a run."""
     sentences = [_extent(run), _loss(run), _evaluation(run), _speed(run)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _extent(run: Run) -> str:
     subject = subject_of(run.config) or run.name
-    epochs = int(number_of(run.last.get("epoch"))) + 1 if "epoch" in run.last else None
+    epochs = int(number_or_nan(run.last.get("epoch"))) + 1 if "epoch" in run.last else None
     amount = f"{run.num_updates:,} update{'s' * (run.num_updates > 1)}"
     if not math.isnan(run.samples):
         amount += f", {run.samples:,.0f} samples"
     if epochs is not None:
         amount += f", {epochs} epoch{'s' * (epochs > 1)}"
-    if run.stopped_by is not None:
-        state = f"told to stop by {run.stopped_by} after {amount}; started again, it goes on"
-    elif run.is_finished:
-        state = f"finished after {amount}"
+    if run.outcome is None:
+        state = f"{amount}; it is not known how it ended"
+    elif run.is_finished or run.has_failed:
+        state = f"{run.outcome} after {amount}"
+    elif run.outcome is Outcome.stopped:
+        state = f"{run.state} after {amount}; started again, it goes on"
     else:
         state = f"not finished, or still going on: {amount} so far"
     if run.resumed_after:
@@ -62,15 +66,14 @@ def _extent(run: Run) -> str:
 
 
 def _loss(run: Run) -> str:
-    points = [(u, v) for u, v in run.metrics.values("loss") if math.isfinite(v)]
-    if not points:
+    losses = run.metrics.finite("loss")
+    if not losses:
         return "No update has a finite loss."
-    few = max(1, min(20, len(points) // 20))
-    first, last = (statistics.fmean(v for _, v in part) for part in (points[:few], points[-few:]))
-    verb = "fell" if last < first else "rose" if last > first else "stayed"
-    if len(points) == 1 or verb == "stayed":
+    few = max(1, min(20, len(losses) // 20))
+    first, last = statistics.fmean(losses[:few]), statistics.fmean(losses[-few:])
+    if last == first:
         return f"The training loss was {number(last)}."
-    return f"The training loss {verb} from {number(first)} to {number(last)}."
+    return f"The training loss {'fell' if last < first else 'rose'} from {number(first)} to {number(last)}."
 
 
 def _evaluation(run: Run) -> str:
@@ -93,10 +96,8 @@ def _speed(run: Run) -> str:
         texts.append(f"{rate(run.samples_per_second)} samples/s")
     if not math.isnan(run.train_seconds):
         texts.append(f"{duration(run.train_seconds)} in updates")
-    shares = run.shares
-    if shares is not None:
-        names = ("waiting for data", "computing", "waiting in the sync")
-        shown = [f"{share:.0%} {name}" for name, share in zip(names, shares, strict=True) if share >= 0.005]
+    if run.shares is not None:
+        shown = [f"{share:.0%} {TIME_PARTS[part]}" for part, share in run.shares.items() if share >= 0.005]
         texts.append(", ".join(shown))
     if run.peak_memory is not None:
         texts.append(f"at most {byte_size(run.peak_memory)} of memory on rank 0")
@@ -104,30 +105,35 @@ def _speed(run: Run) -> str:
 
 
 def what_to_look_at(run: Run) -> list[str]:
-    """Whatever is out of the ordinary, most important first; empty if nothing is."""
-    tellers: list[Callable[[Run], str]] = [
-        _told_of_nonfinite,
-        _told_of_skipped,
-        _told_of_overfitting,
-        _told_of_noise,
-        _told_of_clipping,
-        _told_of_data,
-        _told_of_sync,
-        _told_of_slowing,
-        _told_of_memory,
-        _told_of_shortness,
+    """Returns a sentence for whatever is out of the ordinary, most important first; empty if nothing is."""
+    texts = [
+        _failure(run),
+        _nonfinite(run),
+        _skipped(run),
+        _overfitting(run),
+        _noise(run),
+        _clipping(run),
+        *_waits(run),
+        _slowing(run),
+        _growing_memory(run),
+        _still_falling(run),
+        *(f"{problem}." for problem in run.problems),
     ]
-    told = [teller(run) for teller in tellers]
-    return [text for text in (*told, *(f"{problem}." for problem in run.problems)) if text]
+    return [text for text in texts if text]
 
 
-def _told_of_nonfinite(run: Run) -> str:
+def _failure(run: Run) -> str:
+    reason = (run.record and run.record.reason) or "the log of the rank that failed says which."
+    return f"It ended with an error: {reason}" if run.has_failed else ""
+
+
+def _nonfinite(run: Run) -> str:
     skipped = set(run.skipped)
     bad = [int(u) for u, v in run.metrics.values("loss") if not math.isfinite(v) and int(u) not in skipped]
     return f"The loss was not finite in {_listed(bad)}." if bad else ""
 
 
-def _told_of_skipped(run: Run) -> str:
+def _skipped(run: Run) -> str:
     if not run.skipped:
         return ""
     share = len(run.skipped) / len(run.metrics.updates)
@@ -135,7 +141,7 @@ def _told_of_skipped(run: Run) -> str:
     return f"{_listed(run.skipped).capitalize()} {verb} skipped ({share:.1%}): loss or gradient was not finite."
 
 
-def _told_of_overfitting(run: Run) -> str:
+def _overfitting(run: Run) -> str:
     best, evaluated = run.best("loss"), run.metrics.evaluated("loss")
     if best is None or len(evaluated) < 3 or not evaluated[-1][1] > best[1] * _WORSE or best[1] <= 0:
         return ""
@@ -149,7 +155,7 @@ def _told_of_overfitting(run: Run) -> str:
     )
 
 
-def _told_of_noise(run: Run) -> str:
+def _noise(run: Run) -> str:
     scale = run.metrics.values("noise_scale")
     late = [v for _, v in scale[-max(1, len(scale) // 4) :] if math.isfinite(v) and v > 0]
     if not late or math.isnan(run.window):
@@ -168,9 +174,9 @@ def _told_of_noise(run: Run) -> str:
     )
 
 
-def _told_of_clipping(run: Run) -> str:
-    limit = number_of(run.configured("train.clip_norm"))
-    norms = [v for _, v in run.metrics.values("grad_norm") if math.isfinite(v)]
+def _clipping(run: Run) -> str:
+    limit = number_or_nan(run.configured("train.clip_norm"))
+    norms = run.metrics.finite("grad_norm")
     if math.isnan(limit) or len(norms) < _FEWEST:
         return ""
     share = sum(norm > limit for norm in norms) / len(norms)
@@ -182,25 +188,21 @@ def _told_of_clipping(run: Run) -> str:
     )
 
 
-def _told_of_data(run: Run) -> str:
-    shares = run.shares
-    if shares is None or shares[0] < _MUCH_DATA:
-        return ""
-    return f"{shares[0]:.0%} of the time went into waiting for data: more data.num_workers may help."
+def _waits(run: Run) -> list[str]:
+    shares = run.shares or {"data": 0.0, "sync": 0.0}
+    texts = []
+    if shares["data"] >= _MUCH_DATA:
+        texts.append(f"{shares['data']:.0%} of the time went into waiting for data: more data.num_workers may help.")
+    if shares["sync"] >= _MUCH_SYNC:
+        texts.append(
+            f"{shares['sync']:.0%} of the time went into the sync, or into waiting for slower ranks there: a larger "
+            "window, strategy.compression or batch.balance=speed may help."
+        )
+    return texts
 
 
-def _told_of_sync(run: Run) -> str:
-    shares = run.shares
-    if shares is None or shares[2] < _MUCH_SYNC:
-        return ""
-    return (
-        f"{shares[2]:.0%} of the time went into the sync, or into waiting for slower ranks there: a larger window, "
-        "strategy.compression or batch.balance=speed may help."
-    )
-
-
-def _told_of_slowing(run: Run) -> str:
-    rates = [v for _, v in run.metrics.values("samples_per_second") if math.isfinite(v)]
+def _slowing(run: Run) -> str:
+    rates = run.metrics.finite("samples_per_second")
     quarter = len(rates) // 4
     if quarter < _FEWEST // 4:
         return ""
@@ -210,9 +212,9 @@ def _told_of_slowing(run: Run) -> str:
     return f"It became slower: {rate(early)} samples/s in the first quarter, {rate(late)} in the last."
 
 
-def _told_of_memory(run: Run) -> str:
-    points = [(u, v) for u, v in run.metrics.values("peak_memory_bytes") if math.isfinite(v)]
-    settled = [v for u, v in points if u >= min(100, run.num_updates / 4)]
+def _growing_memory(run: Run) -> str:
+    points = run.metrics.values("peak_memory_bytes")
+    settled = [v for u, v in points if math.isfinite(v) and u >= min(100, run.num_updates / 4)]
     if len(settled) < 3 or settled[-1] < settled[0] * _GROWN:
         return ""
     return (
@@ -221,13 +223,12 @@ def _told_of_memory(run: Run) -> str:
     )
 
 
-def _told_of_shortness(run: Run) -> str:
-    evaluated = [(u, v) for u, v in run.metrics.evaluated("loss") if math.isfinite(v)]
-    if not run.is_finished or len(evaluated) < 5:
+def _still_falling(run: Run) -> str:
+    losses = [v for _, v in run.metrics.evaluated("loss") if math.isfinite(v)]
+    if not run.is_finished or len(losses) < 5:
         return ""
-    quarter = max(1, len(evaluated) // 4)
-    before, last = evaluated[-1 - quarter][1], evaluated[-1][1]
-    if last <= 0 or last > before * 0.9 or last > min(v for _, v in evaluated):
+    before, last = losses[-1 - len(losses) // 4], losses[-1]
+    if last <= 0 or last > before * 0.9 or last > min(losses):
         return ""
     return (
         f"The evaluation's loss was still falling at the end, by {1 - last / before:.0%} over the last quarter: a "
@@ -235,17 +236,17 @@ def _told_of_shortness(run: Run) -> str:
     )
 
 
-def _listed(updates: Sequence[int], at_most: int = 5) -> str:
+def _listed(updates: Sequence[int]) -> str:
     """`update 3`, `updates 3, 7 and 9`, `12 updates (3, 7, 9, …)`"""
     if len(updates) == 1:
         return f"update {updates[0]:,}"
-    if len(updates) <= at_most:
+    if len(updates) <= 5:
         return f"updates {', '.join(f'{u:,}' for u in updates[:-1])} and {updates[-1]:,}"
     return f"{len(updates):,} updates ({', '.join(f'{u:,}' for u in updates[:3])}, …)"
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """One paragraph on several runs."""
+    """Returns one paragraph on several runs."""
     texts = [f"{len(runs)} runs."]
     metrics = [set(run.metrics.evaluation_metrics()) for run in runs]
     shared = sorted(set.intersection(*metrics), key=lambda name: name != "loss")
@@ -265,7 +266,7 @@ def comparison(runs: Sequence[Run]) -> str:
         (slow, slow_name), (fast, fast_name) = min(rates), max(rates)
         if fast > slow * 1.1:
             texts.append(f"Fastest is {fast_name} with {rate(fast)} samples/s, slowest {slow_name} with {rate(slow)}.")
-    unfinished = [run.name for run in runs if not run.is_finished]
+    unfinished = [run.name for run in runs if run.outcome is not None and not run.is_finished]
     if unfinished:
         texts.append(f"Not finished: {', '.join(unfinished)}.")
     return " ".join(texts)

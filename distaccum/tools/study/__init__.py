@@ -1,4 +1,4 @@
-"""The batch-size study: the same training with several batch sizes, and what batch size it should have."""
+"""The batch-size study: the same training with several batch sizes, and which one to use."""
 
 from __future__ import annotations
 

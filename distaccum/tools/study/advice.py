@@ -1,13 +1,13 @@
-"""In words: what batch size to use, and what it costs."""
+"""Says which batch size to use, and what that costs."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from distaccum.config import EmaConfig, SwaConfig
+from distaccum.config import EmaConfig, SwaConfig, flat
 from distaccum.observers.formatting import duration, number, words
 from distaccum.tools.study.points import ema_of, swa_of
 from distaccum.tools.study.results import DIVERGED, FAILED, LIMIT, MISSING, Result, Study
@@ -20,7 +20,7 @@ _OWN = (
 
 
 def advise(study: Study, overrides: Sequence[str] = ()) -> list[str]:
-    """Paragraphs, the most important first. Says which run is recommended, too.
+    """Returns paragraphs, the most important first, and sets which run is recommended.
 
     Args:
         overrides: the study's command line, of which what belongs to the training is kept.
@@ -110,7 +110,7 @@ def _range(study: Study) -> str:
 
 
 def round_number(value: float) -> str:
-    """With two digits that count.
+    """Returns a number with two significant digits.
 
     >>> round_number(1234.5), round_number(87.6), round_number(3.21)
     ('1,200', '88', '3.2')
@@ -145,7 +145,7 @@ def _seconds(study: Study, best: Result) -> str:
 
 
 def _rule(study: Study) -> str:
-    """Which rule for the learning rate did better, where there was more than one."""
+    """Says which rule for the learning rate did better, where there was more than one."""
     base = study.config["batch"]["global_batch_size"]
     wins: dict[str, list[str]] = {}
     for size in dict.fromkeys(result.batch_size for result in study.results):
@@ -162,8 +162,8 @@ def _rule(study: Study) -> str:
         wins.setdefault(rivals[0].rules[0], []).append(f"{size} ({how})")
     if not wins:
         return ""
-    told = "; ".join(f"{rule} at {', '.join(sizes)}" for rule, sizes in wins.items())
-    return f"The better rule for the learning rate, from {study.config['optim']['lr']:g} at {base}: {told}."
+    shown = "; ".join(f"{rule} at {', '.join(sizes)}" for rule, sizes in wins.items())
+    return f"The better rule for the learning rate, from {study.config['optim']['lr']:g} at {base}: {shown}."
 
 
 def _noise(study: Study) -> str:
@@ -179,7 +179,7 @@ def _noise(study: Study) -> str:
 
 
 def _caveats(study: Study) -> str:
-    """What to keep in mind of how this was found."""
+    """Says how far the result can be relied on."""
     texts = []
     if study.is_target_chosen:
         texts.append(
@@ -200,7 +200,7 @@ def _caveats(study: Study) -> str:
 
 
 def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
-    """How to train so: with what follows from the batch size as it was in the run."""
+    """Returns the command that trains as a run did, with all that followed from its batch size."""
     followed = _followed(study.config, result.batch_size)
     kept = [entry for entry in overrides if not _is_own(entry) and entry.partition("=")[0] not in followed]
     is_plain = study.config["schedule"]["name"] == "constant"
@@ -213,8 +213,8 @@ def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
     return f"{launcher} -m distaccum.train {own}batch.global_batch_size={result.batch_size} optim.lr={result.lr:.4g}"
 
 
-def _followed(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """What a run of the study had otherwise than the configuration because of its batch size."""
+def _followed(config: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Returns the keys in which a run differed from the configuration because of its batch size."""
     base, micro_batch_size = config["batch"]["global_batch_size"], config["batch"]["micro_batch_size"]
     of_samples = base / batch_size
     followed: dict[str, Any] = {}
@@ -229,15 +229,8 @@ def _followed(config: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         followed |= {"train.ema.decay": float(f"{ema.decay:.6g}"), "train.ema.first_update": ema.first_update}
     if swa.first_update is not None:
         followed |= {"train.swa.first_update": swa.first_update, "train.swa.every_updates": swa.every_updates}
-    return {key: value for key, value in followed.items() if value != _value_of(config, key)}
-
-
-def _value_of(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = value[part]
-    return value
+    configured = flat(config)
+    return {key: value for key, value in followed.items() if value != configured.get(key)}
 
 
 def _is_own(override: str) -> bool:

@@ -1,4 +1,4 @@
-"""How many updates and samples a target takes at each batch size, fitted: McCandlish et al. 2018, section 2.3.
+"""Fits how many updates and samples a target takes at each batch size: McCandlish et al. 2018, section 2.3.
 
 A target that takes S updates and E samples at some batch size obeys (S / S_min - 1) (E / E_min - 1) = 1. With E = S B,
 that is S = S_min (1 + B_crit / B) and E = E_min (1 + B / B_crit), where B_crit = E_min / S_min is the critical batch
@@ -28,17 +28,17 @@ _LIKELY_OF_MANY = 4.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a target took at one batch size."""
+    """The updates and samples that a target took at one batch size."""
 
     batch_size: float
-    """Samples per update, as they were."""
+    """Samples per update, as measured."""
     updates: float
     samples: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
-    """The two numbers that all batch sizes share, and how sure they are."""
+    """The two numbers that all batch sizes share, and their uncertainty."""
 
     min_updates: float
     """S_min: updates that the target takes with an endless batch."""

@@ -1,4 +1,4 @@
-"""One run of a study: a process of its own, watched until it has got to the target or to its end."""
+"""Runs one training of a study in processes of its own, until it has reached the target or its end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOK_SECONDS = 0.25
 _SHARE_OF_LOOKING = 0.05
 """Reading how far a long run is takes time: no more than this part of it."""
 _STOP_SECONDS = 60.0
-"""How long a run may take to save and leave."""
+"""How long a run may take to save and end."""
 
 
 class PointFailedError(Exception):
@@ -36,14 +36,14 @@ def run(
     threads: int,
     log: Path,
 ) -> Learning:
-    """Runs a training until it has learned enough or is at its end; returns what it came to.
+    """Runs a training until it has learned enough or is at its end; returns how far it came.
 
     It goes on from its checkpoint, if there is one. However this ends, no process is left, and the run has saved.
 
     Args:
-        look: reads how far it is.
+        look: reads how far it has come.
         is_enough: whether it may stop there.
-        log: where everything goes that the processes write.
+        log: the file for all output of the processes.
 
     Raises:
         PointFailedError: it ended with an error.
@@ -57,14 +57,14 @@ def run(
             num_processes=ranks,
             threads=threads,
             log=log,
-            is_apart=True,  # the study tells the run to save and leave
+            is_apart=True,  # the study itself has the run save and end
         )
         try:
             has_stopped = _watch(process, look, is_enough)
         finally:
             _stop(process)
     if has_stopped:
-        # It says that it wants to be started again; but it was this study that had enough of it.
+        # It asks to be started again, but the study has what it needs of it.
         (Path(config.run_dir) / "unfinished.json").unlink(missing_ok=True)
     elif process.returncode != 0:
         raise PointFailedError(_reason(log, process.returncode))
@@ -74,7 +74,7 @@ def run(
 def _watch(
     process: subprocess.Popen[bytes], look: Callable[[], Learning], is_enough: Callable[[Learning], bool]
 ) -> bool:
-    """Waits for the end of a run, and brings it about when it has learned enough; returns whether it did."""
+    """Waits for the end of a run, or ends it when it has learned enough; returns whether it did that."""
     pause = _LOOK_SECONDS
     while not has_ended(process, pause):
         began = time.monotonic()
@@ -86,7 +86,7 @@ def _watch(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Has a run save and leave, if it is still there."""
+    """Has a run save and end, if it is still running."""
     if process.poll() is not None:
         return
     process.terminate()
@@ -97,7 +97,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(log: Path, status: int) -> str:
-    """Why a run failed: its own message, else the last exception."""
+    """Returns why a run failed: its own message, else the last exception."""
     lines = [line.strip() for line in log_of(log).splitlines()]
     said = [line.partition("error: ")[2] for line in lines if line.startswith("error: ") or "]:error: " in line]
     raised = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
@@ -107,4 +107,4 @@ def _reason(log: Path, status: int) -> str:
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"it was killed by {signal.Signals(-status).name}"
-    return f"it ended with status {status}; {log} has what it said"
+    return f"it ended with status {status}; its output is in {log}"

@@ -35,12 +35,12 @@ class Point:
 
     batch_size: int
     rules: tuple[LrRule, ...]
-    """All that come to this learning rate; at the configured batch size, every rule does."""
+    """All rules that give this learning rate; at the configured batch size, every rule does."""
     lr: float
 
     @property
     def name(self) -> str:
-        """Of its folder: `b0064-linear`."""
+        """The name of its folder: `b00064-linear`."""
         return f"b{self.batch_size:05d}-{self.rules[0].name if len(self.rules) == 1 else 'base'}"
 
     @property
@@ -51,7 +51,7 @@ class Point:
 
 
 def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
-    """The runs of a study, from small batches to large ones.
+    """Returns the runs of a study, from small batches to large ones.
 
     Args:
         num_samples: of the training data.
@@ -60,8 +60,7 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
         UserError: a batch size is larger than the data.
     """
     points = []
-    base, peak = config.batch.global_batch_size, learning_rate(config.optim)
-    assert base is not None
+    base, peak = _base_size(config), learning_rate(config.optim)
     for size in sorted(batch_sizes(config, num_samples)):
         rates: dict[float, list[LrRule]] = {}
         for rule in config.study.lr_rules:
@@ -70,10 +69,13 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
     return points
 
 
+def _base_size(config: StudyConfig) -> int:
+    assert config.batch.global_batch_size is not None, "a study is not composed without one"
+    return config.batch.global_batch_size
+
+
 def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
-    """The batch sizes that are asked for, or those that follow from the configured one."""
-    base = config.batch.global_batch_size
-    assert base is not None
+    """Returns the batch sizes that are asked for, or those that follow from the configured one."""
     if config.study.batch_sizes is not None:
         for size in config.study.batch_sizes:
             if size > num_samples:
@@ -82,18 +84,18 @@ def batch_sizes(config: StudyConfig, num_samples: int) -> list[int]:
                     "the training data, and every window has to have its full size."
                 )
         return config.study.batch_sizes
-    sizes = {round(base * factor) for factor in _FACTORS}
+    sizes = {round(_base_size(config) * factor) for factor in _FACTORS}
     sizes = {size for size in sizes if 1 <= size <= num_samples}
     if len(sizes) < 2:
         raise UserError(
-            f"batch.global_batch_size={base} and {num_samples} training samples leave no batch sizes to try: name them "
-            "with study.batch_sizes=[…]."
+            f"batch.global_batch_size={_base_size(config)} and {num_samples} training samples leave no batch sizes to "
+            "try: name them with study.batch_sizes=[…]."
         )
     return sorted(sizes)
 
 
 def learning_rate(optim: Any) -> float:
-    """`optim.lr` of a built-in optimizer or of anybody's own.
+    """Returns `optim.lr` of a built-in optimizer or of the user's own.
 
     Raises:
         UserError: it has none.
@@ -105,21 +107,19 @@ def learning_rate(optim: Any) -> float:
 
 
 def max_samples(config: StudyConfig, num_samples: int) -> int:
-    """Samples that a run ends after."""
+    """Returns the number of samples after which a run ends."""
     if config.study.max_samples is not None:
         return config.study.max_samples
-    base = config.batch.global_batch_size
-    assert base is not None
     limits = []
     if config.train.epochs is not None:
         limits.append(config.train.epochs * num_samples)
     if config.train.max_updates is not None:
-        limits.append(config.train.max_updates * base)
+        limits.append(config.train.max_updates * _base_size(config))
     return min(limits)
 
 
 def measures_noise(config: StudyConfig, task: Any) -> bool:
-    """Whether the runs of a study are to measure the noise scale.
+    """Returns whether the runs of a study measure the noise scale.
 
     Args:
         task: as the configuration builds it.
@@ -133,14 +133,12 @@ def measures_noise(config: StudyConfig, task: Any) -> bool:
 def configuration(
     point: Point, config: StudyConfig, num_samples: int, run_dir: str, *, noise_scale: bool = False
 ) -> TrainConfig:
-    """The training of a point: the user's, but for the batch size and what follows from it.
+    """Returns the training of a point: the user's, except for the batch size and what follows from it.
 
     What the configuration counts in updates (warm-up, steps of the schedule, the weights' averages) takes the same
     number of samples at each batch size. Every window has its full size.
     """
-    base = config.batch.global_batch_size
-    assert base is not None
-    of_samples = base / point.batch_size
+    of_samples = _base_size(config) / point.batch_size
     limit = max_samples(config, num_samples)
     updates = max(1, math.ceil(limit / point.batch_size))
     every = max(1, round(limit / config.study.evaluations / point.batch_size))
@@ -187,7 +185,7 @@ def _schedule(schedule: ScheduleConfig, of_samples: float, updates: int) -> Sche
 
 
 _MEASUREMENTS = 16
-"""Of the noise scale in a run, at least: large batches have few updates."""
+"""The least number of measurements of the noise scale in a run: large batches have few updates."""
 
 
 def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> InsightConfig:
@@ -196,7 +194,7 @@ def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> Insight
 
 
 def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
-    """The average with the same memory in samples.
+    """Returns the average with the same memory in samples.
 
     Args:
         of_samples: updates of this batch size for each of the configured one.
@@ -208,7 +206,7 @@ def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
 
 
 def swa_of(swa: SwaConfig, of_samples: float) -> SwaConfig:
-    """The same samples from one that counts to the next."""
+    """Returns the average of weights that are as many samples apart."""
     if swa.first_update is None:
         return swa
     return dataclasses.replace(
@@ -222,12 +220,12 @@ Average = TypeVar("Average", EmaConfig, SwaConfig)
 
 
 def _not_after(updates: int, average: Average) -> Average:
-    """Has it begin in the run at least."""
+    """Has an average begin at the last update of the run at the latest."""
     if average.first_update is None:
         return average
     return dataclasses.replace(average, first_update=min(updates, average.first_update))
 
 
 def _strategy(strategy: StrategyConfig, ranks: int) -> StrategyConfig:
-    """The configured one; a study of several ranks that has not said how they are placed gets DDP."""
+    """Returns the configured strategy; DDP for several ranks that are given none."""
     return DDPConfig() if ranks > 1 and isinstance(strategy, SingleConfig) else strategy

@@ -1,4 +1,4 @@
-"""A study, whole: its runs, what target they were to reach, and what follows."""
+"""The results of a study: its runs, the target that they were to reach, and what follows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Study(Circumstances):
     goal: str
     target: float | None
     is_target_chosen: bool
-    """It followed from the runs."""
+    """The target follows from the runs; none was configured."""
     results: list[Result]
     fit: Fit | None = None
     noise_scale: float | None = None
@@ -68,7 +68,7 @@ class Study(Circumstances):
 
 
 def result_of(point: Point, learning: Learning, *, is_over: bool, reason: str = "", diverged: bool = False) -> Result:
-    """A point's result, before there is a target."""
+    """Returns a point's result, before there is a target."""
     outcome = DIVERGED if diverged else FAILED if reason else LIMIT if is_over else MISSING
     return Result(
         name=point.name,
@@ -83,7 +83,7 @@ def result_of(point: Point, learning: Learning, *, is_over: bool, reason: str = 
 
 
 def chosen_target(results: Sequence[Result], goal: Goal) -> float | None:
-    """The hardest target that every batch size has reached: the worst of their bests; None if there is none."""
+    """Returns the hardest target that every batch size has reached, the worst of their bests; None if there is none."""
     best: dict[int, float] = {}
     for result in results:
         value = best_value(result.curve, goal)
@@ -124,7 +124,7 @@ def conclude(study: Study) -> None:
 
 
 def measured(result: Result) -> Measured:
-    """What a run that reached the target took."""
+    """Returns the updates and samples that a run took to the target."""
     spot = result.reached
     assert spot is not None
     updates = max(spot.updates, 1e-9)

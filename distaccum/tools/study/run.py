@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import TextColumn
 
 from distaccum.config import as_plain
@@ -23,7 +22,8 @@ from distaccum.config.tools import StudyConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
 from distaccum.observers.formatting import duration, number
 from distaccum.observers.metrics_reading import read_metrics
-from distaccum.runtime.files import without_tilde, write_result, write_text
+from distaccum.observers.run_file import Outcome, RunRecord
+from distaccum.runtime.files import read_plain_yaml, without_tilde, write_result
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.stop_signals import SIGNALS
 from distaccum.tools.bench.environment import as_json, environment
@@ -35,17 +35,16 @@ from distaccum.tools.study.point_process import PointFailedError, run
 from distaccum.tools.study.points import Point, configuration, max_samples, measures_noise, points_of
 from distaccum.tools.study.results import FAILED, Result, Study, chosen_target, conclude, result_of
 from distaccum.tools.study.terminal import show
-from distaccum.training.run_folder import changes, held_run_folder
+from distaccum.training.run_folder import RunFolder, begin, changes, held_run_folder
 
 logger = logging.getLogger(__name__)
 
-_OUTCOME = "outcome.json"
 _MAY_CHANGE = ("batch_sizes", "lr_rules", "metric", "goal", "target", "smoothing", "point", "threads_per_rank")
 """Keys of `study` that another start of the same study may have otherwise: its runs stay what they are."""
 
 
 class _StoppedError(Exception):
-    """SIGTERM or SIGHUP: save, leave, and say that this wants to be started again."""
+    """SIGTERM or SIGHUP has arrived: save, and end with the status that asks for another start."""
 
 
 def study(config: StudyConfig) -> int:
@@ -66,7 +65,7 @@ def study(config: StudyConfig) -> int:
 
 
 def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> int:
-    """One point, beside other jobs that have the others; the last one concludes."""
+    """Runs one point, while other jobs run the others; the last one concludes."""
     index = config.study.point
     assert index is not None
     _check_array(len(points))
@@ -82,19 +81,19 @@ def _study_one(config: StudyConfig, points: list[Point], num_samples: int) -> in
     path = without_tilde(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.path.exists(path / "config.yaml"):
-            plain = as_plain(config)
-            plain["study"]["point"] = None
-            write_text(path / "config.yaml", yaml.safe_dump(redacted(plain), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise UserError(f"run_dir={path} can't be written: {error.strerror or error}.") from error
+    if not os.path.exists(path / "config.yaml"):
+        plain = as_plain(config)
+        plain["study"]["point"] = None
+        begin(RunFolder(path, is_restart=False), plain)
     point = points[index]
     with logging_to(path / "logs" / point.name, 0):
         return _Study(config, path, points, num_samples).make([point])
 
 
 def _check_array(num_points: int) -> None:
-    """An array of another size would leave points out, or run some for nothing."""
+    """Refuses an array of another size, which would leave points out, or run some for nothing."""
     count = os.environ.get("SLURM_ARRAY_TASK_COUNT")
     if count is not None and int(count) != num_points:
         raise UserError(
@@ -103,7 +102,7 @@ def _check_array(num_points: int) -> None:
 
 
 def _check_same_study(config: StudyConfig) -> None:
-    """A folder that holds a study may only go on with that one."""
+    """Refuses a folder that holds a run or another study."""
     if config.run_dir is None:
         return
     path = without_tilde(config.run_dir)
@@ -111,14 +110,11 @@ def _check_same_study(config: StudyConfig) -> None:
         raise UserError(f"run_dir={config.run_dir} holds a run, and a study needs a folder of its own: choose another.")
     if not os.path.exists(path / "points"):
         return
-    try:
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict) or not isinstance(before.get("study"), dict):
+    before = read_plain_yaml(path / "config.yaml")
+    if before is None or not isinstance(before.get("study"), dict):
         raise UserError(
-            f"{path / 'config.yaml'} can't be read, so there is no telling whether run_dir={config.run_dir} holds this "
-            "study: choose another folder."
+            f"{path / 'config.yaml'} can't be read, so it is not known whether run_dir={config.run_dir} holds "
+            "this study: choose another folder."
         )
     now = redacted(as_plain(config))
     for plain in (before, now):
@@ -131,6 +127,8 @@ def _check_same_study(config: StudyConfig) -> None:
 
 
 class _Study:
+    """Runs the points of a study in its folder, and concludes."""
+
     def __init__(self, config: StudyConfig, path: Path, points: list[Point], num_samples: int) -> None:
         self.config = config
         self.section = config.study
@@ -146,9 +144,9 @@ class _Study:
         self.smoothing_samples = max(1, self.section.smoothing * self.limit // self.section.evaluations)
 
     def make(self, wanted: list[Point]) -> int:
-        """Runs the points that are wanted and not finished, and writes what is known then."""
+        """Runs those points that are not finished yet, and writes the results; returns the exit status."""
         waiting = [point for point in wanted if not self._is_over(point, self._learning(point))]
-        self._tell_start(waiting)
+        self._log_start(waiting)
         status = 0
         try:
             with _sigterm_raises():
@@ -172,16 +170,12 @@ class _Study:
             )
         return status
 
-    def _tell_start(self, waiting: list[Point]) -> None:
+    def _log_start(self, waiting: list[Point]) -> None:
         sizes = ", ".join(str(size) for size in dict.fromkeys(point.batch_size for point in self.points))
         target = "chosen from the runs" if self.section.target is None else f"{self.section.target:g}"
         logger.info(
             "%d runs (batch sizes %s), each of at most %s samples; target of %s: %s",
-            len(self.points),
-            sizes,
-            f"{self.limit:,}",
-            self.metric,
-            target,
+            *(len(self.points), sizes, f"{self.limit:,}", self.metric, target),
         )
         logger.info(
             "every window has its full size (batch.drop_last=true); warm-up and schedule take the same samples at each "
@@ -194,29 +188,25 @@ class _Study:
     def _run_all(self, points: list[Point]) -> None:
         with progress_bar(TextColumn("{task.completed:.1f}/{task.total}")) as progress:
             bar = progress.add_task("", total=len(points))
-            for number_of_point, point in enumerate(points):
+            for done, point in enumerate(points):
 
-                def tell(learning: Learning, point: Point = point, done: int = number_of_point) -> None:
-                    value = learning.curve[-1].value if learning.curve else None
-                    shown = "" if value is None else f" · {self.metric} {number(value)}"
-                    progress.update(
-                        bar,
-                        description=f"{point.title}{shown}",
-                        completed=done + min(1.0, learning.samples / self.limit),
-                    )
+                def show_progress(learning: Learning, point: Point = point, done: int = done) -> None:
+                    shown = f" · {self.metric} {number(learning.curve[-1].value)}" if learning.curve else ""
+                    completed = done + min(1.0, learning.samples / self.limit)
+                    progress.update(bar, description=f"{point.title}{shown}", completed=completed)
 
-                tell(Learning())
-                self._run(point, tell)
+                show_progress(Learning())
+                self._run(point, show_progress)
 
-    def _run(self, point: Point, tell: Any) -> None:
+    def _run(self, point: Point, show_progress: Callable[[Learning], None]) -> None:
         run_dir = self._run_dir(point)
 
         def is_enough(learning: Learning) -> bool:
-            tell(learning)
-            target = self.section.target
-            return target is not None and crossing(learning.curve, target, self.goal) is not None
+            show_progress(learning)
+            return self._has_reached(learning)
 
-        (run_dir / _OUTCOME).unlink(missing_ok=True)
+        if before := RunRecord.read(run_dir):
+            replace(before, outcome=Outcome.running, reason=None).write(run_dir)
         try:
             learning = run(
                 configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
@@ -227,11 +217,12 @@ class _Study:
                 log=self.path / "logs" / f"{point.name}.log",
             )
         except PointFailedError as failure:
-            # What the run says of a number that is not finite ends with how to go on all the same.
-            diverged = "train.on_nonfinite=skip" in str(failure)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / _OUTCOME, json.dumps({"reason": str(failure), "diverged": diverged}) + "\n")
-            logger.warning("%s: %s", point.title, failure)
+            record = self._record(point)
+            if record.reason is None:  # it was killed, or failed before its first update
+                run_dir.mkdir(parents=True, exist_ok=True)
+                record = replace(record, outcome=Outcome.failed, reason=str(failure))
+                record.write(run_dir)
+            logger.warning("%s: %s", point.title, record.reason)
             return
         logger.info("%s: %s", point.title, self._in_words(learning))
 
@@ -248,31 +239,29 @@ class _Study:
         return read_learning(self._run_dir(point), self.metric, self.section.smoothing, self.smoothing_samples)
 
     def _is_over(self, point: Point, learning: Learning) -> bool:
-        """Whether there is nothing left to be run of it; what failed is tried again, what diverged is not."""
-        if self._outcome(point).get("diverged"):
+        """Returns whether nothing of it is left to be run. What failed is tried again, what diverged is not."""
+        if self._record(point).outcome is Outcome.diverged:
             return True
         updates = configuration(point, self.config, self.num_samples, "").train.max_updates
         assert updates is not None
-        target = self.section.target
-        return learning.updates >= updates or (
-            target is not None and crossing(learning.curve, target, self.goal) is not None
-        )
+        return learning.updates >= updates or self._has_reached(learning)
 
-    def _outcome(self, point: Point) -> dict[str, Any]:
-        try:
-            found = json.loads((self._run_dir(point) / _OUTCOME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def _has_reached(self, learning: Learning) -> bool:
+        target = self.section.target
+        return target is not None and crossing(learning.curve, target, self.goal) is not None
+
+    def _record(self, point: Point) -> RunRecord:
+        return RunRecord.read(self._run_dir(point)) or RunRecord()
 
     def _result(self, point: Point) -> Result:
-        learning, outcome = self._learning(point), self._outcome(point)
+        learning, record = self._learning(point), self._record(point)
+        has_failed = record.outcome in (Outcome.failed, Outcome.diverged)
         return result_of(
             point,
             learning,
             is_over=self._is_over(point, learning),
-            reason=str(outcome.get("reason", "")),
-            diverged=bool(outcome.get("diverged")),
+            reason=record.reason or "" if has_failed else "",
+            diverged=record.outcome is Outcome.diverged,
         )
 
     def _concluded(self, results: list[Result]) -> Study:

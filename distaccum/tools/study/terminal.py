@@ -1,4 +1,4 @@
-"""A study in the terminal: a table, what follows in words, and where the rest is."""
+"""Prints a study: a table, the advice, and where the page is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FULL_WIDTH = 132
 
 
 def show(study: Study, path: Path) -> None:
-    """Prints a study on the console."""
+    """Prints a study on the console, and where its page is."""
     table = table_of(*heads(study), left=(1, 3), folded=(3,))
     for result in study.results:
         style = "bold" if result.name == study.recommended else "" if result.is_chosen else "dim"
@@ -27,13 +27,13 @@ def show(study: Study, path: Path) -> None:
 
 
 def heads(study: Study) -> list[str]:
-    """The names of the columns."""
+    """Returns the names of the columns."""
     target = "target" if study.target is None else f"{study.metric} {number(study.target)}"
     return ["batch", "rule", "lr", target, "updates", "samples", "time", "best", "noise scale", "memory"]
 
 
 def cells(result: Result) -> list[str]:
-    """What the table says of a run."""
+    """Returns a run's cells of the table."""
     spot = result.reached
     return [
         str(result.batch_size),

@@ -1,4 +1,4 @@
-"""One rank of one run of a study: trains what it is told, as `distaccum.train` does.
+"""One rank of one run of a study: trains with the configuration in its job file, as `distaccum.train` does.
 
 Started by `distaccum.tools.study.point_process` as `python -m distaccum.tools.study.worker JOB`, under torchrun if
 there are several ranks.
@@ -29,7 +29,7 @@ def _status(job_file: str) -> int:
     try:
         interrupted = train(from_portable(job["config"])).interrupted
     except OtherRankFailedError:
-        time.sleep(_SECONDS_TO_BE_STOPPED)  # leaving first would have the launcher stop the rank that says why
+        time.sleep(_SECONDS_TO_BE_STOPPED)  # ending first would have the launcher stop the rank that prints why
         return EXIT_STATUS
     except UserError as error:
         print_error(str(error))

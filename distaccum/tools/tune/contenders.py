@@ -10,7 +10,7 @@ from typing import Any
 
 from distaccum.tools.bench.rounds import Round, middle_half, round_of
 from distaccum.tools.bench.sessions import PlacementFailedError, Session
-from distaccum.tools.tune.settings import Setting
+from distaccum.tools.tune.settings import TuneSetting
 
 _UPDATES_BEFORE = 3
 """Updates before anything is timed: buckets are laid out, the optimizer's state is made."""
@@ -35,7 +35,7 @@ class Contender:
     """
 
     title: str
-    setting: Setting
+    setting: TuneSetting
     start: Callable[[], Session]
     is_inexact: bool = False
     memory: int = 0

@@ -8,7 +8,7 @@ from distaccum.tools.bench.environment import Circumstances
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
+class TuneRow:
     """One thing that was tried."""
 
     knob: str
@@ -85,11 +85,11 @@ class Forecast:
 
 
 @dataclass(kw_only=True, slots=True)
-class Report(Circumstances):
+class TuneReport(Circumstances):
     """What `tune.json` holds."""
 
     world_size: int
-    rows: list[Row]
+    rows: list[TuneRow]
     suggestion: list[str] = field(default_factory=list)
     """Overrides; empty: the configuration as it is."""
     train_command: str = ""

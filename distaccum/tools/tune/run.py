@@ -24,16 +24,16 @@ from distaccum.tools.bench.portable import to_portable
 from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
 from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.tune.forecast import forecast_of, why_not
-from distaccum.tools.tune.report import Report, Row
+from distaccum.tools.tune.report import TuneReport, TuneRow
 from distaccum.tools.tune.search import Search
-from distaccum.tools.tune.settings import Setting, base_of, command_of, experiment_of, overrides_of
+from distaccum.tools.tune.settings import TuneSetting, base_of, command_of, experiment_of, overrides_of
 from distaccum.tools.tune.terminal import line_of, show
 from distaccum.training.run_folder import held_run_folder
 
 logger = logging.getLogger(__name__)
 
 
-def tune(config: TuneConfig) -> Report:
+def tune(config: TuneConfig) -> TuneReport:
     """Tunes what a configuration asks for; writes `tune.json` into the run folder, and `tune.write`.
 
     Raises:
@@ -55,17 +55,19 @@ def tune(config: TuneConfig) -> Report:
     return report
 
 
-def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[Report, Setting]:
+def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[TuneReport, TuneSetting]:
     section = config.tune
     base = base_of(config, world_size)
     threads = section.threads_per_rank or (len(os.sched_getaffinity(0)) if world_size == 1 else 1)
-    report = Report(**environment("distaccum.tune"), config=redacted(as_plain(config)), world_size=world_size, rows=[])
+    report = TuneReport(
+        **environment("distaccum.tune"), config=redacted(as_plain(config)), world_size=world_size, rows=[]
+    )
     started = time.monotonic()
     with ExitStack() as stack:
         progress = stack.enter_context(progress_bar())
         bar = progress.add_task("starting", total=60 * section.minutes)
 
-        def tell(doing: str, row: Row | None) -> None:
+        def tell(doing: str, row: TuneRow | None) -> None:
             progress.update(bar, completed=time.monotonic() - started)
             if doing:
                 progress.update(bar, description=doing)
@@ -119,7 +121,7 @@ def _world_size(config: TuneConfig) -> int:
     return count
 
 
-def _write_experiment(path: Path, setting: Setting, report: Report) -> None:
+def _write_experiment(path: Path, setting: TuneSetting, report: TuneReport) -> None:
     chosen = [entry.partition("=")[2] for entry in sys.argv[1:] if entry.lstrip("+").startswith("experiment=")]
     comment = f"Made on {report.date[:10]} by: {report.command}"
     text = experiment_of(setting, chosen[-1] if chosen else None, comment)

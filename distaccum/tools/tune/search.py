@@ -15,9 +15,9 @@ from distaccum.tools.bench.rounds import middle_half
 from distaccum.tools.bench.sessions import PlacementFailedError, Session
 from distaccum.tools.tune import settings as keys
 from distaccum.tools.tune.contenders import Contender, Verdict, verdict_of
-from distaccum.tools.tune.report import Confirmation, Row
+from distaccum.tools.tune.report import Confirmation, TuneRow
 from distaccum.tools.tune.settings import (
-    Setting,
+    TuneSetting,
     applied,
     merged,
     micro_batch_of,
@@ -53,12 +53,12 @@ class Search:
         base: TrainConfig,
         world_size: int,
         start: Callable[[TrainConfig, str], Session],
-        tell: Callable[[str, Row | None], None],
+        tell: Callable[[str, TuneRow | None], None],
     ) -> None:
         self.section = config.tune
         self.base = base
         self.world_size = world_size
-        self.rows: list[Row] = []
+        self.rows: list[TuneRow] = []
         self.not_tried: list[str] = []
         self._start = start
         self._tell = tell
@@ -98,7 +98,7 @@ class Search:
 
     def _begin(self) -> None:
         self._tell("starting · as configured", None)
-        row = Row(knob="default", title="as configured", overrides=[])
+        row = TuneRow(knob="default", title="as configured", overrides=[])
         try:
             self.default.prepare(None)
             facts = self.default.ask("facts")[0]
@@ -200,14 +200,14 @@ class Search:
 
     # One candidate
 
-    def _try(self, knob: str, title: str, changes: Setting, *, is_inexact: bool = False) -> Verdict | None:
+    def _try(self, knob: str, title: str, changes: TuneSetting, *, is_inexact: bool = False) -> Verdict | None:
         """Times a candidate turn by turn with the best; takes it if it is faster. None: it can't run, or time is up."""
         if time.monotonic() > self._deadline:
             self.not_tried.append(title)
             return None
         setting = merged(self.best.setting, changes)
         contender = self._contender(title, setting, is_inexact=is_inexact)
-        row = Row(knob=knob, title=title, overrides=overrides_of(setting), is_inexact=is_inexact)
+        row = TuneRow(knob=knob, title=title, overrides=overrides_of(setting), is_inexact=is_inexact)
         verdict = None
         try:
             ratios = self._ratios(contender)
@@ -289,10 +289,10 @@ class Search:
             self.best = self.default
         return confirmation
 
-    def _contender(self, title: str, setting: Setting, *, is_inexact: bool = False) -> Contender:
+    def _contender(self, title: str, setting: TuneSetting, *, is_inexact: bool = False) -> Contender:
         name = "_".join(overrides_of(setting)).replace("/", "_") or "default"
         return Contender(title, setting, lambda: self._start(applied(self.base, setting), name), is_inexact=is_inexact)
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: TuneRow) -> None:
         self.rows.append(row)
         self._tell("", row)

@@ -15,7 +15,7 @@ from distaccum.config.tools import TuneConfig
 from distaccum.planning import resolve_batch
 from distaccum.strategies import needs_equal_micro_steps
 
-Setting = Mapping[str, Any]
+TuneSetting = Mapping[str, Any]
 """Key of the configuration → value. `batch` is the name of the cut; all others are dotted paths."""
 
 CUT, MICRO_BATCH, STEPS = "batch", "batch.micro_batch_size", "batch.accumulation_steps"
@@ -33,7 +33,7 @@ def base_of(config: TuneConfig, world_size: int) -> TrainConfig:
     return dataclasses.replace(config, strategy=strategy, batch=batch)
 
 
-def applied(config: TrainConfig, setting: Setting) -> TrainConfig:
+def applied(config: TrainConfig, setting: TuneSetting) -> TrainConfig:
     """The configuration with a setting's values."""
     changed = dataclasses.replace(config)
     if CUT in setting:
@@ -95,13 +95,13 @@ _ONLY_BY_LENGTH = {f"batch.{entry.name}" for entry in dataclasses.fields(ByLengt
 }
 
 
-def merged(setting: Setting, changes: Setting) -> dict[str, Any]:
+def merged(setting: TuneSetting, changes: TuneSetting) -> dict[str, Any]:
     """A setting with changes, without what the cut that it then has doesn't know."""
     both = {**setting, **changes}
     return {key: value for key, value in both.items() if both.get(CUT) != UNIFORM or key not in _ONLY_BY_LENGTH}
 
 
-def overrides_of(setting: Setting) -> list[str]:
+def overrides_of(setting: TuneSetting) -> list[str]:
     """A setting as it stands on a command line."""
     return [f"{key}={_shown(value)}" for key, value in setting.items()]
 
@@ -116,7 +116,7 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def command_of(setting: Setting, arguments: Sequence[str], world_size: int) -> list[str]:
+def command_of(setting: TuneSetting, arguments: Sequence[str], world_size: int) -> list[str]:
     """The words of the command that trains so.
 
     Args:
@@ -136,7 +136,7 @@ def command_of(setting: Setting, arguments: Sequence[str], world_size: int) -> l
     return [*launcher, "-m", "distaccum.train", *kept, *overrides_of(setting)]
 
 
-def experiment_of(setting: Setting, base: str | None, comment: str) -> str:
+def experiment_of(setting: TuneSetting, base: str | None, comment: str) -> str:
     """A setting as the text of an experiment's file.
 
     Args:

@@ -11,12 +11,12 @@ from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.bench.terminal import print_table, table_of
-from distaccum.tools.tune.report import Forecast, Report, Row
+from distaccum.tools.tune.report import Forecast, TuneReport, TuneRow
 
 _FULL_WIDTH = 110
 
 
-def line_of(row: Row) -> Text:
+def line_of(row: TuneRow) -> Text:
     """A row as it is told when it is done."""
     if row.ratio is None and row.samples_per_second is not None:
         return Text(f"{row.title}: {rate(row.samples_per_second)} samples/s")
@@ -24,13 +24,13 @@ def line_of(row: Row) -> Text:
     return Text(f"{row.title}: {said}", style="" if row.is_taken else "dim")
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: TuneRow) -> str:
     if row.is_taken:
         return "taken"
     return f"{row.verdict}, not exact" if row.is_inexact and row.ratio is not None else row.verdict
 
 
-def show(report: Report, run_dir: Path) -> None:
+def show(report: TuneReport, run_dir: Path) -> None:
     """Prints a report on the console."""
     _print()
     print_table(_tried(report), _FULL_WIDTH)
@@ -59,7 +59,7 @@ def _print(text: str = "", style: str = "") -> None:
     console.print(Text(text, style), soft_wrap=True)  # whatever is to be pasted is never broken
 
 
-def _tried(report: Report) -> Table:
+def _tried(report: TuneReport) -> Table:
     table = table_of("tried", "samples/s", "speed", "middle half", "memory", "", left=(0, 5), folded=(0, 5))
     for row in report.rows:
         if row.samples_per_second is None:
@@ -73,7 +73,7 @@ def _tried(report: Report) -> Table:
     return table
 
 
-def _suggestion(report: Report) -> list[str]:
+def _suggestion(report: TuneReport) -> list[str]:
     found = report.confirmation
     if found is None:
         return ["Nothing that was tried is faster: the configuration stays as it is."]

@@ -6,7 +6,7 @@ import torch
 
 from distaccum.config.compose import compose
 from distaccum.runtime.world import joined_world
-from distaccum.tools.check import Finding, Report, examine
+from distaccum.tools.check import CheckReport, Finding, examine
 
 POINTS = ["data=custom", "data.train._target_=zoo.Points", "task=classification"]
 SEQUENCES = ["data=custom", "data.train._target_=zoo.Sequences", "task=language_modeling"]
@@ -15,7 +15,7 @@ SMALL = ["batch.global_batch_size=16", "batch.micro_batch_size=4", "device=cpu"]
 
 def examined(
     *overrides: str, model: str | None = "Plain", task: str | None = None, sequences: bool = False, data: bool = True
-) -> Report:
+) -> CheckReport:
     """The report on a model, a task and (unless `data` is off) data of the zoo."""
     arguments = [*(SEQUENCES if sequences else POINTS if data else []), *SMALL]
     if model is not None:
@@ -27,11 +27,11 @@ def examined(
         return examine(config, world, torch.device("cpu"))
 
 
-def kinds(report: Report) -> set[str]:
+def kinds(report: CheckReport) -> set[str]:
     return {finding.kind for finding in report.findings}
 
 
-def finding(report: Report, kind: str) -> Finding:
+def finding(report: CheckReport, kind: str) -> Finding:
     found = [entry for entry in report.findings if entry.kind == kind]
     assert len(found) == 1, [(entry.kind, entry.where) for entry in report.findings]
     return found[0]

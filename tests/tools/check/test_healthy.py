@@ -13,7 +13,7 @@ from examining import POINTS, SMALL, examined, finding, kinds
 
 from distaccum.config.compose import compose
 from distaccum.errors import UserError
-from distaccum.tools.check.report import Report
+from distaccum.tools.check.report import CheckReport
 from distaccum.tools.check.run import _Examination
 from distaccum.tools.check.subject import Subject, cuts_of, window_samples
 from distaccum.training.build import build_parts
@@ -85,7 +85,9 @@ def test_nothing_of_the_users_is_changed() -> None:
     parts = build_parts(config, torch.device("cpu"))
     before = copy.deepcopy(parts.module.state_dict())
     subject = Subject(config, parts, torch.device("cpu"))
-    report = Report(model="", precision="fp32", world_size=1, tolerance_fp64=1e-10, tolerance=1e-4, windows=[16, 16])
+    report = CheckReport(
+        model="", precision="fp32", world_size=1, tolerance_fp64=1e-10, tolerance=1e-4, windows=[16, 16]
+    )
     _Examination(subject, report, window_samples(subject)).alone()
     assert parts.module.training
     assert all(torch.equal(value, before[name]) for name, value in parts.module.state_dict().items())

@@ -11,7 +11,7 @@ from distaccum.config.tools import PlacementName
 from distaccum.tools.bench.environment import environment
 from distaccum.tools.bench.rounds import Round
 from distaccum.tools.compare.placements import PLACEMENTS, Case
-from distaccum.tools.compare.results import Reference, Report, Row, add_rounds, add_speedups, row_of
+from distaccum.tools.compare.results import CompareReport, CompareRow, Reference, add_rounds, add_speedups, row_of
 
 MIB = 2**20
 
@@ -37,7 +37,7 @@ def row(
     error_float64: float | None = 1e-15,
     error: float | None = 1e-6,
     reason: str | None = None,
-) -> Row:
+) -> CompareRow:
     of = case(name, world_size, accumulation_steps)
     made = row_of(of, of.command(_config()))
     made.reason = reason
@@ -59,9 +59,9 @@ def row(
     return made
 
 
-def report(*rows: Row, **changes: Any) -> Report:
+def report(*rows: CompareRow, **changes: Any) -> CompareReport:
     add_speedups(rows)
-    return Report(
+    return CompareReport(
         **environment(),
         config=as_plain(_config()),
         reference=changes.pop("reference", Reference(parameters=1234)),

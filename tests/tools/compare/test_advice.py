@@ -4,14 +4,14 @@ import pytest
 from rows_by_hand import report, row
 
 from distaccum.tools.compare.advice import advise
-from distaccum.tools.compare.results import Reference, Row
+from distaccum.tools.compare.results import CompareRow, Reference
 
 SLOW = (40.0, 41.0, 42.0, 41.0, 40.0)
 MIDDLING = (30.0, 31.0, 32.0, 31.0, 30.0)
 FAST = (20.0, 21.0, 22.0, 21.0, 20.0)
 
 
-def said(*rows: Row, reference: Reference | None = None) -> str:
+def said(*rows: CompareRow, reference: Reference | None = None) -> str:
     return "\n".join(advise(report(*rows, **({"reference": reference} if reference else {}))))
 
 

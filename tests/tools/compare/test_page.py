@@ -12,7 +12,7 @@ from rows_by_hand import report, row
 
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import coinciding, page_of
-from distaccum.tools.compare.results import Reference, Report, Row
+from distaccum.tools.compare.results import CompareReport, CompareRow, Reference
 from distaccum.tools.pages.lines import spread_labels
 from distaccum.tools.pages.svg import nice_ticks
 
@@ -44,7 +44,7 @@ class WellFormed(HTMLParser):
         self.texts.append(data)
 
 
-def rows() -> list[Row]:
+def rows() -> list[CompareRow]:
     return [
         row("one_shot", (9.0, 10.0), accumulation_steps=1, memory_mib=900, error_float64=0.0),
         row("single", (19.0, 21.0)),
@@ -57,7 +57,7 @@ def rows() -> list[Row]:
     ]
 
 
-def whole(*of: Row, reference: Reference | None = None) -> Report:
+def whole(*of: CompareRow, reference: Reference | None = None) -> CompareReport:
     made = report(*of, **({"reference": reference} if reference else {}))
     made.advice = advise(made)
     return made
@@ -79,7 +79,7 @@ def whole(*of: Row, reference: Reference | None = None) -> Report:
 )
 def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(made: object) -> None:
     assert callable(made)
-    told: Report = made()
+    told: CompareReport = made()
     page = page_of(told)
     parser = WellFormed()
     parser.feed(page)

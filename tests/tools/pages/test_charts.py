@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
-from distaccum.tools.pages.page import table, whole_page
+from distaccum.tools.pages.page import render
 from distaccum.tools.pages.svg import axis_ticks, short
 from distaccum.tools.pages.thinning import moving_median, thinned
 
@@ -55,7 +55,9 @@ def test_numbers_on_axes_are_short(value: float, text: str) -> None:
 
 
 def test_a_gap_is_a_gap_and_no_value_leaves_the_chart() -> None:
-    curve = Curve("a", "r0", [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 0.0), (6, 4.0)], "hint", label="a<b")
+    curve = Curve(
+        "r0", [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, 0.0), (6, 4.0)], "hint", label="a<b", name="a"
+    )
     chart = line_chart(
         "what it shows",
         [curve],
@@ -80,13 +82,13 @@ def test_a_gap_is_a_gap_and_no_value_leaves_the_chart() -> None:
 
 def test_one_point_alone_is_a_chart_too() -> None:
     for value in (0.0, -3.0, 5.0):
-        assert "<circle" in line_chart("one", [Curve("", "r0", [(1, value)], "")], x=Axis(title="x"), y=Axis(title="y"))
-    nothing = line_chart("none", [Curve("", "r0", [], "")], x=Axis(title="x"), y=Axis(title="y", is_log=True))
+        assert "<circle" in line_chart("one", [Curve("r0", [(1, value)], "")], x=Axis(title="x"), y=Axis(title="y"))
+    nothing = line_chart("none", [Curve("r0", [], "")], x=Axis(title="x"), y=Axis(title="y", is_log=True))
     assert "<svg" in nothing
 
 
 def test_what_is_written_on_a_page_is_escaped() -> None:
-    page = whole_page("a<b", [table(["<i>"], [["<script>", "&"]])])
+    page = render("pages/page.html", "pages", "a<b", facts=["<script>"])
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "<title>a&lt;b</title>" in page

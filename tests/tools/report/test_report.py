@@ -20,6 +20,7 @@ from command_line import TINY, Ended
 
 from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import read_metrics
+from distaccum.observers.run_file import Outcome, RunRecord
 from distaccum.report import main
 from distaccum.tools.pages.page import MADE_BY
 from distaccum.tools.report import write_page
@@ -95,13 +96,16 @@ def evaluation(number: int, **metrics: float | None) -> dict[str, Any]:
     return {"update": number, "epoch": (number - 1) // 10, "eval": metrics}
 
 
-def run(folder: Path, lines: list[dict[str, Any]], *, config: dict[str, Any] | None = CONFIG, end: str = "") -> Path:
+def run(
+    folder: Path, lines: list[dict[str, Any]], *, config: dict[str, Any] | None = CONFIG, end: str = "", **record: Any
+) -> Path:
     """A run's folder with these lines."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines) + end
     (folder / "metrics.jsonl").write_text(text)
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    RunRecord(**{"outcome": Outcome.running, **record}).write(folder)
     return folder
 
 
@@ -115,8 +119,7 @@ def usual(number: int = 60, **changes: Any) -> list[dict[str, Any]]:
 
 
 def test_a_run_on_one_page(tmp_path: Path) -> None:
-    folder = run(tmp_path / "mine", usual(peak_memory_bytes=3 * 2**20))
-    (folder / "model.safetensors").touch()
+    folder = run(tmp_path / "mine", usual(peak_memory_bytes=3 * 2**20), outcome=Outcome.finished, updates=60)
     shown = page(folder)
     assert "CNN on Digits, finished after 60 updates, 3,840 samples, 6 epochs." in shown.words
     assert "The training loss fell from 1.2222 to 0.0339." in shown.words
@@ -139,7 +142,6 @@ def test_a_run_on_one_page(tmp_path: Path) -> None:
 
 
 def test_a_run_that_keeps_nothing_has_finished_too(train: Callable[..., Ended]) -> None:
-    """Neither a last update that was asked for nor a model says so; its log does."""
     keeps_nothing = [*TINY, "train.max_updates=null", "train.epochs=1", "checkpoint.enabled=false", "run_dir=run"]
     assert train(*keeps_nothing).status == 0
     (found,) = read_runs([Path("run")])
@@ -148,6 +150,26 @@ def test_a_run_that_keeps_nothing_has_finished_too(train: Callable[..., Ended]) 
         file.write(json.dumps(update(5)) + "\n")
     (longer,) = read_runs([Path("run")])
     assert not longer.is_finished, "it was made longer since, and that has not come to its end"
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"outcome": "won"}', '{"plan": "", "resumed_after": 1e999}'])
+def test_a_run_without_a_readable_run_file_is_shown_from_its_metrics(tmp_path: Path, content: str | None) -> None:
+    folder = run(tmp_path / "old", usual())
+    (folder / "run.json").unlink()
+    if content is not None:
+        (folder / "run.json").write_text(content)
+    shown = page(folder)
+    assert "CNN on Digits, 60 updates, 3,840 samples, 6 epochs; it is not known how it ended." in shown.words
+    assert "run.json is missing or can't be read" in shown.words
+    assert "The training loss fell" in shown.words
+
+
+def test_a_run_that_failed_says_with_what_error(train: Callable[..., Ended]) -> None:
+    diverging = [*TINY, "optim.lr=1e30", "train.clip_norm=null", "run_dir=run"]
+    assert train(*diverging).status == 2
+    shown = page(Path("run"))
+    assert re.search(r"diverged after \d update", shown.words)
+    assert re.search(r"It ended with an error: update \d: the loss is (nan|inf)", shown.words)
 
 
 def test_what_was_measured_of_noise_is_shown(tmp_path: Path) -> None:
@@ -183,26 +205,23 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [run(tmp_path / above / "run", usual(3)) for above in ("one", "two")]
     assert [found.name for found in read_runs(folders)] == ["one/run", "two/run"]
     assert differences(read_runs(folders)) == []
-    assert "Nothing: all runs were told the same." in page(*folders, out=tmp_path / "page.html").words
+    assert "Nothing: all runs were configured alike." in page(*folders, out=tmp_path / "page.html").words
 
 
 def test_what_went_wrong_is_told_and_not_drawn(tmp_path: Path) -> None:
     lines = usual(40)
     lines[11] = update(11, loss=None, grad_norm=None, skipped=True)
     lines[19] = update(19, loss=None)
-    folder = run(tmp_path / "bad", [*lines[:30], lines[5], *lines[33:]], end='{"update": 41, "loss": 0.')
+    stopped = {"outcome": Outcome.stopped, "reason": "SIGUSR1", "updates": 40, "resumed_after": [20]}
+    torn = '{"update": 41, "loss": 0.'
+    folder = run(tmp_path / "bad", [*lines[:30], lines[5], *lines[33:]], end=torn, **stopped)
     with (folder / "metrics.jsonl").open("r+") as file:
         text = file.read()
         file.seek(0)
         file.write("no json\n" + text)
-    (folder / "unfinished.json").write_text('{"update": 40, "signal": "SIGUSR1"}')
-    (folder / "logs").mkdir()
-    (folder / "logs" / "rank0.log").write_text(
-        "2026 INFO distaccum: going on from bad/checkpoints/update-20, update 20\n"
-    )
     (found,) = read_runs([folder])
     shown = page(folder)
-    assert "told to stop by SIGUSR1 after 40 updates" in shown.words
+    assert "stopped by SIGUSR1 after 40 updates" in shown.words
     assert "went on once from a checkpoint" in shown.words
     told = what_to_look_at(found)
     assert any(text.startswith("Update 11 was skipped (") for text in told)
@@ -325,10 +344,8 @@ def test_a_folder_from_a_stranger_does_not_hold_it_up(tmp_path: Path) -> None:
         folder = run(tmp_path / f"run{number}", usual())
         (folder / "config.yaml").unlink()
         make(folder / "config.yaml")
-        for name in ("unfinished.json", "logs/rank0.log"):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).unlink(missing_ok=True)
-            os.mkfifo(folder / name)
+        (folder / "run.json").unlink()
+        os.mkfifo(folder / "run.json")
         shown = page(folder)
         assert "config.yaml is missing or can" in shown.text
         assert "4711" not in shown.text

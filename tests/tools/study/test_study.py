@@ -213,7 +213,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 90
-        while not _has_come_to(2.0, metrics):
+        while not _has_come_to(1.8, metrics):  # and so the mean over three evaluations to the target below, 2.0
             assert time.monotonic() < deadline, "it does not learn"
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
