@@ -59,6 +59,11 @@ def not_importable(who: str, package: str, error: BaseException) -> UserError:
     return UserError(f"{who} needs {package}, which cannot be imported ({type(error).__name__}: {error}).{mend}")
 
 
+def is_one_value_per_channel(error: BaseException) -> bool:
+    """Whether this is BatchNorm's refusal of a micro-batch that has one value per channel, as one sample has."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel")
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

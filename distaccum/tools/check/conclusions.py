@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
+from distaccum.errors import UserError
 from distaccum.tools.check.measuring import Update
 from distaccum.tools.check.report import CutRow, Finding, Report, Severity
 
@@ -38,6 +41,27 @@ def too_few_samples(report: Report) -> Finding:
         f"{', '.join(map(str, report.windows))} samples.",
         where="ranks",
         remedy="Mend what the other findings say; or give each rank a sample: check.samples, batch.global_batch_size.",
+    )
+
+
+def collectives_grow(counts: str) -> Finding:
+    return Finding(
+        kind="collectives_grow",
+        severity=Severity.warning,
+        because="the number of gradient collectives per update depends on the cut",
+        what=f"Gradient collectives per update: {counts}.",
+        where="DDP",
+        remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each of them.",
+    )
+
+
+def batchnorm_refuses(windows: Sequence[int]) -> UserError:
+    """The error to raise when BatchNorm can't compute a window of one sample, in a check as in a training."""
+    return UserError(
+        "BatchNorm needs more than one value per channel in training, and a window that the check computes in one "
+        f"micro-batch has one sample (samples of the windows: {', '.join(map(str, windows))}). Leave out a short last "
+        "window (batch.drop_last=true); raise batch.global_batch_size and check.samples to 2 or more; or use GroupNorm "
+        "or LayerNorm."
     )
 
 

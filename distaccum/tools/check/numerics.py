@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, 
     )
 
 
-def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
+def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable[[str], None]) -> Iterator[Finding]:
     """Compares the analytic gradient with central differences of the loss, in float64.
 
     Parameters are examined in groups whose gradients weigh alike, and one by one in a group that is off.
@@ -123,6 +123,7 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Fi
     wrong: list[tuple[str, float, float]] = []
     for start in range(0, len(slopes.names), _GROUP):
         group = slopes.names[start : start + _GROUP]
+        tell(f"slopes of the loss, {start} of {len(slopes.names)} parameters")
         if len(group) > 1 and slopes.off(group) is None:
             continue
         for name in group:

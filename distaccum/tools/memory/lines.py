@@ -55,15 +55,14 @@ class PeakLine:
         return low
 
 
-def sizes_to_measure(micro_batch: int, most: int, replicas: int = 1) -> list[int]:
-    """The sizes that a peak at `micro_batch` and around it is known from: three at most, the smallest first.
+def sizes_to_measure(micro_batch: int, most: int, least: int = 1) -> list[int]:
+    """Sizes of micro-batches from which the peak at `micro_batch` follows: at most three, the smallest first.
 
     Args:
         most: samples that there are.
-        replicas: that share each micro-batch. With a single sample each, kernels take other temporaries than with more,
-            so the sizes beside `micro_batch` itself have two for each.
+        least: the smallest size to measure beside `micro_batch` itself.
     """
-    least = min(micro_batch, 2 * replicas if replicas > 1 else 1)
+    least = min(micro_batch, least)
     wanted = {max(least, micro_batch // 4), max(least, micro_batch // 2), micro_batch}
     if micro_batch == 1:
         wanted.add(2)

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.config.components import AdamConfig, AdamW8bitConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.config.launcher import launch
 from distaccum.config.tools import MemoryConfig
-from distaccum.errors import UserError
+from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders.collate import PadCollate
 from distaccum.planning import resolve_batch
 from distaccum.runtime.devices import resolve_device
@@ -116,10 +117,10 @@ class _Examination:
         )
         self._limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(self._device)
         self._usable = self._limit * (1 - config.memory.headroom)
+        self._left_out: list[str] = []
 
     def report(self) -> Report:
         """Measures all settings."""
-        rows, left_out = self._rows()
         return Report(
             model=type(self._parts.module).__name__,
             device=str(self._device),
@@ -127,18 +128,17 @@ class _Examination:
             limit=int(self._limit),
             usable=int(self._usable),
             share=-(-self._window // self._configured.world_size),
-            rows=rows,
-            left_out=left_out,
+            rows=self._rows(),
+            left_out=self._left_out,
             can_install_8bit=self._config.memory.alternatives and _can_be_8bit(self._configured) and not has_8bit(),
         )
 
-    def _rows(self) -> tuple[list[Row], list[str]]:
-        """The settings that could be measured, and the labels of the others, with the reasons."""
+    def _rows(self) -> list[Row]:
+        """Measures the settings one after the other; names those that can't be measured in `_left_out`."""
         changes = [_Change("", "configured", self._configured)]
         if self._config.memory.alternatives:
             changes += self._alternatives()
         rows: list[Row] = []
-        left_out = []
         console = Console(stderr=True)
         is_silent = self._config.memory.json or not console.is_terminal
         column = TextColumn("measuring: {task.description}")
@@ -153,8 +153,8 @@ class _Examination:
                     if not rows or not (is_full or isinstance(error, UserError)):
                         raise
                     reason = "memory ran out" if is_full else str(error).partition(". ")[0]
-                    left_out.append(f"{change.label} ({reason})")
-        return rows, left_out
+                    self._left_out.append(f"{change.label} ({reason})")
+        return rows
 
     def _measured(self, change: _Change) -> Row:
         setting, num_samples = change.setting, len(self._parts.train_data)
@@ -162,7 +162,10 @@ class _Examination:
         if (steps, setting.world_size) != (self._configured.accumulation_steps, self._configured.world_size):
             size = -(-self._window // (setting.world_size * steps))
         size = min(size, num_samples)
-        sizes = sizes_to_measure(size, num_samples, replicas_of(setting.strategy, self._device))
+        replicas = replicas_of(setting.strategy, self._device)
+        # With a single sample for each replica, kernels take other temporaries than with more, and BatchNorm refuses.
+        is_alone_different = replicas > 1 or any(isinstance(part, _BatchNorm) for part in self._parts.module.modules())
+        sizes = sizes_to_measure(size, num_samples, least=2 * replicas if is_alone_different else 1)
         try:
             footprint = measure(
                 self._parts.module,
@@ -176,6 +179,12 @@ class _Examination:
                 limit=self._usable,
             )
         except Exception as error:
+            if is_one_value_per_channel(error):
+                raise UserError(
+                    f"micro-batches of {sizes[0]} can't be measured: BatchNorm needs more than one value per channel "
+                    "in training. Give each replica 2 samples or more (batch.micro_batch_size, "
+                    "batch.global_batch_size, or more data), or use GroupNorm or LayerNorm."
+                ) from error
             if setting is not self._configured or not is_out_of_memory(error):
                 raise
             raise DoesNotFitError(
@@ -211,8 +220,11 @@ class _Examination:
             )
             if strategy == configured.strategy or is_impossible:
                 continue
-            other, _ = self._cut(strategy, ranks)
             label = f"{overrides.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
+            if self._window < ranks:
+                self._left_out.append(f"{label} (a window of {self._window} has no sample for each rank)")
+                continue
+            other, _ = self._cut(strategy, ranks)
             setting = replace(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
             yield _Change(overrides, label, setting)
 
