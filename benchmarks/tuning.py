@@ -109,7 +109,7 @@ def main() -> None:
         medians = [statistics.median(column) for column in zip(*(t["compute"] for t in found["turns"]), strict=True)]
         compute = fit_compute(dict(zip(STEPS, medians, strict=True)))
         there = dataclasses.replace(forecast, micro_batch=statistics.median(t["samples"] for t in found["turns"]))
-        predicted = predicted_seconds(there, compute, 2, report["config"]["batch"]["global_batch_size"], link)
+        predicted = predicted_seconds(there, 2, report["config"]["batch"]["global_batch_size"], link)
         seconds = statistics.median(turn["seconds"] for turn in found["turns"])
         rows.append(
             {
