@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distaccum.config import conf_dir
-from distaccum.config.compose import _COMPOSITION_ERRORS, _register, _typed, explain_composition_error
+from distaccum.config.compose import COMPOSITION_ERRORS, explain_composition_error, register_schemas, typed
 from distaccum.errors import (
     EXIT_INTERRUPTED,
     EXIT_STATUS,
@@ -84,7 +84,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
     """
     make_output_safe()
     try:
-        _register()
+        register_schemas()
         os.getcwd()
     except (FileNotFoundError, UserError) as error:
         is_gone = isinstance(error, FileNotFoundError)
@@ -100,7 +100,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
         nonlocal is_composing, status
         is_composing = False
         try:
-            config = _typed(composed)
+            config = typed(composed)
             _check_sweep(config.run_dir, folders)
         except UserError as error:
             exit_before_ranks_are_joined(error)
@@ -113,7 +113,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
 
     try:
         job()
-    except _COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
         exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
