@@ -1,4 +1,4 @@
-"""What `python -m distaccum.memory` measures: the configured setting, and what one change at a time would do to it."""
+"""Measures the memory of the configured setting, and of others that differ from it by one change."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def memory(config: MemoryConfig) -> int:
     """Measures, prints the report, and returns the exit status: 0 if the configured setting fits.
 
     Raises:
-        UserError: whatever in the configuration, the data or the machine keeps it from being measured.
+        UserError: the configuration, the data or the machine doesn't allow the measurement.
     """
     if launch().world_size > 1:
         raise UserError("distaccum.memory is one process: start it without torchrun, and set memory.world_size=…")

@@ -136,7 +136,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([tmp_path], "manifest.json is missing"),
         ([damaged], "is not as it was written: its hash is another"),
         ([runs / "a", "other"], "not made for the same data or task"),
-        (["other", "sead=1"], "there is no key sead in what was trained"),
+        (["other", "sead=1"], "there is no key sead in the training's configuration"),
         ([runs / "a", "model.channels=[4]"], "model.channels can't be changed for an evaluation"),
         (["other", "model=cnn"], "model can't be changed for an evaluation"),
         ([runs / "a", "data.evaluation.splt=train"], "unexpected keyword argument 'splt'"),
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([runs / "a", "task.label_smoothing=abc"], "task.label_smoothing: Value 'abc'"),
         ([runs / "a", runs / "b", "--class-dim", "7"], "class_dim=7 is no dimension of outputs of shape"),
         (["seed=1"], "there is no PATH"),
-        ([runs / "a", "data.evaluation=null"], "say what to evaluate on"),
+        ([runs / "a", "data.evaluation=null"], "without evaluation data (data.evaluation=null): name some"),
         ([runs / "a", "--out", tmp_path / "no" / "folder.json"], "folder.json can't be written"),
     ]
     for arguments, said in cases:
@@ -285,7 +285,7 @@ def test_what_is_trusted_is_called(
     alias = crafted(runs / "a", tmp_path / "alias", "data.train", {**CALL, "_target_": "mine.os.mkdir"})
     ended = evaluated(alias, "--trust", "mine")
     assert ended.status == 2
-    assert "data.train._target_=mine.os.mkdir is what the checkpoint wants to be called here" in ended.err
+    assert "data.train._target_=mine.os.mkdir is named by the checkpoint alone" in ended.err
     with pytest.raises(TypeError):  # a folder is no dataset
         evaluated(alias, "--trust", "mine.os.mkdir")
     assert Path("PWNED").exists()
@@ -360,7 +360,7 @@ def test_outputs_with_names(train: Callable[..., Ended], evaluated: Evaluate) ->
         other_task = f"task._target_=test_evaluate.{task}"
         ended = evaluated("run1", "run2", *trust, other_task, "--out", "out.json")
         assert ended.status == 0, ended.err
-        assert "each alone, and not together: " in ended.out + ended.err
+        assert "not evaluated together: " in ended.out + ended.err
         assert reason in " ".join((ended.out + ended.err).split())
         assert [row["loss"] for row in rows_of().values()] == pytest.approx([one, other])
         assert json.loads(Path("out.json").read_text())["combine"] is None
