@@ -176,12 +176,12 @@ class Subject:
         return self.samples.batch(indices, torch.float64 if in_double else self.precision.input_dtype)
 
     @contextmanager
-    def stillness(self, still: bool | None = None, *, float64: bool) -> Iterator[None]:
+    def stillness(self, *, float64: bool) -> Iterator[None]:
         """Encloses forwards, and backwards, which may compute a forward again (activation checkpointing)."""
         with ExitStack() as stack:
             if self.widens and float64:
                 stack.enter_context(WideCasts())
-            if self.is_random if still is None else still:
+            if self.is_random:
                 stack.enter_context(StillDraws())  # type: ignore[no-untyped-call]
             yield
 
@@ -190,18 +190,16 @@ class Subject:
             loss_sum.backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def computing(self, *, float64: bool, seed: int = 0, still: bool | None = None) -> Iterator[None]:
+    def computing(self, *, float64: bool, seed: int = 0) -> Iterator[None]:
         """Encloses a forward, which draws the same random numbers each time, or their means."""
         seed_everything(derived_seed(self._seed, seed))
         in_double = float64 and self.has_float64
-        with self.stillness(still, float64=in_double), nullcontext() if in_double else self.precision.autocast():
+        with self.stillness(float64=in_double), nullcontext() if in_double else self.precision.autocast():
             yield
 
-    def output(
-        self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0, still: bool | None = None
-    ) -> TaskOutput:
+    def output(self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0) -> TaskOutput:
         """Makes a forward, which draws the same random numbers each time, or their means if the model draws any."""
-        with self.computing(float64=float64, seed=seed, still=still):
+        with self.computing(float64=float64, seed=seed):
             return checked_output(task(model, batch))
 
     def probe(
@@ -210,7 +208,6 @@ class Subject:
         *,
         model: nn.Module | None = None,
         seed: int = 0,
-        still: bool | None = None,
         float64: bool = True,
         watch: bool = False,
         record: bool = True,
@@ -221,7 +218,7 @@ class Subject:
         with ExitStack() as stack:
             recorded = stack.enter_context(recording(model)) if record else Recording()
             draws = stack.enter_context(DrawWatch(recorded.running_module)) if watch else None
-            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed, still=still)
+            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed)
         return Probe(
             loss=float(output.loss_sum.detach()),
             dtype=output.loss_sum.dtype,
