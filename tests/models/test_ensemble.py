@@ -62,7 +62,7 @@ def test_members_are_trained_together_as_any_module_is() -> None:
 def test_what_can_not_be_an_ensemble() -> None:
     with pytest.raises(UserError, match="at least one model"):
         Ensemble([], class_dim=1)
-    with pytest.raises(UserError, match="along which dimension"):
+    with pytest.raises(UserError, match="needs the dimension of the classes"):
         Ensemble([nn.Linear(1, 1)])
     with pytest.raises(UserError, match="mean_of_weights"):
         Ensemble([nn.Linear(1, 1)], combine=Combination.weights)
