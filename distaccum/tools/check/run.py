@@ -41,7 +41,7 @@ def check(config: CheckConfig) -> int:
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device)
         check_same_config(world, as_plain(config))
-        with _progress() as tell:
+        with _progress(is_shown=world.is_main) as tell:
             report = examine(config, world, device, tell)
         if world.is_main:
             if config.check.json:
@@ -57,11 +57,13 @@ def check(config: CheckConfig) -> int:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _progress(*, is_shown: bool) -> Iterator[Callable[[str], None]]:
     """Shows on standard error, if that is a terminal, what is being done while the context is open."""
     console = Console(stderr=True)
     columns = TextColumn("checking: {task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)
+    ) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda doing: progress.update(task, description=doing, refresh=True)
 

@@ -149,7 +149,7 @@ def _check_trusted(config: dict[str, Any], given: Collection[str], trusted: Coll
         if key.endswith(f".{targets.TARGET}") and not _is_trusted(value, key, trusted):
             raise UserError(
                 f"{key}={value} is named by the checkpoint alone, and whoever made that could name any code to run. If "
-                f"you trust it, write --trust {value}, or --trust {value.partition('.')[0]} for all of that package."
+                f"you trust it, say so: --trust {value}, or --trust {value.partition('.')[0]} for all of that package."
             )
 
 
