@@ -108,8 +108,10 @@ def main() -> None:
         link = fit_link({int(size): seconds for size, seconds in found["link"].items()}, 2)
         medians = [statistics.median(column) for column in zip(*(t["compute"] for t in found["turns"]), strict=True)]
         compute = fit_compute(dict(zip(STEPS, medians, strict=True)))
-        there = dataclasses.replace(forecast, micro_batch=statistics.median(t["samples"] for t in found["turns"]))
-        predicted = predicted_seconds(there, compute, 2, report["config"]["batch"]["global_batch_size"], link)
+        there = dataclasses.replace(
+            forecast, **dataclasses.asdict(compute), micro_batch=statistics.median(t["samples"] for t in found["turns"])
+        )
+        predicted = predicted_seconds(there, 2, report["config"]["batch"]["global_batch_size"], link)
         seconds = statistics.median(turn["seconds"] for turn in found["turns"])
         rows.append(
             {

@@ -6,7 +6,7 @@ from distaccum.cli import run_tool
 
 
 def main() -> None:
-    """The console script. Exit status: 0 equal, 1 not equal, 2 bad input."""
+    """Runs the command. Exit status: 0 equal, 1 not equal, 2 bad input."""
     run_tool("check")
 
 

@@ -1,6 +1,7 @@
-"""What the entry points share: composing the configuration with Hydra, and ending with one message when it is wrong.
+"""Shared by the entry points: they compose the configuration with Hydra, and end with one message when it is wrong.
 
-Hydra stops here: what the entry points call gets typed dataclasses. torch is imported only once a run starts.
+Only this module and `distaccum.config.compose` use Hydra; all others get typed dataclasses. torch is imported only when
+a run starts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distaccum.config import conf_dir
-from distaccum.config.compose import _COMPOSITION_ERRORS, _register, _typed, explain_composition_error
+from distaccum.config.compose import COMPOSITION_ERRORS, explain_composition_error, register_schemas, typed
 from distaccum.errors import (
     EXIT_INTERRUPTED,
     EXIT_STATUS,
@@ -32,29 +33,27 @@ from distaccum.errors import (
 from distaccum.runtime.logs import check_printed, flush_output, make_output_safe, print_error, tell_launcher
 
 _SECONDS_TO_BE_STOPPED = 5.0
-"""How long a rank that has nothing to say waits for the launcher to stop it, once another rank has failed."""
-
+"""How long a rank that prints nothing waits for the launcher to stop it, after another rank has failed."""
 
 _OWN_RANKS = {
     "compare": "compare.world_sizes=[…] how many ranks to compare",
     "study": "study.ranks=… how many ranks each run is to have",
     "tune": "tune.world_size=… how many ranks to tune for",
 }
-"""Tools that start their own ranks → what says how many."""
+"""By tool that starts its own ranks: the key for their number."""
 
 
 def run_tool(name: str) -> None:
     """Runs `distaccum.tools.NAME.NAME` as `run_entry_point` does.
 
-    `--json` is short for `NAME.json=true`, where there is such a key: the command line is Hydra's, which knows no such
-    word.
+    `--json` is short for `NAME.json=true` where that key exists; Hydra has no such option.
     """
 
     def run(config: Any) -> int | None:
         if name in _OWN_RANKS and "RANK" in os.environ:
             raise UserError(
                 f"distaccum.{name} starts its own ranks, and a launcher that sets RANK (torchrun?) has started it. Run "
-                f"`python -m distaccum.{name} …`, and say with {_OWN_RANKS[name]}."
+                f"`python -m distaccum.{name} …`, and set by {_OWN_RANKS[name]}."
             )
         # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
         tool: Callable[[Any], int | None] = getattr(importlib.import_module(f"distaccum.tools.{name}"), name)
@@ -66,7 +65,7 @@ def run_tool(name: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a program without a configuration: a mistake ends with one message and how to write it."""
+    """The command line of a program without a configuration; a mistake ends with one message and the right form."""
 
     def __init__(self, name: str, how: str, description: str) -> None:
         super().__init__(prog=f"python -m distaccum.{name}", description=description, allow_abbrev=False)
@@ -79,18 +78,18 @@ class Parser(argparse.ArgumentParser):
 def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
     """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
 
-    Bad input ends with one message and exit status 2; anything else that goes wrong keeps its traceback. A number that
-    `run` returns becomes the exit status; of the points of a sweep, the largest one.
+    Bad input ends with one message and exit status 2; any other error keeps its traceback. A number that `run` returns
+    becomes the exit status; of the points of a sweep, the largest one.
     """
     make_output_safe()
     try:
-        _register()
+        register_schemas()
         os.getcwd()
     except (FileNotFoundError, UserError) as error:
         is_gone = isinstance(error, FileNotFoundError)
-        print_error("the current folder is no longer there. Change to one that is: cd PATH." if is_gone else str(error))
+        print_error("the current folder no longer exists. Change to another one: cd PATH." if is_gone else str(error))
         sys.exit(EXIT_STATUS)
-    # Hydra then hands its errors on instead of printing them in its own way, with status 1.
+    # Hydra then raises its errors instead of printing them and exiting with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     is_composing, status = True, 0
     folders: set[str] = set()
@@ -100,7 +99,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
         nonlocal is_composing, status
         is_composing = False
         try:
-            config = _typed(composed)
+            config = typed(composed)
             _check_sweep(config.run_dir, folders)
         except UserError as error:
             exit_before_ranks_are_joined(error)
@@ -113,7 +112,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
 
     try:
         job()
-    except _COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
         exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
@@ -126,15 +125,15 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
 
 
 def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | None:
-    """Runs what ranks do together. Bad input ends the process, with one message from the rank that has something to
-    say; so does, if it `prints` what it is run for, that there is no room for that."""
+    """Runs what ranks do together, and returns its result. Bad input ends the process with one message of the rank that
+    has found it. With `prints`, so does output that was lost for want of room."""
     try:
         outcome = run()
         if prints:
             check_printed()
         return outcome
     except OtherRankFailedError:
-        # Leaving first would have the launcher stop the rank that is about to say why.
+        # If this rank left first, the launcher would stop the other one before it has printed the reason.
         time.sleep(_SECONDS_TO_BE_STOPPED)
     except UserError as error:
         print_error(str(error))
@@ -148,7 +147,7 @@ def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | N
 
 
 def _check_sweep(run_dir: str | None, before: set[str]) -> None:
-    """Refuses a sweep of ranks, and points in one folder: the second would go on with the first one's finished run."""
+    """Refuses sweeps under torchrun, and two points in one folder, where the second would resume the first's run."""
     if HydraConfig.get().mode is not RunMode.MULTIRUN:
         return
     if "RANK" in os.environ:
@@ -167,11 +166,11 @@ def _check_sweep(run_dir: str | None, before: set[str]) -> None:
 
 
 def leave(status: int) -> None:
-    """Ends the process, unless it is an ordinary one and all went well.
+    """Ends the process, unless it is no rank and `status` is 0.
 
-    A rank's work is done and its files are closed; it leaves without taking the interpreter down. A thread of gloo's
-    that frees a Python object meanwhile aborts the process, once in some dozens of runs (seen with torch 2.13), and the
-    launcher then takes a finished rank for a failed one.
+    A rank, whose files are closed, ends without finalizing the interpreter: a thread of gloo's that frees a Python
+    object meanwhile aborts the process, once in some dozens of runs (seen with torch 2.13), and the launcher then takes
+    a finished rank for a failed one.
     """
     if "RANK" in os.environ:
         logging.shutdown()
@@ -182,10 +181,10 @@ def leave(status: int) -> None:
 
 
 def exit_before_ranks_are_joined(error: UserError) -> NoReturn:
-    """Prints an error that all ranks have alike, most likely, so that it is seen once.
+    """Prints an error that all ranks most likely have alike, so that it is seen once, and exits.
 
-    Rank 0 speaks. The others wait to be stopped by the launcher, as they are when rank 0 fails; one that is still
-    here after a while failed alone (it was started with other arguments), and speaks for itself.
+    Rank 0 prints it. The others wait until the launcher stops them, as it does when rank 0 fails; one that is not
+    stopped has failed alone (it was started with other arguments), and prints its own.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_SECONDS_TO_BE_STOPPED)

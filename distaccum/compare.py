@@ -6,7 +6,7 @@ from distaccum.cli import run_tool
 
 
 def main() -> None:
-    """The console script."""
+    """Runs the command."""
     run_tool("compare")
 
 

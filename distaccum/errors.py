@@ -1,4 +1,4 @@
-"""The error type for everything that a user can mend."""
+"""Errors that a user can mend, and exit statuses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ EXIT_STATUS = 2
 """Exit status of a run that ended with a `UserError`."""
 
 EXIT_UNFINISHED = 75
-"""Exit status of a run that was asked to stop, has saved, and wants to be started again (`EX_TEMPFAIL` of sysexits)."""
+"""Exit status of a run that was stopped by a signal, has saved, and can be started again (`EX_TEMPFAIL` of
+sysexits)."""
 
 EXIT_INTERRUPTED = 130
-"""Exit status of a run that was stopped by Ctrl-C, as shells have it."""
+"""Exit status of a run that was stopped by Ctrl-C, as in shells."""
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done: the message says what, what was given, and how to mend it.
+    """Something that the user asked for is impossible: the message says what, what was given, and how to mend it.
 
     The entry points print the message alone and exit with status 2. Any other exception is a bug and keeps its
     traceback.
@@ -29,53 +30,61 @@ class NonfiniteError(UserError):
 
 
 class OtherRankFailedError(UserError):
-    """This rank stops because another one did; that one has said why, so there is nothing to print."""
+    """This rank stops because another one did, which has printed the reason."""
 
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: what would steer it, or turn the direction of writing, is spelt out.
+    """Returns a text for a terminal, with control characters and those that turn the direction of writing escaped.
 
-    File names, what a checkpoint says and the texts of exceptions may be a stranger's.
+    File names, values of a checkpoint and texts of exceptions may be a stranger's.
     """
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:
-    """Names with commas between them, the first ones of many."""
+    """Returns names with commas between them; of many, the first ones and the number of the others."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def asked_to_exit(error: SystemExit) -> UserError:
-    """What to raise in place of an exit that a user's own code has asked for, and nobody else."""
+    """Returns the error to raise when a user's own code has called for an exit."""
     *_, place = traceback.extract_tb(error.__traceback__)
     return UserError(
-        f"{place.filename}:{place.lineno} has asked to end the process, by sys.exit({error.code!r}), and the run is "
-        'not done. Take that out; in a module that is a script too, put it under `if __name__ == "__main__":`.'
+        f"{place.filename}:{place.lineno} has called sys.exit({error.code!r}) before the run was done. "
+        'Remove that; in a module that is a script too, put it under `if __name__ == "__main__":`.'
     )
 
 
 def not_importable(who: str, package: str, error: BaseException) -> UserError:
-    """What to raise where an example's package is missing, or can't be loaded although it is there."""
+    """Returns the error to raise where an example's package is missing, or is installed and can't be loaded."""
     mend = " Install it: pip install 'distaccum[examples]'" if isinstance(error, ModuleNotFoundError) else ""
     return UserError(f"{who} needs {package}, which cannot be imported ({type(error).__name__}: {error}).{mend}")
 
 
+def is_one_value_per_channel(error: BaseException) -> bool:
+    """Returns whether this is BatchNorm's refusal of a micro-batch that has one value per channel, as one sample
+    has."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected more than 1 value per channel")
+
+
 def require(condition: bool, message: str) -> None:
+    """Raises a `UserError` with this message unless a condition holds."""
     if not condition:
         raise UserError(message)
 
 
 def require_at_least(minimum: float, **values: float | None) -> None:
-    """Each value must be at least `minimum` or absent; `__` in a name stands for the dot of its key."""
+    """Raises a `UserError` unless each value is None or at least `minimum`; `__` in a name is the dot of its key."""
     for name, value in values.items():
         key = name.replace("__", ".")
         require(value is None or value >= minimum, f"{key}={value} is impossible: it must be at least {minimum:g}.")
 
 
 def require_positive(**values: float | None) -> None:
+    """Raises a `UserError` unless each value is None or above 0; `__` in a name is the dot of its key."""
     for name, value in values.items():
         key = name.replace("__", ".")
         require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")

@@ -1,4 +1,4 @@
-"""How trained models do, alone and together: `python -m distaccum.evaluate PATH…`, `distaccum-evaluate`."""
+"""Evaluates trained models, alone and together: `python -m distaccum.evaluate PATH…`, `distaccum-evaluate`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _parser() -> Parser:
         "argument",
         nargs="+",
         metavar="PATH|KEY=VALUE",
-        help="PATH: the folder of a run, or of one of its checkpoints. KEY=VALUE: a change to what the models were "
-        "trained with, of data.evaluation.…, task.…, precision.name or train.eval_batch_size",
+        help="PATH: the folder of a run, or of one of its checkpoints. KEY=VALUE: a change of the training's "
+        "configuration, in data.evaluation.…, task.…, precision.name or train.eval_batch_size",
     )
 
     def choice(name: str, kind: type[Enum], default: str | None, text: str) -> None:
@@ -33,23 +33,25 @@ def _parser() -> Parser:
 
     choice("--which", WhichCheckpoint, "newest", "of a run's checkpoints (default: newest)")
     choice("--weights", Weights, "raw", "the weights themselves, or an average of them (default: raw)")
-    choice("--combine", Combination, None, "what of several models is averaged (default: probabilities)")
-    parser.add_argument("--class-dim", type=int, metavar="N", help="dimension of the outputs that classes lie along")
+    choice(
+        "--combine", Combination, None, "how several models are combined: the mean of these (default: probabilities)"
+    )
+    parser.add_argument("--class-dim", type=int, metavar="N", help="dimension of the outputs that is the classes")
     choice("--device", DeviceChoice, "auto", "auto, cpu or cuda (default: auto)")
     parser.add_argument(
         "--trust",
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module, or a class or function of one, that may be called though a checkpoint alone names it; may be "
-        "given several times. What is of distaccum, or stands on the command line, is trusted",
+        help="a module, class or function that may be called though only a checkpoint names it; may be given several "
+        "times. distaccum's own, and those that the command line names, are trusted",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a file for the same figures")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a file for the results as JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Exit status: 0, or 2 for bad input."""
+    """Runs the command. Exit status: 0, or 2 for bad input."""
     make_output_safe()
     given = _parser().parse_intermixed_args(arguments)
     overrides = [text for text in given.argument if "=" in text and not os.path.exists(text)]

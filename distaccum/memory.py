@@ -1,4 +1,4 @@
-"""Where the memory goes, and what fits: `python -m distaccum.memory`, `distaccum-memory`."""
+"""Measures what needs memory, and what fits: `python -m distaccum.memory`, `distaccum-memory`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from distaccum.cli import run_tool
 
 
 def main() -> None:
-    """The console script. Exit status: 0 it fits, 1 it does not, 2 bad input."""
+    """Runs the command. Exit status: 0 it fits, 1 it does not, 2 bad input."""
     run_tool("memory")
 
 

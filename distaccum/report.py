@@ -1,4 +1,4 @@
-"""A page of one run or of several: `python -m distaccum.report RUN_DIR…`, `distaccum-report`."""
+"""Writes a page of one run or of several: `python -m distaccum.report RUN_DIR…`, `distaccum-report`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distaccum.runtime.logs import console, make_output_safe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Exit status: 0, or 2 for bad input."""
+    """Runs the command. Exit status: 0, or 2 for bad input."""
     make_output_safe()
     parser = Parser(
         "report",

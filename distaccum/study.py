@@ -6,7 +6,7 @@ from distaccum.cli import run_tool
 
 
 def main() -> None:
-    """The console script. Exit status: 0; 2 for bad input; 75 or 130 if it was stopped and can go on."""
+    """Runs the command. Exit status: 0; 2 for bad input; 75 or 130 if it was stopped and can go on."""
     run_tool("study")
 
 

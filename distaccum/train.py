@@ -18,7 +18,7 @@ def _run(config: TrainConfig) -> int:
 
 
 def main() -> None:
-    """The console script."""
+    """Runs the command."""
     run_entry_point("train", _run)
 
 

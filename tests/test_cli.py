@@ -389,4 +389,4 @@ def test_a_current_folder_that_is_gone_is_named(
     gone.rmdir()
     ended = train()
     assert ended.status == 2
-    assert ended.message == "the current folder is no longer there. Change to one that is: cd PATH."
+    assert ended.message == "the current folder no longer exists. Change to another one: cd PATH."

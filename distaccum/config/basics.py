@@ -1,4 +1,4 @@
-"""What the sections of the configuration share."""
+"""Helpers that the sections of the configuration share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ MISSING: Any = "???"
 
 
 def require_name(group: str, name: str, *own: str) -> None:
-    """A section's name says which option of its group it is: it can't become another by being renamed."""
+    """Refuses a section's `name` that is another option's: the option is chosen by the group."""
     require(
         name in own, f"{group}.name={name} can't be set: it follows from the choice of {group}. Set {group}={name}."
     )
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """A configuration's values by their full keys."""
+    """Returns a configuration's values by their full keys."""
     if not isinstance(value, dict):
         return {key: value}
     return {
@@ -29,7 +29,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def as_plain(config: Any) -> Any:
-    """A configuration as dictionaries, lists, strings, numbers and None."""
+    """Returns a configuration as dictionaries, lists, strings, numbers and None."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {entry.name: as_plain(getattr(config, entry.name)) for entry in dataclasses.fields(config)}
     if isinstance(config, dict):

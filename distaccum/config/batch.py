@@ -1,4 +1,4 @@
-"""The windows and how they are cut, and the data they are made of."""
+"""Configuration of the windows, of how they are cut, and of the data."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ _KEYS_OF_SCHEDULES: dict[BatchSchedule, tuple[tuple[str, ...], tuple[str, ...]]]
     BatchSchedule.ramp: (("ramp_from", "ramp_updates"), ("lr_rule",)),
     BatchSchedule.noise: (("min_size", "max_size"), ("lr_rule",)),
 }
-"""Keys that a schedule needs, and keys that it may have."""
+"""By schedule: the keys that it needs, and those that it may have."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BatchConfig:
-    """How many samples one update is made of, and how they are cut. See `distaccum.planning.resolve_batch`."""
+    """The samples of one update, and how they are cut into micro-batches. See `distaccum.planning.resolve_batch`."""
 
     global_batch_size: int | None = 256
     """Samples per update, over all ranks. `null` if micro-batch size and accumulation steps are given instead."""
     micro_batch_size: int | str | None = None
     """Largest number of samples in one forward and backward on one rank. `null`: follows from the accumulation steps;
-    16 if those aren't given either. `auto`: the largest that fits into memory, found at the start on the costliest
-    samples and remembered; when memory runs out later, smaller ones take its place and the run goes on."""
+    16 if those aren't given either. `auto`: the largest that fits into memory, found at the start with the costliest
+    samples and remembered; when memory runs out later, the run goes on with smaller ones."""
     auto_memory: float = 0.8
-    """Part of the free memory that `micro_batch_size=auto` may plan with where sizes can't simply be tried: on a CPU,
-    and where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
+    """Fraction of the free memory that `micro_batch_size=auto` may use where it can't try sizes out: on a CPU, and
+    where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
     accumulation_steps: int | None = None
-    """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
+    """Micro-steps per update and rank. `null`: follows from the micro-batch size."""
     drop_last: bool = False
     """Leave out an epoch's last window when it is smaller than the global batch."""
     balance: Balance = Balance.even
     """`even`: ranks get equal shares of each window; `speed`: shares in proportion to their measured speed, so that
     unequal GPUs finish together."""
     schedule: BatchSchedule = BatchSchedule.constant
-    """How the samples per update change on the way. `constant`: not at all; `table`: as `table` says; `ramp`: in a
-    straight line from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
+    """How the samples per update change during the run. `constant`: they don't; `table`: as `table` lists; `ramp`:
+    linearly from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
     measured noise scale between `min_size` and `max_size`."""
     table: list[list[int]] = field(default_factory=list)
-    """With `schedule=table`: pairs of the update (from 1) or epoch (from 0) that a size begins with, and the size in
+    """With `schedule=table`: pairs of the update (from 1) or epoch (from 0) at which a size begins, and the size in
     samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
     table_unit: TableUnit = TableUnit.update
-    """What the keys of `table` count: `update` or `epoch`."""
+    """Unit of the first number of each pair: `update` or `epoch`."""
     ramp_from: int | None = None
     """With `schedule=ramp`: samples of the first update."""
     ramp_updates: int | None = None
-    """With `schedule=ramp`: updates before the first that has `global_batch_size` samples."""
+    """With `schedule=ramp`: updates until the samples per update have reached `global_batch_size`."""
     min_size: int | None = None
-    """With `schedule=noise`: fewest samples per update. Sizes are multiples of it, but for `max_size`."""
+    """With `schedule=noise`: fewest samples per update. All sizes but `max_size` are multiples of it."""
     max_size: int | None = None
     """With `schedule=noise`: most samples per update."""
     lr_rule: LrRule = LrRule.none
-    """How the learning rate follows the samples per update, from that of the optimizer and its schedule at
-    `global_batch_size`: `linear`, `sqrt`, or not at all (`none`)."""
+    """How the learning rate follows the samples per update: in proportion (`linear`), to their square root (`sqrt`), or
+    not at all (`none`). At `global_batch_size` it is that of the optimizer and its schedule."""
 
     def __post_init__(self) -> None:
         size = self.micro_batch_size
@@ -74,14 +74,15 @@ class BatchConfig:
             f"batch.micro_batch_size={size} is impossible: it takes a whole number, auto or null.",
         )
         require(
-            0 < self.auto_memory <= 1, f"batch.auto_memory={self.auto_memory} is impossible: it is a part, up to 1."
+            0 < self.auto_memory <= 1,
+            f"batch.auto_memory={self.auto_memory} is impossible: it must be above 0 and at most 1.",
         )
         self._check_schedule()
         if not self.is_auto:
             return
         require(
             self.global_batch_size is not None,
-            "batch.micro_batch_size=auto cuts windows of a size that is given: set batch.global_batch_size.",
+            "batch.micro_batch_size=auto needs the size of a window: set batch.global_batch_size.",
         )
         require(
             self.accumulation_steps is None,
@@ -140,7 +141,7 @@ class BatchConfig:
 
     @property
     def is_auto(self) -> bool:
-        """Whether the size of micro-batches is to be found on the machine."""
+        """Whether the size of micro-batches is found on the machine."""
         return self.micro_batch_size == AUTO
 
     @property
@@ -151,18 +152,18 @@ class BatchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ByLengthBatchConfig(BatchConfig):
-    """Samples of like length share a micro-batch, within each window: little is padded, and the update is the same.
+    """Samples of similar length share a micro-batch, within each window: little is padded, and the update is the same.
 
     The windows are those of `batch=uniform`, so sampling is exactly as random. Lengths are the dataset's attribute
-    `lengths` (a number for each sample), or found once by loading every sample.
+    `lengths` (a number for each sample), or are found once by loading every sample.
     """
 
     max_tokens: int | None = None
-    """Most tokens in a micro-batch, padding included. `null`: `micro_batch_size` samples of the longest there is, which
-    is what `batch=uniform` must have memory for."""
+    """Most tokens in a micro-batch, padding included. `null`: `micro_batch_size` times the longest sample, for which
+    `batch=uniform` needs memory too."""
     measure_costs: bool = True
-    """Fit what a micro-batch costs (linear and quadratic in its length, and a constant) to measured micro-steps, at
-    updates 4, 16 and 64, and cut accordingly. `false`: a fixed guess, so that the same command gives the same bits."""
+    """Fit the cost of a micro-batch (linear and quadratic in its length, and a constant) to measured micro-steps at
+    updates 4, 16 and 64, and cut accordingly. `false`: a fixed cost, so that the same command gives the same bits."""
 
     def __post_init__(self) -> None:
         BatchConfig.__post_init__(self)
@@ -181,26 +182,26 @@ class ByLengthBatchConfig(BatchConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Two datasets and how they are loaded. The datasets are any map-style `torch.utils.data.Dataset`."""
+    """Two datasets and how they are loaded. Each is any map-style `torch.utils.data.Dataset`."""
 
     train: Any = MISSING
-    """Component: the dataset to train on. Attributes of it that bear the name of a model's argument (`num_classes`,
+    """Component: the dataset to train on. Its attributes named like arguments of the model (`num_classes`,
     `input_shape`, `vocab_size`, …) are passed to the model, unless the configuration gives that argument."""
     evaluation: Any = None
     """Component: the dataset of the evaluations. `null`: no evaluation."""
     collate_fn: Any = None
-    """Component: a function that makes a micro-batch of a list of samples. `null`: the dataset's own `collate_fn`
-    attribute, else stacking, with dynamic padding to the longest of the micro-batch."""
+    """Component: a function that makes a micro-batch of a list of samples. `null`: the dataset's attribute
+    `collate_fn`, else stacking, with padding to the longest sample of the micro-batch."""
     num_workers: int = 0
     """Worker processes per rank that load samples. 0: the training process loads them itself."""
     pin_memory: bool | None = None
-    """Load into page-locked memory, from where copies to the GPU are asynchronous. `null`: yes on CUDA."""
+    """Load into page-locked memory, from which copies to the GPU can be asynchronous. `null`: yes on CUDA."""
     persistent_workers: bool | None = None
     """Keep the workers between epochs. `null`: yes if there are any."""
     prefetch_factor: int | None = None
     """Micro-batches that each worker loads ahead. `null`: torch's own default, 2."""
     non_blocking: bool = True
-    """Copy to the GPU without waiting; the next micro-batch is then copied while this one computes."""
+    """Copy to the GPU without waiting: the next micro-batch is copied while this one computes."""
 
     def __post_init__(self) -> None:
         require_at_least(0, data__num_workers=self.num_workers)

@@ -1,4 +1,4 @@
-"""Typed sections of the built-in components: what can be written under `model`, `data`, `task` and `optim`.
+"""Typed sections of the built-in components, for `model`, `data`, `task` and `optim`.
 
 Each names its class by `_target_` and lists the arguments that the class takes, so that an unknown key or a wrong type
 is refused before torch is imported. `SCHEMAS` says which configuration group each belongs to.
@@ -30,18 +30,18 @@ from distaccum.errors import UserError, require_at_least
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """What can be said of any model, your own included (unless its constructor takes an argument of that name)."""
+    """Keys of every model, your own included, unless its constructor takes an argument of that name."""
 
     activation_checkpointing: bool = False
-    """Keep only what goes into each block, and compute the block once more in the backward: less memory, more time, the
-    same bits. Blocks are what FSDP shards by itself (`strategy.wrap`; else the members of each `ModuleList`, or the
-    model's own children if it has none)."""
+    """Keep only the inputs of each block, and compute the block again in the backward: less memory, more time, the same
+    bits. Blocks are the units that FSDP shards (`strategy.wrap`; else the members of each `ModuleList`, or the model's
+    children if it has none)."""
     freeze: list[str] = field(default_factory=list)
-    """Patterns of parameter names, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters take no gradient, no
-    optimizer state and no part in the sync."""
+    """Patterns of the names of parameters to freeze, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters have no
+    gradient and no optimizer state, and are not sent."""
     init_from: str | None = None
-    """Begin from the weights in a safetensors file, or in the folder of a finished run (its `model.safetensors`), which
-    must be named and shaped as the model's own. Steps, optimizer and schedule begin anew; `resume` goes on with all."""
+    """Begin with the weights of a safetensors file, or of a finished run's folder (`model.safetensors`); names and
+    shapes must be the model's. Updates, optimizer and schedule begin anew; `resume` restores those too."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +85,7 @@ class GPTConfig(ModelConfig):
     num_heads: int = 4
     """Attention heads per block."""
     width: int = 96
-    """Size of the residual stream."""
+    """Width of the residual stream."""
     dropout: float = 0.0
     """Dropout in attention and on the residual stream."""
     vocab_size: int | None = None
@@ -96,7 +96,7 @@ class GPTConfig(ModelConfig):
 
 @dataclass(kw_only=True, slots=True)
 class UNetConfig(ModelConfig):
-    """U-Net with GroupNorm: down and up again, with what each stage saw handed across."""
+    """U-Net with GroupNorm: down and up again, with skip connections between the stages of one size."""
 
     _target_: str = "distaccum.models.UNet"
     channels: list[int] = field(default_factory=lambda: [16, 32, 64])
@@ -121,9 +121,9 @@ class EncoderConfig(ModelConfig):
     dropout: float = 0.0
     """Dropout before the projection."""
     learn_temperature: bool = False
-    """Learn the temperature: embeddings get the length √(1 / temperature). It goes with `task.temperature=null`."""
+    """Learn the temperature: embeddings have the length √(1 / temperature). Set `task.temperature=null` with it."""
     temperature: float = 0.2
-    """Where a learned temperature begins."""
+    """Initial value of a learned temperature."""
     input_shape: list[int] | None = None
     """Channels, height and width of one image. `null`: the dataset's."""
 
@@ -150,7 +150,7 @@ class SegmentationConfig:
 
     _target_: str = "distaccum.tasks.Segmentation"
     ignore_index: int = 255
-    """The target of pixels that count nowhere."""
+    """Target of pixels that neither loss nor metrics count."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,14 +160,14 @@ class ContrastiveConfig:
 
     _target_: str = "distaccum.tasks.Contrastive"
     temperature: float | None = 0.2
-    """Divides the cosine similarities. `null`: inner products of the embeddings as the model gives them."""
+    """Divides the cosine similarities. `null`: plain inner products of the embeddings."""
     evaluation_samples: int | None = 256
-    """Samples that are told apart from each other in evaluations. `null`: all of them."""
+    """Samples of an evaluation that are contrasted with each other at a time. `null`: all of them."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CoinsDataConfig(DataConfig):
-    """Patches of a photograph of coins from scikit-image, with the class of each pixel; a third of it is held out."""
+    """Patches of scikit-image's photograph of coins, with the class of each pixel; a third of it is held out."""
 
     patch_size: int = 64
     """Height and width of a patch."""
@@ -175,7 +175,7 @@ class CoinsDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TextDataConfig(DataConfig):
-    """Paragraphs of the documentation in Python's standard library, bytes as tokens."""
+    """Paragraphs of the documentation in Python's standard library, with bytes as tokens."""
 
     max_length: int = 128
     """Longest sequence in bytes; longer paragraphs are cut into several samples."""
@@ -190,7 +190,7 @@ class ImageFolderDataConfig(DataConfig):
     evaluation_root: str | None = None
     """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
     evaluation_fraction: float = 0.1
-    """Part of each class held out for evaluation when there is no `evaluation_root`."""
+    """Fraction of each class to hold out for evaluation when there is no `evaluation_root`."""
     image_size: int = 64
     """Height and width that images are resized to."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -201,7 +201,7 @@ class ImageFolderDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SyntheticDataConfig(DataConfig):
-    """Random images around one centre per class: as many as wanted, of any shape, for measurements."""
+    """Random samples around one centre per class, of any number and shape, for measurements."""
 
     num_samples: int = 4096
     """Samples to train on; a quarter as many to evaluate on."""
@@ -213,13 +213,13 @@ class SyntheticDataConfig(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TorchOptimConfig(OptimConfig):
-    """What the optimizers of torch have in common."""
+    """Keys that torch's optimizers share."""
 
     weight_decay: float = 0.0
-    """Weight decay (decoupled in adamw, added to the gradient elsewhere)."""
+    """Weight decay: decoupled in `adamw`, added to the gradient in all others."""
     implementation: Implementation = Implementation.auto
-    """`fused`, `foreach` or `forloop`; `auto`: fused where torch has it for the device and for such
-    parameters (under FSDP, for Adam alone), else foreach."""
+    """`fused`, `foreach` or `forloop`; `auto`: fused where torch supports it for the device and the parameters (under
+    FSDP, for Adam alone), else foreach."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -229,7 +229,7 @@ class SGDConfig(TorchOptimConfig):
     _target_: str = "torch.optim.SGD"
     lr: float = 0.1
     momentum: float = 0.0
-    """Factor of the velocity kept from update to update."""
+    """Multiplies the velocity at each update."""
     nesterov: bool = False
     """Nesterov's look-ahead; needs momentum."""
 
@@ -245,7 +245,7 @@ class RMSpropConfig(TorchOptimConfig):
     eps: float = 1e-8
     """Added to the denominator."""
     momentum: float = 0.0
-    """Factor of the velocity kept from update to update."""
+    """Multiplies the velocity at each update."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -289,10 +289,8 @@ class AdamConfig(TorchOptimConfig):
 
 @dataclass(kw_only=True, slots=True)
 class AdamW8bitConfig(OptimConfig):
-    """AdamW whose moments are kept in 8 bits, in blocks of 256 numbers with a scale each (Dettmers et al. 2022).
-
-    By bitsandbytes, which is the extra `adam8bit`. Not under `strategy=fsdp`.
-    """
+    """AdamW of bitsandbytes (the extra `adam8bit`) with moments in 8 bits, in blocks of 256 numbers with a scale each
+    (Dettmers et al. 2022). Not supported with `strategy=fsdp`."""
 
     _target_: str = "bitsandbytes.optim.AdamW8bit"
     lr: float = 2e-3
@@ -301,9 +299,9 @@ class AdamW8bitConfig(OptimConfig):
     eps: float = 1e-8
     """Added to the denominator."""
     weight_decay: float = 0.01
-    """Decay of the weights, in proportion to the learning rate."""
+    """Decoupled weight decay."""
     min_8bit_size: int = 4096
-    """Parameters with fewer numbers than that keep moments in 32 bits."""
+    """Parameters with fewer numbers than this have moments in 32 bits."""
 
     def __post_init__(self) -> None:
         _require_two_betas(self.betas)
@@ -343,4 +341,4 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},
     "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
 }
-"""Configuration group → name → dataclass. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""
+"""By configuration group and name. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""

@@ -1,4 +1,4 @@
-"""From a command line to a typed configuration, by Hydra, and what to say of mistakes in it."""
+"""Composes the typed configuration of a command line by Hydra, and explains mistakes in it."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ ROOTS: dict[str, type[TrainConfig]] = {
     "memory": MemoryConfig,
     "study": StudyConfig,
 }
-"""Entry point → the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
+"""By entry point: the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
 
-
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-"""What Hydra raises when the command line or a file is wrong."""
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+"""Errors that Hydra raises when the command line or a file is wrong."""
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
-    """The configuration that a command line makes, checked: for notebooks, scripts and tests.
+    """Returns the checked configuration of a command line: for notebooks, scripts and tests.
 
     Raises:
-        UserError: the message that the command line would end with.
+        UserError: with the message with which the command would end.
     """
-    _register()
+    register_schemas()
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return _typed(hydra.compose(config_name, list(overrides)))
-    except _COMPOSITION_ERRORS as error:
+            return typed(hydra.compose(config_name, list(overrides)))
+    except COMPOSITION_ERRORS as error:
         raise UserError(explain_composition_error(error, overrides)) from error
 
 
-def _register() -> None:
-    launch()  # whose variables decide on defaults
+def register_schemas() -> None:
+    """Registers the schemas and resolvers with Hydra."""
+    launch()  # refuses variables of a launcher that defaults depend on
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(group=f"schema/{name}", name=name, node=root)
@@ -71,8 +71,12 @@ def _register() -> None:
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
-def _typed(composed: DictConfig) -> TrainConfig:
-    """The composed configuration as the dataclass of its schema, checked."""
+def typed(composed: DictConfig) -> TrainConfig:
+    """Returns the composed configuration as the dataclass of its schema, checked.
+
+    Raises:
+        UserError: an unknown key, or an impossible value.
+    """
     if strays := _stray_keys(composed):
         raise UserError(f"there is no key {strays[0]}: it was added with +, but nothing reads it.")
     try:
@@ -85,7 +89,7 @@ def _typed(composed: DictConfig) -> TrainConfig:
 
 
 def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
-    """Keys added with + to sections that have a schema, which OmegaConf lets pass."""
+    """Returns the keys that were added with + to sections that have a schema, which OmegaConf allows."""
     schema = OmegaConf.get_type(node)
     known = {entry.name for entry in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else None
     strays = []
@@ -100,7 +104,7 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
 
 
 def explain_composition_error(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """One message, without Hydra's internals, of what was wrong on the command line or in a file."""
+    """Returns one message, without Hydra's internals, about a mistake on the command line or in a file."""
     cause = error.__cause__ or error.__context__
     message = _first_line(error)
     match error:
@@ -116,7 +120,7 @@ def explain_composition_error(error: BaseException, overrides: Sequence[str] = (
         case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
             return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
         case ConfigCompositionException() if given := re.match(r"Error resolving interpolation '(.*?)'", message):
-            return f"{given[1]} can't be what a group is given: name one of its options, as in data=digits."
+            return f"{given[1]} can't choose an option of a group: name the option, as in data=digits."
         case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
             group = group_given[1]
             return f"{group} is given more than once. Choose one option: {group}=…, without +."
@@ -143,7 +147,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _explain_content(error: BaseException, file: str) -> str:
-    """What is wrong in a file, which knows its place in the configuration by its group or by its first line."""
+    """Explains a mistake in a file, whose place in the configuration is its group or stands in its first line."""
     if not isinstance(error, ConfigKeyError) or not error.full_key:
         return explain_composition_error(error)
     if error.full_key == file.partition("/")[0]:
@@ -163,7 +167,7 @@ def _explain_wrong_value(error: BaseException, override: str) -> str:
 
 
 def _explain_unknown_key(cause: BaseException, key: str) -> str:
-    """What there is instead of it, as far as OmegaConf's exception knows the section."""
+    """Names the keys that exist instead, as far as OmegaConf's exception names the section."""
     parent = getattr(cause, "parent_node", None)
     if not isinstance(parent, DictConfig) or parent._is_none() or parent._is_missing():
         return f"there is no key {key}. `--cfg job` shows all keys."
@@ -184,7 +188,7 @@ def _explain_unknown_key(cause: BaseException, key: str) -> str:
 
 
 def _options_with(group: str, key: str) -> list[str]:
-    """Options of a configuration group whose schema has a key."""
+    """Returns the options of a configuration group whose schema has a key."""
     names = {
         name
         for name, schema in SCHEMAS.get(group, {}).items()
@@ -198,7 +202,7 @@ def _options_with(group: str, key: str) -> list[str]:
 
 
 def _environment(name: str, *default: Any) -> str | None:
-    """`${oc.env:NAME}`, whose value is kept out of what is written: it would be in the configuration otherwise."""
+    """Resolves `${oc.env:NAME}`, and keeps its value out of everything that is written."""
     hide_variable(name)
     return oc.env(name, *default)
 

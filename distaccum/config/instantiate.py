@@ -1,4 +1,4 @@
-"""Building components that are named by `_target_`: a user's own model, dataset, task, optimizer or observer."""
+"""Builds components that are named by `_target_`: a user's own model, dataset, task, optimizer or observer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ _UNKNOWN = frozenset(("_recursive_", "_convert_"))
 
 
 def locate(path: str, where: str) -> Callable[..., Any]:
-    """The class or function at an import path such as `package.module.Class`.
+    """Returns the class or function at an import path such as `package.module.Class`.
 
     Args:
-        path: the import path.
-        where: the configuration key that named it, for the message.
+        where: the configuration key that names it, for messages.
 
     Raises:
-        UserError: it cannot be imported, or is not callable.
+        UserError: it can't be imported, or is not callable.
     """
     try:
         found = _resolve(path)
@@ -66,8 +65,8 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
             null (those of a `**kwargs` too), or leaves out although they are required.
 
     Raises:
-        UserError: there is no `_target_`, it does not import, or its arguments don't fit. What the component itself
-            raises passes through.
+        UserError: there is no `_target_`, it can't be imported, or its arguments don't fit. The component's own errors
+            are not caught.
     """
     arguments = _arguments(section, where)
     component = locate(arguments.pop(TARGET), where)
@@ -90,7 +89,7 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
 def _fill(
     arguments: dict[str, Any], signature: inspect.Signature | None, num_positional: int, where: str, source: object
 ) -> None:
-    """Takes from `source` what is null, or left out although it is required."""
+    """Takes arguments from `source` that are null, or that are required and left out."""
     parameters = [] if signature is None else list(signature.parameters.values())[num_positional:]
     defaults = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     for name in [*defaults, *(arguments.keys() - defaults.keys())]:

@@ -1,4 +1,4 @@
-"""What the launcher tells this process in its environment, read and checked in one place."""
+"""Reads and checks the environment variables of a launcher."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from distaccum.errors import UserError
 
 _STARTED_BY = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""Who starts several processes without telling them what torchrun tells: the number of them → its name."""
+"""Launchers that don't set torchrun's variables, by the variable that counts their processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """The names are those of torchrun's variables; one process alone without a launcher."""
+    """Values of torchrun's variables; the defaults are those of one process without a launcher."""
 
     is_launched: bool = False
     rank: int = 0
@@ -23,18 +23,18 @@ class Launch:
 
 
 def launch() -> Launch:
-    """Says which rank of how many this process is.
+    """Returns the rank of this process and the numbers of ranks.
 
     Raises:
-        UserError: variables of torchrun's are no ranks; or srun or mpirun has started several processes, each of which
-            would take itself for the only one.
+        UserError: torchrun's variables are no ranks; or srun or mpirun has started several processes without them, each
+            of which would train alone.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         for name, starter in _STARTED_BY.items():
             if (count := os.environ.get(name, "1")) != "1":
                 raise UserError(
-                    f"{starter} has started {count} processes ({name}), which know nothing of each other: each would "
-                    f"train a model of its own. Have {starter} start one torchrun on each node, as launch/slurm does, "
+                    f"{starter} has started {count} processes ({name}) without ranks: each would train a model of "
+                    f"its own. Have {starter} start one torchrun on each node, as launch/slurm does, "
                     f"or unset {name} if that is what you want."
                 )
         return Launch()

@@ -1,8 +1,9 @@
-"""Optimizer, schedule, the loop itself, what is kept of it, and what is measured of it."""
+"""Configuration of the optimizer, its schedule, the loop, checkpoints and measurements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from distaccum.config.basics import MISSING, require_name
 from distaccum.config.enums import Goal, OnNonfinite
@@ -11,7 +12,7 @@ from distaccum.errors import require, require_at_least, require_positive
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer. A component: it is called with the parameters first, then with the keys of this section."""
+    """The optimizer: a component that is called with the parameters and the keys of this section."""
 
     _target_: str = MISSING
     """Import path of the optimizer."""
@@ -21,25 +22,25 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """The learning rate as a factor of `optim.lr`; a function of the update's number and of nothing else."""
+    """The factor of `optim.lr`, a function of the update's number alone."""
+
+    _own_names: ClassVar[tuple[str, ...]] = ("constant",)
 
     name: str = "constant"
     """`constant`, `linear`, `cosine` or `step`."""
     warmup_updates: int = 0
-    """Updates over which the factor rises linearly to 1."""
+    """Updates over which the factor rises linearly to 1 at the start."""
 
     def __post_init__(self) -> None:
         require_name("schedule", self.name, *self._own_names)
         require_at_least(0, schedule__warmup_updates=self.warmup_updates)
 
-    @property
-    def _own_names(self) -> tuple[str, ...]:
-        return ("constant",)
-
 
 @dataclass(kw_only=True, slots=True)
 class DecayScheduleConfig(ScheduleConfig):
     """`linear` or `cosine` decay from the end of the warm-up to the last update of the run."""
+
+    _own_names: ClassVar[tuple[str, ...]] = ("linear", "cosine")
 
     final_factor: float = 0.0
     """The factor at the last update."""
@@ -48,37 +49,31 @@ class DecayScheduleConfig(ScheduleConfig):
         ScheduleConfig.__post_init__(self)
         require_at_least(0, schedule__final_factor=self.final_factor)
 
-    @property
-    def _own_names(self) -> tuple[str, ...]:
-        return ("linear", "cosine")
-
 
 @dataclass(kw_only=True, slots=True)
 class StepScheduleConfig(ScheduleConfig):
-    """The factor is multiplied by `factor` every so many updates."""
+    """The learning rate is multiplied by `factor` every `every_updates` updates."""
+
+    _own_names: ClassVar[tuple[str, ...]] = ("step",)
 
     name: str = "step"
     every_updates: int = 100
-    """Updates between two steps of the schedule."""
+    """Updates from one step of the schedule to the next."""
     factor: float = 0.1
-    """What each step multiplies by."""
+    """Multiplies the learning rate at each step."""
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
         require_at_least(1, schedule__every_updates=self.every_updates)
         require_positive(schedule__factor=self.factor)
 
-    @property
-    def _own_names(self) -> tuple[str, ...]:
-        return ("step",)
-
 
 @dataclass(kw_only=True, slots=True)
 class EarlyStoppingConfig:
-    """Stop when an evaluation metric has not improved for a while."""
+    """Ends the run when a metric of the evaluations has not improved for a while."""
 
     metric: str | None = None
-    """Which metric of the evaluation to watch (`loss`, `accuracy`, `ema/loss`, …). `null`: no early stopping."""
+    """Metric of the evaluations to watch (`loss`, `accuracy`, `ema/loss`, …). `null`: no early stopping."""
     patience: int = 5
     """Evaluations without an improvement after which the run stops."""
     goal: Goal | None = None
@@ -93,10 +88,10 @@ class EmaConfig:
     """An exponential moving average of the weights, evaluated and exported beside the weights themselves."""
 
     decay: float | None = None
-    """What the average is multiplied by at each step of it; its memory is about 1 / (1 - decay) steps long. `null`: no
-    such average."""
+    """Multiplies the average at each of its steps; the average spans about 1 / (1 - decay) steps. `null`: no such
+    average."""
     first_update: int = 1
-    """The first update whose weights count; the average begins as those."""
+    """The first update whose weights count; the average begins with them."""
     every_updates: int = 1
     """Updates from one step of the average to the next."""
 
@@ -112,13 +107,13 @@ class EmaConfig:
 class SwaConfig:
     """Stochastic weight averaging: the plain mean of the weights from some update on (Izmailov et al. 2018).
 
-    The learning rate stays that of `schedule`: a constant or slowly falling one towards the end suits it best.
+    The learning rate stays that of `schedule`; a constant or slowly falling one at the end suits the average best.
     """
 
     first_update: int | None = None
     """The first update whose weights count. `null`: no such average."""
     every_updates: int = 1
-    """Updates from one that counts to the next."""
+    """Updates from one whose weights count to the next."""
 
     def __post_init__(self) -> None:
         require_at_least(1, train__swa__first_update=self.first_update, train__swa__every_updates=self.every_updates)
@@ -126,26 +121,28 @@ class SwaConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoopConfig:
-    """How long to train, when to evaluate, what to do when numbers go wrong. Everything counts updates."""
+    """The length of the training, its evaluations, and what happens when numbers are not finite."""
 
     epochs: int | None = 30
-    """Passes over the training data; with `max_updates`, whichever comes first. `null`: until `max_updates`."""
+    """Passes over the training data; with `max_updates`, whichever ends first. `null`: only `max_updates` counts."""
     max_updates: int | None = None
-    """Updates after which the run ends, wherever it is in an epoch; with `epochs`, whichever comes first. `null`: only
-    `epochs` counts."""
+    """Updates after which the run ends, in the middle of an epoch too; with `epochs`, whichever ends first. `null`:
+    only `epochs` counts."""
     clip_norm: float | None = 1.0
-    """Largest norm of the window's mean gradient, over all parameters together. `null`: no clipping."""
+    """Largest norm of the window's mean gradient, over all parameters together; a longer one is scaled down to it.
+    `null`: no clipping."""
     eval_every: int | None = None
-    """Updates between two evaluations. `null`: at the end of each epoch. The end of the run has one in any case."""
+    """Updates from one evaluation to the next. `null`: one at the end of each epoch. The run ends with one in any
+    case."""
     eval_batch_size: int | None = None
     """Samples per forward in an evaluation. `null`: as many as in the largest micro-batch. Halved when memory runs
     out."""
     keep_modes: bool = False
-    """Leave each part of the model in the mode in which it was built. `false`: training mode for all of it, but for
-    parts whose own `train()` does otherwise; `from_pretrained` of Hugging Face builds models in evaluation mode."""
+    """Leave each module in the mode in which it was built. `false`: call the model's `train()`, which puts all modules
+    into training mode that don't override it; `from_pretrained` of Hugging Face builds models in evaluation mode."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """A window whose loss or gradient is NaN or infinite: `stop` the run with a message, or `skip` the update on all
-    ranks alike and count it."""
+    """What happens when a window's loss or gradient is NaN or infinite. `stop`: the run ends with a message; `skip`:
+    all ranks skip the update and count it."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     swa: SwaConfig = field(default_factory=SwaConfig)
@@ -161,7 +158,7 @@ class LoopConfig:
 
     @property
     def averages(self) -> list[EmaConfig | SwaConfig]:
-        """The averages of the weights that are wanted."""
+        """The configured averages of the weights."""
         wanted: list[EmaConfig | SwaConfig] = []
         if self.ema.decay is not None:
             wanted.append(self.ema)
@@ -172,28 +169,29 @@ class LoopConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """What is kept so that a run that dies goes on as if it never had."""
+    """Checkpoints, from which an interrupted run goes on as if it had never stopped."""
 
     enabled: bool = True
     """Save checkpoints, and at the end `model.safetensors`. `false`: neither."""
     every_updates: int | None = None
-    """Updates between two checkpoints. `null`: only time counts."""
+    """Updates from one checkpoint to the next. `null`: only time counts."""
     every_minutes: float | None = 10.0
-    """Minutes between two checkpoints; with `every_updates`, whichever comes first. `null`: only updates count. The end
-    of a run, and a signal to stop, save one in any case."""
+    """Minutes from one checkpoint to the next; with `every_updates`, whichever comes first. `null`: only updates count.
+    At the end of the run, and on a signal to stop, one is saved in any case."""
     keep_last: int = 2
-    """The newest checkpoints that are kept."""
+    """Number of the newest checkpoints to keep."""
     keep_best: int = 0
-    """Checkpoints of the best evaluations that are kept besides; an evaluation among them is saved at once."""
+    """Number of checkpoints of the best evaluations to keep as well; each is saved right after its evaluation."""
     best_metric: str = "loss"
-    """Which metric of the evaluation decides what is best: `accuracy`, `ema/loss`, …"""
+    """Metric of the evaluations by which `keep_best` chooses: `loss`, `accuracy`, `ema/loss`, …"""
     best_goal: Goal | None = None
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
     async_save: bool = True
-    """Write beside the training, which waits only while its state is copied in memory. `false`: wait for the disk."""
+    """Write while the training goes on, which waits only until its state is copied in memory. `false`: the training
+    waits until the checkpoint is on the disk."""
     grace_seconds: float = 25.0
-    """Seconds that a signal to stop leaves until the process is killed (torchrun's and SLURM's own are 30). A window
-    that can't be finished in time is dropped, and the state before it saved."""
+    """Seconds from a signal to stop until the process is killed (30 with torchrun and SLURM). A window that can't be
+    finished in time is dropped, and the state before it is saved."""
 
     def __post_init__(self) -> None:
         require_at_least(1, checkpoint__every_updates=self.every_updates, checkpoint__keep_last=self.keep_last)
@@ -203,16 +201,16 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class InsightConfig:
-    """What a run tells of its gradients, besides training: no bit of the training changes, unless said."""
+    """Measurements of the gradients during a run; the training stays the same bit for bit, unless stated."""
 
     noise_scale: bool = False
     """Measure the gradient noise scale (McCandlish et al. 2018), with its error, and the coherence of the
-    micro-gradients. Where a window is one micro-batch on one rank, those that are measured are cut in two, which
-    changes rounding."""
+    micro-gradients. Where a window is one micro-batch on one rank, measured windows are cut in two, which changes
+    rounding."""
     every_updates: int = 64
-    """Measure in each so-many-th update. What it costs is in those updates alone."""
+    """Updates from one measurement to the next. All other updates cost nothing more."""
     smoothing: float = 0.9
-    """What the weight of a measurement is multiplied by at each later one: the noise scale is a mean over about
+    """Multiplies the weight of a measurement at each later one: the noise scale is a mean over about
     1 / (1 - smoothing) measurements."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""In which format the model computes, and how it is placed on devices."""
+"""Configuration of the floating-point format and of the placement on devices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from distaccum.errors import require_at_least, require_positive
 
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
-    """In which floating-point format the model computes. Parameters are float32, unless said otherwise."""
+    """The floating-point format in which the model computes. Parameters are float32, unless stated otherwise."""
 
     name: PrecisionName = PrecisionName.fp32
-    """Set by the choice of the group. `fp32`; `bf16` or `fp16`: autocast; `bf16_params`: parameters in bfloat16
-    themselves, gradients accumulated in float32; `fp64`: everything in double precision, for proofs."""
+    """Set by the choice of the group. `fp32`; `bf16` or `fp16`: autocast; `bf16_params`: parameters in bfloat16 and
+    gradients accumulated in float32; `fp64`: everything in double precision, for proofs."""
 
     def __post_init__(self) -> None:
         require_name("precision", self.name.name, *(entry.name for entry in PrecisionName if entry.name != "fp16"))
@@ -27,7 +27,7 @@ class Fp16Config(PrecisionConfig):
 
     name: PrecisionName = PrecisionName.fp16
     init_scale: float = 65536.0
-    """First loss scale."""
+    """Loss scale at the start."""
     growth_interval: int = 2000
     """Updates without an overflow after which the loss scale doubles."""
 
@@ -38,11 +38,10 @@ class Fp16Config(PrecisionConfig):
 
 @dataclass(kw_only=True, slots=True)
 class StrategyConfig:
-    """How the model is placed on devices."""
+    """The placement of the model on devices."""
 
     name: str = MISSING
-    """`single`, `dp`, `ddp` or `fsdp`. Without `strategy=…` on the command line: `ddp` under torchrun with more than
-    one process, else `single`."""
+    """`single`, `dp`, `ddp` or `fsdp`. The default is `ddp` under torchrun with several processes, else `single`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,27 +62,26 @@ class DDPConfig(StrategyConfig):
     bucket_cap_mb: float = 25.0
     """Size in MiB of the buckets in which gradients are all-reduced."""
     gradient_as_bucket_view: bool = True
-    """Gradients live in the buckets: less memory and no copies."""
+    """Gradients are views of the buckets, which saves memory and copies."""
     find_unused_parameters: bool = False
-    """Search the graph for parameters that took no part in the loss. Needed only if there are any."""
+    """Search the graph for parameters that the loss doesn't depend on. Needed only if there are any."""
     static_graph: bool = False
-    """Promise that the graph never changes. All ranks then take equal numbers of micro-steps, and the first micro-step
-    of the run is synchronised too, which DDP needs and which changes no result."""
+    """Assure DDP that the graph never changes. All ranks then take equal numbers of micro-steps, and DDP synchronises
+    the first micro-step of the run too, which changes no result."""
     broadcast_buffers: bool = True
     """Copy rank 0's buffers (BatchNorm statistics) to all ranks at the start of each window and before evaluations."""
     sync_batchnorm: bool = False
-    """Replace BatchNorm by SyncBatchNorm, whose statistics run over the ranks' micro-batches of one micro-step. CUDA
+    """Replace BatchNorm by SyncBatchNorm, whose statistics are those of all ranks' micro-batches of a micro-step. CUDA
     only."""
     shard_optimizer: bool = False
-    """Each rank keeps the optimizer's state for a part of the parameters, and sends its part of the update to the
-    others (ZeRO stage 1)."""
+    """Each rank keeps the optimizer's state of a part of the parameters, updates those, and sends them to the others
+    (ZeRO stage 1)."""
     compression: Compression = Compression.none
-    """Gradients cross the network as `fp16`, `bf16` or low-rank factors (`powersgd`). The update is then no longer
-    exact."""
+    """Send gradients as `fp16`, `bf16` or low-rank factors (`powersgd`). The update is then no longer exact."""
     powersgd_rank: int = 1
     """Rank of PowerSGD's factors."""
     powersgd_start_update: int = 10
-    """Updates that PowerSGD leaves uncompressed at the start (at least 2)."""
+    """Updates at the start that PowerSGD leaves uncompressed; at least 2."""
 
     def __post_init__(self) -> None:
         require_name("strategy", self.name, "ddp")
@@ -96,7 +94,7 @@ class DDPConfig(StrategyConfig):
 class DPConfig(StrategyConfig):
     """One process, several replicas: `torch.nn.DataParallel` on two or more GPUs, threads on a CPU.
 
-    Each micro-batch is scattered over the replicas, their outputs are gathered, and the loss is taken of them together.
+    Each micro-batch is scattered over the replicas, and the loss is computed from their gathered outputs.
     """
 
     name: str = "dp"
@@ -114,11 +112,11 @@ class FSDPConfig(StrategyConfig):
 
     name: str = "fsdp"
     wrap: list[str] = field(default_factory=list)
-    """Class names of the modules that are gathered and sharded as one. Empty: the members of each `ModuleList`, or the
-    model's own children if it has none."""
+    """Class names of the modules that are each gathered and sharded as a unit. Empty: the members of each `ModuleList`,
+    or the model's children if it has none."""
     reshard_in_window: bool = True
-    """Free gathered parameters after each forward and backward: least memory. `false`: keep them for the window's
-    micro-steps, and gather once per update."""
+    """Free gathered parameters after each forward and backward, which needs least memory. `false`: gather once per
+    update, and keep them for all micro-steps of the window."""
 
     def __post_init__(self) -> None:
         require_name("strategy", self.name, "fsdp")

@@ -1,4 +1,4 @@
-"""Secrets, kept out of everything that a run writes."""
+"""Finds secrets, and keeps them out of everything that a run writes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _CREDENTIALS = re.compile(
 )
 
 _READ = "DISTACCUM_SECRET_VARIABLES"
-"""Environment variable with the names of those that `hide_variable` was told of."""
+"""Environment variable with the names of the variables that `hide_variable` has hidden."""
 
 _known: set[str] = set()
 
 
 def hide_variable(name: str) -> None:
-    """Makes secret what an environment variable holds, here and in processes that this one starts."""
+    """Makes the value of an environment variable a secret, here and in processes that this one starts."""
     os.environ[_READ] = ",".join(sorted({*os.environ.get(_READ, "").split(","), name} - {""}))
 
 
 def hide(value: Any, key: str = "") -> None:
-    """Makes texts secret that a configuration has under keys whose names say so."""
+    """Makes values of a configuration secrets whose keys name one."""
     if isinstance(value, dict):
         for name, entry in value.items():
             hide(entry, key if _SECRET_NAME.search(key) else str(name))
@@ -47,8 +47,8 @@ def hide(value: Any, key: str = "") -> None:
 
 
 def secrets() -> list[str]:
-    """What must not be shown, the longest first: what was hidden, and what the environment's variables hold whose names
-    say that it is secret. Not paths, nor what is shorter than 8 characters, which would be found everywhere."""
+    """Returns the secrets, the longest first: those that were hidden, and values of environment variables whose names
+    say so. Paths are none, nor are texts of less than 8 characters, which would be found everywhere."""
     read = os.environ.get(_READ, "").split(",")
     named = {
         value
@@ -63,8 +63,8 @@ def _is_path(text: str) -> bool:
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """A configuration without secrets: what is under a name like `api_key`, what holds one of `secrets()`, credentials
-    in URLs and the like."""
+    """Returns a configuration without secrets: values of keys like `api_key`, values that contain one of `secrets()`,
+    and credentials in URLs and the like."""
     if isinstance(value, dict):
         return {name: redacted(entry, key if _SECRET_NAME.search(key) else str(name)) for name, entry in value.items()}
     if isinstance(value, list):
@@ -79,14 +79,14 @@ def redacted(value: Any, key: str = "") -> Any:
 
 
 def redacted_text(text: str) -> str:
-    """A text without `secrets()`, and without what stands where credentials do: `token=…`, `https://…@host`, …"""
+    """Returns a text without `secrets()`, and without what follows `token=` or precedes the `@host` of a URL."""
     for secret in secrets():
         text = text.replace(secret, REDACTED)
     return _CREDENTIALS.sub(lambda found: (found["name"] or found["kind"] or "") + REDACTED, text)
 
 
 def redacted_arguments(arguments: list[str]) -> list[str]:
-    """A command line without secrets."""
+    """Returns a command line without secrets."""
     parts = (argument.partition("=") for argument in arguments)
     return [
         f"{name}={REDACTED}" if value and _SECRET_NAME.search(name) else redacted_text(f"{name}{equals}{value}")

@@ -1,4 +1,4 @@
-"""The whole of a run."""
+"""Configuration of a whole run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distaccum.errors import require, require_at_least, require_positive
 
 @dataclass(kw_only=True, slots=True)
 class DistributedConfig:
-    """What ranks expect of each other."""
+    """How ranks wait for each other."""
 
     timeout_seconds: float = 600.0
-    """How long ranks wait for one that does not come, before they stop and say which it was and what it was doing."""
+    """How long ranks wait for a missing one. They then stop, and name it and what it was doing."""
 
     def __post_init__(self) -> None:
         require_positive(distributed__timeout_seconds=self.timeout_seconds)
@@ -27,12 +27,12 @@ class DistributedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WandbConfig:
-    """Weights & Biases. Imported only when used."""
+    """Weights & Biases, which is imported only when used."""
 
     mode: WandbMode = WandbMode.offline
-    """`disabled`; `offline`: into the run folder, to be uploaded with `wandb sync`; `online`."""
+    """`disabled`; `offline`: written to the run folder, for a later `wandb sync`; `online`: uploaded during the run."""
     project: str = "distaccum"
-    """Project to log to."""
+    """Name of the project."""
     name: str | None = None
     """Name of the run. `null`: the name of the run folder."""
     tags: list[str] = field(default_factory=list)
@@ -46,23 +46,23 @@ class TrainConfig:
     seed: int = 0
     """Seed of the windows, of the model's initialisation, of dropout and of random augmentation."""
     run_dir: str | None = None
-    """Folder for all that the run writes. `null`: `runs/` and the time of the start."""
+    """Folder for everything that the run writes. `null`: a folder in `runs/` named by the time of the start."""
     resume: str = "auto"
     """`auto`: go on from the newest valid checkpoint in `run_dir`, if there is one; `none`: begin anew, in a folder
-    without results; or the path of a checkpoint, or of the run folder that it is in, to go on from."""
+    without results; or a path to go on from: a checkpoint's, or a run folder's, whose newest one is taken."""
     resume_override: bool = False
     """Go on although the global batch, the seed or the training data are no longer those of the checkpoint."""
     device: DeviceChoice = DeviceChoice.auto
-    """`cpu` or `cuda`; `auto`: CUDA where there is one."""
+    """`cpu` or `cuda`; `auto`: CUDA if this host has a device."""
     compile: bool = False
-    """Compile the model with `torch.compile`: under `fsdp` each block by itself. Updates stay equal within rounding.
-    Those in which something is compiled are reported apart, and are not in the samples/s of the end."""
+    """Compile the model with `torch.compile`, under `fsdp` each block by itself. Updates stay equal within rounding.
+    Updates during which something is compiled are reported apart, and don't count in the final samples/s."""
     compile_backend: str = "inductor"
-    """What compiles: a backend of torch's. `aot_eager` traces the model and generates no code: quick, to see whether it
-    can be compiled at all."""
+    """Backend of `torch.compile`. `aot_eager` traces the model without generating code: a quick test of whether it can
+    be compiled."""
     compile_dynamic: bool | None = None
-    """Compile for any shape at once. `false`: for each shape anew. `null`: yes with `batch=by_length`; else for the
-    first shape alone, and for any when another one comes."""
+    """`true`: compile once for all shapes; `false`: anew for each shape. `null`: `true` with `batch=by_length`; else
+    for the first shape, and for all shapes when a second one comes."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = MISSING
     model: Any = MISSING
@@ -77,7 +77,7 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     observers: dict[str, Any] = field(default_factory=dict)
-    """Components by name: more observers of the run, besides progress, `metrics.jsonl` and wandb."""
+    """Components by name: observers of the run, besides those of progress, `metrics.jsonl` and wandb."""
 
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)
@@ -95,18 +95,18 @@ class TrainConfig:
         if self.insight.noise_scale:
             require(
                 not isinstance(self.batch, ByLengthBatchConfig),
-                "insight.noise_scale=true can't be had with batch=by_length: micro-batches of like lengths are not "
-                "random samples of the data, which the noise scale is told from. Set batch=uniform, or leave it out.",
+                "insight.noise_scale=true is not supported with batch=by_length: the noise scale needs micro-batches "
+                "that are random samples of the data. Set batch=uniform, or leave it out.",
             )
             require(
                 not (isinstance(self.strategy, DDPConfig) and self.strategy.compression is Compression.powersgd),
-                "insight.noise_scale=true can't be had with strategy.compression=powersgd: what it leaves of the "
-                "gradients' sum can't be compared with its parts. Leave one of them out.",
+                "insight.noise_scale=true is not supported with strategy.compression=powersgd, whose sum of gradients "
+                "can't be compared with its parts. Leave one of them out.",
             )
 
 
 def conf_dir() -> Path:
-    """The folder of the Hydra groups: inside the package when installed from a wheel, beside it in a checkout."""
+    """Returns the folder of the Hydra groups: in the package when installed from a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

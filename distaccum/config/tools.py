@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from distaccum.config import BatchConfig, TrainConfig
 from distaccum.config.enums import BatchSchedule, Compression, Goal, LrRule
@@ -27,6 +29,44 @@ class PlacementName(Enum):
     fsdp_gathered = "fsdp_gathered"
 
 
+def _require_distinct(tool: str, section: Any, *keys: str) -> None:
+    """Refuses empty lists, and takes out what a list holds twice."""
+    for key in keys:
+        if (values := getattr(section, key)) is not None:
+            require(len(values) > 0, f"{tool}.{key} is empty: give at least one.")
+            setattr(section, key, list(dict.fromkeys(values)))
+
+
+def _require_each(minimum: float, key: str, values: Iterable[float]) -> None:
+    shown = list(values)
+    require(
+        all(value >= minimum for value in shown), f"{key}={shown} is impossible: each must be at least {minimum:g}."
+    )
+
+
+def _require_size(tool: str, batch: BatchConfig) -> None:
+    require(
+        batch.global_batch_size is not None,
+        f"{tool} needs the size of a window, and batch.global_batch_size is null: give a number.",
+    )
+
+
+def _require_constant_size(tool: str, batch: BatchConfig) -> None:
+    require(
+        batch.schedule is BatchSchedule.constant,
+        f"{tool} measures windows of one size, and batch.schedule={batch.schedule.name} changes it: set "
+        "batch.schedule=constant and leave out its other keys.",
+    )
+
+
+def _require_given_micro_batch(tool: str, batch: BatchConfig) -> None:
+    require(
+        not batch.is_auto,
+        f"{tool} needs a given size of micro-batches, and batch.micro_batch_size=auto is found only where a training "
+        "starts: give a number, as in batch.micro_batch_size=4.",
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class CompareSection:
     """What `python -m distaccum.compare` runs, and how long it measures."""
@@ -43,30 +83,25 @@ class CompareSection:
     warmup_updates: int = 2
     """Updates before the timed ones of each round."""
     rounds: int = 5
-    """How often each placement takes its turn to be timed."""
+    """Rounds, in each of which every placement is timed once."""
     curve_updates: int = 30
     """Updates of the loss curve, from the start of the training, at most as many as the training has."""
     exact_updates: int = 3
     """Updates after which the parameters are compared with those of the float64 one-shot run."""
     tolerance: float = 1e-12
-    """Largest error, in float64, of what is called exact."""
+    """Largest error, in float64, of a placement that the report calls exact."""
     threads_per_rank: int = 1
     """CPU threads of each rank."""
     keep_alive: bool | None = None
     """Keep the processes of a placement while the others take their turn, instead of starting them anew in each round.
     `null`: on a CPU, as long as they take up little memory."""
     timeout_seconds: float = 300.0
-    """How long a placement may stay silent before it is stopped and becomes a row that says so."""
+    """Seconds without a sign of life after which a placement is stopped; its row then says so."""
 
     def __post_init__(self) -> None:
-        for key in ("world_sizes", "accumulation_steps", "placements"):
-            values = getattr(self, key)
-            require(values is None or len(values) > 0, f"compare.{key} is empty: give at least one.")
-            if values is not None:
-                setattr(self, key, list(dict.fromkeys(values)))
-        for key in ("world_sizes", "accumulation_steps"):
-            for value in getattr(self, key):
-                require(value >= 1, f"compare.{key}={getattr(self, key)} is impossible: each must be at least 1.")
+        _require_distinct("compare", self, "world_sizes", "accumulation_steps", "placements")
+        _require_each(1, "compare.world_sizes", self.world_sizes)
+        _require_each(1, "compare.accumulation_steps", self.accumulation_steps)
         require_at_least(1, compare__updates=self.updates, compare__rounds=self.rounds)
         require_at_least(0, compare__warmup_updates=self.warmup_updates)
         require_at_least(1, compare__curve_updates=self.curve_updates, compare__exact_updates=self.exact_updates)
@@ -74,28 +109,16 @@ class CompareSection:
         require_positive(compare__timeout_seconds=self.timeout_seconds, compare__tolerance=self.tolerance)
 
 
-def require_constant_size(batch: BatchConfig, why: str) -> None:
-    require(
-        batch.schedule is BatchSchedule.constant,
-        f"{why}, and batch.schedule={batch.schedule.name} changes them: set batch.schedule=constant and leave out its "
-        "other keys.",
-    )
-
-
 @dataclass(kw_only=True, slots=True)
 class CompareConfig(TrainConfig):
-    """A training, and the placements that it is to be compared under."""
+    """A training and the placements under which to compare it."""
 
     compare: CompareSection = field(default_factory=CompareSection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(
-            self.batch.global_batch_size is not None,
-            "compare gives every placement the same windows, so it needs their size, and batch.global_batch_size is "
-            "null: give a number.",
-        )
-        require_constant_size(self.batch, "compare times windows of one size")
+        _require_size("compare", self.batch)
+        _require_constant_size("compare", self.batch)
         require(
             getattr(self.batch, "max_tokens", None) is None,
             "compare sets how much a micro-batch may hold by compare.accumulation_steps, so batch.max_tokens would be "
@@ -105,10 +128,11 @@ class CompareConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CheckSection:
-    """What `python -m distaccum.check` measures, and how far apart equal results may be."""
+    """What `python -m distaccum.check` measures, and how far equal results may differ."""
 
     windows: int = 2
-    """Windows to measure: the first ones of an epoch, the last of them being the epoch's last window, ragged or not."""
+    """Windows to measure: the first ones of an epoch, and as the last of them the epoch's last window, ragged or
+    not."""
     samples: int | None = 32
     """Samples of each window that are measured, so that they fit into one micro-batch. `null`: all of them."""
     tolerance_fp64: float = 1e-10
@@ -128,34 +152,28 @@ class CheckSection:
 
 @dataclass(kw_only=True, slots=True)
 class CheckConfig(TrainConfig):
-    """A training whose updates are to be proved independent of the cut."""
+    """A training, and how to prove that its updates don't depend on the cut."""
 
     check: CheckSection = field(default_factory=CheckSection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(
-            not self.compile, "compile=true has no part in a check, which looks at the model as it is: leave it out."
-        )
-        require(
-            not self.batch.is_auto,
-            "check compares cuts of known sizes, and batch.micro_batch_size=auto is found only where a training "
-            "starts: give a number here, as in batch.micro_batch_size=4. It changes nothing that check looks at.",
-        )
+        require(not self.compile, "check examines the model as it is, without compile=true: leave it out.")
+        _require_given_micro_batch("check", self.batch)
 
 
 @dataclass(kw_only=True, slots=True)
 class MemorySection:
-    """What `python -m distaccum.memory` measures, in one process, and what it is to fit into."""
+    """What `python -m distaccum.memory` measures, in one process, and the memory to compare it with."""
 
     world_size: int | None = None
-    """Ranks to measure `ddp` and `fsdp` for; they need not be there. `null`: one per GPU of this host, at least 2."""
+    """Ranks to measure `ddp` and `fsdp` for; the host needs no device for them. `null`: one per GPU, at least 2."""
     limit_gb: float | None = None
-    """Memory that one rank may use, in GiB. `null`: the device's."""
+    """Memory that one rank may use, in GiB. `null`: all of the device's."""
     headroom: float = 0.1
-    """Part of the limit to leave free, for fragmentation, and on a GPU for what CUDA itself takes."""
+    """Fraction of the limit to leave free, for fragmentation and, on a GPU, for CUDA itself."""
     alternatives: bool = True
-    """Measure what other settings would need too. `false`: the configured one only."""
+    """Measure other settings too. `false`: the configured one only."""
     json: bool = False
     """Print one JSON object and nothing else. `--json` is short for `memory.json=true`."""
 
@@ -168,66 +186,56 @@ class MemorySection:
 
 @dataclass(kw_only=True, slots=True)
 class MemoryConfig(TrainConfig):
-    """A training whose memory is to be measured and predicted."""
+    """A training, and how to measure and predict its memory."""
 
     memory: MemorySection = field(default_factory=MemorySection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require_constant_size(self.batch, "memory measures windows of one size")
+        _require_constant_size("memory", self.batch)
+        _require_given_micro_batch("memory", self.batch)
         require(
-            not self.compile,
-            "memory measures the model as it is, and compile=true has another peak: leave it out.",
-        )
-        require(
-            not self.batch.is_auto,
-            "memory says by itself what fits, and batch.micro_batch_size=auto leaves open what to measure: give a "
-            "number here, as in batch.micro_batch_size=4.",
+            not self.compile, "memory measures the model as it is, and compile=true has another peak: leave it out."
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class StudySection:
-    """What `python -m distaccum.study` trains, until when, and what it concludes from it."""
+    """What `python -m distaccum.study` trains, and when its runs end."""
 
     batch_sizes: list[int] | None = None
-    """Global batch sizes to try. `null`: a sixteenth, a quarter, once and four times `batch.global_batch_size`, as far
-    as the data have a window of them."""
+    """Global batch sizes to try. `null`: 1/16, 1/4, 1 and 4 times `batch.global_batch_size`, up to the size of the
+    training data."""
     lr_rules: list[LrRule] = field(default_factory=lambda: [LrRule.linear, LrRule.sqrt])
     """How the learning rate follows the batch size, from `optim.lr` at `batch.global_batch_size`: `linear`, `sqrt` or
-    `none` (it does not). Each is tried at each batch size; the one that got to the target in fewest updates counts."""
+    `none` (it stays). Each is tried at each batch size; the one that reached the target in fewest updates counts."""
     metric: str | None = None
-    """What the target is a value of: `train/loss`, or an evaluation's metric (`eval/loss`, `eval/accuracy`). `null`:
-    `eval/loss` where there is an evaluation, else `train/loss`."""
+    """The metric of the target: `train/loss`, or an evaluation's (`eval/loss`, `eval/accuracy`). `null`: `eval/loss` if
+    there is an evaluation, else `train/loss`."""
     goal: Goal | None = None
-    """Whether less or more of it is better. `null`: `min` for a loss, `max` for everything else."""
+    """`min` or `max`: whether less or more of the metric is better. `null`: `min` for a loss, `max` for all others."""
     target: float | None = None
-    """The value to reach; a run that has reached it is stopped. `null`: chosen afterwards, so that one run at least of
-    each batch size has reached it; all runs then go on to `study.max_samples`."""
+    """The value to reach; a run stops when it has reached it. `null`: all runs go on to `study.max_samples`, and the
+    target is chosen afterwards so that at least one run of each batch size has reached it."""
     max_samples: int | None = None
-    """Samples after which a run ends in any case. `null`: as many as the configured training has."""
+    """Samples after which a run ends in any case. `null`: those of the configured training."""
     evaluations: int = 60
-    """Evaluations of a run that goes on to `study.max_samples`, equal numbers of samples apart."""
+    """Evaluations of a run that goes on to `study.max_samples`, evenly spaced in samples."""
     smoothing: int = 3
     """Evaluations that are averaged; for `train/loss`, the samples between so many of them."""
     noise_scale: bool | None = None
-    """Measure the gradient noise scale in the runs, to stand beside the critical batch size. `null`: where it can be
-    had (see `insight.noise_scale`)."""
+    """Measure the gradient noise scale in the runs, for comparison with the critical batch size. `null`: wherever
+    `insight.noise_scale` is supported."""
     ranks: int = 1
-    """Ranks of each run, which are started by torchrun."""
+    """Ranks of each run, started by torchrun."""
     threads_per_rank: int = 1
     """CPU threads of each rank."""
     point: int | None = None
-    """Run this point alone (from 0), as a job of an array does. `null`: all that are not finished, in turn."""
+    """Run only the point of this number (from 0), as a job of an array does. `null`: all unfinished points in turn."""
 
     def __post_init__(self) -> None:
-        for key in ("batch_sizes", "lr_rules"):
-            values = getattr(self, key)
-            require(values is None or len(values) > 0, f"study.{key} is empty: give at least one.")
-            if values is not None:
-                setattr(self, key, list(dict.fromkeys(values)))
-        for size in self.batch_sizes or []:
-            require(size >= 1, f"study.batch_sizes={self.batch_sizes} is impossible: each must be at least 1.")
+        _require_distinct("study", self, "batch_sizes", "lr_rules")
+        _require_each(1, "study.batch_sizes", self.batch_sizes or [])
         require(
             self.metric is None or self.metric == "train/loss" or self.metric.startswith("eval/"),
             f"study.metric={self.metric} is unknown: it must be train/loss, or eval/ and a metric of the evaluation.",
@@ -240,26 +248,19 @@ class StudySection:
 
 @dataclass(kw_only=True, slots=True)
 class StudyConfig(TrainConfig):
-    """A training, of which the best batch size is sought."""
+    """A training, and how to find its best batch size."""
 
     study: StudySection = field(default_factory=StudySection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(
-            self.batch.global_batch_size is not None,
-            "study scales the learning rate from that of batch.global_batch_size, which is null: give a number.",
-        )
-        require_constant_size(self.batch, "study tries batch sizes that stay the same in a run")
+        _require_size("study", self.batch)
+        _require_constant_size("study", self.batch)
+        _require_given_micro_batch("study", self.batch)
         require(
             self.batch.accumulation_steps is None,
             f"study tries several batch sizes, and with batch.accumulation_steps={self.batch.accumulation_steps} the "
             "micro-batch would grow with them: give batch.micro_batch_size instead.",
-        )
-        require(
-            not self.batch.is_auto,
-            "study can't be had with batch.micro_batch_size=auto, which finds another size for each of its runs: give "
-            "a number.",
         )
         require(
             self.train.early_stopping.metric is None,
@@ -280,19 +281,19 @@ class TuneSection:
     """What `python -m distaccum.tune` tries, how long it takes, and what it predicts."""
 
     world_size: int | None = None
-    """Ranks to tune for, on this machine. `null`: as many as it has GPUs; 1 without any."""
+    """Ranks to tune for, on this machine. `null`: one per GPU; 1 without any."""
     minutes: float = 5.0
-    """How long to try candidates. Those that are not reached are named; the suggestion is confirmed against the
-    configuration as it is in any case."""
+    """Minutes in which candidates are started, counted from when the configuration as it is has been timed; candidates
+    left over are named. The last candidate, the confirmation and the forecast take time of their own."""
     rounds: int = 3
-    """Turns that a candidate and the best so far take to be timed."""
+    """Turns in which a candidate and the best so far are timed."""
     confirm_rounds: int = 5
-    """Turns that the suggestion and the default take at the end."""
+    """Turns in which the suggestion and the configuration as it is are timed at the end."""
     round_seconds: float = 1.0
-    """Length of a turn, about."""
+    """Approximate length of a turn."""
     min_gain: float = 0.03
-    """A candidate takes the place of the best if it is faster by more than this part, and in the middle half of the
-    turns faster at all."""
+    """A candidate becomes the best if its median time is shorter by more than this fraction, and its time is shorter in
+    all turns of the middle half."""
     memory_gb: float | None = None
     """Most memory of a process, in GiB: on a GPU what is allocated, on a CPU the resident set, Python and torch
     included. `null`: what the device has."""
@@ -300,22 +301,23 @@ class TuneSection:
     """Gradient compressions to measure (`bf16`, `fp16`, `powersgd`) with `strategy=ddp`. Their updates are not exact,
     so they are reported and not suggested."""
     accept_inexact: bool = False
-    """Suggest a compression if it is the fastest."""
+    """Suggest a compression too, if it is the fastest."""
     write: str | None = None
     """File to write the suggestion to, for `experiment=`: `conf/experiment/tuned.yaml` in a checkout, or
     `DIR/experiment/NAME.yaml` for `--config-dir DIR`."""
     predict_world_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Ranks to predict the seconds per update for."""
     predict_accumulation_steps: list[int] = field(default_factory=lambda: [1, 4, 16])
-    """Micro-steps to predict them for, besides those of the configuration's own window."""
+    """Micro-steps to predict the seconds per update for, besides those of the configured window."""
     link_mbits: list[float] = field(default_factory=lambda: [1000.0, 10000.0])
-    """Mbit/s of each rank's link to predict them for, besides what this machine's own ranks are joined by."""
+    """Bandwidths in Mbit/s of each rank's link to predict for, besides the measured one between this machine's
+    ranks."""
     link_latency_ms: float = 0.1
-    """Latency of those links, of one step of a ring all-reduce."""
+    """Latency of those links in milliseconds: of one step of a ring all-reduce."""
     threads_per_rank: int | None = None
     """CPU threads of each rank. `null`: 1 with several ranks, as under torchrun; all cores in a single process."""
     timeout_seconds: float = 300.0
-    """How long a candidate may stay silent before it is stopped."""
+    """Seconds without a sign of life after which a candidate is stopped."""
 
     def __post_init__(self) -> None:
         require_at_least(1, tune__world_size=self.world_size, tune__rounds=self.rounds)
@@ -328,11 +330,11 @@ class TuneSection:
             tune__timeout_seconds=self.timeout_seconds,
         )
         for key in ("predict_world_sizes", "predict_accumulation_steps", "link_mbits"):
-            for value in getattr(self, key):
-                require(value > 0, f"tune.{key}={getattr(self, key)} is impossible: each must be above 0.")
+            values = getattr(self, key)
+            require(all(value > 0 for value in values), f"tune.{key}={values} is impossible: each must be above 0.")
         require(
             Compression.none not in self.compressions,
-            "tune.compressions holds none, which is what all others are compared with: leave it out.",
+            "tune.compressions holds none, with which all others are compared: leave it out.",
         )
         require(
             self.write is None or self.write.endswith((".yaml", ".yml")),
@@ -342,20 +344,12 @@ class TuneSection:
 
 @dataclass(kw_only=True, slots=True)
 class TuneConfig(TrainConfig):
-    """A training whose settings for speed are to be found."""
+    """A training, and how to find its fastest settings."""
 
     tune: TuneSection = field(default_factory=TuneSection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        require(
-            self.batch.global_batch_size is not None,
-            "tune keeps the window as it is and cuts it in other ways, so it needs its size, and "
-            "batch.global_batch_size is null: give a number.",
-        )
-        require_constant_size(self.batch, "tune times windows of one size")
-        require(
-            not self.batch.is_auto,
-            "tune tries micro-batches itself, beginning with the one that is configured, and batch.micro_batch_size="
-            "auto is found only where a training starts: give a number to begin with, as in batch.micro_batch_size=4.",
-        )
+        _require_size("tune", self.batch)
+        _require_constant_size("tune", self.batch)
+        _require_given_micro_batch("tune", self.batch)

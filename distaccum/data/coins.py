@@ -11,25 +11,25 @@ from distaccum.data.splits import EVALUATION, check_split
 from distaccum.errors import UserError, not_importable
 
 IGNORED = 255
-"""The class of pixels that count nowhere."""
+"""Class of pixels that neither loss nor metrics count."""
 FIRST_TRAINING_COLUMN = 128
 """Eight coins are held out, one of them cut by this line, and sixteen are trained on."""
 _PATCHES_OVERLAP = 4
-"""Patches to train on start in steps of this part of their size."""
+"""Training patches start in steps of their size divided by this."""
 
 
 class Coins(Dataset[tuple[Tensor, Tensor]]):
     """Patches of a photograph of 24 Greek coins: background (0) or coin (1) for each pixel.
 
     The left third of the image, whose background is brighter, is held out: no pixel of it is in a patch to train on.
-    Those overlap, and are flipped and turned at random (by torch's global generator, which the loader seeds for each
-    sample). Held-out patches cover their part once; where they go beyond the image, pixels are ignored.
+    Training patches overlap, and are flipped and turned at random (by torch's global generator, which the loader seeds
+    for each sample). Held-out patches cover their part once; pixels beyond the image are ignored.
 
-    The mask is the watershed of scikit-image's own tutorial on these coins, without its specks and holes; its edges,
-    one pixel to both sides, are ignored, as a human annotator's would be.
+    The mask is the watershed of scikit-image's tutorial on these coins, without its specks and holes; its edges, one
+    pixel to both sides, are ignored, as a human annotator's would be.
 
-    A sample is an image, float32 `[1, size, size]` in [0, 1], and the classes, int64 `[size, size]`, of which 255 is to
-    be ignored.
+    A sample is an image, float32 `[1, size, size]` in [0, 1], and the classes, int64 `[size, size]`, where 255 means
+    ignored.
 
     Source: scikit-image's `data.coins`, from the Brooklyn Museum's collection.
 
@@ -48,8 +48,8 @@ class Coins(Dataset[tuple[Tensor, Tensor]]):
         pixels, mask = coins_and_mask()
         if not 1 <= patch_size <= min(len(pixels), pixels.shape[1] - FIRST_TRAINING_COLUMN):
             raise UserError(
-                f"Coins: patch_size={patch_size} is impossible: the part to train on has "
-                f"{len(pixels)}×{pixels.shape[1] - FIRST_TRAINING_COLUMN} pixels."
+                f"Coins: patch_size={patch_size} is impossible: it must be at least 1, and the part to train on "
+                f"has {len(pixels)}×{pixels.shape[1] - FIRST_TRAINING_COLUMN} pixels."
             )
         self.input_shape = (1, patch_size, patch_size)
         self._augments = split != EVALUATION
@@ -74,7 +74,7 @@ class Coins(Dataset[tuple[Tensor, Tensor]]):
 
 
 def coins_and_mask() -> tuple[Tensor, Tensor]:
-    """The whole photograph, float32 `[303, 384]` in [0, 1], and its classes, int64 of the same shape.
+    """Returns the photograph, float32 `[303, 384]` in [0, 1], and its classes, int64 of the same shape.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -99,12 +99,12 @@ def coins_and_mask() -> tuple[Tensor, Tensor]:
 
 
 def _extended(values: Tensor, size: int, filling: float) -> Tensor:
-    """With rows and columns added at the ends, to sides that are multiples of `size`."""
+    """Returns values with rows and columns added at the ends, to sides that are multiples of `size`."""
     below, right = (-side % size for side in values.shape)
     return F.pad(values, (0, right, 0, below), value=filling)
 
 
 def _patches(values: Tensor, size: int, step: int) -> Tensor:
-    """Squares `[N, size, size]`, from every `step`-th place and from the end of each side."""
+    """Returns squares `[N, size, size]`, at every `step`-th place and at the end of each side."""
     rows, columns = ({*range(0, side - size + 1, step), side - size} for side in values.shape)
     return torch.stack([values[r : r + size, c : c + size] for r in sorted(rows) for c in sorted(columns)])

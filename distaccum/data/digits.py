@@ -13,11 +13,11 @@ from distaccum.data.splits import EVALUATION, check_split
 from distaccum.errors import not_importable
 
 _EVALUATION_EVERY = 5
-"""One sample of each class in so many is held out."""
+"""Of each class, one sample in this many is held out."""
 _MAX_DEGREES = 10.0
 _MAX_SCALE = 0.1
 _MAX_SHIFT = 0.12
-"""In halves of the image's side."""
+"""Largest shift, in halves of the image's side."""
 _NOISE = 0.05
 
 
@@ -67,8 +67,8 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 class DigitViews(Dataset[tuple[Tensor, Tensor]]):
     """Each of the digits as two random views: turned, scaled, shifted, made noisy.
 
-    Drawn from torch's global generator, which the loader seeds for each sample, in evaluations too. The split is that
-    of `Digits`.
+    The views are drawn from torch's global generator, which the loader seeds for each sample, in evaluations too. The
+    split is that of `Digits`.
 
     A sample is its views, float32 `[2, 1, 8, 8]`, and the digit, int64 `[]`, which metrics may use.
 
@@ -94,7 +94,7 @@ class DigitViews(Dataset[tuple[Tensor, Tensor]]):
 
 
 def random_views(image: Tensor, count: int) -> Tensor:
-    """Random views `[count, C, H, W]` of an image `[C, H, W]`."""
+    """Draws random views `[count, C, H, W]` of an image `[C, H, W]`."""
     angle, scale, right, down = torch.rand(4, count) * 2 - 1
     angle = angle * math.radians(_MAX_DEGREES)
     scale = 1 + scale * _MAX_SCALE

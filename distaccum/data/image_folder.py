@@ -27,11 +27,10 @@ _LAYOUT = "Images belong in one folder per class: ROOT/CLASS/image.png"
 class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Classifies the images of `root/CLASS/**`; a class is the place of its folder in the sorted list of folders.
 
-    All files that Pillow can open by their extension count, at any depth; what else there is is counted and logged.
-    Names that begin with a dot are passed over. Links are followed, and what they lead to counts once in a class; a
-    file of two classes is refused. Without an `evaluation_root`, a part of each class is held out: spread evenly over
-    its sorted files, and at least one file where the class has two. The same files give the same split, whatever the
-    order in which the system lists them.
+    All files whose extension Pillow knows count, at any depth; the number of other files is logged. Names that begin
+    with a dot are ignored. Links are followed, and a file counts once in a class; a file of two classes is refused.
+    Without an `evaluation_root`, a part of each class is held out: spread evenly over its sorted files, and at least
+    one file of a class that has two. The split doesn't depend on the order in which the system lists the files.
 
     A sample is an image, float32 `[3, image_size, image_size]`, and its class, an int. The image is turned as its EXIF
     orientation says, converted to RGB, resized to a square with bilinear interpolation (its proportions are not kept),
@@ -41,20 +40,20 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         split: `train` or `evaluation`.
         root: folder of class folders.
         evaluation_root: folder of class folders of the same names to evaluate on; then all of `root` is for training.
-        evaluation_fraction: part of each class that is held out when there is no `evaluation_root`, in [0, 1).
+        evaluation_fraction: fraction of each class to hold out when there is no `evaluation_root`, in [0, 1).
         image_size: height and width in pixels.
         mean: subtracted from the three channels.
         std: the three channels are divided by it.
 
     Attributes:
         classes: names of the classes.
-        num_classes: how many.
+        num_classes: number of classes.
         input_shape: `(3, image_size, image_size)`.
         samples: path and class of each sample.
 
     Raises:
-        UserError: impossible arguments, folders that don't fit, or Pillow is not installed; and from `__getitem__`, an
-            image that cannot be read.
+        UserError: impossible arguments, class folders that are missing or empty, or Pillow is not installed; and from
+            `__getitem__`, an image that can't be read.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             if split == TRAIN:
                 _check_apart(files + _images_by_class(evaluation_root, self.classes, log=False))
         else:
-            # Both splits list the same folder; one of them says what was passed over.
+            # Both splits list the same folder; only one of them logs the other files.
             files = _images_by_class(root, self.classes, log=split == TRAIN)
             files = [_part(paths, split, evaluation_fraction) for paths in files]
         self.samples = [(path, label) for label, paths in enumerate(files) for path in paths.values()]
@@ -103,12 +102,12 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def evenly_spread(length: int, count: int) -> list[int]:
-    """`count` different places in `range(length)`, evenly spread: the middles of as many equal stretches."""
+    """Returns `count` places in `range(length)`, evenly spread: the middles of as many equal parts."""
     return [(2 * place + 1) * length // (2 * count) for place in range(count)]
 
 
 def _part(paths: dict[str, Path], split: str, evaluation_fraction: float) -> dict[str, Path]:
-    """One class's files of one split."""
+    """Returns one class's files of one split."""
     count = 0
     if evaluation_fraction > 0 and len(paths) >= 2:
         count = min(max(1, round(evaluation_fraction * len(paths))), len(paths) - 1)
@@ -127,7 +126,7 @@ def _check_arguments(evaluation_fraction: float, image_size: int, mean: Sequence
 
 
 def _class_names(root: Path, argument: str) -> list[str]:
-    """Sorted names of the class folders. `argument` is the name of the folder's argument, for messages."""
+    """Returns the sorted names of the class folders. `argument` is the name of the root's argument, for messages."""
     if not root.exists():
         raise UserError(f"ImageFolder: {argument}={root} does not exist (looked for {root.absolute()}). {_LAYOUT}")
     if not root.is_dir():
@@ -159,7 +158,7 @@ def _check_apart(folders: Sequence[dict[str, Path]]) -> None:
 
 
 def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[str, Path]]:
-    """The sorted image files of each class folder, by their real paths; `log` says whether other files are mentioned.
+    """Returns the sorted image files of each class folder, by their real paths; `log`: logs the number of others.
 
     Raises:
         UserError: no images at all, none in one of the folders, or the same one in two.
@@ -189,12 +188,13 @@ def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[
 
 
 def _files_below(folder: Path) -> dict[str, Path]:
-    """All files at any depth by their real paths, sorted; links are followed, names that begin with a dot are not."""
+    """Returns all files at any depth, sorted, by their real paths; follows links, but no name that begins with a
+    dot."""
     found: dict[str, Path] = {}
     start, seen = folder.resolve(), set[Path]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = Path(parent).resolve()
-        if real in seen or real in start.parents:  # a link to where we are or have been
+        if real in seen or real in start.parents:  # a link to a folder that is or was walked through
             folders.clear()
             continue
         seen.add(real)
@@ -214,16 +214,16 @@ def _pillow_image() -> ModuleType:
 
 
 def _read(path: Path, size: int) -> Tensor:
-    """An image file as float32 `[3, size, size]` in [0, 1]."""
+    """Reads an image file as float32 `[3, size, size]` in [0, 1]."""
     image_module = _pillow_image()
     from PIL import ImageOps
 
     try:
         with image_module.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                # Pillow would clip them to 255: nearly all of a 16-bit image would turn white without a word.
+                # Pillow would clip them to 255, which turns nearly all of a 16-bit image white.
                 raise ValueError(f"its pixels are of mode {image.mode}; convert them to 8 bits per channel")
             rgb = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), image_module.Resampling.BILINEAR)
-    except Exception as error:  # decoders raise whatever comes to them on a damaged file
+    except Exception as error:  # decoders raise all kinds of errors on a damaged file
         raise UserError(f"ImageFolder: {path} cannot be read as an image: {error}") from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255

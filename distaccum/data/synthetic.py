@@ -15,8 +15,8 @@ from distaccum.errors import UserError
 class Synthetic(Dataset[tuple[Tensor, int]]):
     """Normal noise around one random centre per class.
 
-    Sample `i` is a pure function of `(split, i)` and the arguments: the same on every rank, in every worker and after
-    every restart, and nothing but the centres is kept in memory. Classes take turns, so that they are balanced.
+    Sample `i` is a function of `(split, i)` and the arguments alone: the same on every rank, in every worker and after
+    every restart, and only the centres are kept in memory. Classes take turns, so that they are balanced.
     Centres and noise have the same scale: the classes are far apart in many dimensions, and overlap in few.
 
     A sample is a float32 tensor of `input_shape` and its class, an int.
@@ -41,8 +41,8 @@ class Synthetic(Dataset[tuple[Tensor, int]]):
         self.num_samples = max(1, num_samples // 4) if split == EVALUATION else num_samples
         self.input_shape = tuple(input_shape)
         self.num_classes = num_classes
-        # Generators take the low 32 bits of a seed, so the streams are told apart by the remainder, not by high bits:
-        # 0 is the centres', 1 the training samples', 2 the evaluation samples'.
+        # Generators use the low 32 bits of a seed, so the streams differ in the remainder and not in high bits: 0 for
+        # the centres, 1 for training samples, 2 for evaluation samples.
         self._stream = 2 if split == EVALUATION else 1
         generator = torch.Generator().manual_seed(0)
         self._centres = torch.randn((num_classes, *self.input_shape), generator=generator)

@@ -20,14 +20,12 @@ IGNORE_INDEX = -100
 class DocumentationText(Dataset[tuple[Tensor, Tensor]]):
     """The texts behind `help('topic')`, cut into paragraphs of very unequal lengths; bytes of UTF-8 are the tokens.
 
-    The first byte of a paragraph is predicted from a newline (what stands before it in the document), so each byte of
-    the text is the target of exactly one prediction. A paragraph of more than `max_length` bytes is cut into
-    consecutive samples of `max_length` and a shorter last one: each goes on where the one before ended, with that
-    one's last byte as its first input and no other context.
+    The first byte of a paragraph is predicted from a newline, which precedes it in the document, so each byte of the
+    text is the target of exactly one prediction. A paragraph of more than `max_length` bytes is cut into consecutive
+    samples of `max_length` and a shorter last one; the first input of each is the last byte of the one before.
 
-    Whole topics are held out, about a tenth of the text, chosen by their names alone. Topics quote one another: some
-    paragraphs stand in several. Each paragraph is taken once, and what stands in a held-out topic is in no training
-    sample.
+    Whole topics are held out, about a tenth of the text, chosen by their names alone. Some paragraphs are in several
+    topics: each is taken once, and those of held-out topics are in no training sample.
 
     A sample is `(inputs, targets)`, both int64 `[T]` with 1 <= T <= max_length, the targets being one byte ahead.
 
@@ -38,7 +36,7 @@ class DocumentationText(Dataset[tuple[Tensor, Tensor]]):
     Attributes:
         vocab_size: 256.
         max_length: as given.
-        lengths: T of each sample, without making the samples.
+        lengths: T of each sample.
         reference_losses: losses to compare with, in nats per byte. `unigram entropy`: the entropy of this split's own
             byte frequencies, which no model that ignores the context gets below.
         collate_fn: pads inputs with 0 and targets with -100, which the loss ignores.
@@ -78,8 +76,8 @@ class DocumentationText(Dataset[tuple[Tensor, Tensor]]):
 
 
 def paragraphs(split: str) -> list[str]:
-    """The different paragraphs of one split, stripped and not empty, by topic in alphabetical order."""
-    from pydoc_data.topics import topics  # half a megabyte, read only by those who want it
+    """Returns the different paragraphs of one split, stripped and not empty, by topic in alphabetical order."""
+    from pydoc_data.topics import topics  # half a megabyte, imported only when needed
 
     held_out: dict[str, None] = {}  # a dict keeps the order; a set would not
     others: dict[str, None] = {}
@@ -90,7 +88,7 @@ def paragraphs(split: str) -> list[str]:
 
 
 def is_held_out(topic: str) -> bool:
-    """Whether a topic belongs to the evaluation: by its name alone, and so alike in each Python release."""
+    """Returns whether a topic belongs to the evaluation, which follows from its name, in each Python release alike."""
     return zlib.crc32(topic.encode()) % 10 == 1
 
 
@@ -101,7 +99,7 @@ def cut(length: int, max_length: int) -> Iterator[tuple[int, int]]:
 
 
 def _byte_entropy(text: bytes) -> float:
-    """Entropy of the frequencies of bytes, in nats per byte."""
+    """Returns the entropy of the frequencies of bytes, in nats per byte."""
     counts = torch.bincount(torch.frombuffer(bytearray(text), dtype=torch.uint8), minlength=256).double()
     frequencies = counts / counts.sum()
     return float(torch.special.entr(frequencies).sum())

@@ -1,4 +1,4 @@
-"""Checks of what the models are given."""
+"""Checks of the models' arguments and inputs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def require_images(model: str, input_shape: Sequence[int], channels: Sequence[in
 
 
 def convolution(before: int, after: int) -> list[nn.Module]:
-    """A 3×3 convolution, GroupNorm, which has the bias, and ReLU."""
+    """Returns a 3×3 convolution, GroupNorm, which has the bias, and ReLU."""
     return [
         nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
         nn.GroupNorm(after // _CHANNELS_PER_GROUP, after),
@@ -39,9 +39,9 @@ def convolution(before: int, after: int) -> list[nn.Module]:
 class CNN(nn.Module):
     """One 3×3 convolution, GroupNorm and ReLU per stage, then the mean of each quarter and a linear classifier.
 
-    The means are of the quarters and not of the whole image, because where a stroke is says much of what it is. The
-    image is halved (2×2 maximum) between stages while both sides are at least 2. GroupNorm and not BatchNorm: its
-    statistics are of one sample, so the result does not depend on how a window is cut into micro-batches.
+    The means are of quarters, as the place of a stroke matters. The image is halved (2×2 maximum) between stages while
+    both sides are at least 2. GroupNorm and not BatchNorm: its statistics are of one sample, so the result does not
+    depend on how a window is cut into micro-batches.
 
     Args:
         input_shape: channels, height and width of one sample.
@@ -82,7 +82,7 @@ class CNN(nn.Module):
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(features, num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of images `[B, *input_shape]`."""
+        """Returns logits `[B, num_classes]` of images `[B, *input_shape]`."""
         require_sample_shape("CNN", self.input_shape, images.shape)
         logits: Tensor = self.classifier(self.quarters(self.stages(images)))
         return logits

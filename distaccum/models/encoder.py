@@ -23,9 +23,9 @@ class Encoder(nn.Module):
         width: units of the projection's hidden layer.
         embedding_size: size of an embedding.
         dropout: dropout before the projection.
-        learn_temperature: give embeddings of the length √(1 / temperature), the temperature being a parameter: their
-            inner products are cosine similarities divided by it, so it is learned with the rest.
-        temperature: where that begins.
+        learn_temperature: makes the temperature a parameter. Embeddings have the length √(1 / temperature), so their
+            inner products are cosine similarities divided by it.
+        temperature: its initial value.
 
     Raises:
         UserError: an impossible argument.
@@ -48,11 +48,11 @@ class Encoder(nn.Module):
             raise UserError(f"Encoder: temperature={temperature} must be greater than 0.")
         self.trunk = CNN(input_shape=input_shape, num_classes=width, channels=channels, dropout=dropout)
         self.projection = nn.Sequential(nn.ReLU(), nn.Linear(width, embedding_size))
-        # As in CLIP (Radford et al. 2021): the logarithm of what similarities are multiplied by.
+        # As in CLIP (Radford et al. 2021): the logarithm of the factor of the similarities.
         self.log_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn_temperature else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings `[B, embedding_size]` of images `[B, *input_shape]`."""
+        """Returns embeddings `[B, embedding_size]` of images `[B, *input_shape]`."""
         embeddings: Tensor = self.projection(self.trunk(images))
         if self.log_scale is None:
             return embeddings

@@ -1,4 +1,4 @@
-"""Models put together: their predictions, or their weights."""
+"""Combines models: their predictions, or their weights."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from distaccum.errors import UserError
 
 
 class NotTogetherError(UserError, AttributeError):
-    """Models that can't be one: what their outputs are, or what is asked of them, has no mean."""
+    """Models can't be combined: their outputs, or those that are asked for, have no mean."""
 
 
 class _OnlyLogits(dict[str, Tensor]):
-    """What an ensemble of models gives whose outputs have names: an item and attribute `logits`, and nothing else."""
+    """Output of an ensemble of models whose outputs have names: `logits`, as an item and as an attribute."""
 
     def __missing__(self, name: object) -> Tensor:
-        raise NotTogetherError(f"of the members' outputs an ensemble has the logits alone, and {name!r} is asked for.")
+        raise NotTogetherError(f"an ensemble has only the logits of its members' outputs, and {name!r} is asked for.")
 
     def __getattr__(self, name: str) -> Tensor:
         return self[name]
 
 
 class Ensemble(nn.Module):
-    """Models whose outputs are one: called as each of them is.
+    """A model whose output is a mean of several models' outputs. It takes the same arguments as each of them.
 
-    With `probabilities` the output is the logarithm of the mean of the models' probabilities, softmax over the classes,
-    which any cross-entropy takes as logits. It is made in float32 at least. With `outputs` it is the mean of the
-    outputs themselves.
+    With `probabilities` the output is the logarithm of the mean of the models' probabilities (softmax over the
+    classes), which any cross-entropy takes as logits. It is computed in float32 at least. With `outputs` it is the mean
+    of the outputs.
 
-    No more than two models' outputs are held at a time.
+    At most two models' outputs are in memory at a time.
 
     Args:
-        members: take the same arguments, and give one tensor of the same shape each; or an object or mapping that has
-            it as `logits`: the ensemble then gives one with `logits` alone.
+        members: take the same arguments, and return a tensor of the same shape each; or an object or mapping that has
+            it as `logits`: the ensemble then returns one with `logits` alone.
         combine: `probabilities` or `outputs`.
-        class_dim: dimension of the outputs that classes lie along, for `probabilities`.
+        class_dim: dimension of the classes in the outputs, for `probabilities`.
 
     Raises:
-        UserError: there are no members; and from a call, outputs that can't be put together.
+        UserError: there are no members; and from a call, outputs that can't be combined.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Ensemble(nn.Module):
             raise UserError("an ensemble needs at least one model, and got none.")
         if combine is Combination.probabilities and class_dim is None:
             raise NotTogetherError(
-                "to mean probabilities, it must be known along which dimension of the outputs the classes lie: give "
-                "class_dim (--class-dim), or combine the outputs as they are (--combine outputs)."
+                "the mean of probabilities needs the dimension of the classes in the outputs: give class_dim "
+                "(--class-dim), or combine the outputs as they are (--combine outputs)."
             )
         if combine is Combination.weights:
-            raise UserError("weights are put together by mean_of_weights, not by an Ensemble of outputs.")
+            raise UserError("weights are combined by mean_of_weights, not by an Ensemble of outputs.")
         self.members = nn.ModuleList(members)
         self._combine = combine
         self._class_dim = class_dim
@@ -76,13 +76,13 @@ class Ensemble(nn.Module):
             own = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
             if not isinstance(own, Tensor):
                 raise NotTogetherError(
-                    f"an ensemble needs models that give one tensor, or one as logits, and {type(member).__name__} "
-                    f"gives a {type(output).__name__}."
+                    f"an ensemble needs models that return one tensor, or one as logits, and {type(member).__name__} "
+                    f"returns a {type(output).__name__}."
                 )
             part = self._part(own)
             if total is not None and part.shape != total.shape:
                 raise NotTogetherError(
-                    f"the members' outputs can't be put together: they are of shapes {list(total.shape)} and "
+                    f"the members' outputs can't be combined: they are of shapes {list(total.shape)} and "
                     f"{list(part.shape)}."
                 )
             total = part if total is None else torch.logaddexp(total, part) if is_probabilities else total + part
@@ -98,17 +98,17 @@ class Ensemble(nn.Module):
         assert self._class_dim is not None
         if not -wide.ndim <= self._class_dim < wide.ndim:
             raise NotTogetherError(
-                f"class_dim={self._class_dim} is no dimension of outputs of shape {list(wide.shape)}: name the one "
-                "that classes lie along."
+                f"class_dim={self._class_dim} is no dimension of outputs of shape {list(wide.shape)}: give the one "
+                "of the classes."
             )
         return wide.log_softmax(self._class_dim)
 
 
 def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
-    """One model whose weights are the mean of several models' (a "model soup", Wortsman et al. 2022).
+    """Returns a model whose weights are the mean of several models' (a "model soup", Wortsman et al. 2022).
 
-    Buffers that are numbers, as BatchNorm's statistics, are averaged like weights; other buffers and extra state are
-    the first model's. Sums are taken in float64.
+    Floating-point buffers, as BatchNorm's statistics, are averaged like weights; other buffers and extra state are the
+    first model's. Sums are taken in float64.
 
     Raises:
         UserError: the models' weights have other names or shapes.
@@ -124,8 +124,8 @@ def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
         )
         if different:
             raise NotTogetherError(
-                f"the weights of models 1 and {number} can't be put together: {different[0]} is not in both with the "
-                "same shape. Weights can only be combined of models of one architecture; combine their outputs or "
+                f"the weights of models 1 and {number} can't be combined: {different[0]} is not in both with the "
+                "same shape. Only models of one architecture have a mean of weights; combine their outputs or "
                 "probabilities instead."
             )
     mixed = copy.deepcopy(members[0])

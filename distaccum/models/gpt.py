@@ -63,7 +63,7 @@ class GPT(nn.Module):
         self._initialise(residual_std=INITIAL_STD / math.sqrt(2 * num_layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[B, T, vocab_size]` of tokens, integers `[B, T]`: at each place those of the token that follows it.
+        """Returns logits `[B, T, vocab_size]` of tokens, integers `[B, T]`: at each place those of the next token.
 
         Raises:
             UserError: tokens of another number of dimensions or no integers, or T above `max_length`.

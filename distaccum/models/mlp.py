@@ -43,7 +43,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(features, num_classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of inputs `[B, *input_shape]`."""
+        """Returns logits `[B, num_classes]` of inputs `[B, *input_shape]`."""
         require_sample_shape("MLP", self.input_shape, inputs.shape)
         logits: Tensor = self.layers(inputs)
         return logits

@@ -14,11 +14,11 @@ from distaccum.models.cnn import convolution, require_images
 
 
 class UNet(nn.Module):
-    """A U-Net (Ronneberger et al. 2015): down and up again, with what each stage saw handed across.
+    """A U-Net (Ronneberger et al. 2015): down and up again, with skip connections between the stages of one size.
 
-    Two 3×3 convolutions with GroupNorm and ReLU per stage; halved by maxima on the way down, doubled by transposed
-    convolutions on the way up. GroupNorm and not BatchNorm: its statistics are of one sample, so the result does not
-    depend on how a window is cut into micro-batches.
+    Two 3×3 convolutions with GroupNorm and ReLU per stage; max pooling halves the image on the way down, transposed
+    convolutions double it on the way up. GroupNorm and not BatchNorm: its statistics are of one sample, so the result
+    does not depend on how a window is cut into micro-batches.
 
     Args:
         input_shape: channels, height and width of one image; height and width must be divisible by two for each stage
@@ -52,7 +52,7 @@ class UNet(nn.Module):
         self.classifier = nn.Conv2d(channels[0], num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes, H, W]` of images `[B, *input_shape]`."""
+        """Returns logits `[B, num_classes, H, W]` of images `[B, *input_shape]`."""
         require_sample_shape("UNet", self.input_shape, images.shape)
         seen: list[Tensor] = []
         hidden = images

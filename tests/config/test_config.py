@@ -135,7 +135,7 @@ def test_tasks_take_every_key_of_their_section(option: str) -> None:
         ),
         (
             lambda: BatchConfig(micro_batch_size="auto", global_batch_size=None),
-            "batch.micro_batch_size=auto cuts windows of a size that is given: set batch.global_batch_size.",
+            "batch.micro_batch_size=auto needs the size of a window: set batch.global_batch_size.",
         ),
         (
             lambda: ByLengthBatchConfig(micro_batch_size="auto", max_tokens=512),
@@ -144,7 +144,7 @@ def test_tasks_take_every_key_of_their_section(option: str) -> None:
         ),
         (
             lambda: BatchConfig(auto_memory=1.5),
-            "batch.auto_memory=1.5 is impossible: it is a part, up to 1.",
+            "batch.auto_memory=1.5 is impossible: it must be above 0 and at most 1.",
         ),
         (
             lambda: BatchConfig(accumulation_steps=0),

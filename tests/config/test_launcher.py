@@ -46,8 +46,8 @@ def test_a_process_alone_and_a_step_or_batch_script_of_one_task_are_no_ranks(
         ("RANK=5 WORLD_SIZE=2", "RANK='5' in the environment is not a rank of WORLD_SIZE=2: "),
         ("RANK=0 WORLD_SIZE=", "WORLD_SIZE='' in the environment is not a whole number from 1 on: "),
         ("RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE='0' in the environment is not a whole number fr"),
-        ("SLURM_STEP_NUM_TASKS=4", "srun has started 4 processes (SLURM_STEP_NUM_TASKS), which know nothing of each "),
-        ("OMPI_COMM_WORLD_SIZE=2", "mpirun has started 2 processes (OMPI_COMM_WORLD_SIZE), which know nothing of ea"),
+        ("SLURM_STEP_NUM_TASKS=4", "srun has started 4 processes (SLURM_STEP_NUM_TASKS) without ranks: each would "),
+        ("OMPI_COMM_WORLD_SIZE=2", "mpirun has started 2 processes (OMPI_COMM_WORLD_SIZE) without ranks: each would "),
     ],
 )
 def test_what_can_not_be_is_refused(monkeypatch: pytest.MonkeyPatch, settings: str, said: str) -> None:

@@ -62,14 +62,14 @@ def test_members_are_trained_together_as_any_module_is() -> None:
 def test_what_can_not_be_an_ensemble() -> None:
     with pytest.raises(UserError, match="at least one model"):
         Ensemble([], class_dim=1)
-    with pytest.raises(UserError, match="along which dimension"):
+    with pytest.raises(UserError, match="needs the dimension of the classes"):
         Ensemble([nn.Linear(1, 1)])
     with pytest.raises(UserError, match="mean_of_weights"):
         Ensemble([nn.Linear(1, 1)], combine=Combination.weights)
     with pytest.raises(UserError, match=r"shapes \[1, 2\] and \[1, 3\]"):
         Ensemble([Constant(torch.zeros(1, 2)), Constant(torch.zeros(1, 3))], class_dim=1)(torch.zeros(1))
     tuples = nn.LSTM(2, 2)
-    with pytest.raises(UserError, match="LSTM gives a tuple"):
+    with pytest.raises(UserError, match="LSTM returns a tuple"):
         Ensemble([tuples], combine=Combination.outputs)(torch.zeros(1, 1, 2))
 
 
@@ -116,5 +116,5 @@ def test_weights_are_averaged() -> None:
     assert not torch.equal(mixed["0.weight"], members[0].state_dict()["0.weight"])
     assert int(mixed["1.num_batches_tracked"]) == 1
     assert torch.equal(members[0].state_dict()["0.weight"], _network(0).state_dict()["0.weight"]), "left as it was"
-    with pytest.raises(UserError, match=r"models 1 and 3 can't be put together: 0\.bias"):
+    with pytest.raises(UserError, match=r"models 1 and 3 can't be combined: 0\.bias"):
         mean_of_weights([*members[:2], _network(0, width=5)])

@@ -78,7 +78,7 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_check_is_of_the_model_as_it_is() -> None:
-    with pytest.raises(UserError, match="compile=true has no part in a check"):
+    with pytest.raises(UserError, match="check examines the model as it is, without compile=true"):
         compose(["compile=true"], "check")
 
 

@@ -1,9 +1,12 @@
-"""Findings that follow from the measurements themselves, and not from an experiment of their own."""
+"""Findings that follow from the measurements, without an experiment of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from distaccum.config import DDPConfig
 from distaccum.config.enums import Compression
+from distaccum.errors import UserError
 from distaccum.tools.check.measuring import Update
 from distaccum.tools.check.report import CheckReport, CutRow, Finding, Severity
 
@@ -22,8 +25,8 @@ def measured_under_ddp(strategy: str) -> Finding:
     return Finding(
         kind="measured_under_ddp",
         severity=Severity.info,
-        because=f"strategy={strategy} was not what was measured",
-        what="The ranks were measured under DDP, which shows what the model, the data and the loss do to a cut.",
+        because=f"strategy={strategy} was not measured itself",
+        what="The ranks were measured under DDP, which shows whether model, data or loss depend on the cut.",
         where=f"strategy={strategy}",
         remedy="python -m distaccum.compare measures the placements themselves.",
     )
@@ -41,13 +44,34 @@ def too_few_samples(report: CheckReport) -> Finding:
     )
 
 
+def collectives_grow(counts: str) -> Finding:
+    return Finding(
+        kind="collectives_grow",
+        severity=Severity.warning,
+        because="the number of gradient collectives per update depends on the cut",
+        what=f"Gradient collectives per update: {counts}.",
+        where="DDP",
+        remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each of them.",
+    )
+
+
+def batchnorm_refuses(windows: Sequence[int]) -> UserError:
+    """The error to raise when BatchNorm can't compute a window of one sample, in a check as in a training."""
+    return UserError(
+        "BatchNorm needs more than one value per channel in training, and a window that the check computes in one "
+        f"micro-batch has one sample (samples of the windows: {', '.join(map(str, windows))}). Leave out a short last "
+        "window (batch.drop_last=true); raise batch.global_batch_size and check.samples to 2 or more; or use GroupNorm "
+        "or LayerNorm."
+    )
+
+
 def compression(config: DDPConfig) -> Finding:
-    later = f" after update {config.powersgd_start_update}: what was measured is one that is not compressed yet"
+    later = f" after update {config.powersgd_start_update}: the measured one is not compressed yet"
     return Finding(
         kind="compression",
         severity=Severity.warning,
         because=f"gradients cross the network as {config.compression.value}",
-        what="What the ranks send is rounded, so an update over ranks is not exact"
+        what="The ranks send rounded gradients, so an update over ranks is not exact"
         + (f"{later}." if config.compression is Compression.powersgd else "."),
         where=f"strategy.compression={config.compression.value}",
         remedy="strategy.compression=none for exact updates.",
@@ -68,7 +92,7 @@ def unexplained(report: CheckReport, rows: list[CutRow]) -> Finding:
         what="None of the experiments found the reason. "
         + (f"The gradient is {row.factor:.6g} times the one-shot gradient." if row.factor is not None else ""),
         where=where,
-        remedy="Look for what depends on the number of forwards, on the size of the micro-batch or on the order of the "
+        remedy="Look for code that depends on the number of forwards, the size of the micro-batch or the order of the "
         "samples. check.samples=2 check.windows=1 makes the case small.",
     )
 

@@ -1,4 +1,4 @@
-"""Do samples or micro-batches know of one another? Sums of losses and weights that ought to add up, and don't."""
+"""Experiments on samples that depend on each other: sums of losses and weights that ought to add up, and don't."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Trio(NamedTuple):
 
 
 def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | None:
-    """Samples for the experiments, from the first windows and, if those are small, from the rest of the data."""
+    """Chooses samples for the experiments from the first windows and, if those are small, from the rest of the data."""
     pool = list(dict.fromkeys([index for window in windows for index in window]))[:64]
     pool += [index for index in range(min(subject.loader.num_samples, 64)) if index not in pool]
     if len(pool) < 5:
@@ -53,7 +53,7 @@ def _all_agree(one: Any, other: Any) -> bool:
 
 
 class _Sums(NamedTuple):
-    """What the experiments say about a sum, the loss or the weight."""
+    """Properties of a sum (the loss, or the weight), by experiment."""
 
     additive: bool
     """f(A, B, …) + f(…) = f(A, …) + f(B, …), all padded alike."""
@@ -66,7 +66,7 @@ class _Sums(NamedTuple):
 
 
 def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
-    """Layers that mix samples, losses that couple them, means in place of sums, weights that don't add up."""
+    """Finds layers that mix samples, losses that couple them, means instead of sums, weights that don't add up."""
     if isinstance(subject.task, CoupledTask):
         # Its loss may couple samples, and its embeddings may not.
         subject = subject.replaced(task=_SummedEmbeddings(subject.task))
@@ -108,7 +108,7 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
 
 
 class _SummedEmbeddings:
-    """A task whose loss is a sum over samples of what the embedding of each is."""
+    """A task whose loss is a sum over samples of a function of each one's embedding."""
 
     def __init__(self, task: CoupledTask) -> None:
         self._task = task
@@ -120,7 +120,7 @@ class _SummedEmbeddings:
 
 
 def _alone(subject: Subject, trio: Trio) -> list[Probe]:
-    """A short sample alone, a long one alone, and both together; empty if the model refuses micro-batches of one."""
+    """Forwards a short sample, a long one, and both together; returns nothing if the model refuses a single sample."""
     try:
         return [
             subject.probe(indices, record=False)
@@ -143,7 +143,7 @@ def _sums(subject: Subject, probes: dict[str, Probe], probes_alone: list[Probe],
 
 
 def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]) -> Select:
-    """Picks the part of a tensor that belongs to some of the micro-batch's samples, by their places in it.
+    """Returns a function that selects the part of a tensor that belongs to some samples, by their places.
 
     The dimension of the samples is the one that grows with the micro-batch, in a recording of one sample more.
     """
@@ -169,7 +169,7 @@ def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequen
 
 
 def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | None, bool]:
-    """Where the other samples' rows move first when B is replaced, and whether the model's own outputs for them do."""
+    """Returns the first module that changes other samples' rows when B is replaced, and whether the outputs change."""
     both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
     select = _rows(both, larger, _SIZE, _OTHERS)
     name = first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
@@ -183,7 +183,7 @@ def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | No
 
 
 def _collation(subject: Subject, trio: Trio) -> list[Finding]:
-    """Do the rows of other samples look different in the micro-batch when B is another one? Or with another draw?"""
+    """Finds collate functions that change other samples' rows when B is replaced, or draw random numbers."""
 
     def tensors(*indices: int, draw: int = 0) -> list[Tensor]:
         return all_tensors(subject.samples.batch([*indices, *trio.company], None, draw))
@@ -228,7 +228,7 @@ def _mixing(model: nn.Module, name: str) -> Finding:
         )
         what = f"Its statistics are those of the micro-batch{more}."
     elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first:
-        what = "It was built with batch_first=False, and is given the samples in the first dimension."
+        what = "It was built with batch_first=False, and its inputs have the samples in the first dimension."
         remedy = "Build it (and the layers around it) with batch_first=True, or transpose its inputs."
     else:
         what = "It looks across the samples of the micro-batch."
@@ -245,12 +245,8 @@ def _mixing(model: nn.Module, name: str) -> Finding:
     )
 
 
-def _task_name(subject: Subject) -> str:
-    return f"task ({type(subject.task).__name__})"
-
-
 def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
-    where = _task_name(subject)
+    where = subject.task_name
     return Finding(
         kind="mean_loss",
         because=f"the {where} returns a mean where a sum is asked",
@@ -262,7 +258,7 @@ def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
 
 
 def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
-    where = _task_name(subject)
+    where = subject.task_name
     whole = probes["both"].loss + probes["none"].loss
     parts = probes["a"].loss + probes["b"].loss
     return Finding(
@@ -280,7 +276,7 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
 
 
 def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
-    where = _task_name(subject)
+    where = subject.task_name
     constant = 2 * probes["both"].loss - probes["twice"].loss
     return Finding(
         kind="loss_constant_term",
@@ -294,7 +290,7 @@ def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
 
 
 def _padding(subject: Subject, trio: Trio) -> Finding:
-    """A short sample alone, and padded to a long one's length: where do they part?"""
+    """Finds the first module that treats a short sample differently when it is padded to a long one's length."""
     short = subject.probe([trio.a])
     padded = subject.probe([trio.a, trio.company[-1]])
     larger = subject.probe([trio.a, trio.company[-1], trio.company[0]])
@@ -310,7 +306,7 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
 
     module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select_other=unpadded)
     is_ragged = subject.samples.size(trio.a) != subject.samples.size(trio.company[-1])
-    where = described(subject.model, module) if module is not None else _task_name(subject)
+    where = described(subject.model, module) if module is not None else subject.task_name
     if not is_ragged:
         return Finding(
             kind="batch_size_dependence",
@@ -332,7 +328,7 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
 
 
 def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> Finding:
-    where = f"weight of the {_task_name(subject)}"
+    where = f"weight of the {subject.task_name}"
     once, twice = probes["both"].weight, probes["twice"].weight
     what = f"It is {once:.12g} for a micro-batch, and {twice:.12g} when every sample of it is taken twice."
     if subject.close(twice, 2 * once) and alone:

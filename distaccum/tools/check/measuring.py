@@ -1,4 +1,4 @@
-"""The update of a window under one cut: the gradient that the optimizer is handed, and what it makes of it."""
+"""The update of a window under one cut: the gradient that the optimizer gets, and the parameters after its step."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from distaccum.tools.check.subject import Subject
 from distaccum.training.optim import build_optimizer
 
 _SMALLEST_SHARE = 1e-4
-"""A parameter whose gradient is a smaller share of the whole one is measured against that share of the whole: its own
-digits are the rounding of larger numbers."""
+"""A gradient that is a smaller share of the whole one is compared with this share of the whole: its own digits are the
+rounding of larger numbers."""
 
 
 @dataclass(slots=True)
 class Update:
-    """What one update was. Tensors are float64 on the CPU.
+    """One update. Tensors are float64 on the CPU.
 
     Attributes:
         gradients: by parameter; empty if the loss or the gradient was not finite, or the weight not positive.
         without_gradient: parameters that require a gradient and got none.
-        failure: why there is no update, in words.
+        failure: why there is no update.
     """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def measure(
     """Makes the update of micro-batches, given as dataset indices, from the model's first state.
 
     Args:
-        ddp: place the model on the ranks so; `micro_batches` are then this rank's.
+        ddp: places the model on the ranks; `micro_batches` are then this rank's.
     """
     precision = PrecisionName.fp64 if float64 else subject.precision.name
     scale = subject.config.precision.init_scale if isinstance(subject.config.precision, Fp16Config) else None
@@ -125,7 +125,7 @@ def _accumulate_coupled(
     micro_batches: Sequence[Sequence[int]],
     float64: bool,
 ) -> None:
-    """The window by gradient caching, to be compared with a plain backward of one shot."""
+    """Accumulates the window by gradient caching, for comparison with the plain backward of one shot."""
 
     def embed(indices: Sequence[int]) -> Any:
         with subject.computing(float64=float64):
@@ -141,14 +141,14 @@ def _as_float64(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How far an update is from the one-shot update; relative.
+    """Relative difference of an update from the one-shot update.
 
     Attributes:
         gradient: ‖difference‖ / ‖gradient‖ over all parameters together.
         by_parameter: the same for each parameter.
         parameters: ‖difference‖ / ‖parameters‖ after the step, over all together.
         parameters_by_name: the same for each parameter.
-        factor: the number by which the one-shot gradient is to be multiplied to come nearest.
+        factor: the multiple of the one-shot gradient that is nearest.
     """
 
     gradient: float
@@ -196,7 +196,7 @@ def _ratio(value: float, scale: float) -> float:
 
 
 def ddp_config(subject: Subject, *, has_unused: bool) -> DDPConfig:
-    """The user's own DDP options, so far as they can change the gradient."""
+    """Returns the user's DDP options, as far as they can change the gradient."""
     chosen = subject.config.strategy if isinstance(subject.config.strategy, DDPConfig) else DDPConfig()
     return dataclasses.replace(
         chosen,

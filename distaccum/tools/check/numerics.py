@@ -1,9 +1,9 @@
-"""Numbers that are none, parameters without a gradient, and whether the gradient is that of the loss."""
+"""Experiments on numbers: NaN and infinity, parameters without a gradient, and gradients that are not the slope."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +28,20 @@ _GROUP = 8
 
 
 def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> Finding:
-    """Names where NaN or infinity first comes up in a window whose loss or gradient has some."""
+    """Finds where NaN or infinity first appears in a window whose loss or gradient has some."""
     probe = subject.probe(window, float64=float64)
     digits = "float64" if float64 else subject.precision.name.value
     for index in window:
         for tensor in tensors_of(subject.samples[index]):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
-    assert probe.recording is not None
     call = probe.recording.first_nonfinite()
     if call is not None and not math.isfinite(probe.loss):
         what = "What goes into it is finite, and what comes out is not."
         return _nonfinite(described(subject.model, call.name), what, digits)
     if not math.isfinite(probe.loss):
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
-        return _nonfinite(f"task ({type(subject.task).__name__})", what, digits)
+        return _nonfinite(subject.task_name, what, digits)
     model = subject.fresh_model(float64=float64)
     output = subject.output(model, subject.fresh_task(), subject.batch(window, float64=float64), float64=float64)
     subject.backward(output.loss_sum)
@@ -67,7 +66,8 @@ def _nonfinite(where: str, what: str, digits: str) -> Finding:
 def find_without_gradient(
     subject: Subject, update: Update, window: Sequence[int], world_size: int
 ) -> Iterator[Finding]:
-    """Parameters that the loss of a window does not reach, and those that the loss of some samples doesn't reach."""
+    """Finds parameters that the loss of a window doesn't depend on, and those that only some samples' loss depends
+    on."""
     never = update.without_gradient
     sometimes = [name for name in _unreached(subject, window[:4]) if name not in never]
     if never:
@@ -78,7 +78,7 @@ def find_without_gradient(
 
 
 def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
-    """Parameters that get no gradient from one or another of these samples alone."""
+    """Returns the parameters that get no gradient from at least one of these samples alone."""
     found: dict[str, None] = {}
     for index in indices:
         model = subject.fresh_model()
@@ -112,10 +112,10 @@ def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, 
     )
 
 
-def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
+def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable[[str], None]) -> Iterator[Finding]:
     """Compares the analytic gradient with central differences of the loss, in float64.
 
-    Parameters are examined in groups whose gradients weigh alike, and one by one in a group that is off.
+    Parameters are examined in groups of similar slopes, and one by one where a group's slopes differ.
     """
     if not subject.has_float64 or subject.noise > NOISE:
         return
@@ -123,6 +123,7 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Fi
     wrong: list[tuple[str, float, float]] = []
     for start in range(0, len(slopes.names), _GROUP):
         group = slopes.names[start : start + _GROUP]
+        tell(f"slopes of the loss, {start} of {len(slopes.names)} parameters")
         if len(group) > 1 and slopes.off(group) is None:
             continue
         for name in group:
@@ -136,8 +137,7 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int]) -> Iterator[Fi
 class _Slopes:
     """The slope of the loss along directions in parameter space, by the gradient and by central differences.
 
-    All is measured a little beside the model's own parameters: where they are exactly zero, as biases are at first, a
-    ReLU may be exactly at its kink.
+    The parameters are moved a little first: where they are exactly zero, as new biases are, a ReLU may be at its kink.
     """
 
     def __init__(self, subject: Subject, indices: Sequence[int]) -> None:
@@ -165,8 +165,8 @@ class _Slopes:
         self.names = sorted(self._slopes, key=lambda name: abs(self._slopes[name]))
 
     def off(self, names: Sequence[str]) -> tuple[float, float] | None:
-        """Both slopes along the directions of these parameters together, if they differ."""
-        # Scaled so that each of the group has its say.
+        """Returns both slopes along the directions of these parameters together if they differ, else None."""
+        # Scaled so that the slopes of the group weigh alike.
         shares = {name: min(1.0, self._unit(names) / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
         analytic = math.fsum(shares[name] * self._slopes[name] for name in names)
         numeric = []
@@ -188,7 +188,7 @@ class _Slopes:
         return (analytic, numeric[-1]) if has_converged else None
 
     def _unit(self, names: Sequence[str]) -> float:
-        """The smallest slope of the group that is not zero."""
+        """Returns the smallest slope of the group that is not zero."""
         return min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
 
     def _shifted(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What is not the same twice: dropout, the dataset, the device's order of summing, state left behind by a forward."""
+"""Experiments made twice: dropout, random data, the device's order of summing, and state that a forward changes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from distaccum.tools.check.subject import LOW_NOISES, Probe, Subject
 
 
 def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
-    """Finds out whether model and loss can be computed in float64.
+    """Finds models and losses that can't be computed in float64.
 
     Sets `subject.widens`, `subject.has_float64` and `subject.noise`.
     """
     probe, reason = _in_float64(subject, indices)
-    assert probe.recording is not None
     formats = [*probe.recording.formats(), ("the task", probe.dtype)]
     name, low = max(formats, key=lambda entry: torch.finfo(entry[1]).eps)
     if low not in LOW_NOISES:
         return
     subject.noise = LOW_NOISES[low]
     where, digits = described(subject.model, name), str(low).removeprefix("torch.")
-    why = f"what it gives is {digits} even when all it gets is float64"
+    why = f"its output is {digits} although all of its inputs are float64"
     if reason:
         where, why = "the model", f"it can't be computed in float64 ({reason})"
     yield Finding(
@@ -45,7 +44,7 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
 
 
 def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
-    """A forward in float64, or in the configured precision and the reason why."""
+    """Makes a forward in float64; or, where that is impossible, in the configured precision, and returns the reason."""
     try:
         with WideCasts() as casts:
             probe = subject.probe(indices)
@@ -54,7 +53,7 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
         subject.widens = casts.has_widened
         return probe, ""
     except Exception:
-        pass  # something insists on the format that it casts to; if it isn't that, it comes up again
+        pass  # something depends on the format that it casts to; any other reason comes up again below
     try:
         return subject.probe(indices), ""
     except RuntimeError as error:
@@ -65,7 +64,7 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
 
 
 def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
-    """Finds dropout and other draws; sets `subject.is_random`. Also finds what differs although nothing was drawn."""
+    """Finds dropout and other draws, and sets `subject.is_random`; and forwards that differ without a draw."""
     first = subject.probe(indices, watch=True)
     again = subject.probe(indices)
     others = [subject.probe(indices, seed=seed) for seed in (1, 2, 3)]
@@ -97,7 +96,6 @@ def _unrepeatable(subject: Subject, name: str | None) -> Finding:
 
 def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Finding:
     where = listed([described(subject.model, name) for name in names], 6)
-    kinds = {_kind(subject.model, name) for name in names}
     how = "every draw replaced by its mean" if is_stilled else "fixed seeds"
     return Finding(
         kind="random_forward",
@@ -106,21 +104,12 @@ def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Find
         what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest was "
         f"measured with {how}.",
         where=where,
-        remedy=f"None needed: {' and '.join(sorted(kinds))} is part of what is learned. Set its probability to 0 if "
-        "you want runs with different cuts to be comparable bit for bit.",
+        remedy="None needed. Set the probability of dropout to 0 if different cuts must give equal bits.",
     )
 
 
-def _kind(model: nn.Module, name: str) -> str:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return "randomness"
-    return "dropout" if "dropout" in type(module).__name__.lower() or hasattr(module, "dropout") else "randomness"
-
-
 def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
-    """Does the dataset give the same sample for the same index?"""
+    """Finds datasets that return another sample each time for the same index."""
     for index in indices:
         first, again = subject.samples[index], subject.samples.load(index, repeat=1)
         if not _same(first, again):
@@ -130,9 +119,9 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Findi
                 "It draws from the global generators. The loader seeds them for each sample with the run's seed, the "
                 "epoch and the index, so the window is the same for every cut and after a resume."
                 if seeded
-                else f"Sample {index} was loaded twice and differs: it keeps a random state of its own. Which numbers "
-                "a sample gets then depends on the rank, the worker and the order of loading, so the window is not the "
-                "same for every cut, nor after a resume."
+                else f"Sample {index} differs when it is loaded twice with the same seeds: the dataset has a random "
+                "state of its own. Its numbers then depend on the rank, the worker and the order of loading, so the "
+                "window is not the same for every cut, nor after a resume."
             )
             yield Finding(
                 kind="random_data",
@@ -161,7 +150,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
-    """Does a forward leave something behind that the next one depends on?"""
+    """Finds state that a forward changes, and whether the next forward depends on it."""
     model = subject.fresh_model()
     before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     first = subject.probe(indices, model=model)
@@ -202,7 +191,8 @@ def _change(before: float, after: float) -> float:
 
 
 def _gradient_norms(subject: Subject, indices: Sequence[int]) -> tuple[float, float]:
-    """Norm of the gradient of a first and of a second forward: sharper than the loss, which may be at an extremum."""
+    """Returns the gradient's norm of a first and a second forward: sharper than the loss, which may be at an
+    extremum."""
     model, task, norms = subject.fresh_model(), subject.fresh_task(), []
     for _ in range(2):
         model.zero_grad()
@@ -220,7 +210,7 @@ def _is_batchnorm_statistic(model: nn.Module, name: str) -> bool:
 
 
 def find_lost_eval_mode(subject: Subject) -> Iterator[Finding]:
-    """Modules that were built in evaluation mode, and train in training mode."""
+    """Finds modules that were built in evaluation mode, and that the training puts into training mode."""
     lost = [name for name in subject.woken if not list(subject.model.get_submodule(name).children())]
     if not lost:
         return
@@ -238,7 +228,7 @@ def find_lost_eval_mode(subject: Subject) -> Iterator[Finding]:
 
 
 def find_unequal_repeat(one: Update, again: Update) -> Iterator[Finding]:
-    """The same cut twice: gradients that are not the same bits."""
+    """Finds gradients whose bits differ when the same cut is computed twice."""
     names = [
         name
         for name, gradient in one.gradients.items()

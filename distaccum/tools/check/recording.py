@@ -1,4 +1,4 @@
-"""What went into and came out of every module in a forward, and where two forwards part."""
+"""Recordings of the inputs and outputs of every module in a forward, and the first module where two of them differ."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from distaccum.runtime.nested import tensors_of
 
 Select = Callable[[int, Tensor, Tensor], Tensor | None]
-"""Of the number of a call, a tensor, and its counterpart in the other recording: the part to compare, or None to leave
-the tensor out."""
+"""Returns the part of a tensor to compare, or None to leave it out, from the number of the call, the tensor, and its
+counterpart in the other recording."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +27,23 @@ class Call:
 
 
 class Recording:
-    """The calls of a model's modules in the order in which they ended: what is inside a module comes before it."""
+    """The calls of a model's modules in the order in which they ended: submodules come before their module."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self._running: list[tuple[str, list[Tensor]]] = []
 
     def running_module(self) -> str:
-        """The module that is being computed."""
+        """Returns the name of the module that is being computed."""
         return self._running[-1][0] if self._running else "the task"
 
     def first_nonfinite(self) -> Call | None:
-        """The first call whose inputs were finite and whose outputs are not."""
+        """Returns the first call whose inputs were finite and whose outputs are not."""
         calls = (call for call in self.calls if _all_finite(call.inputs) and not _all_finite(call.outputs))
         return next(calls, None)
 
     def formats(self) -> list[tuple[str, torch.dtype]]:
-        """Modules, and the floating-point formats of their outputs."""
+        """Returns the names of modules with the floating-point formats of their outputs."""
         return [(call.name, value.dtype) for call in self.calls for value in call.outputs if value.is_floating_point()]
 
 
@@ -78,11 +78,11 @@ def first_parting(
     select_one: Select | None = None,
     select_other: Select | None = None,
 ) -> str | None:
-    """The first module whose inputs agree in two recordings and whose outputs do not.
+    """Returns the first module whose inputs agree in two recordings and whose outputs do not.
 
     Args:
         tolerance: relative difference that still counts as agreement.
-        select_one, select_other: which part of each tensor to compare. Default: all of it.
+        select_one, select_other: select the part of each tensor to compare. Default: all of it.
     """
     for number, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine.name != yours.name:
@@ -105,7 +105,7 @@ def first_parting(
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether ‖difference‖ ≤ tolerance · ‖value‖. Tensors of different shape never agree."""
+    """Returns whether ‖difference‖ ≤ tolerance · ‖value‖. Tensors of different shape never agree."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if torch.equal(one, other):
@@ -119,7 +119,7 @@ def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def described(model: nn.Module, name: str) -> str:
-    """A module's name and class: `layers.3 (BatchNorm1d)`."""
+    """Returns a module's name and class: `layers.3 (BatchNorm1d)`."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -132,7 +132,8 @@ def _copies(values: Any) -> list[Tensor]:
 
 
 def all_tensors(value: Any) -> list[Tensor]:
-    """Tensors of a nested value; also those of an object with attributes, as models of other libraries return."""
+    """Returns the tensors of a nested value, and those of an object with attributes, as other libraries' models
+    return."""
     if isinstance(value, tuple | list):
         return [tensor for entry in value for tensor in all_tensors(entry)]
     found = tensors_of(value)

@@ -1,4 +1,4 @@
-"""What a check comes to: one verdict, a table, findings; for people and for programs."""
+"""The result of a check, as text and as JSON: one verdict, a table, findings."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _LIMITS = {
     "random_data": "for the same samples (the dataset draws them at random)",
     "low_precision": "as far as float32 can tell",
 }
-"""What a verdict of equality is limited to, by the kind of a finding."""
+"""By the kind of a finding: how far a verdict of equality holds."""
 
 
 class Severity(Enum):
     error = "error"
     """The update depends on the cut, or is not a number at all."""
     warning = "warning"
-    """The update is the same for every cut, but something else will go wrong, or is not what it looks like."""
+    """The update is the same for every cut, but something else will fail or is not as it seems."""
     info = "info"
-    """Good to know."""
+    """Nothing is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was found by experiment.
+    """The result of an experiment.
 
     Attributes:
         kind: a stable name for programs (`mixes_samples`, `mean_loss`, …).
         because: a clause that ends the sentence "not equal, because …".
-        what: what was seen, with numbers.
-        where: the module, parameter, sample or task it is about.
-        remedy: what to do.
+        what: the observation, with numbers.
+        where: the module, parameter, sample or task.
+        remedy: how to mend it.
     """
 
     kind: str
@@ -65,9 +65,9 @@ class CutRow:
     worst_parameter: str | None
     worst_error: float | None
     parameters_error: float | None
-    """The same of the parameters after the step."""
+    """The same for the parameters after the step."""
     factor: float | None
-    """The multiple of the one-shot gradient that comes nearest."""
+    """The multiple of the one-shot gradient that is nearest."""
     loss: float
     sync_calls: int
     equal: bool
@@ -76,7 +76,7 @@ class CutRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterRow:
-    """How far one parameter's gradient is from the one-shot gradient: the worst over windows and cuts."""
+    """Largest relative error of one parameter over all windows and cuts: of its gradient, and after the step."""
 
     name: str
     float64_error: float | None
@@ -86,7 +86,7 @@ class ParameterRow:
 
 @dataclass(slots=True)
 class CheckReport:
-    """All that a check has found."""
+    """All results of a check."""
 
     model: str
     precision: str
@@ -112,7 +112,7 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The verdict in one line."""
         if not self.is_equal:
             reasons = ", and because ".join(finding.because for finding in self._errors())
             if self.rows and all(row.equal for row in self.rows):
@@ -207,7 +207,7 @@ def _percent(value: float | None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become strings."""
+    """Turns NaN and infinity into strings, as JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

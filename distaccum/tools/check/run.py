@@ -1,44 +1,48 @@
-"""The check itself: which experiments, in which order, and what follows from them."""
+"""The check itself: which experiments are made, in which order, and what follows from them."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from distaccum.config import DDPConfig, as_plain
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.config.tools import CheckConfig
-from distaccum.errors import UserError
+from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.planning import split_evenly
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
 from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
-from distaccum.tools.check.report import CheckReport, CutRow, Finding, ParameterRow, Severity
+from distaccum.tools.check.report import CheckReport, CutRow, ParameterRow, Severity
 from distaccum.tools.check.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
 from distaccum.training.build import build_parts
 from distaccum.training.run import check_same_config
 
-TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
-"""In each precision, over all parameters together; 5e-2 in those with bfloat16's digits."""
-TOLERANCE_BF16 = 5e-2
+_TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
+"""Largest error of an equal gradient in each precision, over all parameters together."""
+_TOLERANCE_BF16 = 5e-2
+"""The same in the precisions that compute in bfloat16."""
 
 
 def check(config: CheckConfig) -> int:
     """Examines what a configuration names, prints the report on rank 0, and returns the exit status on every rank.
 
     Raises:
-        UserError: whatever in the configuration, the data or the machine keeps the check from going on.
+        UserError: the configuration, the data or the machine doesn't allow the check.
     """
     with joined_world() as world, quiet_state():
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device)
         check_same_config(world, as_plain(config))
-        report = examine(config, world, device)
+        with _progress(is_shown=world.is_main) as tell:
+            report = examine(config, world, device, tell)
         if world.is_main:
             if config.check.json:
                 sys.stdout.write(report.as_json() + "\n")
@@ -52,8 +56,26 @@ def check(config: CheckConfig) -> int:
         return world.from_main(report.status)
 
 
-def examine(config: CheckConfig, world: World, device: torch.device) -> CheckReport:
-    """All experiments. The report is complete on rank 0 only."""
+@contextmanager
+def _progress(*, is_shown: bool) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error, if that is a terminal, what is being done while the context is open."""
+    console = Console(stderr=True)
+    columns = TextColumn("checking: {task.description}"), TimeElapsedColumn()
+    with Progress(
+        *columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda doing: progress.update(task, description=doing, refresh=True)
+
+
+def examine(
+    config: CheckConfig, world: World, device: torch.device, tell: Callable[[str], None] = lambda doing: None
+) -> CheckReport:
+    """Makes all experiments. The report is complete on rank 0 only.
+
+    Args:
+        tell: called on rank 0 with what is being done.
+    """
     with world.together():
         parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
         subject = Subject(config, parts, device)
@@ -63,14 +85,19 @@ def examine(config: CheckConfig, world: World, device: torch.device) -> CheckRep
         precision=config.precision.name.value,
         world_size=world.world_size,
         tolerance_fp64=config.check.tolerance_fp64,
-        tolerance=config.check.tolerance or TOLERANCES.get(config.precision.name, TOLERANCE_BF16),
+        tolerance=config.check.tolerance or _TOLERANCES.get(config.precision.name, _TOLERANCE_BF16),
         windows=[len(window) for window in windows],
     )
-    examination = _Examination(subject, report, windows)
+    examination = _Examination(subject, report, windows, tell)
     with world.together():
         if world.is_main:
-            examination.alone()
-    # What rank 0 has found out is what the others go by.
+            try:
+                examination.alone()
+            except ValueError as error:
+                if not is_one_value_per_channel(error):
+                    raise
+                raise conclusions.batchnorm_refuses(report.windows) from error
+    # The other ranks go by what rank 0 has found out.
     subject.is_random, subject.has_float64, subject.widens, subject.noise, has_unused = world.from_main(
         (subject.is_random, subject.has_float64, subject.widens, subject.noise, examination.has_unused)
     )
@@ -82,12 +109,15 @@ def examine(config: CheckConfig, world: World, device: torch.device) -> CheckRep
 
 
 class _Examination:
-    """The measurements and what they have come to so far."""
+    """The measurements so far, and what follows from them."""
 
-    def __init__(self, subject: Subject, report: CheckReport, windows: list[list[int]]) -> None:
+    def __init__(
+        self, subject: Subject, report: CheckReport, windows: list[list[int]], tell: Callable[[str], None]
+    ) -> None:
         self.subject = subject
         self.report = report
         self.windows = windows
+        self._tell = tell
         self.has_unused = False
         self._precisions = [True] if subject.precision.name is PrecisionName.fp64 else [True, False]
         """True for float64, False for the configured precision."""
@@ -95,10 +125,12 @@ class _Examination:
         self._differences: dict[bool, list[Difference]] = {True: [], False: []}
 
     def alone(self) -> None:
-        """All that one process can do."""
+        """Makes the experiments of one process, on rank 0."""
         subject, windows, findings = self.subject, self.windows, self.report.findings
+        self._tell("samples")
         few = sorted(windows[0], key=subject.samples.size)[:4]
         findings += randomness.find_random_data(subject, few)
+        self._tell("forwards, repeated")
         findings += randomness.find_precision(subject, few)
         findings += randomness.find_randomness(subject, few)
         findings += randomness.find_lost_eval_mode(subject)
@@ -114,16 +146,19 @@ class _Examination:
         findings += numerics.find_without_gradient(subject, first, windows[0], self.report.world_size)
         if first.failure or not is_repeatable:
             return
+        self._tell("coupled samples")
         findings += randomness.find_unequal_repeat(first, measure(subject, [windows[0]], float64=True))
         trio = coupling.choose_trio(subject, windows)
         if trio is not None:
             findings += coupling.find_coupling(subject, trio)
-        findings += numerics.find_wrong_gradient(subject, few[:2])
+        findings += numerics.find_wrong_gradient(subject, few[:2], self._tell)
 
     def _has(self, kind: str) -> bool:
         return any(finding.kind == kind for finding in self.report.findings)
 
     def _measure_alone(self, number: int, window: list[int], float64: bool) -> None:
+        where = f"window {number + 1} of {len(self.windows)}, {'float64' if float64 else self.report.precision}"
+        self._tell(f"{where}, one shot")
         try:
             one_shot = measure(self.subject, [window], float64=float64)
         except torch.OutOfMemoryError as error:
@@ -142,6 +177,7 @@ class _Examination:
         if not float64:  # rounding is all that is left to see: two cuts show it
             sizes = {name: cut for name, cut in sizes.items() if name in ("as configured", "micro-batches of 1")}
         for name, cut in sizes.items():
+            self._tell(f"{where}, {name}")
             try:
                 update = measure(self.subject, list(split(window, cut)), float64=float64)
             except (ValueError, RuntimeError) as error:
@@ -156,7 +192,7 @@ class _Examination:
             self.report.findings.append(numerics.find_nonfinite(self.subject, self.windows[number], float64=float64))
 
     def on_ranks(self, world: World, has_unused: bool) -> None:
-        """The same windows under DDP, on every rank together."""
+        """Measures the same windows under DDP. All ranks call it."""
         config = ddp_config(self.subject, has_unused=has_unused)
         calls: dict[str, int] = {}
         for number, window in enumerate(self.windows):
@@ -166,6 +202,7 @@ class _Examination:
                 continue
             mine = list(split(window, shares))[world.rank]
             for name, steps in _steps_on_ranks(shares, world.rank, config).items():
+                self._tell(f"window {number + 1} of {len(self.windows)}, {world.world_size} ranks, {name}")
                 cut = list(split(mine, split_evenly(len(mine), steps)))
                 failure, placed = self._rehearse(world, cut, config)
                 for float64 in self._precisions:
@@ -201,17 +238,7 @@ class _Examination:
             self.report.findings.append(conclusions.compression(config))
         if len(set(calls.values())) > 1 and not config.static_graph:
             shown = "; ".join(f"{count} with {name}" for name, count in calls.items())
-            self.report.findings.append(
-                Finding(
-                    kind="collectives_grow",
-                    severity=Severity.warning,
-                    because="the number of gradient collectives per update depends on the cut",
-                    what=f"Gradient collectives per update: {shown}.",
-                    where="DDP",
-                    remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each "
-                    "of them.",
-                )
-            )
+            self.report.findings.append(conclusions.collectives_grow(shown))
 
     def _add(
         self,
@@ -257,7 +284,7 @@ class _Examination:
         return found.worst <= self.report.tolerance_fp64
 
     def conclude(self) -> None:
-        """Makes the table of parameters, and sees to it that a difference has a reason."""
+        """Makes the table of parameters, and names a reason where a difference has none yet."""
         report = self.report
         report.parameters = self._parameter_rows()
         amplified = max((found.parameters for found in self._differences[True]), default=0.0)

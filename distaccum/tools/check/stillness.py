@@ -1,4 +1,4 @@
-"""What is taken out of a computation: randomness, every draw replaced by its mean; and casts to lower formats."""
+"""Modes that take out randomness, by replacing every draw by its mean, and casts to lower formats."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _WIDE = {
     torch.complex64: torch.complex128,
 }
 _PROBABILITIES = ("dropout_p", "dropout")
-"""Names of the arguments by which fused kernels (attention, recurrent layers) are told to drop."""
+"""Names of the arguments of fused kernels (attention, recurrent layers) that are probabilities of dropout."""
 
 
 class StillDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces what torch draws at random by its mean, which makes dropout the identity.
+    """Replaces all random draws of torch by their means, which makes dropout the identity.
 
     Unlike `module.eval()` it leaves everything else in training mode, and it reaches functional dropout, dropout inside
     attention kernels and noise that a model adds by hand. Permutations and multinomial draws have no mean and stay.
@@ -37,9 +37,9 @@ class StillDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class WideCasts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps in float64 what a model or a loss casts to a lower format, as norms and losses in float32 do.
+    """Replaces a model's or a loss's casts to lower formats, as in norms computed in float32, by casts to float64.
 
-    In what is rounded to float32, differences of samples can't be told from rounding, nor slopes be measured.
+    After rounding to float32, differences between samples look like rounding, and slopes can't be measured.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which modules draw random numbers.
 
     Args:
-        where: says in which module the computation is.
+        where: returns the name of the module that is being computed.
     """
 
     def __init__(self, where: Callable[[], str]) -> None:
@@ -85,7 +85,7 @@ def _argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: 
 
 
 def _does_draw(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that may draw does so with these arguments (attention without dropout does not)."""
+    """Returns whether an operator that may draw does so with these arguments (attention without dropout doesn't)."""
     names = {argument.name for argument in func._schema.arguments}
     for name in _PROBABILITIES:
         if name in names:
@@ -104,7 +104,7 @@ def _without_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _filled(mean: Callable[[Any, Any, dict[str, Any]], Any]) -> Callable[..., Any]:
-    """For operators that fill a tensor that is there."""
+    """Replaces an operator that fills an existing tensor."""
 
     def still(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         value = mean(func, args, kwargs)
@@ -114,7 +114,7 @@ def _filled(mean: Callable[[Any, Any, dict[str, Any]], Any]) -> Callable[..., An
 
 
 def _made(value: float) -> Callable[..., Any]:
-    """For operators that make a tensor: it is drawn for its shape and dtype, and overwritten."""
+    """Replaces an operator that makes a tensor, which is drawn for its shape and dtype, and overwritten."""
     return lambda func, args, kwargs: func(*args, **kwargs).fill_(value)
 
 

@@ -1,4 +1,4 @@
-"""The model, the task and the samples that are examined; every experiment starts from the same state of all of them."""
+"""The model, the task and the samples to examine; every experiment starts from the same state of all of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from distaccum.training.build import Parts
 NOISE = 1e-9
 """In float64, a relative difference below this is rounding."""
 LOW_NOISES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The same for models and losses that compute in a lower format whatever they are given."""
+"""The same for models and losses that compute in a lower format whatever the format of their inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,12 @@ class Probe:
     dtype: torch.dtype
     """Of the loss."""
     weight: float
-    calls: list[Call]
-    recording: Recording | None
+    recording: Recording
     drawing_modules: list[str]
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.recording.calls
 
 
 class Samples:
@@ -58,7 +61,7 @@ class Samples:
         self._loaded: dict[int, Any] = {}
 
     def load(self, index: int, repeat: int = 0) -> Any:
-        """A sample as the dataset gives it now."""
+        """Loads a sample from the dataset, with the seeds of this repeat."""
         seed_everything(derived_seed(self._seed, index, repeat))
         with _refusal(f"sample {index} of the training data could not be loaded"):
             return self.dataset[index]
@@ -69,7 +72,8 @@ class Samples:
         return self._loaded[index]
 
     def batch(self, indices: Sequence[int], dtype: torch.dtype | None, draw: int = 0) -> Any:
-        """A micro-batch on the device, its floating-point tensors in `dtype`; `draw` is a seed for what collates it."""
+        """Makes a micro-batch on the device, with floating-point tensors in `dtype`; `draw` is a seed of the
+        collation."""
         # Copies, because a collate may pass samples through, and a model may change its inputs.
         samples = [copy.deepcopy(self[index]) for index in indices]
         seed_everything(derived_seed(self._seed, "collate", indices[0], draw))  # as in a training
@@ -78,7 +82,7 @@ class Samples:
         return to_device(batch, self.device, float_dtype=dtype)
 
     def size(self, index: int) -> int:
-        """Number of elements of all of a sample's tensors, by which long samples are told from short ones."""
+        """Returns the number of elements of all tensors of a sample, which tells long samples from short ones."""
         return sum(tensor.numel() for tensor in tensors_of(self[index]))
 
 
@@ -92,7 +96,7 @@ def _refusal(what: str) -> Iterator[None]:
 
 
 class RowsOfOne(Samples):
-    """Micro-batches that are rows of one, which is collated once: what a collate does to samples stands aside."""
+    """Micro-batches made of the rows of one that is collated once, so that the collate function has no part in them."""
 
     def __init__(self, samples: Samples, indices: Sequence[int]) -> None:
         vars(self).update(vars(samples))
@@ -108,14 +112,14 @@ class RowsOfOne(Samples):
 
 
 class Subject:
-    """What is examined.
+    """The model, the task and the data to examine.
 
     Attributes:
-        model: as it was built. Nothing here ever changes it.
+        model: as it was built; it is never changed.
         is_random: True once it is known that forwards draw random numbers; they are then replaced by their means.
         has_float64: False once it is known that the model can't be computed in float64.
         widens: True once it is known that it casts to lower formats, which are then taken as float64.
-        noise: the relative difference that is rounding in the lowest format that is left.
+        noise: the largest relative difference that counts as rounding.
     """
 
     def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
@@ -135,7 +139,7 @@ class Subject:
         self.fresh_model(float64=False)  # which may refuse
 
     def fresh_model(self, *, float64: bool = True) -> nn.Module:
-        """A copy of the model in the state in which it was built."""
+        """Returns a copy of the model in the state in which it was built."""
         try:
             model = copy.deepcopy(self.model)
         except Exception as error:
@@ -152,10 +156,14 @@ class Subject:
         return model
 
     def replaced(self, **attributes: Any) -> Subject:
-        """The same, with another task or other samples."""
+        """Returns a copy of this subject with another task or other samples."""
         other = copy.copy(self)
         vars(other).update(attributes)
         return other
+
+    @property
+    def task_name(self) -> str:
+        return f"task ({type(self.task).__name__})"
 
     def fresh_task(self) -> Any:
         try:
@@ -168,12 +176,12 @@ class Subject:
         return self.samples.batch(indices, torch.float64 if in_double else self.precision.input_dtype)
 
     @contextmanager
-    def stillness(self, still: bool | None = None, *, float64: bool) -> Iterator[None]:
-        """Encloses forwards, and backwards too, which may compute a forward again (activation checkpointing)."""
+    def stillness(self, *, float64: bool) -> Iterator[None]:
+        """Encloses forwards, and backwards, which may compute a forward again (activation checkpointing)."""
         with ExitStack() as stack:
             if self.widens and float64:
                 stack.enter_context(WideCasts())
-            if self.is_random if still is None else still:
+            if self.is_random:
                 stack.enter_context(StillDraws())  # type: ignore[no-untyped-call]
             yield
 
@@ -182,18 +190,16 @@ class Subject:
             loss_sum.backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def computing(self, *, float64: bool, seed: int = 0, still: bool | None = None) -> Iterator[None]:
+    def computing(self, *, float64: bool, seed: int = 0) -> Iterator[None]:
         """Encloses a forward, which draws the same random numbers each time, or their means."""
         seed_everything(derived_seed(self._seed, seed))
         in_double = float64 and self.has_float64
-        with self.stillness(still, float64=in_double), nullcontext() if in_double else self.precision.autocast():
+        with self.stillness(float64=in_double), nullcontext() if in_double else self.precision.autocast():
             yield
 
-    def output(
-        self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0, still: bool | None = None
-    ) -> TaskOutput:
-        """One forward. It always draws the same random numbers, or their means if the model is known to draw any."""
-        with self.computing(float64=float64, seed=seed, still=still):
+    def output(self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0) -> TaskOutput:
+        """Makes a forward, which draws the same random numbers each time, or their means if the model draws any."""
+        with self.computing(float64=float64, seed=seed):
             return checked_output(task(model, batch))
 
     def probe(
@@ -202,7 +208,6 @@ class Subject:
         *,
         model: nn.Module | None = None,
         seed: int = 0,
-        still: bool | None = None,
         float64: bool = True,
         watch: bool = False,
         record: bool = True,
@@ -211,29 +216,26 @@ class Subject:
         model = self.fresh_model(float64=float64) if model is None else model
         batch = self.batch(indices, float64=float64)
         with ExitStack() as stack:
-            recorded = stack.enter_context(recording(model)) if record else None
-            draws = None
-            if watch and recorded is not None:
-                draws = stack.enter_context(DrawWatch(recorded.running_module))
-            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed, still=still)
+            recorded = stack.enter_context(recording(model)) if record else Recording()
+            draws = stack.enter_context(DrawWatch(recorded.running_module)) if watch else None
+            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed)
         return Probe(
             loss=float(output.loss_sum.detach()),
             dtype=output.loss_sum.dtype,
             weight=float(output.weight),
-            calls=recorded.calls if recorded else [],
             recording=recorded,
             drawing_modules=draws.modules if draws else [],
         )
 
     def close(self, one: float, other: float, *scale: float) -> bool:
-        """Whether two sums agree up to rounding; `scale` holds the numbers that were added up."""
+        """Returns whether two sums agree up to rounding; `scale` are the numbers that were added up."""
         if one == other or (math.isnan(one) and math.isnan(other)):
             return True
         return abs(one - other) <= self.noise * max(abs(one), abs(other), *map(abs, scale))
 
 
 def window_samples(subject: Subject) -> list[list[int]]:
-    """Dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
+    """Returns the dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
     loader, section = subject.loader, subject.config.check
     bounds = loader.sizes.bounds(0)
     if len(bounds) > section.windows:
@@ -245,7 +247,7 @@ def window_samples(subject: Subject) -> list[list[int]]:
 
 
 def cuts_of(size: int, configured: Sequence[int]) -> dict[str, list[int]]:
-    """Cuts of a window for one process, by name: sizes of the micro-batches. Those that coincide are listed once."""
+    """Returns different cuts of a window for one process, by name: the sizes of their micro-batches."""
     growing = [1]
     while sum(growing) + 2 * growing[-1] < size:
         growing.append(2 * growing[-1])
@@ -274,7 +276,7 @@ def split(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
 
 @contextmanager
 def quiet_state() -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's random states back afterwards."""
+    """Restores the random states of Python, NumPy and torch afterwards."""
     states = GlobalStates.now()
     with torch.random.fork_rng():
         try:

@@ -1,4 +1,4 @@
-"""Trained models found again: their checkpoints, what they were configured with, and their weights."""
+"""Trained models: their checkpoints, configurations and weights."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from distaccum.training.run_folder import CHECKPOINTS
 
 _OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
 _IN_COMMON = ("data.evaluation.", "data.collate_fn", "task.")
-"""What members must agree on for their figures to be comparable."""
+"""Keys that must be equal for the members' metrics to be comparable."""
 _OWN = ("distaccum.data", "distaccum.models", "distaccum.tasks")
-"""Nothing in these runs or builds what it is given the name of."""
+"""Modules in which nothing imports or calls an object by a name that it is given."""
 _CONFIG: Form = {
     "data": {"train": is_dict},
     "model": is_dict,
@@ -42,7 +42,7 @@ class Member:
     """One trained model on the disk.
 
     Attributes:
-        config: what it was trained with, and what has been changed of it since, as plain dictionaries.
+        config: its training's configuration with the changes of this evaluation, as plain dictionaries.
     """
 
     checkpoint: Checkpoint
@@ -56,11 +56,11 @@ class Member:
 def find_members(
     paths: Sequence[Path], which: WhichCheckpoint, overrides: Sequence[str], world: World, trust: Sequence[str] = ()
 ) -> list[Member]:
-    """The checkpoints that are meant (see `Wishes`), found whole. All ranks call it.
+    """Returns the checkpoints to evaluate (see `Wishes`), which are whole. All ranks call it.
 
     Raises:
-        UserError: there is none, one is damaged, it is no training's, an override names no key, or what is to be built
-            is not trusted.
+        UserError: there is none, one is damaged or no training's, an override names no key, or the configuration names
+            an object that is not trusted.
     """
     found = [checkpoint for path in paths for checkpoint in _checkpoints(path, which, world)]
     members = [Member(checkpoint=entry, config=_configured(entry, overrides, trust)) for entry in found]
@@ -129,16 +129,17 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequenc
 
 
 def _check_trusted(config: dict[str, Any], given: Collection[str], trusted: Collection[str]) -> None:
-    """Refuses what is neither of this package, nor trusted, nor on the command line. Nothing of it is imported.
+    """Refuses names of objects that are neither this package's, nor trusted, nor given on the command line.
+
+    No refused object is imported.
 
     Args:
-        config: the sections that are to be built.
-        given: keys that stand on the command line.
+        config: the sections to build.
+        given: keys of the command line.
         trusted: import paths of modules, and of single classes and functions.
 
     Raises:
-        UserError: names what is to be built, and how to allow it; or a value that would be worked out here, as
-            `${oc.env:…}`, in the place of which a run saves what it was.
+        UserError: an object is refused; or a value would be resolved here, as `${oc.env:…}`, which no run saves.
     """
     for key, value in _leaves(config):
         if not isinstance(value, str) or any(f"{key}.".startswith(f"{own}.") for own in given):
@@ -147,9 +148,8 @@ def _check_trusted(config: dict[str, Any], given: Collection[str], trusted: Coll
             raise UserError(f"{key}={value} in the checkpoint is no value that a run has saved. Give it, as in {key}=…")
         if key.endswith(f".{targets.TARGET}") and not _is_trusted(value, key, trusted):
             raise UserError(
-                f"{key}={value} is what the checkpoint wants to be called here, and whoever made it could have put "
-                f"anything there. If you know it, say so: --trust {value}, or --trust {value.partition('.')[0]} for "
-                "all of that package."
+                f"{key}={value} is named by the checkpoint alone, and whoever made that could name any code to run. If "
+                f"you trust it, say so: --trust {value}, or --trust {value.partition('.')[0]} for all of that package."
             )
 
 
@@ -167,7 +167,7 @@ def _is_trusted(target: str, key: str, trusted: Collection[str]) -> bool:
     homes = tuple(f"{home}." for home in (*_OWN, *trusted))
     if not target.startswith(homes):
         return False
-    # The names in a module lead on to what it has imported: what counts is where the thing is at home.
+    # A module's attributes include whatever it has imported: the module that defines the object counts.
     found = targets.locate(target, key.removesuffix(f".{targets.TARGET}"))
     return f"{getattr(found, '__module__', '')}.".startswith(homes)
 
@@ -179,19 +179,17 @@ def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     is_new_argument = bool(name) and any(other.startswith(f"{section}.") for other in known)
     if is_section and not isinstance(value, dict) and not (key == "data.evaluation" and value is None):
         inside = next(other for other in known if other.startswith(f"{key}."))
-        raise UserError(
-            f"{key}={value} says nothing: {key} has keys of its own. Give them one by one, as in {inside}=…"
-        )
+        raise UserError(f"{key}={value} is impossible: {key} is a section. Give its keys one by one, as in {inside}=…")
     if key in known or is_section:
         return _put(config, key.split("."), value)
     if key.startswith(_OPEN_TO_CHANGE) and is_new_argument and f"{section}._target_" in known:
         return _put(config, key.split("."), value)
     if key in config or key in flat(config):
         raise UserError(
-            f"{key} can't be changed for an evaluation: it belongs to what was trained. What can be changed is data, "
-            "task, precision.name and train.eval_batch_size."
+            f"{key} can't be changed for an evaluation, as the model was trained with it. Keys that can be changed are "
+            "those of data and task, precision.name and train.eval_batch_size."
         )
-    raise UserError(f"there is no key {key} in what was trained. There are: {', '.join(known)}.")
+    raise UserError(f"there is no key {key} in the training's configuration. There are: {', '.join(known)}.")
 
 
 def _put(config: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def _put(config: dict[str, Any], path: Sequence[str], value: Any) -> dict[str, A
 
 
 def _differences(members: Sequence[Member]) -> list[tuple[str, list[str]]]:
-    """Keys that members must agree on and don't, with their values."""
+    """Returns the keys that must be equal and aren't, with their values."""
     configs = [
         {key: value for key, value in flat(member.config).items() if f"{key}.".startswith(_IN_COMMON)}
         for member in members
@@ -213,10 +211,10 @@ def _differences(members: Sequence[Member]) -> list[tuple[str, list[str]]]:
 
 
 def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
-    """Puts a checkpoint's weights into a plain module.
+    """Loads a checkpoint's weights into a plain module.
 
     Raises:
-        UserError: they are another model's, or there is no such average in the checkpoint.
+        UserError: the weights are another model's, or the checkpoint has no such average.
     """
     kind = None if weights is Weights.raw else weights.value
     if kind is not None:

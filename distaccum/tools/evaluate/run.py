@@ -39,13 +39,13 @@ from distaccum.training.model import build_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
-    """What is to be evaluated.
+    """What to evaluate, and how.
 
     Attributes:
         paths: folders of runs or of checkpoints.
-        overrides: `KEY=VALUE`, changes to what the models were trained with.
-        combine: None for each model alone, unless there are several; then `probabilities`, if they can be combined.
-        output: a file for the same as JSON.
+        overrides: `KEY=VALUE`, changes of the configuration that the models were trained with.
+        combine: how to combine several models. None: `probabilities`, where those can be combined.
+        output: a file for the results as JSON.
         trust: modules, classes and functions that checkpoints may name, besides those of distaccum.
     """
 
@@ -62,7 +62,7 @@ class Wishes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRow:
-    """How one model does, or all of them together."""
+    """The metrics of one model, or of all of them together."""
 
     name: str
     update: int | None
@@ -73,7 +73,7 @@ def evaluate(wishes: Wishes) -> int:
     """Evaluates on all ranks that the launcher has started, and prints the table on rank 0; returns the exit status.
 
     Raises:
-        UserError: whatever in the checkpoints, the data or the machine keeps them from being evaluated.
+        UserError: the checkpoints, the data or the machine don't allow the evaluation.
     """
     with joined_world() as world:
         device = resolve_device(wishes.device, world.local_rank)
@@ -84,24 +84,27 @@ def evaluate(wishes: Wishes) -> int:
         rows = examination.rows(wishes.class_dim)
         with world.together():
             if world.is_main:
-                _tell(rows, examination, wishes)
+                _print(rows, examination, wishes)
     return 0
 
 
 class _Examination:
-    """Everything built, on this rank's device; nothing in the constructor waits for another rank."""
+    """Models, task and data on this rank's device. The constructor doesn't wait for another rank."""
 
     def __init__(self, members: Sequence[Member], wishes: Wishes, world: World, device: torch.device) -> None:
         config = members[0].config
         data = _typed(DataConfig, config["data"], "data")
         if data.evaluation is None:
             raise UserError(
-                "the models were trained without evaluation data (data.evaluation=null): say what to evaluate on, as "
-                "in 'data.evaluation={_target_: distaccum.data.Digits, split: evaluation}'"
+                "the models were trained without evaluation data (data.evaluation=null): name some, as in "
+                "'data.evaluation={_target_: distaccum.data.Digits, split: evaluation}'"
             )
         self.members = members
         self.device = device
-        self.precision = resolve_precision(_precision_name(config["precision"]["name"]), device)
+        name = config["precision"]["name"]
+        if name not in (names := [choice.name for choice in PrecisionName]):
+            raise UserError(f"precision.name={name} is unknown: it must be one of {', '.join(names)}.")
+        self.precision = resolve_precision(PrecisionName[name], device)
         self.task = targets.build(_checked(config["task"], "task"), "task")
         self.combine = self._combination(wishes)
         options = loader_options(data, device, self.precision)
@@ -134,13 +137,13 @@ class _Examination:
             if wishes.combine is None:
                 return None
             raise UserError(
-                f"{type(self.task).__name__} compares embeddings, and those of different models have nothing to do "
-                "with each other: they can't be combined. Leave out --combine, and each model is evaluated alone."
+                f"{type(self.task).__name__} compares embeddings, and those of different models can't be combined. "
+                "Leave out --combine, and each model is evaluated alone."
             )
         return wishes.combine or Combination.probabilities
 
     def rows(self, class_dim: int | None) -> list[EvaluateRow]:
-        """Each model's, and all models' together; `problem` then says why they can't be, if so. All ranks call it."""
+        """Evaluates each model and, unless `problem` says why not, all of them together. All ranks call it."""
         rows = [
             EvaluateRow(name=member.name, update=member.checkpoint.update, metrics=self._metrics(model))
             for member, model in zip(self.members, self.models, strict=True)
@@ -156,7 +159,7 @@ class _Examination:
                     else Ensemble(self.models, combine=self.combine, class_dim=class_dim)
                 )
                 rows.append(EvaluateRow(name=name, update=None, metrics=self._metrics(together)))
-            except NotTogetherError as error:  # a matter of what models give, so the same on every rank
+            except NotTogetherError as error:  # it follows from the models' outputs, so it is the same on every rank
                 self.problem, self.combine = str(error), None
         self.loader.close()
         return rows
@@ -172,7 +175,7 @@ Schema = TypeVar("Schema")
 
 
 def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
-    """A section as its schema has it; keys that the schema doesn't know are left out.
+    """Returns a section as its schema's dataclass, without keys that the schema doesn't have.
 
     Raises:
         UserError: a value is of another type, or impossible.
@@ -189,18 +192,12 @@ def _typed(schema: type[Schema], section: dict[str, Any], name: str) -> Schema:
 
 
 def _checked(section: dict[str, Any], group: str) -> dict[str, Any]:
-    """A section `task` or `model`, whose values have the types that its target's schema gives them, if it has one."""
+    """Returns a section `task` or `model`, after checking the types of its values if its target has a schema."""
     for schema in SCHEMAS[group].values():
         defaults = {entry.name: entry.default for entry in dataclasses.fields(schema)}
         if defaults["_target_"] == section.get("_target_"):
             _typed(schema, section, group)
     return section
-
-
-def _precision_name(name: Any) -> PrecisionName:
-    if name not in PrecisionName.__members__:
-        raise UserError(f"precision.name={name} is unknown: it must be {', '.join(PrecisionName.__members__)}.")
-    return PrecisionName[name]
 
 
 def _batch_size(size: Any, micro_batch_size: Any) -> int:
@@ -212,7 +209,7 @@ def _batch_size(size: Any, micro_batch_size: Any) -> int:
 
 
 def _train_data(members: Sequence[Member]) -> list[Any]:
-    """Of each member; models may take arguments from it (the number of classes, say). Equal ones are built once."""
+    """Builds each member's training data, which its model may take arguments from. Equal ones are built once."""
     sections = [member.config["data"]["train"] for member in members]
     firsts = [sections.index(section) for section in sections]
     built = {number: targets.build(sections[number], "data.train") for number in dict.fromkeys(firsts)}
@@ -227,7 +224,7 @@ def _model(member: Member, train_data: Any, weights: Weights, precision: Precisi
     return module
 
 
-def _tell(rows: Sequence[EvaluateRow], examination: _Examination, wishes: Wishes) -> None:
+def _print(rows: Sequence[EvaluateRow], examination: _Examination, wishes: Wishes) -> None:
     samples = examination.loader.num_samples
     title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -253,4 +250,4 @@ def _tell(rows: Sequence[EvaluateRow], examination: _Examination, wishes: Wishes
     if examination.problem:
         if wishes.combine is not None or wishes.class_dim is not None:
             raise UserError(examination.problem)
-        console.print(Text(printable(f"each alone, and not together: {examination.problem}")))
+        console.print(Text(printable(f"not evaluated together: {examination.problem}")))

@@ -1,8 +1,8 @@
-"""The arithmetic of memory: what a peak will be at other micro-batches, and the largest micro-batch that fits.
+"""The arithmetic of memory: peaks at other micro-batches, and the largest micro-batch that fits.
 
-Pure numbers. A peak is the largest of what several moments hold, each a constant and so much for each sample; so it
-is a convex, piecewise linear function of the micro-batch. It is interpolated between measured sizes, and beyond them
-goes on with the slope of the last piece (before them, with that of the first).
+A peak is the maximum over several moments, each of which holds a constant and a number of bytes per sample; so it is a
+convex, piecewise linear function of the micro-batch. It is interpolated between measured sizes; beyond them it has the
+slope of the last piece, and before them that of the first.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class PeakLine:
     """A peak, in bytes, as a function of the micro-batch's samples.
 
     Attributes:
-        points: measured peaks by number of samples; at least one. With one alone, the peak is taken to grow by nothing.
+        points: measured peaks by number of samples; at least one. With one alone, the peak is taken as constant.
     """
 
     points: Mapping[int, int]
 
     def at(self, samples: int) -> int:
-        """The peak with micro-batches of so many samples."""
+        """Returns the peak with micro-batches of a number of samples."""
         sizes = sorted(self.points)
         if len(sizes) == 1:
             return self.points[sizes[0]]
@@ -34,7 +34,7 @@ class PeakLine:
 
     @property
     def per_sample(self) -> float:
-        """Bytes that one sample more adds, at the largest measured sizes."""
+        """Bytes that another sample adds, at the largest measured sizes."""
         sizes = sorted(self.points)
         if len(sizes) == 1:
             return 0.0
@@ -42,7 +42,7 @@ class PeakLine:
         return (self.points[high] - self.points[low]) / (high - low)
 
     def largest(self, limit: float, most: int) -> int:
-        """The most samples, up to `most`, whose peak is within a limit; 0 if not even one sample's is."""
+        """Returns the most samples, up to `most`, whose peak is within a limit; 0 if not even one sample's is."""
         if self.at(1) > limit:
             return 0
         low, high = 1, most
@@ -55,15 +55,14 @@ class PeakLine:
         return low
 
 
-def sizes_to_measure(micro_batch: int, most: int, replicas: int = 1) -> list[int]:
-    """The sizes that a peak at `micro_batch` and around it is known from: three at most, the smallest first.
+def sizes_to_measure(micro_batch: int, most: int, least: int = 1) -> list[int]:
+    """Sizes of micro-batches from which the peak at `micro_batch` follows: at most three, the smallest first.
 
     Args:
         most: samples that there are.
-        replicas: that share each micro-batch. With a single sample each, kernels take other temporaries than with more,
-            so the sizes beside `micro_batch` itself have two for each.
+        least: the smallest size to measure beside `micro_batch` itself.
     """
-    least = min(micro_batch, 2 * replicas if replicas > 1 else 1)
+    least = min(micro_batch, least)
     wanted = {max(least, micro_batch // 4), max(least, micro_batch // 2), micro_batch}
     if micro_batch == 1:
         wanted.add(2)

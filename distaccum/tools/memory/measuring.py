@@ -1,4 +1,4 @@
-"""Measuring what one rank holds, in real windows of the real accumulator, on real tensors."""
+"""Measures the memory of one rank in real windows of the accumulator, on real tensors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from distaccum.training.weight_average import WeightAverage
 
 STEP = "optimizer step"
 EVALUATION = "evaluation"
-"""The moments that aren't a part of a micro-step."""
+"""The moments outside of micro-steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """All that one rank's memory depends on, besides model, task and the size of the micro-batch."""
+    """Everything on which one rank's memory depends, besides model, task and the size of the micro-batch."""
 
     strategy: StrategyConfig
     world_size: int
@@ -46,22 +46,22 @@ class Setting:
     wrap: Sequence[str] = ()
     averages: Sequence[EmaConfig | SwaConfig] = ()
     evaluation_batch_of: Callable[[int], Any] | None = None
-    """Makes the batch of an evaluation that goes with micro-batches of so many samples."""
+    """Makes an evaluation's batch, given the number of samples of the micro-batches."""
 
 
 @dataclass(slots=True)
 class Footprint:
-    """What one rank holds under one setting, in bytes.
+    """The memory of one rank under one setting, in bytes.
 
     Attributes:
         parameters, buffers, optimizer, averages: at rest, between two windows.
-        gradients: at the end of a window, those that the optimizer sees.
-        other: what else is held at rest (DDP's buckets, where gradients are no views of them).
-        activations: by size of the micro-batch, what its forward leaves for the backward.
-        batches: by size of the micro-batch, what the batch itself holds.
-        peaks: by size of the micro-batch and moment, the most that is held at once.
-        first_peak: by moment, the most in the first window of all, at the smallest size: gradients and optimizer state
-            come into being in it.
+        gradients: at the end of a window.
+        other: everything else at rest (DDP's buckets, where gradients are no views of them).
+        activations: by size of the micro-batch, the tensors that its forward keeps for the backward.
+        batches: by size of the micro-batch, the batch itself.
+        peaks: by size of the micro-batch and by moment, the largest at once.
+        first_peak: by moment, the largest in the first window, at the smallest size: it creates gradients and the
+            optimizer's state.
     """
 
     parameters: int = 0
@@ -77,17 +77,17 @@ class Footprint:
 
     @property
     def peak(self) -> dict[int, int]:
-        """By size of the micro-batch."""
+        """The largest of all moments, by size of the micro-batch."""
         return {size: max(moments.values()) for size, moments in self.peaks.items()}
 
     def moment(self, size: int) -> str:
-        """When the peak is."""
+        """Returns the moment of the peak."""
         moments = self.peaks[size]
         return max(moments, key=moments.__getitem__)
 
 
 def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
-    """How many replicas share each micro-batch of a process."""
+    """Returns the number of replicas that share each micro-batch of a process."""
     if not isinstance(strategy, DPConfig):
         return 1
     if strategy.replicas is not None:
@@ -97,9 +97,9 @@ def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
 
 @contextmanager
 def fake_ranks(world_size: int) -> Iterator[None]:
-    """Makes this process rank 0 of a process group whose other ranks aren't there: its collectives return at once.
+    """Makes this process rank 0 of a process group without the other ranks: its collectives return at once.
 
-    What a rank holds in memory doesn't depend on what the others send. With 1, there is no process group at all.
+    A rank's memory doesn't depend on what the others send. With a world size of 1 there is no process group.
     """
     if world_size == 1:
         yield
@@ -133,19 +133,19 @@ def measure(
     """Trains a copy of a model for some windows, one for each size of the micro-batch, as rank 0 of `world_size`.
 
     Args:
-        master: on the CPU, without activation checkpointing. It stays as it is.
-        batch_of: makes a micro-batch of so many samples, on the device. Its memory counts.
+        master: on the CPU, without activation checkpointing. It isn't changed.
+        batch_of: makes a micro-batch of a number of samples, on the device. Its memory counts.
         sizes: of micro-batches, the smallest first.
-        limit: bytes; sizes that would need more, by those measured before, are left out, as are those for which memory
+        limit: bytes; sizes that need more, as far as the smaller ones show, are left out, as are those for which memory
             runs out.
-        has_ranks: there is a process group, all of whose ranks call this; else the other ranks are made up.
+        has_ranks: whether all ranks of a process group call this; without them, the other ranks are imitated.
 
     Raises:
-        UserError: the strategy can't be had, …
-        Exception: memory runs out at the smallest size already (see `distaccum.runtime.memory.is_out_of_memory`).
+        UserError: the model, the device or the precision doesn't support the strategy.
+        Exception: memory runs out at the smallest size (see `distaccum.runtime.memory.is_out_of_memory`).
     """
-    # cuBLAS keeps the workspaces that it takes at its first use, in the threads of forwards and of backwards. They are
-    # taken before anything is measured: every setting needs them, and the first one alone would show them.
+    # cuBLAS allocates workspaces at its first use, in the threads of forwards and of backwards, and keeps them. That
+    # happens before anything is measured: every setting needs them, and only the first one would show them.
     ones = torch.ones(8, 8, device=device, requires_grad=True)
     (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
     with nullcontext() if has_ranks else fake_ranks(setting.world_size), warnings.catch_warnings():
@@ -168,7 +168,7 @@ def _footprint(
     windows: _Windows, batch_of: Callable[[int], Any], sizes: Sequence[int], limit: float | None
 ) -> Footprint:
     found = Footprint()
-    # Gradients and the optimizer's state come into being in the first window, and DDP's final buckets in the second.
+    # The first window creates gradients and the optimizer's state, and the second DDP's final buckets.
     found.first_peak, _ = windows.run(batch_of(sizes[0]))
     windows.run(batch_of(sizes[0]))
     windows.weigh(found)
@@ -226,7 +226,7 @@ class _Windows:
         meter.lap()
 
     def run(self, batch: Any) -> tuple[dict[str, int], int]:
-        """Makes an update of a window; returns the peak of each moment, and what forwards keep for the backward."""
+        """Makes an update; returns the peak of each moment, and the bytes that a forward keeps for the backward."""
         peaks: dict[str, int] = {}
         kept = 0
 
@@ -245,7 +245,9 @@ class _Windows:
                 del output
                 is_last = number == self._micro_steps
                 lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")
-        self._make_finite()
+        if not self._has_ranks:
+            # Imitated ranks leave in the gradients whatever was in that memory before.
+            torch._foreach_zero_(local_parts(self._gradients()))
         self._gradient_bytes = held_bytes(self._gradients())
         self._accumulator.step()
         for average in self._averages:
@@ -254,7 +256,7 @@ class _Windows:
         return peaks, kept
 
     def evaluate(self, size: int) -> dict[str, int]:
-        """The peak of a forward of the evaluation, if there is one."""
+        """Returns the peak of an evaluation's forward, if there is an evaluation."""
         if self._evaluation_batch_of is None:
             return {}
         self._meter.lap()
@@ -264,28 +266,22 @@ class _Windows:
         self._strategy.at_rest()
         return {EVALUATION: self._meter.lap()}
 
-    def _make_finite(self) -> None:
-        """What would have come from ranks that aren't there is what has been in memory by chance."""
-        if not self._has_ranks:
-            torch._foreach_zero_(local_parts(self._gradients()))
-
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._strategy.model.parameters() if p.grad is not None]
 
     def weigh(self, found: Footprint) -> None:
-        """Writes down what is held at rest."""
+        """Records the memory at rest."""
         self._strategy.at_rest()
         module = self._strategy.module
         parameters: list[Tensor] = list(module.parameters())
         inner = own_optimizer(self._optimizer)
         buffers = [b for b in module.buffers() if id(b) not in {id(parameter) for parameter in parameters}]
         found.parameters, found.buffers = held_bytes(parameters), held_bytes(buffers)
-        # Buckets that several gradients are views of are counted once.
+        # A bucket counts once, however many gradients are views of it.
         found.gradients, found.optimizer = self._gradient_bytes, held_bytes(tree_iter(list(inner.state.values())))
         found.averages = sum(held_bytes(average.tensors().values()) for average in self._averages)
-        # Those that have no home in buckets are dropped between windows.
-        known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer
-        known += found.averages
+        # Gradients outside of buckets are freed between windows.
+        known = found.parameters + found.buffers + held_bytes(self._gradients()) + found.optimizer + found.averages
         found.other = max(0, self._meter.now - known)
 
     def close(self) -> None:

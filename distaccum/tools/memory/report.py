@@ -1,4 +1,4 @@
-"""Where the memory goes, as a table, in words and as JSON."""
+"""The memory of a rank, as tables, in words and as JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from distaccum.tools.memory.measuring import Footprint
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting.
+    """The memory under one setting.
 
     Attributes:
-        label: in words.
-        change: the overrides that make the configured setting this one.
-        micro_batch: the samples of a micro-batch under it.
+        label: the setting in words.
+        change: the overrides that turn the configured setting into this one.
+        micro_batch: samples of a micro-batch.
     """
 
     label: str
@@ -46,13 +46,13 @@ class Row:
 
     @property
     def rest(self) -> int:
-        """What is held between two windows."""
+        """Bytes between two windows, gradients included."""
         found = self.footprint
         return found.parameters + found.buffers + found.gradients + found.optimizer + found.averages + found.other
 
     @property
     def moment(self) -> str:
-        """When the peak is, at the measured size that is nearest."""
+        """The moment of the peak, at the nearest measured size."""
         sizes = sorted(self.footprint.peaks, key=lambda size: abs(size - self.micro_batch))
         return self.footprint.moment(sizes[0])
 
@@ -69,9 +69,9 @@ class Report:
     share: int
     rows: list[Row]
     left_out: list[str] = field(default_factory=list)
-    """Other settings that can't be had, and why: for some, this device has run out of memory."""
+    """Settings that could not be measured, with the reasons."""
     can_install_8bit: bool = False
-    """The 8-bit optimizer was left out, as its package isn't there."""
+    """Whether the 8-bit optimizer was left out because its package isn't installed."""
 
     @property
     def configured(self) -> Row:
@@ -82,14 +82,14 @@ class Report:
         return self.configured.peak <= self.usable
 
     def largest(self, row: Row) -> int:
-        """The largest micro-batch that fits, up to a rank's whole share of a window."""
+        """Returns the largest micro-batch that fits, up to a rank's whole share of a window."""
         return row.line.largest(self.usable, max(1, self._share(row)))
 
     def _share(self, row: Row) -> int:
         return -(-self.share * self.configured.world_size // row.world_size)
 
     def words(self) -> list[str]:
-        """What follows, the most important first."""
+        """Returns the conclusions, the most important first."""
         row = self.configured
         most, share = self.largest(row), self._share(row)
         peak, usable = byte_size(row.peak), byte_size(self.usable)
@@ -97,7 +97,7 @@ class Report:
         if self.fits:
             said.append(f"It fits: {peak} of {usable} at the peak, which is in the {row.moment}.")
         else:
-            said.append(f"It does not fit: {peak} at the peak, in the {row.moment}, and there are {usable}.")
+            said.append(f"It does not fit: {peak} at the peak, in the {row.moment}, and {usable} are usable.")
         if most >= share:
             said.append(f"A rank's whole share of a window, {share} samples, fits into one micro-batch.")
         elif most:
@@ -119,7 +119,7 @@ class Report:
         return said
 
     def _what_first(self) -> str:
-        """The one change that saves most."""
+        """Names the change that saves most."""
         row = self.configured
         savings = [(row.peak - other.peak, other) for other in self.rows[1:]]
         saved, best = max(savings, key=lambda entry: entry[0], default=(0, row))

@@ -1,24 +1,24 @@
-"""What `python -m distaccum.memory` measures: the configured setting, and what one change at a time would do to it."""
+"""Measures the memory of the configured setting, and of others that differ from it by one change."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
-from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.config.components import AdamConfig, AdamW8bitConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.config.launcher import launch
 from distaccum.config.tools import MemoryConfig
-from distaccum.errors import UserError
+from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders.collate import PadCollate
 from distaccum.planning import resolve_batch
 from distaccum.runtime.devices import resolve_device
@@ -29,9 +29,9 @@ from distaccum.strategies import needs_equal_micro_steps
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
 from distaccum.tools.memory.lines import sizes_to_measure
-from distaccum.tools.memory.measuring import Footprint, Setting, measure, replicas_of
+from distaccum.tools.memory.measuring import Setting, measure, replicas_of
 from distaccum.tools.memory.report import Report, Row
-from distaccum.training.build import Parts, build_parts
+from distaccum.training.build import build_parts
 from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
@@ -47,17 +47,17 @@ _OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
 
 
 class DoesNotFitError(UserError):
-    """Memory has run out at the smallest micro-batch that was tried of the configured setting."""
+    """Memory has run out at the smallest micro-batch that was tried under the configured setting."""
 
 
 def memory(config: MemoryConfig) -> int:
     """Measures, prints the report, and returns the exit status: 0 if the configured setting fits.
 
     Raises:
-        UserError: whatever in the configuration, the data or the machine keeps it from being measured.
+        UserError: the configuration, the data or the machine doesn't allow the measurement.
     """
     if launch().world_size > 1:
-        raise UserError("distaccum.memory is one process: start it without torchrun, and say memory.world_size=…")
+        raise UserError("distaccum.memory is one process: start it without torchrun, and set memory.world_size=…")
     try:
         report = examine(config)
     except DoesNotFitError as error:
@@ -75,200 +75,208 @@ def examine(config: MemoryConfig) -> Report:
     """Measures all rows of the report.
 
     Raises:
-        DoesNotFitError: as it says.
+        DoesNotFitError: memory runs out at the smallest micro-batch of the configured setting.
         UserError: as `memory`.
     """
-    device = resolve_device(config.device)
-    world_size = _world_size(config)
-    configured_strategy = _measurable(config.strategy)
-    parts = build_parts(config, device, world_size=world_size)
-    is_checkpointed = take_back_checkpointing(parts.module)
-    if isinstance(parts.task, CoupledTask):
-        raise UserError(
-            f"distaccum.memory can't measure {type(parts.task).__name__}, whose loss couples the samples of a window: "
-            "its micro-steps are others. Train for a few updates, and see the peak in the summary."
+    return _Examination(config).report()
+
+
+class _Change(NamedTuple):
+    """A setting to measure beside the configured one."""
+
+    overrides: str
+    label: str
+    setting: Setting
+
+
+class _Examination:
+    """What the configuration names, built, and the settings to measure it under."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self._config = config
+        self._device = resolve_device(config.device)
+        world_size = _world_size(config)
+        self._parts = build_parts(config, self._device, world_size=world_size)
+        is_checkpointed = take_back_checkpointing(self._parts.module)
+        if isinstance(self._parts.task, CoupledTask):
+            raise UserError(
+                f"distaccum.memory does not support {type(self._parts.task).__name__}, whose loss couples the samples "
+                "of a window: its micro-steps are others. Train for a few updates: the summary shows the peak."
+            )
+        self._window = self._parts.loader.plan.global_batch_size
+        strategy = _measurable(config.strategy)
+        steps, self._micro_batch = self._cut(strategy, world_size)
+        self._configured = Setting(
+            strategy=strategy,
+            world_size=world_size,
+            accumulation_steps=steps,
+            optim=config.optim,
+            activation_checkpointing=is_checkpointed,
+            wrap=getattr(config.strategy, "wrap", ()),
+            averages=config.train.averages,
+            evaluation_batch_of=self._evaluation_batches(),
         )
-    global_batch_size = parts.loader.plan.global_batch_size
-    share = -(-global_batch_size // world_size)
-    accumulation_steps, micro_batch = _cut(config, global_batch_size, configured_strategy, world_size)
-    configured = Setting(
-        strategy=configured_strategy,
-        world_size=world_size,
-        accumulation_steps=accumulation_steps,
-        optim=config.optim,
-        activation_checkpointing=is_checkpointed,
-        wrap=getattr(config.strategy, "wrap", ()),
-        averages=config.train.averages,
-    )
-    limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(device)
-    usable = limit * (1 - config.memory.headroom)
-    batch_of = _batches(config, parts.train_data, parts, device)
-    if (data := parts.evaluation_data) is not None:
-        of_evaluation, fixed = _batches(config, data, parts, device), config.train.eval_batch_size
-        configured = dataclasses.replace(
-            configured, evaluation_batch_of=lambda size: of_evaluation(min(fixed or size, len(data)))
+        self._limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(self._device)
+        self._usable = self._limit * (1 - config.memory.headroom)
+        self._left_out: list[str] = []
+
+    def report(self) -> Report:
+        """Measures all settings."""
+        return Report(
+            model=type(self._parts.module).__name__,
+            device=str(self._device),
+            precision=self._config.precision.name.value,
+            limit=int(self._limit),
+            usable=int(self._usable),
+            share=-(-self._window // self._configured.world_size),
+            rows=self._rows(),
+            left_out=self._left_out,
+            can_install_8bit=self._config.memory.alternatives and _can_be_8bit(self._configured) and not has_8bit(),
         )
 
-    def measured(setting: Setting, sizes: list[int]) -> Footprint:
-        return measure(
-            parts.module,
-            setting,
-            parts.task,
-            batch_of,
-            sizes,
-            device=device,
-            precision=parts.precision,
-            clip_norm=config.train.clip_norm,
-            limit=usable,
-        )
+    def _rows(self) -> list[Row]:
+        """Measures the settings one after the other; names those that can't be measured in `_left_out`."""
+        changes = [_Change("", "configured", self._configured)]
+        if self._config.memory.alternatives:
+            changes += self._alternatives()
+        rows: list[Row] = []
+        console = Console(stderr=True)
+        is_silent = self._config.memory.json or not console.is_terminal
+        column = TextColumn("measuring: {task.description}")
+        with Progress(column, console=console, transient=True, disable=is_silent) as progress:
+            task = progress.add_task("", total=None)
+            for change in changes:
+                progress.update(task, description=change.label, refresh=True)
+                try:
+                    rows.append(self._measured(change))
+                except Exception as error:
+                    is_full = is_out_of_memory(error)
+                    if not rows or not (is_full or isinstance(error, UserError)):
+                        raise
+                    reason = "memory ran out" if is_full else str(error).partition(". ")[0]
+                    self._left_out.append(f"{change.label} ({reason})")
+        return rows
 
-    wanted = [("", "configured", configured), *_changes(config, configured, parts.module, global_batch_size)]
-    chosen = wanted if config.memory.alternatives else wanted[:1]
-    rows, left_out = _rows(config, parts, device, chosen, micro_batch, measured)
-    return Report(
-        model=type(parts.module).__name__,
-        device=str(device),
-        precision=config.precision.name.value,
-        limit=int(limit),
-        usable=int(usable),
-        share=share,
-        rows=rows,
-        left_out=left_out,
-        can_install_8bit=config.memory.alternatives and _can_be_8bit(configured) and not has_8bit(),
-    )
+    def _measured(self, change: _Change) -> Row:
+        setting, num_samples = change.setting, len(self._parts.train_data)
+        steps, size = setting.accumulation_steps, self._micro_batch
+        if (steps, setting.world_size) != (self._configured.accumulation_steps, self._configured.world_size):
+            size = -(-self._window // (setting.world_size * steps))
+        size = min(size, num_samples)
+        replicas = replicas_of(setting.strategy, self._device)
+        # With a single sample for each replica, kernels take other temporaries than with more, and BatchNorm refuses.
+        is_alone_different = replicas > 1 or any(isinstance(part, _BatchNorm) for part in self._parts.module.modules())
+        sizes = sizes_to_measure(size, num_samples, least=2 * replicas if is_alone_different else 1)
+        try:
+            footprint = measure(
+                self._parts.module,
+                setting,
+                self._parts.task,
+                self._batches(self._parts.train_data),
+                sizes,
+                device=self._device,
+                precision=self._parts.precision,
+                clip_norm=self._config.train.clip_norm,
+                limit=self._usable,
+            )
+        except Exception as error:
+            if is_one_value_per_channel(error):
+                raise UserError(
+                    f"micro-batches of {sizes[0]} can't be measured: BatchNorm needs more than one value per channel "
+                    "in training. Give each replica 2 samples or more (batch.micro_batch_size, "
+                    "batch.global_batch_size, or more data), or use GroupNorm or LayerNorm."
+                ) from error
+            if setting is not self._configured or not is_out_of_memory(error):
+                raise
+            raise DoesNotFitError(
+                f"it does not fit: memory ran out on {self._device} with micro-batches of {sizes[0]}, the smallest "
+                "that was tried. Lower batch.micro_batch_size, or take a smaller model, precision=bf16, "
+                "model.activation_checkpointing=true, or strategy=fsdp on several devices."
+            ) from error
+        return Row(change.label, change.overrides, setting.world_size, steps, size, footprint)
 
-
-def _rows(
-    config: MemoryConfig,
-    parts: Parts,
-    device: torch.device,
-    wanted: list[tuple[str, str, Setting]],
-    micro_batch: int,
-    measured: Callable[[Setting, list[int]], Footprint],
-) -> tuple[list[Row], list[str]]:
-    """Those that can be had, and the labels of those that can't, with the reasons.
-
-    Args:
-        wanted: what is changed, label and setting of each; the first is the configured one, whose cut the others have
-            if nothing of it changes.
-        micro_batch: of the configured one.
-        measured: measures a setting with some sizes of micro-batches.
-
-    Raises:
-        DoesNotFitError: the configured one.
-    """
-    configured = wanted[0][2]
-    global_batch_size, num_samples = parts.loader.plan.global_batch_size, len(parts.train_data)
-    rows: list[Row] = []
-    left_out = []
-    console = Console(stderr=True)
-    is_silent = config.memory.json or not console.is_terminal
-    column = TextColumn("measuring: {task.description}")
-    with Progress(column, console=console, transient=True, disable=is_silent) as progress:
-        task = progress.add_task("", total=None)
-        for change, label, setting in wanted:
-            progress.update(task, description=label, refresh=True)
-            steps = setting.accumulation_steps
-            size = micro_batch
-            if (steps, setting.world_size) != (configured.accumulation_steps, configured.world_size):
-                size = -(-global_batch_size // (setting.world_size * steps))
-            size = min(size, num_samples)
-            sizes = sizes_to_measure(size, num_samples, replicas_of(setting.strategy, device))
-            try:
-                footprint = measured(setting, sizes)
-            except Exception as error:
-                if isinstance(error, UserError) and rows:
-                    left_out.append(f"{label} ({str(error).partition('. ')[0]})")
-                    continue
-                if not is_out_of_memory(error):
-                    raise
-                if not rows:
-                    raise DoesNotFitError(
-                        f"it does not fit: memory ran out on {device} with micro-batches of {sizes[0]}, the smallest "
-                        "that was tried. Lower batch.micro_batch_size, or take a smaller model, precision=bf16, "
-                        "model.activation_checkpointing=true, or strategy=fsdp on several devices."
-                    ) from error
-                left_out.append(f"{label} (memory ran out)")
+    def _alternatives(self) -> Iterator[_Change]:
+        """One change of the configured setting at a time."""
+        config, configured = self._config, self._configured
+        share = -(-self._window // configured.world_size)
+        steps = configured.accumulation_steps
+        for other in (1, min(share, 2 * steps)) if steps > 1 else (min(share, 2),):
+            if other != steps:
+                overrides = f"batch.micro_batch_size=null batch.accumulation_steps={other}"
+                yield _Change(overrides, f"K = {other}", replace(configured, accumulation_steps=other))
+        if has_8bit() and _can_be_8bit(configured):
+            yield _Change("optim=adamw8bit", "8-bit AdamW", replace(configured, optim=AdamW8bitConfig()))
+        if blocks_of(self._parts.module, configured.wrap):
+            on = not configured.activation_checkpointing
+            label = f"activation checkpointing {'on' if on else 'off'}"
+            setting = replace(configured, activation_checkpointing=on)
+            yield _Change(f"model.activation_checkpointing={str(on).lower()}", label, setting)
+        ranks = configured.world_size
+        if ranks == 1:
+            ranks = config.memory.world_size or max(2, torch.cuda.device_count())
+        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
+        for overrides, strategy in _OTHER_PLACEMENTS.items():
+            is_impossible = (
+                needs_whole if isinstance(strategy, FSDPConfig) else config.precision.name is PrecisionName.bf16_params
+            )
+            if strategy == configured.strategy or is_impossible:
                 continue
-            rows.append(Row(label, change, setting.world_size, steps, size, footprint))
-    return rows, left_out
+            label = f"{overrides.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
+            if self._window < ranks:
+                self._left_out.append(f"{label} (a window of {self._window} has no sample for each rank)")
+                continue
+            other, _ = self._cut(strategy, ranks)
+            setting = replace(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
+            yield _Change(overrides, label, setting)
+
+    def _cut(self, strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
+        """Micro-steps of rank 0 in a full window, and the samples of the largest of them."""
+        batch = self._config.batch
+        plan = resolve_batch(
+            world_size=world_size,
+            global_batch_size=self._window,
+            micro_batch_size=batch.given_size,
+            accumulation_steps=batch.accumulation_steps if batch.global_batch_size else None,
+            equal_micro_steps=needs_equal_micro_steps(strategy),
+        )
+        sizes = plan.cut(self._window).sizes[0]
+        return len(sizes), max(sizes)
+
+    def _batches(self, data: Any) -> Callable[[int], Any]:
+        """Makes micro-batches of the costliest samples there are: the longest, where the dataset says its lengths."""
+        lengths = getattr(data, "lengths", None)
+        order = sorted(range(len(data)), key=lambda index: -int(lengths[index])) if lengths is not None else None
+        collate = collate_fn(self._config.data) or getattr(data, "collate_fn", None) or PadCollate()
+
+        def batch_of(samples: int) -> Any:
+            chosen = [data[order[number] if order else number] for number in range(samples)]
+            return to_device(collate(chosen), self._device, float_dtype=self._parts.precision.input_dtype)
+
+        return batch_of
+
+    def _evaluation_batches(self) -> Callable[[int], Any] | None:
+        data, fixed = self._parts.evaluation_data, self._config.train.eval_batch_size
+        if data is None:
+            return None
+        batch_of = self._batches(data)
+        return lambda micro_batch: batch_of(min(fixed or micro_batch, len(data)))
 
 
 def _world_size(config: MemoryConfig) -> int:
     if not isinstance(config.strategy, DDPConfig | FSDPConfig):
         return 1
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return config.memory.world_size or max(2, gpus)
+    return config.memory.world_size or max(2, torch.cuda.device_count())
 
 
 def _measurable(strategy: StrategyConfig) -> StrategyConfig:
-    """PowerSGD's factors can't be measured without the other ranks; they are small beside the buckets."""
+    """The strategy without PowerSGD, whose factors need the other ranks; they are small beside the buckets."""
     if isinstance(strategy, DDPConfig) and strategy.compression is Compression.powersgd:
-        return dataclasses.replace(strategy, compression=Compression.none)
+        return replace(strategy, compression=Compression.none)
     return strategy
-
-
-def _cut(config: MemoryConfig, window: int, strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
-    """Micro-steps of rank 0 in a full window, and the samples of the largest of them."""
-    plan = resolve_batch(
-        world_size=world_size,
-        global_batch_size=window,
-        micro_batch_size=config.batch.given_size,
-        accumulation_steps=config.batch.accumulation_steps if config.batch.global_batch_size else None,
-        equal_micro_steps=needs_equal_micro_steps(strategy),
-    )
-    sizes = plan.cut(window).sizes[0]
-    return len(sizes), max(sizes)
-
-
-def _changes(
-    config: MemoryConfig, configured: Setting, module: nn.Module, window: int
-) -> Iterator[tuple[str, str, Setting]]:
-    """One change at a time: the overrides that make it, its name, and the setting."""
-    change = dataclasses.replace
-    share = -(-window // configured.world_size)
-    steps = configured.accumulation_steps
-    for other in (1, min(share, 2 * steps)) if steps > 1 else (min(share, 2),):
-        if other != steps:
-            override = f"batch.micro_batch_size=null batch.accumulation_steps={other}"
-            yield override, f"K = {other}", change(configured, accumulation_steps=other)
-    if has_8bit() and _can_be_8bit(configured):
-        yield "optim=adamw8bit", "8-bit AdamW", change(configured, optim=AdamW8bitConfig())
-    if blocks_of(module, configured.wrap):
-        on = not configured.activation_checkpointing
-        name = f"activation checkpointing {'on' if on else 'off'}"
-        override = f"model.activation_checkpointing={str(on).lower()}"
-        yield override, name, change(configured, activation_checkpointing=on)
-    ranks = configured.world_size
-    if ranks == 1:
-        ranks = config.memory.world_size or max(2, torch.cuda.device_count())
-    for override, strategy in _OTHER_PLACEMENTS.items():
-        is_impossible = isinstance(strategy, DDPConfig) and config.precision.name is PrecisionName.bf16_params
-        if strategy == configured.strategy or is_impossible:
-            continue
-        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
-        if needs_whole and isinstance(strategy, FSDPConfig):
-            continue
-        other, _ = _cut(config, window, strategy, ranks)
-        name = f"{override.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
-        yield override, name, change(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
 
 
 def _can_be_8bit(configured: Setting) -> bool:
     return isinstance(configured.optim, AdamConfig) and not isinstance(configured.strategy, FSDPConfig)
-
-
-def _batches(config: MemoryConfig, data: Any, parts: Parts, device: torch.device) -> Callable[[int], Any]:
-    """Makes micro-batches of the costliest samples there are: the longest, where the dataset says its lengths."""
-    lengths = getattr(data, "lengths", None)
-    order = sorted(range(len(data)), key=lambda index: -int(lengths[index])) if lengths is not None else None
-    collate = collate_fn(config.data) or getattr(data, "collate_fn", None) or PadCollate()
-
-    def batch_of(samples: int) -> Any:
-        chosen = [data[order[number] if order else number] for number in range(samples)]
-        return to_device(collate(chosen), device, float_dtype=parts.precision.input_dtype)
-
-    return batch_of
 
 
 def _memory_of(device: torch.device) -> int:

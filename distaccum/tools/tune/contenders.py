@@ -1,4 +1,4 @@
-"""What takes part: the configuration with a setting, in processes of its own, and its times against another's."""
+"""A candidate: the configuration with a setting, in processes of its own, and its times compared with another's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distaccum.tools.bench.sessions import PlacementFailedError, Session
 from distaccum.tools.tune.settings import TuneSetting
 
 _UPDATES_BEFORE = 3
-"""Updates before anything is timed: buckets are laid out, the optimizer's state is made."""
+"""Updates before the first timed one, in which buckets are laid out and the optimizer's state is made."""
 _MOST_UPDATES = 500
 
 
 class Verdict(Enum):
-    """What a candidate is, compared with the best before it."""
+    """A candidate's speed compared with the best's before it."""
 
     faster = "faster"
     slower = "slower"
@@ -30,8 +30,8 @@ class Contender:
     """The configuration with a setting.
 
     Attributes:
-        memory: bytes at the peak of the process that used most.
-        rounds: its turns, in the order of time.
+        memory: peak in bytes of the process that used most.
+        rounds: its turns, in order.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Contender:
             )
 
     def time(self, updates: int) -> float:
-        """Takes a turn of so many updates; returns the seconds of one.
+        """Takes a turn of some updates; returns the seconds of one.
 
         Raises:
             PlacementFailedError: it can't go on.
@@ -72,7 +72,7 @@ class Contender:
         return self.rounds[-1].seconds
 
     def updates_for(self, seconds: float) -> int:
-        """How many updates take so long, about."""
+        """Returns the number of updates that take about this time."""
         if not self.rounds:
             self.time(1)
             self.rounds.clear()
@@ -84,7 +84,7 @@ class Contender:
 
     @property
     def seconds(self) -> float:
-        """Of an update: the median over the turns."""
+        """Seconds of an update: the median over the turns."""
         return statistics.median(turn.seconds for turn in self.rounds)
 
     @property
@@ -96,7 +96,7 @@ class Contender:
         return statistics.median(turn.data_share for turn in self.rounds)
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Has all ranks do something; started anew, they are warmed up first."""
+        """Returns all ranks' answers to a request; ranks that are started for it are warmed up first."""
         if self.session is None:
             self.session = self.start()
             self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
@@ -109,7 +109,7 @@ class Contender:
 
 
 def verdict_of(ratios: Sequence[float], min_gain: float) -> Verdict:
-    """What the ratios of a candidate's times to the best's, turn by turn, say.
+    """Judges a candidate by the ratios of its times to the best's, turn by turn.
 
     It is faster if the median gain is above `min_gain` and the middle half of the turns agree that there is one.
 

@@ -1,26 +1,26 @@
-"""Seconds per update on other numbers of ranks, from what was measured on these."""
+"""Predicts the seconds per update on other numbers of ranks from measurements on these."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
-from typing import Any
 
 from distaccum.config import DDPConfig, SingleConfig, TrainConfig
 from distaccum.config.tools import TuneSection
 from distaccum.tools.bench.network import SIZES
 from distaccum.tools.bench.rounds import round_of
 from distaccum.tools.tune.contenders import Contender
-from distaccum.tools.tune.network_model import ComputeTime, Link, buckets_of, fit_compute, fit_link, update_seconds
+from distaccum.tools.tune.network_model import Link, buckets_of, fit_compute, fit_link, update_seconds
 from distaccum.tools.tune.report import Forecast, LinkFit, Prediction
 
 _STEPS = (1, 2, 4, 8)
 _TURNS = 5
 _SECONDS_PER_ROUND = 4.0
-"""Longer rounds of compute are made of fewer micro-steps."""
+"""Longest round of computing; with slower updates, fewer micro-steps are measured."""
 
 
 def why_not(config: TrainConfig) -> str | None:
-    """Why nothing can be predicted for a configuration, or None."""
+    """Returns why nothing can be predicted for a configuration, or None."""
     if isinstance(config.strategy, DDPConfig | SingleConfig):
         return None
     return f"strategy={config.strategy.name} sends more than gradients, and the model is of strategy=ddp"
@@ -29,7 +29,7 @@ def why_not(config: TrainConfig) -> str | None:
 def forecast_of(
     best: Contender, config: TrainConfig, world_size: int, section: TuneSection, gradient_bytes: int
 ) -> Forecast:
-    """Measures what a rank computes and what joins the ranks; predicts.
+    """Measures the computing of a rank and the link between the ranks, and predicts.
 
     Raises:
         PlacementFailedError: the processes of the best can't go on.
@@ -44,9 +44,9 @@ def forecast_of(
     links = [] if world_size == 1 else [_measured_link(best, world_size)]
     links += [
         LinkFit(
-            name=f"{mbits:g} Mbit/s" if mbits < 1000 else f"{mbits / 1000:g} Gbit/s",
             latency_seconds=section.link_latency_ms / 1e3,
             bytes_per_second=mbits * 1e6 / 8,
+            name=f"{mbits:g} Mbit/s" if mbits < 1000 else f"{mbits / 1000:g} Gbit/s",
         )
         for mbits in section.link_mbits
     ]
@@ -64,15 +64,15 @@ def forecast_of(
     )
     for ranks in sorted({*section.predict_world_sizes, world_size}):
         if ranks <= window:
-            forecast.predictions += _predictions(forecast, compute, ranks, window, section.predict_accumulation_steps)
+            forecast.predictions += _predictions(forecast, ranks, window, section.predict_accumulation_steps)
     if world_size > 1:
         forecast.measured_seconds = seconds
-        forecast.predicted_seconds = predicted_seconds(forecast, compute, world_size, window, links[0])
+        forecast.predicted_seconds = predicted_seconds(forecast, world_size, window, links[0])
     return forecast
 
 
 def _in_turns(best: Contender, steps: list[int]) -> tuple[dict[int, float], float, float]:
-    """Computing alone and training take turns, as the speed of a shared machine changes within seconds.
+    """Measures computing alone and training in turns, as the speed of a shared machine changes within seconds.
 
     Returns:
         Seconds of an update by its micro-steps, each rank for itself; samples of a micro-batch; seconds of an update.
@@ -97,18 +97,10 @@ def _measured_link(best: Contender, world_size: int) -> LinkFit:
     measured = {size: max(answer["seconds"][str(size)] for answer in answers) for size in SIZES}
     link = fit_link(measured, world_size)
     fitted = {size: link.all_reduce_seconds(size, world_size) for size in SIZES}
-    return LinkFit(
-        name="here",
-        latency_seconds=link.latency_seconds,
-        bytes_per_second=link.bytes_per_second,
-        measured=measured,
-        fitted=fitted,
-    )
+    return LinkFit(**dataclasses.asdict(link), name="here", measured=measured, fitted=fitted)
 
 
-def _predictions(
-    forecast: Forecast, compute: ComputeTime, ranks: int, window: int, steps: list[int]
-) -> list[Prediction]:
+def _predictions(forecast: Forecast, ranks: int, window: int, steps: list[int]) -> list[Prediction]:
     own_steps = max(1, -(-window // round(ranks * forecast.micro_batch)))
     windows = {own_steps: window}
     for count in steps:
@@ -119,22 +111,21 @@ def _predictions(
             micro_steps=count,
             window=samples,
             is_own_window=samples == window,
-            seconds={link.name: predicted_seconds(forecast, compute, ranks, samples, link) for link in forecast.links}
-            or {"": compute.seconds(samples / ranks / forecast.micro_batch)},
+            seconds={link.name: predicted_seconds(forecast, ranks, samples, link) for link in forecast.links}
+            or {"": forecast.compute.seconds(samples / ranks / forecast.micro_batch)},
         )
         for count, samples in sorted(windows.items())
     ]
 
 
-def predicted_seconds(forecast: Forecast, compute: ComputeTime, ranks: int, window: float, link: Any) -> float:
-    """Seconds of an update of so many samples on so many ranks.
+def predicted_seconds(forecast: Forecast, ranks: int, window: float, link: Link) -> float:
+    """Returns the seconds of an update of a window's samples on a number of ranks.
 
-    A share of the window that is no whole number of micro-batches counts in proportion to its samples.
+    A rank's share that is no whole number of micro-batches counts in proportion to its samples.
     """
     steps = window / ranks / forecast.micro_batch
-    own = compute.seconds(steps)
+    own = forecast.compute.seconds(steps)
     if ranks == 1:
         return own
     buckets = buckets_of(forecast.sync_bytes, forecast.sync_calls)
-    joined = Link(link.latency_seconds, link.bytes_per_second)
-    return update_seconds(own, min(1.0, steps) * compute.micro_step_seconds, buckets, joined, ranks)
+    return update_seconds(own, min(1.0, steps) * forecast.micro_step_seconds, buckets, link, ranks)

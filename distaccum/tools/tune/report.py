@@ -1,24 +1,25 @@
-"""What tuning has found, as `tune.json` holds it."""
+"""The results of tuning, as in `tune.json`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from distaccum.tools.bench.environment import Circumstances
+from distaccum.tools.tune.network_model import ComputeTime, Link
 
 
 @dataclass(kw_only=True, slots=True)
 class TuneRow:
-    """One thing that was tried."""
+    """A candidate and its times."""
 
     knob: str
     title: str
     overrides: list[str]
-    """What it changes, all of it, on the command line of distaccum.train."""
+    """All that it changes, as words of distaccum.train's command line."""
     is_inexact: bool = False
     samples_per_second: float | None = None
     ratio: float | None = None
-    """Its time by the best's before it, median over turns that they took by turns."""
+    """Its time divided by the best's before it: the median over turns."""
     low_ratio: float | None = None
     high_ratio: float | None = None
     memory: int | None = None
@@ -29,24 +30,22 @@ class TuneRow:
 
 @dataclass(kw_only=True, slots=True)
 class Confirmation:
-    """The suggestion against the configuration as it was, once more."""
+    """The suggestion and the configuration as it was, timed once more."""
 
     default_seconds: float
     seconds: float
     ratio: float
-    """The suggestion's time by the default's, median over the turns."""
+    """The suggestion's time divided by the default's: the median over the turns."""
     low_ratio: float
     high_ratio: float
     is_faster: bool
 
 
-@dataclass(kw_only=True, slots=True)
-class LinkFit:
-    """A link that updates are predicted for; where it was measured, with what its line is fitted to."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkFit(Link):
+    """A link to predict updates for and, if it was measured, the times that it is fitted to."""
 
     name: str
-    latency_seconds: float
-    bytes_per_second: float
     measured: dict[int, float] = field(default_factory=dict)
     """Seconds of bare all-reduces by their bytes."""
     fitted: dict[int, float] = field(default_factory=dict)
@@ -60,19 +59,19 @@ class Prediction:
     micro_steps: int
     window: int
     is_own_window: bool
-    """The window is that of the configuration, so the update is too."""
+    """Whether the window, and so the update, is the configuration's."""
     seconds: dict[str, float]
     """By link."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Forecast:
-    """Measured without a network, computed for others."""
+    """Predictions, and the measurements behind them."""
 
     fixed_seconds: float
     micro_step_seconds: float
     micro_batch: float
-    """Samples of the micro-batches that were measured, on average."""
+    """Mean number of samples of the measured micro-batches."""
     compute_measured: dict[int, float]
     """Seconds of an update by its micro-steps, each rank for itself."""
     sync_calls: int
@@ -80,13 +79,17 @@ class Forecast:
     links: list[LinkFit]
     predictions: list[Prediction]
     measured_seconds: float | None = None
-    """Of the suggestion on this machine's ranks, to compare the prediction with."""
+    """Seconds of an update of the suggestion on this machine's ranks, for comparison with the prediction."""
     predicted_seconds: float | None = None
+
+    @property
+    def compute(self) -> ComputeTime:
+        return ComputeTime(self.fixed_seconds, self.micro_step_seconds)
 
 
 @dataclass(kw_only=True, slots=True)
 class TuneReport(Circumstances):
-    """What `tune.json` holds."""
+    """All results of tuning."""
 
     world_size: int
     rows: list[TuneRow]

@@ -1,4 +1,4 @@
-"""Runs a tuning: the search, the confirmation, the forecast; writes what came out."""
+"""Runs a tuning: the search, the confirmation and the forecast; writes the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def tune(config: TuneConfig) -> TuneReport:
-    """Tunes what a configuration asks for; writes `tune.json` into the run folder, and `tune.write`.
+    """Tunes a configuration; writes `tune.json` into the run folder, and the file `tune.write`.
 
     Raises:
         UserError: the configuration can't be trained as it is, or a file can't be written.

@@ -1,4 +1,4 @@
-"""The search: one knob after the other, each candidate timed turn by turn with the best so far."""
+"""The search: one setting after the other; each candidate and the best so far are timed in turns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distaccum.tools.tune.settings import (
 _HOPELESS = 1.25
 """A candidate whose first turn takes longer than the best's by this factor gets no second one."""
 _DATA_SHARE = 0.03
-"""Loader workers are tried where the best waits for data for at least this part of its time."""
+"""Loader workers are tried where the best waits for data for at least this fraction of its time."""
 _BUCKETS_MIB = (1.0, 5.0, 25.0, 100.0)
 _WORKERS = (1, 2, 4)
 
@@ -38,13 +38,13 @@ class Search:
     """Finds the fastest setting.
 
     Args:
-        base: the training as the user has it, on so many ranks.
+        base: the training as it is configured, on `world_size` ranks.
         start: starts the processes of a configuration; the string names their log.
-        tell: called with what is being done, and with each finished row.
+        tell: called with the current step, and with each finished row.
 
     Attributes:
         rows: what was tried, in order; the first is the configuration as it is.
-        not_tried: what the time was too short for.
+        not_tried: candidates that the time was too short for.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Search:
         self.best = self.default
 
     def run(self) -> None:
-        """Tries every knob, in the order of what most depends on it.
+        """Tries all settings, those that others depend on first.
 
         Raises:
             UserError: the configuration as it is can't be trained.
@@ -87,14 +87,14 @@ class Search:
 
     @property
     def best_config(self) -> TrainConfig:
-        """The training with the best setting."""
+        """The training with the best setting so far."""
         return applied(self.base, self.best.setting)
 
     def close(self) -> None:
         for contender in {id(one): one for one in (self.default, self.best)}.values():
             contender.stop()
 
-    # The knobs
+    # The settings to try
 
     def _begin(self) -> None:
         self._tell("starting · as configured", None)
@@ -118,9 +118,8 @@ class Search:
 
     def _micro_batch(self) -> None:
         """Doubles as long as that helps; halves if it didn't at all."""
-        config = applied(self.base, self.best.setting)
-        start = micro_batch_of(config, self.world_size)
-        share = -(-(config.batch.global_batch_size or 0) // self.world_size)
+        start = micro_batch_of(self.best_config, self.world_size)
+        share = -(-(self.base.batch.global_batch_size or 0) // self.world_size)
         is_larger_better = self._climb(self._larger(start, share))
         if not is_larger_better:
             self._climb(iter([size for size in (start // 2, start // 4) if size >= 1]))
@@ -136,8 +135,7 @@ class Search:
         """Tries one size after the other; stops at a loss, a failure, or the second one that makes no difference."""
         alike, has_won = 0, False
         for size in sizes:
-            config = applied(self.base, self.best.setting)
-            verdict = self._try("micro-batch", f"micro-batch {size}", with_micro_batch(config, size))
+            verdict = self._try("micro-batch", f"micro-batch {size}", with_micro_batch(self.best_config, size))
             has_won = has_won or verdict is Verdict.faster
             alike = alike + 1 if verdict is Verdict.alike else 0
             if verdict in (Verdict.slower, None) or alike == 2:
@@ -152,20 +150,17 @@ class Search:
         setting: dict[str, Any] = {keys.CUT: other}
         if not is_by_length:
             # By length the number of micro-steps follows, so the micro-batch has to be said.
-            config = applied(self.base, self.best.setting)
-            setting[keys.MICRO_BATCH] = micro_batch_of(config, self.world_size)
-            if config.batch.accumulation_steps is not None:
-                setting[keys.STEPS] = None
+            config = self.best_config
+            setting |= with_micro_batch(config, micro_batch_of(config, self.world_size))
         return self._try("cut", f"cut {other}", setting) is Verdict.faster
 
     def _checkpointing(self) -> None:
-        """Where a larger micro-batch had no room. Without such a one, computing more can't be faster."""
+        """Tries checkpointing where a larger micro-batch had no room; elsewhere it can't be faster."""
         name = keys.CHECKPOINTING.partition(".")[2]
         if not self._ran_out_of_memory or value_in(self.base.model, name) is not False:
             return
-        config = applied(self.base, self.best.setting)
-        size = 2 * micro_batch_of(config, self.world_size)
-        setting = {**with_micro_batch(config, size), keys.CHECKPOINTING: True}
+        size = 2 * micro_batch_of(self.best_config, self.world_size)
+        setting = {**with_micro_batch(self.best_config, size), keys.CHECKPOINTING: True}
         if self._try("checkpointing", f"activation checkpointing, micro-batch {size}", setting) is Verdict.faster:
             self._micro_batch()
 
@@ -232,12 +227,12 @@ class Search:
         return verdict
 
     def _ratios(self, contender: Contender) -> list[float]:
-        """Times of a candidate by the best's, turn by turn."""
+        """Returns the times of a candidate divided by those of the best, turn by turn."""
         best = self.best
         limit = self.section.memory_gb
         on_gpu = best.device != "CPU"
         if on_gpu:
-            best.stop()  # what waits takes up memory that the candidate is to have
+            best.stop()  # the candidate needs its memory
         self._tell(f"starting · {contender.title}", None)
         contender.prepare(limit * 2**30 if limit is not None else None)
         updates = best.updates_for(self.section.round_seconds)
@@ -251,7 +246,7 @@ class Search:
         return ratios
 
     def confirm(self) -> Confirmation | None:
-        """The best against the default, in turns of their own; the default is the best again if it is no slower.
+        """Times the best and the default in turns once more; the default becomes the best again if it is no slower.
 
         Returns:
             None if there is nothing to confirm.
@@ -262,7 +257,7 @@ class Search:
         on_gpu = self.best.device != "CPU"
         updates = self.best.updates_for(self.section.round_seconds)
         if on_gpu:
-            self.best.stop()  # the default is to have its memory
+            self.best.stop()  # the default needs its memory
         for turn in range(self.section.confirm_rounds):
             self._tell(f"confirming · turn {turn + 1}", None)
             found = []

@@ -1,4 +1,4 @@
-"""What is tried: changes of a configuration that change no update, as values, overrides and an experiment file."""
+"""Settings that change no update, as values, as overrides and as an experiment file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BY_LENGTH, UNIFORM = "by_length", "uniform"
 
 
 def base_of(config: TuneConfig, world_size: int) -> TrainConfig:
-    """The training as the user has it, on so many ranks."""
+    """Returns the training as it is configured, on a number of ranks."""
     is_alone = isinstance(config.strategy, SingleConfig) and world_size > 1
     strategy = DDPConfig() if is_alone else config.strategy
-    # Shares by speed need many updates to settle, and are the same for all candidates.
+    # Shares by speed need many updates to become stable, and are the same for all candidates.
     batch = dataclasses.replace(config.batch, balance=Balance.even)
     return dataclasses.replace(config, strategy=strategy, batch=batch)
 
 
 def applied(config: TrainConfig, setting: TuneSetting) -> TrainConfig:
-    """The configuration with a setting's values."""
+    """Returns the configuration with a setting's values."""
     changed = dataclasses.replace(config)
     if CUT in setting:
         changed.batch = _with_cut(config.batch, setting[CUT])
@@ -60,12 +60,12 @@ def _with(section: Any, name: str, value: Any) -> Any:
 
 
 def value_in(section: Any, name: str) -> Any:
-    """A section's entry, be it a dataclass or a dictionary; None if it has none."""
+    """Returns an entry of a section, which is a dataclass or a dictionary; None if there is none."""
     return section.get(name) if isinstance(section, dict) else getattr(section, name, None)
 
 
 def micro_batch_of(config: TrainConfig, world_size: int) -> int:
-    """Samples of the largest micro-batch of a full window, cut uniformly.
+    """Returns the samples of the largest micro-batch of a full window, cut uniformly.
 
     Raises:
         UserError: the batch numbers don't fit together.
@@ -81,7 +81,7 @@ def micro_batch_of(config: TrainConfig, world_size: int) -> int:
 
 
 def with_micro_batch(config: TrainConfig, size: int) -> dict[str, Any]:
-    """The setting of a micro-batch, with what would contradict it taken away."""
+    """Returns the setting of a micro-batch size, with contradicting keys set to null."""
     setting: dict[str, Any] = {MICRO_BATCH: size}
     if config.batch.accumulation_steps is not None:
         setting[STEPS] = None
@@ -96,13 +96,13 @@ _ONLY_BY_LENGTH = {f"batch.{entry.name}" for entry in dataclasses.fields(ByLengt
 
 
 def merged(setting: TuneSetting, changes: TuneSetting) -> dict[str, Any]:
-    """A setting with changes, without what the cut that it then has doesn't know."""
+    """Returns a setting with changes, without keys that its cut then doesn't have."""
     both = {**setting, **changes}
     return {key: value for key, value in both.items() if both.get(CUT) != UNIFORM or key not in _ONLY_BY_LENGTH}
 
 
 def overrides_of(setting: TuneSetting) -> list[str]:
-    """A setting as it stands on a command line."""
+    """Returns a setting as words of a command line."""
     return [f"{key}={_shown(value)}" for key, value in setting.items()]
 
 
@@ -117,10 +117,10 @@ def _shown(value: Any) -> str:
 
 
 def command_of(setting: TuneSetting, arguments: Sequence[str], world_size: int) -> list[str]:
-    """The words of the command that trains so.
+    """Returns the words of the command that trains with a setting.
 
     Args:
-        arguments: the tool's own, of which all that belongs to the training is kept.
+        arguments: the tool's own, of which those of the training are kept.
     """
     changed = {*setting, "run_dir"}
     if setting.get(CUT) == UNIFORM:
@@ -137,10 +137,10 @@ def command_of(setting: TuneSetting, arguments: Sequence[str], world_size: int) 
 
 
 def experiment_of(setting: TuneSetting, base: str | None, comment: str) -> str:
-    """A setting as the text of an experiment's file.
+    """Returns a setting as the text of an experiment's file.
 
     Args:
-        base: name of the experiment that it was found for, which it then includes.
+        base: name of the experiment that it was found for, which it includes; None for none.
     """
     defaults: list[Any] = [base] if base is not None else []
     if CUT in setting:

@@ -1,4 +1,4 @@
-"""What was tried, suggested and predicted, in the terminal."""
+"""The results of tuning in the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FULL_WIDTH = 110
 
 
 def line_of(row: TuneRow) -> Text:
-    """A row as it is told when it is done."""
+    """Returns the line that is printed when a candidate is finished."""
     if row.ratio is None and row.samples_per_second is not None:
         return Text(f"{row.title}: {rate(row.samples_per_second)} samples/s")
     said = row.verdict if row.ratio is None else f"{1 / row.ratio:.2f}× as fast as the best so far, {_verdict(row)}"
@@ -56,7 +56,7 @@ def show(report: TuneReport, run_dir: Path) -> None:
 
 
 def _print(text: str = "", style: str = "") -> None:
-    console.print(Text(text, style), soft_wrap=True)  # whatever is to be pasted is never broken
+    console.print(Text(text, style), soft_wrap=True)  # commands must stay one line, to be pasted
 
 
 def _tried(report: TuneReport) -> Table:
@@ -68,8 +68,8 @@ def _tried(report: TuneReport) -> Table:
         if row.ratio and row.low_ratio and row.high_ratio:
             speed, spread = f"{1 / row.ratio:.2f}×", f"{1 / row.high_ratio:.2f}–{1 / row.low_ratio:.2f}"
         style = "" if row.is_taken or row.ratio is None else "dim"
-        told = (rate(row.samples_per_second), speed, spread, byte_size(row.memory or 0), _verdict(row))
-        table.add_row(row.title, *told, style=style)
+        cells = (rate(row.samples_per_second), speed, spread, byte_size(row.memory or 0), _verdict(row))
+        table.add_row(row.title, *cells, style=style)
     return table
 
 

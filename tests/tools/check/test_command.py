@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +67,36 @@ def test_not_equal_as_json(tmp_path: Path) -> None:
 )
 def test_bad_input_ends_with_one_message(arguments: list[str], named: str, tmp_path: Path) -> None:
     assert named in check(*POINTS, *SMALL, *arguments, cwd=tmp_path).message
+
+
+def test_a_window_of_one_sample_is_not_for_batchnorm(tmp_path: Path) -> None:
+    one = [*POINTS, *SMALL, "model._target_=zoo.WithBatchNorm", "batch.micro_batch_size=1"]
+    said = check(*one, "batch.global_batch_size=1", cwd=tmp_path).message
+    assert "BatchNorm needs more than one value per channel" in said
+    assert "GroupNorm" in said
+    last = [*POINTS, *SMALL, "model._target_=zoo.WithBatchNorm", "batch.global_batch_size=39"]
+    assert "(samples of the windows: 32, 1)" in check(*last, cwd=tmp_path).message
+
+
+def test_a_terminal_shows_what_is_being_done(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distaccum.check", *POINTS, *SMALL, "model._target_=zoo.Plain", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        cwd=tmp_path,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])},
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # which is how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    out, _ = process.communicate(timeout=120)
+    assert json.loads(out)["equal"] is True
+    for doing in ("window 1 of 2, float64, one shot", "window 2 of 2, fp32, micro-batches of 1", "slopes of the loss"):
+        assert doing in shown.decode()
 
 
 def on_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -88,7 +88,7 @@ def test_nothing_of_the_users_is_changed() -> None:
     report = CheckReport(
         model="", precision="fp32", world_size=1, tolerance_fp64=1e-10, tolerance=1e-4, windows=[16, 16]
     )
-    _Examination(subject, report, window_samples(subject)).alone()
+    _Examination(subject, report, window_samples(subject), lambda doing: None).alone()
     assert parts.module.training
     assert all(torch.equal(value, before[name]) for name, value in parts.module.state_dict().items())
     assert all(parameter.grad is None for parameter in parts.module.parameters())

@@ -136,7 +136,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([tmp_path], "manifest.json is missing"),
         ([damaged], "is not as it was written: its hash is another"),
         ([runs / "a", "other"], "not made for the same data or task"),
-        (["other", "sead=1"], "there is no key sead in what was trained"),
+        (["other", "sead=1"], "there is no key sead in the training's configuration"),
         ([runs / "a", "model.channels=[4]"], "model.channels can't be changed for an evaluation"),
         (["other", "model=cnn"], "model can't be changed for an evaluation"),
         ([runs / "a", "data.evaluation.splt=train"], "unexpected keyword argument 'splt'"),
@@ -144,9 +144,9 @@ def test_what_is_wrong_is_said_in_one_message(
         (["other", "--which", "best"], "has no best checkpoint"),
         ([runs / "a", "--combine", "outputs"], "--combine outputs needs two models or more, and there is one"),
         ([runs / "a", "--combine", "everything"], "invalid choice: 'everything'"),
-        ([runs / "a", "precision=bf16"], "precision has keys of its own. Give them one by one, as in precision.name=…"),
+        ([runs / "a", "precision=bf16"], "precision is a section. Give its keys one by one, as in precision.name=…"),
         ([runs / "a", "precision.name=foo"], "precision.name=foo is unknown"),
-        ([runs / "a", "data=digits"], "data has keys of its own"),
+        ([runs / "a", "data=digits"], "data is a section"),
         ([runs / "a", "train.eval_batch_size=0"], "train.eval_batch_size=0 is impossible"),
         ([runs / "a", "train.eval_batch_size=abc"], "train.eval_batch_size=abc is impossible"),
         ([runs / "a", "data.num_workers=abc"], "data.num_workers: Value 'abc'"),
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([runs / "a", "task.label_smoothing=abc"], "task.label_smoothing: Value 'abc'"),
         ([runs / "a", runs / "b", "--class-dim", "7"], "class_dim=7 is no dimension of outputs of shape"),
         (["seed=1"], "there is no PATH"),
-        ([runs / "a", "data.evaluation=null"], "say what to evaluate on"),
+        ([runs / "a", "data.evaluation=null"], "without evaluation data (data.evaluation=null): name some"),
         ([runs / "a", "--out", tmp_path / "no" / "folder.json"], "folder.json can't be written"),
     ]
     for arguments, said in cases:
@@ -195,20 +195,20 @@ def test_a_secret_is_to_be_given_again(train: Callable[..., Ended], evaluated: E
 
 CALL = {"_target_": "os.mkdir", "path": "PWNED"}
 WANTED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "training data": ("data.train", CALL, "data.train._target_=os.mkdir is what the checkpoint wants"),
-    "evaluation data": ("data.evaluation", CALL, "data.evaluation._target_=os.mkdir is what"),
-    "the task": ("task", CALL, "task._target_=os.mkdir is what"),
-    "collating": ("data.collate_fn", CALL, "data.collate_fn._target_=os.mkdir is what"),
-    "the model": ("model", CALL, "model._target_=os.mkdir is what"),
+    "training data": ("data.train", CALL, "data.train._target_=os.mkdir is named by the checkpoint"),
+    "evaluation data": ("data.evaluation", CALL, "data.evaluation._target_=os.mkdir is named by"),
+    "the task": ("task", CALL, "task._target_=os.mkdir is named by"),
+    "collating": ("data.collate_fn", CALL, "data.collate_fn._target_=os.mkdir is named by"),
+    "the model": ("model", CALL, "model._target_=os.mkdir is named by"),
     "an argument's part": (
         "model",
         {"_target_": "distaccum.models.CNN", "channels": [{"deep": CALL}]},
-        "model.channels.0.deep._target_=os.mkdir is what",
+        "model.channels.0.deep._target_=os.mkdir is named by",
     ),
     "a module of one of ours": (
         "data.train",
         {**CALL, "_target_": "distaccum.data.image_folder.os.mkdir"},
-        "data.train._target_=distaccum.data.image_folder.os.mkdir is what",
+        "data.train._target_=distaccum.data.image_folder.os.mkdir is named by",
     ),
     "what builds": (
         "data.train",
@@ -217,12 +217,12 @@ WANTED: dict[str, tuple[str, dict[str, Any], str]] = {
             "section": {"_target_": "distaccum.data.Digits"},
             "where": "x",
         },
-        "data.train._target_=distaccum.config.instantiate.build is what",
+        "data.train._target_=distaccum.config.instantiate.build is named by",
     ),
     "what is inherited": (
         "model",
         {"_target_": "distaccum.models.CNN.apply"},
-        "model._target_=distaccum.models.CNN.apply is what",
+        "model._target_=distaccum.models.CNN.apply is named by",
     ),
     "a module that acts when it is imported": (
         "data.train",
@@ -285,7 +285,7 @@ def test_what_is_trusted_is_called(
     alias = crafted(runs / "a", tmp_path / "alias", "data.train", {**CALL, "_target_": "mine.os.mkdir"})
     ended = evaluated(alias, "--trust", "mine")
     assert ended.status == 2
-    assert "data.train._target_=mine.os.mkdir is what the checkpoint wants to be called here" in ended.err
+    assert "data.train._target_=mine.os.mkdir is named by the checkpoint alone" in ended.err
     with pytest.raises(TypeError):  # a folder is no dataset
         evaluated(alias, "--trust", "mine.os.mkdir")
     assert Path("PWNED").exists()
@@ -356,11 +356,11 @@ def test_outputs_with_names(train: Callable[..., Ended], evaluated: Evaluate) ->
     one, other, together = (row["loss"] for row in rows_of().values())
     assert together < (one + other) / 2
     assert json.loads(Path("out.json").read_text())["combine"] == "probabilities"
-    for task, reason in (("OfTheirLoss", "'loss' is asked for"), ("OfUnknownDimension", "along which dimension")):
+    for task, reason in (("OfTheirLoss", "'loss' is asked for"), ("OfUnknownDimension", "dimension of the classes")):
         other_task = f"task._target_=test_evaluate.{task}"
         ended = evaluated("run1", "run2", *trust, other_task, "--out", "out.json")
         assert ended.status == 0, ended.err
-        assert "each alone, and not together: " in ended.out + ended.err
+        assert "not evaluated together: " in ended.out + ended.err
         assert reason in " ".join((ended.out + ended.err).split())
         assert [row["loss"] for row in rows_of().values()] == pytest.approx([one, other])
         assert json.loads(Path("out.json").read_text())["combine"] is None

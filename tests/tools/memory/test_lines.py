@@ -31,7 +31,7 @@ def test_sizes() -> None:
     assert sizes_to_measure(1, 1000) == [1, 2]
     assert sizes_to_measure(1, 1) == [1]
     assert sizes_to_measure(64, 3) == [3]
-    assert sizes_to_measure(8, 1000, replicas=2) == [4, 8]
-    assert sizes_to_measure(32, 1000, replicas=2) == [8, 16, 32]
-    assert sizes_to_measure(2, 1000, replicas=2) == [2]
+    assert sizes_to_measure(8, 1000, least=4) == [4, 8]
+    assert sizes_to_measure(32, 1000, least=4) == [8, 16, 32]
+    assert sizes_to_measure(2, 1000, least=4) == [2]
     assert PeakLine({3: 7}).at(100) == 7

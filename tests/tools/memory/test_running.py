@@ -165,7 +165,7 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.table(tokens.long()) * self.scale
+        return self.table(tokens.long()) * self.scale  # type: ignore[no-any-return]
 
 
 def test_placements_that_a_model_cannot_have_are_left_out_and_evaluations_count() -> None:
@@ -180,6 +180,53 @@ def test_placements_that_a_model_cannot_have_are_left_out_and_evaluations_count(
     small.train.eval_batch_size = None
     small.memory.alternatives = False
     assert examine(small).configured.moment != "evaluation"
+
+
+class Points(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    num_classes = 3
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((4,), float(index)), index % 3
+
+
+class WithBatchNorm(nn.Sequential):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+
+
+NORMALISED = [
+    "data=custom",
+    f"data.train._target_={__name__}.Points",
+    "task=classification",
+    "model=custom",
+    f"model._target_={__name__}.WithBatchNorm",
+    "device=cpu",
+    "memory.world_size=2",
+]
+
+
+def examined(*overrides: str) -> Any:
+    return examine(compose([*NORMALISED, *overrides], config_name="memory"))  # type: ignore[arg-type]
+
+
+def test_batchnorm_is_measured_with_two_samples_or_more() -> None:
+    report = examined("batch.global_batch_size=4")
+    assert sorted(report.configured.footprint.peaks) == [2, 4]
+    assert "ddp, 2 ranks" in {row.label for row in report.rows}
+
+
+def test_batchnorm_with_one_sample_is_refused() -> None:
+    with pytest.raises(UserError, match=r"micro-batches of 1 can't be measured: BatchNorm needs .* GroupNorm"):
+        examined("batch.global_batch_size=4", "batch.micro_batch_size=1")
+
+
+def test_placements_with_more_ranks_than_a_window_has_samples_are_left_out() -> None:
+    report = examined("batch.global_batch_size=2", "memory.world_size=3", "batch.micro_batch_size=2")
+    assert report.configured.micro_batch == 2
+    assert "ddp, 3 ranks (a window of 2 has no sample for each rank)" in report.left_out
 
 
 @pytest.mark.parametrize(

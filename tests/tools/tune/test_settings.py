@@ -147,7 +147,7 @@ def test_an_experiment_file_means_the_same(tmp_path: Path) -> None:
     ("override", "said"),
     [
         ("tune.minutes=0", "tune.minutes=0"),
-        ("batch.micro_batch_size=auto", "tune tries micro-batches itself"),
+        ("batch.micro_batch_size=auto", "tune needs a given size of micro-batches"),
         ("tune.compressions=[none]", "tune.compressions holds none"),
         ("tune.link_mbits=[0]", "tune.link_mbits=[0.0] is impossible"),
         ("tune.write=tuned", "tune.write=tuned must be the path of a .yaml file"),
