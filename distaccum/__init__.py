@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.tasks import CoupledTask, Task, TaskOutput
-    from distaccum.tools.evaluate import Ensemble
+    from distaccum.models.ensemble import Ensemble
     from distaccum.training.evaluation import evaluate_model
     from distaccum.training.trainer import Trainer
 
