@@ -83,7 +83,7 @@ def draw() -> str:
     for number, (first, last) in enumerate(bounds):
         left, right = place(first) + 1, place(last) - GAP - 1
         drawing.line((left, 76), (left, 82), (right, 82), (right, 76))
-        size = f"{last - first} samples" if last - first == WINDOW_SIZE else f"the last {last - first}"
+        size = f"{last - first} samples" if last - first == WINDOW_SIZE else str(last - first)
         kind = "text strong" if number == SHOWN else "quiet"
         drawing.text((left + right) / 2, 99, f"window {number}: {size}", kind, "middle")
 
