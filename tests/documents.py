@@ -67,9 +67,10 @@ def blocks_of(page: Path) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
-def block_run_by(test: str) -> str:
-    """The code of the one block that is marked as run by a file under `tests/`, on whatever page."""
-    (found,) = [block.code for block in BLOCKS if block.test == test]
+def block_run_by(test: str, page: str | None = None) -> str:
+    """The code of the one block that is marked as run by a file under `tests/`, on a page or on whatever page it is."""
+    blocks = [block for block in BLOCKS if block.test == test]
+    (found,) = [block.code for block in blocks if page is None or block.page == ROOT / page]
     return found
 
 

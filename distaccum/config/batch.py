@@ -31,8 +31,8 @@ class BatchConfig:
     16 if those aren't given either. `auto`: the largest that fits into memory, found at the start on the costliest
     samples and remembered; when memory runs out later, smaller ones take its place and the run goes on."""
     auto_memory: float = 0.8
-    """Part of the free memory that `micro_batch_size=auto` may plan with where sizes can't simply be tried: on a CPU,
-    and where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
+    """Part of the free memory that `batch.micro_batch_size=auto` may plan with where sizes can't simply be tried: on a
+    CPU, and where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
     accumulation_steps: int | None = None
     """Micro-steps per update and rank. `null`: as many as the micro-batch size asks for."""
     drop_last: bool = False
@@ -45,18 +45,18 @@ class BatchConfig:
     straight line from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
     measured noise scale between `min_size` and `max_size`."""
     table: list[list[int]] = field(default_factory=list)
-    """With `schedule=table`: pairs of the update (from 1) or epoch (from 0) that a size begins with, and the size in
-    samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
+    """With `batch.schedule=table`: pairs of the update (from 1) or epoch (from 0) that a size begins with, and the
+    size in samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
     table_unit: TableUnit = TableUnit.update
     """What the keys of `table` count: `update` or `epoch`."""
     ramp_from: int | None = None
-    """With `schedule=ramp`: samples of the first update."""
+    """With `batch.schedule=ramp`: samples of the first update."""
     ramp_updates: int | None = None
-    """With `schedule=ramp`: updates before the first that has `global_batch_size` samples."""
+    """With `batch.schedule=ramp`: updates before the first that has `global_batch_size` samples."""
     min_size: int | None = None
-    """With `schedule=noise`: fewest samples per update. Sizes are multiples of it, but for `max_size`."""
+    """With `batch.schedule=noise`: fewest samples per update. Sizes are multiples of it, but for `max_size`."""
     max_size: int | None = None
-    """With `schedule=noise`: most samples per update."""
+    """With `batch.schedule=noise`: most samples per update."""
     lr_rule: LrRule = LrRule.none
     """How the learning rate follows the samples per update, from that of the optimizer and its schedule at
     `global_batch_size`: `linear`, `sqrt`, or not at all (`none`)."""
