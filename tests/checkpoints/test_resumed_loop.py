@@ -10,7 +10,7 @@ from pathlib import Path
 from documents import block_run_by
 from launching import ROOT
 
-BLOCK = block_run_by("checkpoints/test_own_loop.py")
+BLOCK = block_run_by("checkpoints/test_resumed_loop.py")
 
 
 def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
