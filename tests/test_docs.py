@@ -18,6 +18,7 @@ import distaccum
 from distaccum import evaluate, report
 from distaccum.config import conf_dir
 from distaccum.config.compose import ROOTS, compose
+from distaccum.errors import UserError
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -98,12 +99,19 @@ def _points(command: Command, here: Path) -> Iterator[list[str]]:
         number = words.index("--config-dir")
         words[number : number + 2] = [f"hydra.searchpath=[file://{here / words[number + 1]}]"]
     words = [word for word in words if word not in ("-m", "…")]
-    for place in (0, -1):
+    is_sweep = [re.match(r"[^=]+=[^\[{'\"][^\[{'\"]*,", word) is not None for word in words]
+    for place in (0, -1) if any(is_sweep) else (0,):
         yield [
-            f"{key}={value.split(',')[place]}" if "," in value and value[0] not in "[{'\"" else word
-            for word in words
-            for key, _, value in [word.partition("=")]
+            f"{word.partition('=')[0]}={word.partition('=')[2].split(',')[place]}" if swept else word
+            for word, swept in zip(words, is_sweep, strict=True)
         ]
+
+
+@pytest.mark.parametrize("wrong", ["batch.globl_size=8", "optim.lr=1e-3,fast", "model=net"])
+def test_a_wrong_command_is_noticed(wrong: str, files_of_pages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = Command(page=README, title=wrong, name="train", arguments=tuple(wrong.split()))
+    with pytest.raises(UserError):
+        test_a_command_is_understood(command, files_of_pages, monkeypatch)
 
 
 def test_the_two_commands_are_the_real_ones() -> None:
