@@ -44,6 +44,11 @@ def _shown(page: Path) -> str:
 # Code
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_shown)
+def test_every_fence_of_a_page_is_seen(page: Path) -> None:
+    assert len(re.findall(r"^ *```", page.read_text(), re.M)) == 2 * len(blocks_of(page))
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.title)
 def test_every_block_of_python_is_run_by_a_test(block: Block) -> None:
     assert block.test is not None, "the line above must be <!-- run by tests/… -->"
