@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
+    from distaccum.models.ensemble import Ensemble
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.runtime.version import __version__ as __version__
     from distaccum.tasks import CoupledTask, Task, TaskOutput
-    from distaccum.tools.evaluate import Ensemble
     from distaccum.training.evaluation import evaluate_model
     from distaccum.training.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Makes the README's configuration reference from the schema: python tests/config_reference.py --write."""
+"""Makes the tables of docs/configuration.md from the schema: python tests/config_reference.py --write."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from distaccum.config import components
 from distaccum.config import tools as tool_configs
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
 BEGIN = "<!-- made by tests/config_reference.py from the schema -->"
 END = "<!-- end of what tests/config_reference.py made -->"
 
@@ -60,11 +61,11 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`precision=fp32`, `bf16`, `bf16_params`, `fp64`", "precision", config.PrecisionConfig),
     ("`precision=fp16`", "precision", config.Fp16Config),
     ("`wandb`", "wandb", config.WandbConfig),
-    ("`compare`, in `distaccum.compare`", "compare", tool_configs.CompareSection),
-    ("`check`, in `distaccum.check`", "check", tool_configs.CheckSection),
-    ("`tune`, in `distaccum.tune`", "tune", tool_configs.TuneSection),
-    ("`memory`, in `distaccum.memory`", "memory", tool_configs.MemorySection),
-    ("`study`, in `distaccum.study`", "study", tool_configs.StudySection),
+    ("`compare`", "compare", tool_configs.CompareSection),
+    ("`check`", "check", tool_configs.CheckSection),
+    ("`tune`", "tune", tool_configs.TuneSection),
+    ("`memory`", "memory", tool_configs.MemorySection),
+    ("`study`", "study", tool_configs.StudySection),
 ]
 
 
@@ -85,11 +86,16 @@ def field_docstrings() -> dict[str, dict[str, str]]:
 
 
 def reference() -> str:
+    """The tables of all sections: a heading for each group, and one below it for each of its options."""
     docs = field_docstrings()
-    lines = [BEGIN, ""]
+    lines, group = [BEGIN, ""], None
     for title, key, schema in SECTIONS:
-        summary = " ".join((schema.__doc__ or "").split())
-        lines += [f"**{title}**: {summary}", ""]
+        if key.partition(".")[0] != group:
+            group = key.partition(".")[0]
+            lines += [f"## `{group}`" if group else "## The run", ""]
+        if "." in key or ("=" in title and "=…" not in title):
+            lines += [f"### {title}", ""]
+        lines += [" ".join((schema.__doc__ or "").split()), ""]
         rows = []
         for entry in dataclasses.fields(schema):
             if entry.name not in schema.__annotations__ or entry.name == "_target_":
@@ -128,14 +134,14 @@ def _as_override(value: object) -> str:
     return str(value)
 
 
-def written(readme: str) -> str:
-    start, stop = readme.index(BEGIN), readme.index(END) + len(END)
-    return readme[:start] + reference() + readme[stop:]
+def written(page: str) -> str:
+    """The page with its tables made anew."""
+    start, stop = page.index(BEGIN), page.index(END) + len(END)
+    return page[:start] + reference() + page[stop:]
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
     if sys.argv[1:] == ["--write"]:
-        path.write_text(written(path.read_text()))
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(reference())

@@ -1,7 +1,7 @@
 """The typed configuration of a training run: its names are the public contract.
 
-Plain dataclasses that import neither torch nor Hydra. Each field is followed by a docstring; the configuration
-reference in the README is made from them. What one section can check by itself it checks in `__post_init__`; what
+Plain dataclasses that import neither torch nor Hydra. Each field is followed by a docstring; the tables of
+docs/configuration.md are made from them. What one section can check by itself it checks in `__post_init__`; what
 needs the world size or the data is checked where those are known.
 
 A *component* (a model, a dataset, a task, an optimizer, an observer) is named by `_target_`, the import path of a class

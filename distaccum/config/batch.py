@@ -31,7 +31,7 @@ class BatchConfig:
     16 if those aren't given either. `auto`: the largest that fits into memory, found at the start with the costliest
     samples and remembered; when memory runs out later, the run goes on with smaller ones."""
     auto_memory: float = 0.8
-    """Fraction of the free memory that `micro_batch_size=auto` may use where it can't try sizes out: on a CPU, and
+    """Fraction of the free memory that `batch.micro_batch_size=auto` may use where it can't try sizes out: on a CPU, and
     where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
     accumulation_steps: int | None = None
     """Micro-steps per update and rank. `null`: follows from the micro-batch size."""
@@ -45,18 +45,18 @@ class BatchConfig:
     linearly from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
     measured noise scale between `min_size` and `max_size`."""
     table: list[list[int]] = field(default_factory=list)
-    """With `schedule=table`: pairs of the update (from 1) or epoch (from 0) at which a size begins, and the size in
+    """With `batch.schedule=table`: pairs of the update (from 1) or epoch (from 0) at which a size begins, and the size in
     samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
     table_unit: TableUnit = TableUnit.update
     """Unit of the first number of each pair: `update` or `epoch`."""
     ramp_from: int | None = None
-    """With `schedule=ramp`: samples of the first update."""
+    """With `batch.schedule=ramp`: samples of the first update."""
     ramp_updates: int | None = None
-    """With `schedule=ramp`: updates until the samples per update have reached `global_batch_size`."""
+    """With `batch.schedule=ramp`: updates until the samples per update have reached `global_batch_size`."""
     min_size: int | None = None
-    """With `schedule=noise`: fewest samples per update. All sizes but `max_size` are multiples of it."""
+    """With `batch.schedule=noise`: fewest samples per update. All sizes but `max_size` are multiples of it."""
     max_size: int | None = None
-    """With `schedule=noise`: most samples per update."""
+    """With `batch.schedule=noise`: most samples per update."""
     lr_rule: LrRule = LrRule.none
     """How the learning rate follows the samples per update: in proportion (`linear`), to their square root (`sqrt`), or
     not at all (`none`). At `global_batch_size` it is that of the optimizer and its schedule."""

@@ -1,4 +1,4 @@
-"""The README's GAN: exact for any cut and rank, and it learns digits."""
+"""The GAN of docs/examples/gan.md: exact for any cut and rank, and it learns digits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documents import block_run_by
 from examples import distance
 from launching import torchrun
-from readme import block_run_by
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor

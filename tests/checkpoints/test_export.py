@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import Ended, updates
+from command_line import TINY, Ended, updates
+from documents import block_run_by
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distaccum import UserError
@@ -107,3 +108,11 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes | str | None, tmp
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"weights.pt can't be read: .* Name a safetensors file, or the folder of a"):
         load_exported(Net(), str(path), "model.init_from")
+
+
+def test_the_documented_way_to_load_it(train: Callable[..., Ended]) -> None:
+    assert train(*TINY, "run_dir=run").status == 0
+    found: dict[str, nn.Module] = {}
+    exec(block_run_by("checkpoints/test_export.py"), found)
+    stored = load_file("run/model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in found["model"].state_dict().items())

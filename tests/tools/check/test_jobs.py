@@ -51,7 +51,7 @@ def test_segmentation_passes() -> None:
 
 @pytest.mark.parametrize(("model", "task"), [("Judge", "JudgeLoss"), ("Generator", "GeneratorLoss")])
 def test_both_halves_of_a_gan_pass(model: str, task: str) -> None:
-    """The README's GAN is a loop of its own, so each half is examined with the other one frozen."""
+    """The GAN of the documentation is a loop of its own, so each half is examined with the other one frozen."""
     own = ["data=custom", "data.train._target_=gan.Pairs", "model=custom", f"model._target_=gan.{model}"]
     report = examined(*own, "task=custom", f"task._target_=gan.{task}", model=None, data=False)
     assert report.verdict.startswith("EQUAL")

@@ -1,4 +1,4 @@
-"""The README's own loop with a loss over pairs."""
+"""The own loop with a loss over pairs, of docs/examples/contrastive.md."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+from documents import block_run_by
 from launching import torchrun
-from readme import block_run_by
 
 
 def test_one_and_two_ranks_and_one_shot_train_alike(
@@ -16,7 +16,7 @@ def test_one_and_two_ranks_and_one_shot_train_alike(
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     script, whole = tmp_path / "loop.py", tmp_path / "whole.py"
-    block = block_run_by("accumulation/test_gradient_caching_readme.py")
+    block = block_run_by("accumulation/test_gradient_caching_loop.py")
     script.write_text(block)
     whole.write_text(block.replace("micro_batch_size=16", "micro_batch_size=96"))
     outputs = []
