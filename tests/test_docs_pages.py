@@ -1,0 +1,49 @@
+"""The programs and classes on the pages about batches, data and observers run as they are shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import TINY, Ended
+from launching import ROOT
+
+MARK = "<!-- run by tests/test_docs_pages.py -->\n```python\n"
+
+
+def _block(page: str) -> str:
+    """Returns the one block of a page that this file runs."""
+    (found,) = re.findall(rf"{re.escape(MARK)}(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    return str(found)
+
+
+def test_the_loop_with_growing_windows(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(_block("batches.md"), {})
+    printed = re.findall(r"(\d+) samples, loss ([\d.]+)", capsys.readouterr().out)
+    sizes, losses = [int(size) for size, _ in printed], [float(loss) for _, loss in printed]
+    assert sizes[:4] == [32, 54, 76, 99]
+    assert max(sizes) == 256
+    assert losses[-1] < losses[0]
+
+
+def test_the_dataset_and_the_observer_are_found_by_name(
+    train: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "documented_project.py").write_text(f"{_block('data.md')}\n\n{_block('observing.md')}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ended = train(
+        *(entry for entry in TINY if not entry.startswith(("data", "model"))),
+        "data=custom",
+        "data.train._target_=documented_project.Points",
+        "+data.train.count=200",
+        "model=mlp",
+        "batch.global_batch_size=50",
+        "+observers.losses._target_=documented_project.PrintLoss",
+        "+observers.losses.every=2",
+        "run_dir=documented",
+    )
+    assert ended.status == 0, ended
+    assert "update 2: loss " in ended.out
+    assert "update 1: loss " not in ended.out
