@@ -23,6 +23,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NUMBER_WIDTH, TEXT_WIDTH = 9, 21
 """Columns are at least as wide: rows are printed before the next one is known. "-1.23e-16" has 9 characters."""
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Of the processes that a benchmark starts."""
+
 Row = dict[str, Any]
 
 
@@ -157,12 +160,11 @@ def rows_of(*commands: Sequence[str]) -> Iterator[Row]:
     Raises:
         SystemExit: one of them failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with ExitStack() as stack:
         processes: list[subprocess.Popen[str]] = []
         for command in commands:
             output = subprocess.DEVNULL if processes else subprocess.PIPE
-            process = subprocess.Popen(command, stdout=output, text=True, env=environment)
+            process = subprocess.Popen(command, stdout=output, text=True, env=ENVIRONMENT)
             processes.append(stack.enter_context(process))
         try:
             # Other lines are what libraries print.

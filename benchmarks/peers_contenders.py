@@ -300,5 +300,4 @@ def require_peers() -> None:
 def quieten() -> None:
     """Silences what the peers say of workers, sessions and devices."""
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)

@@ -30,7 +30,7 @@ from distaccum.runtime.world import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
 from distaccum.training.adapt_cuts import CutTuning
 
-GLOBAL_BATCH, MICRO_BATCH, TOKENS, WIDTH = 768, 8, 32, 256
+GLOBAL_BATCH, MICRO_BATCH, WIDTH = 768, 8, 256
 SLOWDOWN = 3
 WARM_UP = 12
 """Updates before measuring: speeds are measured, smoothed and put in force in these."""
@@ -55,8 +55,10 @@ def competitors(core: int, count: int) -> Iterator[None]:
 class Training:
     """A model that trains on windows of its own, so that two of them can take turns."""
 
-    def __init__(self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, balance: bool) -> None:
-        inputs = torch.randn(2 * GLOBAL_BATCH, TOKENS, WIDTH)
+    def __init__(
+        self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, tokens: int, balance: bool
+    ) -> None:
+        inputs = torch.randn(2 * GLOBAL_BATCH, tokens, WIDTH)
         data = TensorDataset(inputs, inputs[..., :10].argmax(-1))
         self.loader = WindowLoader(
             data,
@@ -97,7 +99,7 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
 
 
-def on_a_rank(rounds: int, slowed: int) -> None:
+def on_a_rank(rounds: int, tokens: int, slowed: int) -> None:
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     rank = int(os.environ["RANK"])
@@ -109,12 +111,12 @@ def on_a_rank(rounds: int, slowed: int) -> None:
         trainings = {}
         for balance in (False, True):
             strategy = place(model(), DDPConfig(), torch.device("cpu"))
-            trainings[balance] = Training(strategy, strategy.module, world.rank, world.world_size, balance)
+            trainings[balance] = Training(strategy, strategy.module, world.rank, world.world_size, tokens, balance)
         for training in trainings.values():
             while training.updates < WARM_UP:
                 training.epoch()
         alone_model = model()
-        alone = Training(SingleStrategy(alone_model), alone_model, 0, 1, balance=False)
+        alone = Training(SingleStrategy(alone_model), alone_model, 0, 1, tokens, balance=False)
         found: dict[str, list[float]] = {"even": [], "speed": [], "ideal": []}
         for _ in common.rounds(rounds, f"{world.world_size} ranks, {slowed} slower: round"):
             found["even"].append(trainings[False].epoch())
@@ -147,10 +149,10 @@ def main() -> None:
         return
     options = common.begin(common.arguments(__doc__, quick="QQ", full="FF"))
     worlds = ((2, 0), (2, 1)) if options.quick else ((2, 0), (2, 1), (4, 1), (4, 2))
-    rounds = 1 if options.quick else 5
+    words = ("1", "4") if options.quick else ("5", "32")  # rounds, and tokens of a sample
     rows = common.show(
         "Some ranks slowed by competitors for their core",
-        (row for ranks, slowed in worlds for row in common.on_ranks(ranks, __file__, str(rounds), str(slowed))),
+        (row for ranks, slowed in worlds for row in common.on_ranks(ranks, __file__, *words, str(slowed))),
     )
     if options.write:
         common.write(__doc__, rows)
