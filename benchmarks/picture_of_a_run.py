@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="QQ", full="FF")
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
     parser.add_argument("path", type=Path, nargs="?", default=common.RESULTS / "run.svg")
     options = common.begin(parser)
     path = options.path
