@@ -1,5 +1,7 @@
 """For how long does saving a checkpoint hold up the training?
 
+    python benchmarks/checkpoint.py
+
 The state of a model with AdamW, saved in four ways while the training goes on, on the disk as it is and on one that is
 slowed (bindfs limits what is written per second; apt-get install bindfs). Rounds of all ways are interleaved; medians.
 
@@ -23,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import common
 import torch
@@ -71,8 +72,8 @@ def size_of(path: Path) -> int:
     return sum(entry.stat().st_size for entry in files)
 
 
-def measure(training: Training, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Rows for one disk."""
+def measure(training: Training, folder: Path, disk: str, rounds: int) -> list[common.Row]:
+    """Measures all ways on one disk, that of the folder; returns its rows."""
     copies = [torch.empty_like(tensor) for tensor in training.tensors()]
     checkpointers = {
         name: Checkpointer(
@@ -91,7 +92,7 @@ def measure(training: Training, folder: Path, rounds: int) -> list[dict[str, Any
         "torch.save": lambda number: torch_save(training, folder / "torch.pt"),
     }
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in common.rounds(rounds + 1, f"disk {disk}: round"):
         for name, save in ways.items():
             alone = statistics.median(training.update() for _ in range(5))
             started = time.perf_counter()
@@ -109,6 +110,7 @@ def measure(training: Training, folder: Path, rounds: int) -> list[dict[str, Any
     floor = medians["copy in memory"][0]
     return [
         {
+            "disk": disk,
             "way": name,
             "stall (ms)": stall * 1e3,
             "stall / copy": stall / floor,
@@ -122,7 +124,7 @@ def measure(training: Training, folder: Path, rounds: int) -> list[dict[str, Any
 
 @contextmanager
 def slowed(folder: Path, megabytes_per_second: float) -> Iterator[Path]:
-    """The folder seen through a file system that writes no faster."""
+    """Mounts the folder a second time, where writes are no faster; yields that path."""
     mount = folder.with_name(f"{folder.name}-slowed")
     mount.mkdir()
     rate = int(megabytes_per_second * 1e6)
@@ -133,30 +135,30 @@ def slowed(folder: Path, megabytes_per_second: float) -> Iterator[Path]:
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def main() -> None:
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument("--slow", type=float, default=20.0, help="megabytes per second of the slowed disk")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    width, layers, rounds = (256, 8, 2) if options.quick else (1024, 16, 5)
+def measured(slow: float, is_quick: bool) -> Iterator[common.Row]:
+    """Measures on the disk as it is, and slowed to so many megabytes per second."""
+    width, layers, rounds = (256, 8, 1) if is_quick else (1024, 16, 5)
     training = Training(width, layers)
-    rows = []
     with tempfile.TemporaryDirectory(dir=".") as place:
-        own = Path(place, "own")
+        own, other = Path(place, "own"), Path(place, "other")
         own.mkdir()
-        rows += [{"disk": "as it is", **row} for row in measure(training, own, rounds)]
-        other = Path(place, "other")
-        other.mkdir()
+        yield from measure(training, own, "as it is", rounds)
         if shutil.which("bindfs") is None:
-            print("no bindfs here, so no slowed disk: apt-get install bindfs")
-        else:
-            with slowed(other, options.slow) as mount:
-                found = measure(training, mount, rounds=1 if options.quick else 2)
-                rows += [{"disk": f"{options.slow:g} MB/s", **row} for row in found]
-    megabytes = sum(tensor.nbytes for tensor in training.tensors()) / 1e6
-    common.show(f"Saving {megabytes:.0f} MB of state beside updates", rows)
+            common.progress("no bindfs here, so no slowed disk: apt-get install bindfs")
+            return
+        other.mkdir()
+        with slowed(other, slow) as mount:
+            yield from measure(training, mount, f"{slow:g} MB/s", rounds=1 if is_quick else 2)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser.add_argument("--slow", type=float, default=20.0, help="megabytes per second of the slowed disk")
+    options = common.begin(parser)
+    torch.set_num_threads(1)
+    rows = common.show("Saving the state beside updates", measured(options.slow, options.quick))
     if options.write:
-        common.write("checkpoint", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

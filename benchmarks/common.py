@@ -1,4 +1,7 @@
-"""What every benchmark shares: one table in the terminal, one dated JSON file."""
+"""What all benchmarks share: their options, rows that are printed as they come, and one dated JSON file.
+
+A benchmark of several ranks starts itself on them (`on_ranks`), and rank 0 sends its rows back (`send`).
+"""
 
 from __future__ import annotations
 
@@ -9,58 +12,113 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
+NUMBER_WIDTH, TEXT_WIDTH = 9, 21
+"""Columns are at least as wide: rows are printed before the next one is known. "-1.23e-16" has 9 characters."""
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Of the processes that a benchmark starts."""
+
+Row = dict[str, Any]
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str | None, *, quick: str, full: str) -> argparse.ArgumentParser:
+    """Returns the parser of the options that all benchmarks have.
+
+    Args:
+        description: the benchmark's docstring.
+        quick: how long it takes with --quick on two cores, as in "20 seconds".
+        full: how long it takes without.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help=f"small and few rounds: to see that it runs, in {quick}")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/NAME.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure into FILE (.svg or .png)")
+    parser.set_defaults(takes={True: quick, False: full})
     return parser
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line, and says how long the benchmark takes."""
+    options = parser.parse_args()
+    print(f"This takes about {options.takes[options.quick]} on 2 cores with nothing else to do.", flush=True)
+    return options
+
+
+def show(title: str, rows: Iterable[Row]) -> list[Row]:
+    """Prints rows as they come, whole columns however wide the terminal is; returns all rows."""
+    found: list[Row] = []
+    widths: list[int] = []
+    print(f"\n{title}", flush=True)
     for row in rows:
-        table.add_row(
-            *(
-                f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-                for value in row.values()
-            )
-        )
-    Console().print(table)
+        cells = list(map(_cell, row.values()))
+        is_text = [isinstance(value, str) for value in row.values()]
+        if not found:
+            least = [TEXT_WIDTH if text else NUMBER_WIDTH for text in is_text]
+            widths = [max(map(len, names)) for names in zip(row, cells, strict=True)]
+            widths = [max(pair) for pair in zip(widths, least, strict=True)]
+            _print_line(row, is_text, widths)
+        _print_line(cells, is_text, widths)
+        found.append(row)
+    return found
 
 
-def write(name: str, question: str, rows: list[dict[str, Any]]) -> None:
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _print_line(cells: Iterable[str], is_text: list[bool], widths: list[int]) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # the line of `progress`
+    padded = (
+        f"{cell:<{width}}" if text else f"{cell:>{width}}"
+        for cell, text, width in zip(cells, is_text, widths, strict=True)
+    )
+    print(" │ ".join(padded).rstrip(), flush=True)
+
+
+def rounds(count: int, what: str) -> Iterator[int]:
+    """Counts from 0, and shows each number as progress."""
+    for number in range(count):
+        progress(f"{what}: {number + 1} of {count}")
+        yield number
+
+
+def progress(what: str) -> None:
+    """Shows on stderr what runs now; on a terminal in one line, which the next row takes the place of."""
+    if _is_rank_0():
+        line = f"\r\x1b[K{what}" if sys.stderr.isatty() else f"{what}\n"
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+def write(description: str | None, rows: list[Row]) -> None:
+    """Writes the rows to results/, with the question that the benchmark's docstring begins with."""
     RESULTS.mkdir(exist_ok=True)
     record = {
-        "question": question,
+        "question": (description or "").splitlines()[0],
         "command": _command(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "rows": rows,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / f"{Path(sys.argv[0]).stem}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _command() -> str:
-    """As it is given in the repository's folder, wherever that is."""
+    """Returns the command that was given, as in the repository's folder."""
     script = Path(sys.argv[0]).resolve().relative_to(RESULTS.parent.parent)
     return " ".join(["python", str(script), *sys.argv[1:]])
 
 
 def machine() -> str:
+    """Returns the number and the name of the GPUs, or of the CPU's cores."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     model = platform.processor() or platform.machine()
@@ -71,12 +129,54 @@ def machine() -> str:
     return f"{os.cpu_count()} × {model}"
 
 
-def torchrun(world_size: int, *command: str) -> str:
-    """Runs this benchmark's own script on several ranks; returns what rank 0 printed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    done = subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout
+def torchrun(world_size: int, *command: str) -> list[str]:
+    """Returns the command that runs a script, or `-m MODULE`, on several ranks."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"),
+        *command,
+    ]
+
+
+def on_ranks(world_size: int, script: str, *words: str) -> Iterator[Row]:
+    """Runs `script rank WORDS…` on several ranks, or in one process without a launcher; returns the rows it sends."""
+    command = [script, "rank", *words]
+    yield from rows_of(torchrun(world_size, *command) if world_size > 1 else [sys.executable, *command])
+
+
+def rank_words() -> list[str] | None:
+    """Returns the words that `on_ranks` or `on_hosts` gave this process; None in one that a person has started."""
+    return sys.argv[2:] if sys.argv[1:2] == ["rank"] else None
+
+
+def send(row: Row) -> None:
+    """Sends a row to the process that has started the ranks; from rank 0 alone."""
+    if _is_rank_0():
+        print(json.dumps(row), flush=True)
+
+
+def rows_of(*commands: Sequence[str]) -> Iterator[Row]:
+    """Runs commands at the same time; returns the rows that the first one sends, as they come.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    with ExitStack() as stack:
+        processes: list[subprocess.Popen[str]] = []
+        for command in commands:
+            output = subprocess.DEVNULL if processes else subprocess.PIPE
+            process = subprocess.Popen(command, stdout=output, text=True, env=ENVIRONMENT)
+            processes.append(stack.enter_context(process))
+        try:
+            # Other lines are what libraries print.
+            yield from (json.loads(line) for line in processes[0].stdout or () if line.startswith('{"'))
+        except BaseException:
+            for process in processes:
+                process.terminate()
+            raise
+    for command, process in zip(commands, processes, strict=True):
+        if process.returncode:
+            raise SystemExit(f"exit status {process.returncode} of: {' '.join(command)}")
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces joined by a link whose rate the kernel limits. Linux, as root."""
+"""Emulates hosts on one machine: network namespaces joined by a link whose rate the kernel limits. Linux, as root."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import common
+
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 INTERFACE = "eth0"
 
 
 def why_impossible() -> str | None:
-    """What keeps this machine from emulating hosts; None if nothing does."""
+    """Returns why this machine can't emulate hosts; None if it can."""
     if not sys.platform.startswith("linux"):
         return "network namespaces are Linux's"
     if os.geteuid() != 0:
@@ -32,7 +34,7 @@ def why_impossible() -> str | None:
 
 @contextmanager
 def two_hosts(rate: str) -> Iterator[tuple[str, str]]:
-    """Two namespaces with a link between them; gives their names.
+    """Sets up two namespaces with a link between them; yields their names.
 
     Args:
         rate: of the link in each direction, as `tc` takes it: "100mbit". No delay is added.
@@ -57,45 +59,28 @@ def two_hosts(rate: str) -> Iterator[tuple[str, str]]:
                 _run("ip", "netns", "del", host)
 
 
-def start_ranks(hosts: tuple[str, str], *command: str) -> str:
-    """Runs a command once on each host, as the two ranks of a world; returns what rank 0 printed.
+def on_hosts(hosts: tuple[str, str], script: str, *words: str) -> Iterator[common.Row]:
+    """Runs `script rank WORDS…` on each host, as the two ranks of a world; returns the rows that rank 0 sends.
 
     Raises:
-        SystemExit: a rank failed; with what it printed.
+        SystemExit: a rank failed.
     """
-    ranks = []
+    everywhere = {
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(len(hosts)),
+        "MASTER_ADDR": ADDRESSES[0],
+        "MASTER_PORT": "29500",
+        "GLOO_SOCKET_IFNAME": INTERFACE,
+    }
+    commands = []
     for rank, host in enumerate(hosts):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(len(hosts)),
-            "MASTER_ADDR": ADDRESSES[0],
-            "MASTER_PORT": "29500",
-            "GLOO_SOCKET_IFNAME": INTERFACE,
-            "OMP_NUM_THREADS": "1",
-        }
-        ranks.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", host, *command],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-            )
-        )
-    try:
-        outputs = [rank.communicate()[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit("\n".join(outputs))
-    return outputs[0]
+        environment = (f"{name}={value}" for name, value in {**everywhere, "RANK": str(rank)}.items())
+        commands.append(["ip", "netns", "exec", host, "env", *environment, sys.executable, script, "rank", *words])
+    yield from common.rows_of(*commands)
 
 
 def bytes_sent() -> int:
-    """Bytes that have left this host, headers and acknowledgements included. To be asked on a host."""
+    """Returns the bytes that this host has sent, headers and acknowledgements included."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 

@@ -1,5 +1,7 @@
 """How far is an accumulated update from the large-batch update?
 
+    python benchmarks/exactness.py
+
 The gradient of real windows of documentation paragraphs (unequal lengths) under a small GPT in float64, against the
 gradient of the whole window in one micro-batch: accumulated as tutorials do (the mean of each micro-batch, divided by
 K) and by distaccum, for full windows and for the ragged one at the end of an epoch.
@@ -44,7 +46,6 @@ def divided_by_k(model: nn.Module, window: list[Any], steps: int) -> Tensor:
 def by_distaccum(model: nn.Module, window: list[Any]) -> Tensor:
     found: list[Tensor] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    # What the optimizer is handed is what counts.
     optimizer.register_step_pre_hook(lambda *_: found.append(gradient(model)))
     accumulator = Accumulator(model, optimizer)
     with accumulator.window(window) as micro_batches:
@@ -54,7 +55,8 @@ def by_distaccum(model: nn.Module, window: list[Any]) -> Tensor:
     return found[0]
 
 
-def measure(steps: int, windows: int) -> list[dict[str, Any]]:
+def measure(steps: int, windows: int) -> list[common.Row]:
+    common.progress(f"K = {steps}")
     torch.manual_seed(0)
     data = DocumentationText("train", max_length=256)
     model = GPT(num_layers=2, num_heads=2, width=32, vocab_size=256, max_length=256).double()
@@ -86,7 +88,7 @@ def measure(steps: int, windows: int) -> list[dict[str, Any]]:
     ]
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[common.Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
@@ -108,12 +110,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure into FILE (.svg or .png)")
+    options = common.begin(parser)
     torch.set_num_threads(1)
-    rows = [row for steps in (2, 4, 8) for row in measure(steps, windows=2 if options.quick else 8)]
-    common.show("Error of the update against the large batch (float64, medians over windows)", rows)
+    rows = common.show(
+        "Error of the update against the large batch (float64, medians over windows)",
+        (row for steps in (2, 4, 8) for row in measure(steps, windows=2 if options.quick else 8)),
+    )
     if options.write:
-        common.write("exactness", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
     if options.plot:
         plot(rows, options.plot)
 

@@ -1,4 +1,6 @@
-"""One GPU: what distaccum costs over a hand-written loop, tokens per second, and what happens when memory runs out.
+"""What does distaccum cost on one GPU over a hand-written loop, and what happens when memory runs out?
+
+    python benchmarks/gpu.py
 
 A GPT of about 124 million parameters (12 layers, width 768, 50304 tokens, 1024 places) on random tokens, in bfloat16
 autocast with fused AdamW and clipping, compiled and not:
@@ -18,7 +20,6 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -156,7 +157,7 @@ class Loop:
         torch.stack(losses).sum().item()  # a loop that says its loss
 
     def micro_steps(self, batches: list[Any]) -> None:
-        """The same without the end of the window; of the accumulator's own loop only."""
+        """Makes an update without the end of its window; for the accumulator's loop alone."""
         assert self.accumulator is not None
         with self.accumulator.window(batches) as micro_batches:
             for batch in micro_batches:
@@ -210,8 +211,8 @@ def _batches(scale: Scale, device: torch.device) -> list[Any]:
     ]
 
 
-def overhead(scale: Scale, device: torch.device, *, compiles: bool, backend: str) -> list[dict[str, Any]]:
-    """Both loops, turn by turn."""
+def overhead(scale: Scale, device: torch.device, *, compiles: bool, backend: str) -> list[common.Row]:
+    """Measures both loops, turn by turn."""
     batches = _batches(scale, device)
     loops = []
     for name in ("hand-written loop", "distaccum"):
@@ -224,7 +225,7 @@ def overhead(scale: Scale, device: torch.device, *, compiles: bool, backend: str
     for loop in loops:
         for _ in range(3):
             loop.update(batches)
-    for number in range(scale.rounds):
+    for number in common.rounds(scale.rounds, f"{'compiled' if compiles else 'not compiled'}: round"):
         for loop in loops if number % 2 == 0 else loops[::-1]:
             _wait(device)
             started = time.perf_counter()
@@ -357,37 +358,41 @@ def recovery(scale: Scale, device: torch.device, window: int, fits: int) -> dict
     }
 
 
-def main() -> None:
-    parser = common.arguments(__doc__ or "")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "error: this benchmark is of a GPU, and torch finds none. Run it where there is one; --device cpu --quick "
-            "only shows that it runs.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    if options.device == "cpu" and (options.write or not options.quick):
-        print("error: figures of a CPU say nothing here: give --device cpu with --quick alone.", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device(options.device)
-    scale = SMALL if options.device == "cpu" else GPT2_QUICK if options.quick else GPT2
-    rows: list[dict[str, Any]] = []
+def loops(scale: Scale, device: torch.device, backend: str) -> Iterator[common.Row]:
     for compiles in (False, True):
-        rows += overhead(scale, device, compiles=compiles, backend=options.backend)
+        yield from overhead(scale, device, compiles=compiles, backend=backend)
         gc.collect()
         free_cached_memory(device)
-    common.show(f"{scale.accumulation_steps} micro-steps of {scale.micro_batch_size} × {scale.length} tokens", rows)
-    window = 16 if options.device == "cpu" else 512
+
+
+def memory(scale: Scale, device: torch.device) -> Iterator[common.Row]:
+    window = 512 if device.type == "cuda" else 16
+    common.progress("looking for the largest micro-batch")
     size, found = largest(scale, device, window)
+    yield found
     gc.collect()
     free_cached_memory(device)
-    parts = [found, recovery(scale, device, max(window, 2 * size), size)]
-    common.show("Memory", parts)
+    common.progress("running out of memory")
+    yield recovery(scale, device, max(window, 2 * size), size)
+
+
+def main() -> None:
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    options = common.begin(parser)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this benchmark is of a GPU, and torch finds none. --device cpu --quick only shows that it runs.")
+    if options.device == "cpu" and (options.write or not options.quick):
+        parser.error("figures of a CPU say nothing here: give --device cpu with --quick alone.")
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+    scale = SMALL if options.device == "cpu" else GPT2_QUICK if options.quick else GPT2
+    title = f"{scale.accumulation_steps} micro-steps of {scale.micro_batch_size} × {scale.length} tokens"
+    rows = common.show(title, loops(scale, device, options.backend))
+    rows += common.show("Memory", memory(scale, device))
     if options.write:
-        common.write("gpu", (__doc__ or "").splitlines()[0], [*rows, *parts])
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

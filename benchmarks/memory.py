@@ -1,18 +1,19 @@
-"""Does the predicted peak of memory hold? Against micro-batch, accumulation steps and placement, on real ranks.
+"""Does the predicted peak of memory hold?
 
-The prediction is that of `python -m distaccum.memory`: measured in one process at smaller micro-batches, with ranks
-that aren't there, and extrapolated. The measurement is of real windows on real ranks: on a GPU by CUDA's allocator, on
-a CPU by the storages that are alive.
+    python benchmarks/memory.py
+
+Against micro-batch, accumulation steps and placement, on real ranks. The prediction is that of `python -m
+distaccum.memory`: measured in one process at smaller micro-batches, with ranks that aren't there, and extrapolated. The
+measurement is of real windows on real ranks: on a GPU by CUDA's allocator, on a CPU by the storages that are alive.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Iterator
 from typing import Any
 
+import common
 import torch
-from common import arguments, show, torchrun, write
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
 from distaccum.config.components import AdamConfig, AdamW8bitConfig
@@ -41,6 +42,7 @@ if not has_8bit():
     PLACEMENTS = {name: placement for name, placement in PLACEMENTS.items() if "8-bit" not in name}
 STEPS = (1, 4)
 SIZES = (8, 16, 32)
+"""With --quick, the first one alone."""
 KNOWN = (2, 4)
 """Samples of the micro-batches that the prediction is made from; of each replica under DP."""
 
@@ -76,67 +78,62 @@ def keywords() -> dict[str, Any]:
     return {"device": here, "precision": Precision(PrecisionName.fp32, here.type)}
 
 
-def measured(names: list[str], sizes: list[int]) -> dict[str, dict[str, int]]:
-    """On the ranks that are here: the peaks of this rank."""
+def measured(name: str, sizes: list[int]) -> dict[str, dict[str, int]]:
+    """Measures one placement on the ranks that are here; returns this rank's peaks by micro-steps and micro-batch."""
     found: dict[str, dict[str, int]] = {}
-    for name in names:
-        for steps in STEPS:
-            footprint = measure(
-                model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True, **keywords()
-            )
-            found[f"{name}|{steps}"] = {str(size): peak for size, peak in footprint.peak.items()}
+    for steps in STEPS:
+        common.progress(f"{name}: {steps} micro-steps measured")
+        footprint = measure(
+            model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True, **keywords()
+        )
+        found[str(steps)] = {str(size): peak for size, peak in footprint.peak.items()}
     return found
 
 
-def rows(sizes: list[int]) -> list[dict[str, Any]]:
-    """The measured and the predicted peaks, side by side."""
-    alone = [name for name, (_, ranks) in PLACEMENTS.items() if ranks == 1]
-    together = [name for name, (_, ranks) in PLACEMENTS.items() if ranks > 1]
-    found = measured(alone, sizes)
-    found |= json.loads(torchrun(2, __file__, "--worker", *map(str, sizes)).splitlines()[-1])
-    table = []
-    for name, (_, ranks) in PLACEMENTS.items():
+def rows(sizes: list[int]) -> Iterator[common.Row]:
+    """Measures and predicts the peaks, placement by placement."""
+    together = common.on_ranks(2, __file__, *map(str, sizes))
+    for name, (strategy, ranks) in PLACEMENTS.items():
+        found = measured(name, sizes) if ranks == 1 else next(together)
         for steps in STEPS:
-            known = [size * replicas_of(PLACEMENTS[name][0], device()) for size in KNOWN]
+            common.progress(f"{name}: {steps} micro-steps predicted")
+            known = [size * replicas_of(strategy, device()) for size in KNOWN]
             footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, known, **keywords())
             for size in sizes:
-                peak, predicted = found[f"{name}|{steps}"][str(size)], PeakLine(footprint.peak).at(size)
-                table.append(
-                    {
-                        "placement": name,
-                        "ranks": ranks,
-                        "K": steps,
-                        "micro-batch": size,
-                        "measured MB": peak / 1e6,
-                        "predicted MB": predicted / 1e6,
-                        "error %": 100 * (predicted - peak) / peak,
-                    }
-                )
-    assert len(together) + len(alone) == len(PLACEMENTS)
-    return table
+                peak, predicted = found[str(steps)][str(size)], PeakLine(footprint.peak).at(size)
+                yield {
+                    "placement": name,
+                    "ranks": ranks,
+                    "K": steps,
+                    "micro-batch": size,
+                    "measured MB": peak / 1e6,
+                    "predicted MB": predicted / 1e6,
+                    "error %": 100 * (predicted - peak) / peak,
+                }
+    for _ in together:
+        raise AssertionError("the ranks have measured more placements than were asked for")
 
 
-def worker(sizes: list[int]) -> None:
+def on_a_rank(sizes: list[int]) -> None:
     with joined_world() as world:
         if device().type == "cuda":
             torch.cuda.set_device(world.local_rank)
         world.init_process_group(device())
-        found = measured([name for name, (_, ranks) in PLACEMENTS.items() if ranks > 1], sizes)
-        if world.is_main:
-            print(json.dumps(found))
+        for name, (_, ranks) in PLACEMENTS.items():
+            if ranks > 1:
+                common.send(measured(name, sizes))
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        worker([int(size) for size in sys.argv[2:]])
+    if words := common.rank_words():
+        on_a_rank([int(size) for size in words])
         return
-    options = arguments(__doc__ or "").parse_args()
-    table = rows(list(SIZES[-1:] if options.quick else SIZES))
-    show("peak memory of rank 0", table)
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    table = common.show("Peak memory of rank 0", rows(list(SIZES[:1] if options.quick else SIZES)))
     worst = max(abs(row["error %"]) for row in table)
     print(f"largest error of a prediction from micro-batches of 2 and 4: {worst:.1f} %")
     if options.write:
-        write("memory", "Does the predicted peak of memory hold?", table)
+        common.write(__doc__, table)
 
 
 if __name__ == "__main__":

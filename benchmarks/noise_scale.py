@@ -1,5 +1,7 @@
 """What does measuring the noise scale cost?
 
+    python benchmarks/noise_scale.py
+
 The same model and windows on this host with `NoiseScale` and without, update by update in turn: seconds of a measured
 update and of one that is not measured, and what that makes of an update if they are measured as often as by default.
 One rank, two micro-steps at least; two ranks over gloo. Medians.
@@ -7,11 +9,8 @@ One rank, two micro-steps at least; two ranks over gloo. Medians.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from typing import Any
 
 import common
 import torch
@@ -47,7 +46,7 @@ def _loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def measure(strategy: Strategy, batches: list[Tensor], updates: int) -> tuple[float, float]:
-    """Median seconds of an update that is not measured, and of one that is; in turn."""
+    """Returns the median seconds of an update that is not measured, and of one that is; they take turns."""
     # Updates count from 1, and each second one is measured.
     accumulator = Accumulator(
         strategy.model,
@@ -67,15 +66,15 @@ def measure(strategy: Strategy, batches: list[Tensor], updates: int) -> tuple[fl
     return statistics.median(seconds[False]), statistics.median(seconds[True])
 
 
-def rows(ranks: int, updates: int) -> list[dict[str, Any]]:
-    found = []
+def send_rows(ranks: int, updates: int) -> None:
     for name, (build, make_batches) in MODELS.items():
         for steps in (1, 4) if ranks > 1 else (2, 4):
+            common.progress(f"{ranks} ranks, {name}, K = {steps}")
             torch.manual_seed(0)
             module = build()
             strategy = place(module, DDPConfig(), torch.device("cpu")) if ranks > 1 else SingleStrategy(module)
             plain, measured = measure(strategy, make_batches(steps), updates)
-            found.append(
+            common.send(
                 {
                     "ranks": ranks,
                     "model": name,
@@ -86,29 +85,27 @@ def rows(ranks: int, updates: int) -> list[dict[str, Any]]:
                     f"cost, 1 of {EVERY} measured": f"{(measured / plain - 1) / EVERY:+.2%}",
                 }
             )
-    return found
 
 
 def on_a_rank(updates: int) -> None:
     torch.set_num_threads(1)
     with joined_world() as world:
         world.init_process_group(torch.device("cpu"))
-        found = rows(world.world_size, updates)
-        if world.is_main:
-            print(json.dumps(found))
+        send_rows(world.world_size, updates)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]))
+    if words := common.rank_words():
+        on_a_rank(int(words[0]))
         return
-    options = common.arguments(__doc__ or "").parse_args()
-    updates = 3 if options.quick else 40
-    torch.set_num_threads(1)
-    found = rows(1, updates) + json.loads(common.torchrun(2, __file__, "rank", str(updates)).splitlines()[-1])
-    common.show("What measuring the noise scale costs", found)
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    updates = "1" if options.quick else "40"
+    rows = common.show(
+        "What measuring the noise scale costs",
+        (row for ranks in (1, 2) for row in common.on_ranks(ranks, __file__, updates)),
+    )
     if options.write:
-        common.write("noise_scale", (__doc__ or "").splitlines()[0], found)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

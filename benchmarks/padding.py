@@ -1,5 +1,7 @@
 """What does cutting each window by length save on text of unequal lengths?
 
+    python benchmarks/padding.py
+
 Documentation paragraphs (cut at 512 bytes, most far shorter) under a small GPT, windows of 64:
 
   distaccum, uniform      micro-batches of equal sample counts, padded to their own longest: dynamic padding
@@ -21,9 +23,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peers_contenders import IGNORE_INDEX, WithLoss, on_ranks, quieten, require_peers, transformers_trained
+from peers_contenders import IGNORE_INDEX, WithLoss, quieten, require_peers, transformers_trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -142,10 +142,10 @@ class Text:
         )
         if by_length and self.costs is not None:
             loader.cuts.set_costs(self.costs, now=-1 - loader.cuts.windows_ahead)  # in force from the first window on
-        accumulator = Accumulator(model, optimizer)
+        accumulator = Accumulator(model, optimizer, time_micro_steps=True)
         fit = CostFit()
         for window in itertools.islice(loader, self.windows):
-            shapes = []
+            shapes: list[torch.Size] = []
             with accumulator.window(window) as micro_batches:
                 for inputs, targets in micro_batches:
                     shapes.append(inputs.shape)
@@ -154,7 +154,7 @@ class Text:
                     accumulator.backward(loss_sum, weight=(targets != IGNORE_INDEX).sum())
             result = accumulator.step()
             # The last micro-step's time has the sync in it.
-            for (count, length), seconds in list(zip(shapes, result.micro_seconds, strict=True))[:-1]:
+            for (count, length), seconds in zip(shapes[:-1], result.micro_seconds[:-1], strict=True):
                 fit.add(count, length, seconds)
         if by_length and self.costs is None:
             # As the Trainer does: what was measured in one part of a run is in force in those that follow.
@@ -207,12 +207,12 @@ def over_ranks(number: int) -> int:
     return int(total)
 
 
-def timed(text: Text, rounds: int) -> list[dict[str, Any]]:
-    """Rows of seconds and tokens; interleaved rounds, of which the first one doesn't count."""
+def timed(text: Text, rounds: int) -> list[common.Row]:
+    """Returns rows of seconds and tokens, of interleaved rounds, of which the first one doesn't count."""
     real = sum(text.data.lengths[index] for index in text.drawn())
     seconds: dict[str, list[float]] = {name: [] for name in text.contenders()}
     computed: dict[str, int] = {}
-    for number in range(rounds + 1):
+    for number in common.rounds(rounds + 1, f"{ranks()} ranks: round"):
         for name, train in text.contenders().items():
             model = text.model()
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -267,26 +267,25 @@ def on_a_rank(world_size: int, is_quick: bool) -> None:
     rows = timed(Text(3, 32) if is_quick else Text(12, 128), rounds=1 if is_quick else 5)
     checked = Text(1, 32) if is_quick else Text(3, 128)
     for row in rows:
-        row["error of the update"] = error(checked, checked.contenders()[row["contender"]])
+        common.send({**row, "error of the update": error(checked, checked.contenders()[row["contender"]])})
     if world_size > 1:
-        is_main = dist.get_rank() == 0
         dist.barrier()
         dist.destroy_process_group()
-        if not is_main:
-            return
-    print(json.dumps(rows))
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]), sys.argv[3] == "quick")
+    if words := common.rank_words():
+        on_a_rank(int(words[0]), words[1] == "quick")
         return
-    options = common.arguments(__doc__ or "").parse_args()
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
     require_peers()
-    rows = [row for world_size in (1, 2) for row in json.loads(on_ranks(world_size, __file__, options.quick))]
-    common.show(f"Windows of {WINDOW} documentation paragraphs under a GPT of 2 layers", rows)
+    extent = "quick" if options.quick else "full"
+    rows = common.show(
+        f"Windows of {WINDOW} documentation paragraphs under a GPT of 2 layers",
+        (row for ranks in (1, 2) for row in common.on_ranks(ranks, __file__, str(ranks), extent)),
+    )
     if options.write:
-        common.write("padding", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """How fast is an update under distaccum and its peers, and how right is it?
 
+    python benchmarks/peers.py
+
 The same model, data, optimizer (fused AdamW, clipping at 1) and number of updates in a hand-written loop, distaccum
 (Accumulator and WindowLoader), Accelerate, Fabric, Lightning Trainer and Transformers Trainer; in one process and in
 two, DDP over gloo on this host. All contenders run in the same processes, in rounds, each round in another order. A
@@ -15,14 +17,11 @@ Needs the extra: pip install "distaccum[bench]".
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import common
 import torch
@@ -34,7 +33,6 @@ from peers_contenders import (
     Sequences,
     TokenClassifier,
     Training,
-    on_ranks,
     quieten,
     require_peers,
     targets_of,
@@ -49,7 +47,7 @@ SKIPPED = 3
 """Updates at the start of a block that don't count: DDP lays out its buckets, the optimizer its state."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Size:
     """A model, and how often it is measured."""
 
@@ -93,11 +91,11 @@ def seconds_per_update(contender: Callable[[Training], None], size: Size, ranks:
     return statistics.median(end - start for start, end in zip(ends[SKIPPED - 1 :], ends[SKIPPED:], strict=False))
 
 
-def timed(size: Size, ranks: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows of times; interleaved rounds."""
+def timed(size: Size, ranks: int) -> list[common.Row]:
+    """Returns rows of times, of interleaved rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     names = list(CONTENDERS)
-    for number in range(rounds):
+    for number in common.rounds(size.rounds, f"{size.name}, {ranks} ranks: round"):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             gc.collect()
             seconds[name].append(seconds_per_update(CONTENDERS[name], size, ranks))
@@ -186,35 +184,34 @@ def on_a_rank(ranks: int, is_quick: bool, sizes: list[str]) -> None:
     quieten()
     if ranks > 1:
         dist.init_process_group("gloo")
-    rows = []
     for size in (size for size in SIZES if size.name in sizes):
-        rows += timed(size, ranks, 2 if is_quick else size.rounds)
-        for row in rows[-len(CONTENDERS) :]:
-            row |= all_errors(CONTENDERS[row["contender"]], size, ranks)
+        if is_quick:
+            size = dataclasses.replace(size, updates=1, rounds=1)
+        for row in timed(size, ranks):
+            common.send(row | all_errors(CONTENDERS[row["contender"]], size, ranks))
     if ranks > 1:
-        is_main = dist.get_rank() == 0
         dist.barrier()
         dist.destroy_process_group()
-        if not is_main:
-            return
-    print(json.dumps(rows))
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]), sys.argv[3] == "quick", sys.argv[4:])
+    if words := common.rank_words():
+        on_a_rank(int(words[0]), words[1] == "quick", words[2:])
         return
-    parser = common.arguments(__doc__ or "")
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
     names = [size.name for size in SIZES]
     parser.add_argument("--sizes", nargs="+", choices=names, help="these alone; all, or with --quick tiny, by default")
     parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2), default=(1, 2))
-    options = parser.parse_args()
+    options = common.begin(parser)
     require_peers()
     sizes = options.sizes or (names[:1] if options.quick else names)
-    rows = [row for ranks in options.ranks for row in json.loads(on_ranks(ranks, __file__, options.quick, *sizes))]
-    common.show(f"Updates of {ACCUMULATION_STEPS} micro-steps of {MICRO_BATCH_SIZE} × {MAX_LENGTH} tokens", rows)
+    words = ["quick" if options.quick else "full", *sizes]
+    rows = common.show(
+        f"Updates of {ACCUMULATION_STEPS} micro-steps of {MICRO_BATCH_SIZE} × {MAX_LENGTH} tokens",
+        (row for ranks in options.ranks for row in common.on_ranks(ranks, __file__, str(ranks), *words)),
+    )
     if options.write:
-        common.write("peers", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -300,19 +297,7 @@ def require_peers() -> None:
         raise SystemExit(f'{", ".join(missing)} not installed: pip install "distaccum[bench]"')
 
 
-def on_ranks(world_size: int, script: str, is_quick: bool, *more: str) -> str:
-    """What rank 0 of `script rank WORLD_SIZE quick|full …` printed last."""
-    arguments = [script, "rank", str(world_size), "quick" if is_quick else "full", *more]
-    if world_size > 1:
-        return common.torchrun(world_size, *arguments).splitlines()[-1]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return done.stdout.splitlines()[-1]
-
-
 def quieten() -> None:
     """Silences what the peers say of workers, sessions and devices."""
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)

@@ -1,8 +1,11 @@
-"""Draws the terminal output of the README's run into an SVG: a real run, its middle left out."""
+"""Draws the terminal output of the README's run into an SVG: a real run, its middle left out.
+
+python benchmarks/picture_of_a_run.py
+"""
 
 from __future__ import annotations
 
-import argparse
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -12,13 +15,18 @@ from rich.text import Text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
     parser.add_argument("path", type=Path, nargs="?", default=common.RESULTS / "run.svg")
-    path = parser.parse_args().path
+    options = common.begin(parser)
+    path = options.path
+    ranks, shortened = (2, ["train.epochs=1"]) if options.quick else (4, [])
     with tempfile.TemporaryDirectory() as folder:
         run_dir = f"{folder}/run"
-        output = common.torchrun(4, "-m", "distaccum.train", "wandb.mode=disabled", f"run_dir={run_dir}")
-        lines = output.replace(run_dir, "runs/digits").splitlines()
+        command = ["-m", "distaccum.train", "wandb.mode=disabled", f"run_dir={run_dir}", *shortened]
+        done = subprocess.run(
+            common.torchrun(ranks, *command), stdout=subprocess.PIPE, text=True, check=True, env=common.ENVIRONMENT
+        )
+        lines = done.stdout.replace(run_dir, "runs/digits").splitlines()
     shown = [*lines[:8], "…", *lines[-12:]]
     console = Console(record=True, width=118, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(Text("$ torchrun --nproc_per_node=4 -m distaccum.train", style="bold"))

@@ -1,9 +1,12 @@
-"""Trains `experiment=segmentation` and draws the photograph, its mask and the prediction, side by side."""
+"""Trains `experiment=segmentation` and draws the photograph, its mask and the prediction, side by side.
+
+python benchmarks/picture_of_segmentation.py
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -25,7 +28,7 @@ CHANNELS = [8, 16, 32]
 
 
 def predicted(model: UNet, pixels: Tensor) -> Tensor:
-    """The class of each pixel, by patches as in training, side by side."""
+    """Returns the class of each pixel, of patches as in training, side by side."""
     height, width = pixels.shape
     rows, columns = -(-height // SIZE), -(-width // SIZE)
     padded = torch.zeros(rows * SIZE, columns * SIZE)
@@ -37,14 +40,15 @@ def predicted(model: UNet, pixels: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
     parser.add_argument("path", type=Path, nargs="?", default=common.RESULTS / "segmentation.png")
-    path = parser.parse_args().path
+    options = common.begin(parser)
+    path = options.path
+    shortened = ["train.max_updates=2", "schedule.warmup_updates=0"] if options.quick else []
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
-        common.torchrun(
-            2, "-m", "distaccum.train", "experiment=segmentation", "wandb.mode=disabled", f"run_dir={run_dir}"
-        )
+        command = ["distaccum.train", "experiment=segmentation", "wandb.mode=disabled", f"run_dir={run_dir}"]
+        subprocess.run(common.torchrun(2, "-m", *command, *shortened), check=True, env=common.ENVIRONMENT)
         model = UNet(input_shape=[1, SIZE, SIZE], num_classes=2, channels=CHANNELS)
         load_model(model, run_dir / "model.safetensors")
         *_, last = (

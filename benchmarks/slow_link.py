@@ -1,5 +1,7 @@
 """What does a slow network cost, and what do one sync per update and compression save?
 
+    python benchmarks/slow_link.py
+
 Two hosts, emulated as network namespaces, with a link of 100 Mbit/s and of 1 Gbit/s between them; DDP over gloo, a
 model of 2.1 MB. K micro-steps an update with a sync in every one, with `no_sync` on all but the last, and with that one
 sync as bfloat16 and as PowerSGD of rank 1. Rounds of all ways are interleaved; medians.
@@ -20,17 +22,15 @@ Needs Linux, root, and `ip` and `tc` (apt-get install iproute2).
 from __future__ import annotations
 
 import copy
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import common
 import torch
 import torch.distributed as dist
-from emulated_hosts import bytes_sent, start_ranks, two_hosts, why_impossible
+from emulated_hosts import bytes_sent, on_hosts, two_hosts, why_impossible
 from torch import nn
 
 from distaccum import Accumulator, UpdateResult
@@ -114,7 +114,7 @@ def predicted(way: str, steps: int, own: dict[str, float], computing: dict[int, 
 def measure(all_ways: dict[str, Way], steps: int, rounds: int, updates: int) -> dict[str, dict[str, float]]:
     """Medians over rounds, by way: seconds, bytes on the wire, collectives and bytes handed to them, per update."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in all_ways}
-    for _ in range(rounds):
+    for _ in common.rounds(rounds, f"K = {steps}: round"):
         for name, way in all_ways.items():
             dist.barrier()
             sent, started = bytes_sent(), time.perf_counter()
@@ -144,13 +144,12 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
         steps: measure(all_ways | alone, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else 3)
         for steps in counts
     }
-    rows = []
     for steps in counts:
         for name in all_ways:
             own = found[steps][name]
             computing = {count: found[count][f"{name}, alone"]["seconds"] for count in counts}
             expected = predicted(name, steps, own, computing, link)
-            rows.append(
+            common.send(
                 {
                     "link": rate,
                     "K": steps,
@@ -162,34 +161,32 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
                     "compute (s)": computing[steps],
                     "predicted (s)": expected,
                     "predicted / measured": expected / own["seconds"],
+                    "α (ms)": link.latency_seconds * 1e3,
+                    "β (MB/s)": link.bytes_per_second / 1e6,
                 }
             )
-    is_main = dist.get_rank() == 0
     dist.barrier()
     dist.destroy_process_group()
-    if is_main:
-        fit = {"alpha_seconds": link.latency_seconds, "beta_bytes_per_second": link.bytes_per_second}
-        print(json.dumps({**fit, "rows": rows}))
+
+
+def over_both_links(is_quick: bool) -> Iterator[common.Row]:
+    for rate in RATES:
+        with two_hosts(rate) as hosts:
+            yield from on_hosts(hosts, __file__, rate, "quick" if is_quick else "full")
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(sys.argv[2], sys.argv[3] == "quick")
+    if words := common.rank_words():
+        on_a_rank(words[0], words[1] == "quick")
         return
-    options = common.arguments(__doc__ or "").parse_args()
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
     if reason := why_impossible():
         raise SystemExit(f"hosts can't be emulated here: {reason}")
-    rows = []
-    for rate in RATES:
-        with two_hosts(rate) as hosts:
-            extent = "quick" if options.quick else "full"
-            found = json.loads(start_ranks(hosts, sys.executable, __file__, "rank", rate, extent).splitlines()[-1])
-        alpha, beta = found["alpha_seconds"], found["beta_bytes_per_second"]
-        print(f"{rate}: α = {alpha * 1e3:.2f} ms, β = {beta * 8 / 1e6:.1f} Mbit/s")
-        rows += [{**row, "α (ms)": alpha * 1e3, "β (MB/s)": beta / 1e6} for row in found["rows"]]
-    common.show("Updates of 2.1 MB of gradients over a slow link between 2 hosts", rows)
+    rows = common.show(
+        "Updates of 2.1 MB of gradients over a slow link between 2 hosts", over_both_links(options.quick)
+    )
     if options.write:
-        common.write("slow_link", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What does one sync per update save over one sync per micro-step?
 
+    python benchmarks/sync.py
+
 DDP over gloo on this host, the same model and windows: seconds per update with `no_sync` on all micro-steps but the
 last, and without it; rounds of the two interleaved, medians.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -62,21 +62,22 @@ def on_a_rank(updates: int) -> None:
         model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
         strategy = place(model, DDPConfig(), torch.device("cpu"))
         accumulator = Accumulator(strategy.model, torch.optim.SGD(model.parameters(), lr=1e-4), strategy=strategy)
-        rows = [{"ranks": world.world_size, **rounds(accumulator, strategy, steps, updates)} for steps in STEPS]
-        if world.is_main:
-            print(json.dumps(rows))
+        for steps in STEPS:
+            common.progress(f"K = {steps}")
+            common.send({"ranks": world.world_size, **rounds(accumulator, strategy, steps, updates)})
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]))
+    if words := common.rank_words():
+        on_a_rank(int(words[0]))
         return
-    options = common.arguments(__doc__ or "").parse_args()
-    updates = 3 if options.quick else 20
-    rows = json.loads(common.torchrun(2, __file__, "rank", str(updates)).splitlines()[-1])
-    common.show("One sync per update against one per micro-step (8.4 MB of gradients, loopback)", rows)
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    rows = common.show(
+        "One sync per update against one per micro-step (8.4 MB of gradients, loopback)",
+        common.on_ranks(2, __file__, "2" if options.quick else "20"),
+    )
     if options.write:
-        common.write("sync", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

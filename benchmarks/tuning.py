@@ -1,5 +1,7 @@
 """Is what `distaccum.tune` suggests faster, and does what it predicts come true over a slow link?
 
+    python benchmarks/tuning.py
+
 Tunes a small GPT on unequal paragraphs for two ranks on this machine. Then the suggestion trains on two hosts, emulated
 as network namespaces with a link of 100 Mbit/s and of 1 Gbit/s between them. The prediction is that of the tuning, for
 what its measurements show there: the computing, each host for itself, and bare all-reduces; nothing of the training
@@ -17,12 +19,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from emulated_hosts import start_ranks, two_hosts, why_impossible
+from emulated_hosts import on_hosts, two_hosts, why_impossible
 
 from distaccum.config.compose import compose
 from distaccum.runtime.world import joined_world
@@ -33,20 +36,21 @@ from distaccum.tools.tune.network_model import fit_compute, fit_link
 from distaccum.tools.tune.report import Forecast
 
 TRAINING = ["experiment=text", "strategy=ddp", "wandb.mode=disabled"]
+SMALL = ["batch.global_batch_size=16", "batch.micro_batch_size=4", "data.max_length=64", "model.num_layers=1"]
+"""What --quick adds to that."""
 RATES = ("100mbit", "1gbit")
 STEPS = (1, 2, 4, 8)
 
 
-def tuned(folder: Path, is_quick: bool) -> dict[str, Any]:
-    extent = ["tune.minutes=0.2", "tune.rounds=2", "tune.confirm_rounds=2"] if is_quick else ["tune.minutes=2"]
-    own = ["tune.world_size=2", f"run_dir={folder / 'tune'}", *extent]
-    done = subprocess.run(
-        [sys.executable, "-m", "distaccum.tune", *TRAINING, *own], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    print(done.stdout)
-    report: dict[str, Any] = json.loads((folder / "tune" / "tune.json").read_text())
+def tuned(training: list[str], is_quick: bool) -> dict[str, Any]:
+    """Runs `distaccum.tune`, which shows its own progress; returns what its tune.json holds."""
+    minutes = ["tune.minutes=0.02", "tune.rounds=1", "tune.confirm_rounds=1", "tune.round_seconds=0.1"]
+    own = ["tune.world_size=2", *(minutes if is_quick else ["tune.minutes=2"])]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "distaccum.tune", *training, *own, f"run_dir={folder}/tune"]
+        if status := subprocess.run(command, check=False).returncode:
+            raise SystemExit(status)
+        report: dict[str, Any] = json.loads(Path(folder, "tune", "tune.json").read_text())
     return report
 
 
@@ -76,35 +80,30 @@ def on_a_rank(turns: int, overrides: list[str]) -> None:
                     "seconds": statistics.median(map(max, zip(*training, strict=True))),
                 }
             )
-        if world.is_main:
-            print(json.dumps(answer))
+        common.send(answer)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]), sys.argv[3:])
-        return
-    options = common.arguments(__doc__ or "").parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        report = tuned(Path(name), options.quick)
+def measured(is_quick: bool) -> Iterator[common.Row]:
+    training = [*TRAINING, *(SMALL if is_quick else [])]
+    report = tuned(training, is_quick)
     confirmation, forecast = report["confirmation"], Forecast(**report["forecast"])
-    gain = 1.0 if confirmation is None or not confirmation["is_faster"] else 1 / confirmation["ratio"]
-    rows: list[dict[str, Any]] = [
-        {
-            "what": "suggested against configured, on this machine",
-            "setting": " ".join(report["suggestion"]) or "as configured",
-            "s/update": forecast.measured_seconds,
-            "times as fast": gain,
-            "predicted (s)": None,
-            "predicted / measured": None,
-        }
-    ]
-    reason = why_impossible()
-    for rate in () if reason else RATES:
+    setting = " ".join(report["suggestion"]) or "as configured"
+    yield {
+        "what": "suggested against configured, on this machine",
+        "setting": setting,
+        "s/update": forecast.measured_seconds,
+        "times as fast": 1 / confirmation["ratio"] if confirmation and confirmation["is_faster"] else 1.0,
+        "predicted (s)": None,
+        "predicted / measured": None,
+    }
+    if reason := why_impossible():
+        common.progress(f"hosts can't be emulated here: {reason}")
+        return
+    for rate in RATES:
+        common.progress(f"training over {rate}")
+        words = ["2" if is_quick else "9", *training, *report["suggestion"]]
         with two_hosts(rate) as hosts:
-            words = [*TRAINING, *report["suggestion"]]
-            said = start_ranks(hosts, sys.executable, __file__, "rank", "2" if options.quick else "9", *words)
-        found = json.loads(said.splitlines()[-1])
+            (found,) = on_hosts(hosts, __file__, *words)
         link = fit_link({int(size): seconds for size, seconds in found["link"].items()}, 2)
         medians = [statistics.median(column) for column in zip(*(t["compute"] for t in found["turns"]), strict=True)]
         compute = fit_compute(dict(zip(STEPS, medians, strict=True)))
@@ -113,21 +112,24 @@ def main() -> None:
         )
         predicted = predicted_seconds(there, 2, report["config"]["batch"]["global_batch_size"], link)
         seconds = statistics.median(turn["seconds"] for turn in found["turns"])
-        rows.append(
-            {
-                "what": f"2 hosts, {rate}",
-                "setting": rows[0]["setting"],
-                "s/update": seconds,
-                "times as fast": None,
-                "predicted (s)": predicted,
-                "predicted / measured": predicted / seconds,
-            }
-        )
-    if reason:
-        print(f"hosts can't be emulated here: {reason}")
-    common.show("What tune suggests and predicts", rows)
+        yield {
+            "what": f"2 hosts, {rate}",
+            "setting": setting,
+            "s/update": seconds,
+            "times as fast": None,
+            "predicted (s)": predicted,
+            "predicted / measured": predicted / seconds,
+        }
+
+
+def main() -> None:
+    if words := common.rank_words():
+        on_a_rank(int(words[0]), words[1:])
+        return
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    rows = common.show("What tune suggests and predicts", measured(options.quick))
     if options.write:
-        common.write("tuning", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What does batch.balance=speed gain when one rank is slower than the others?
 
+    python benchmarks/unequal_ranks.py
+
 Ranks of DDP over gloo, each bound to a core (four ranks share two cores); with some of them busy processes compete,
 so that they get a third of what they would have. The same training with equal shares and with shares by measured speed,
 in rounds that take turns; medians. The ideal is what the ranks could do without ever waiting for each other: the sum of
@@ -8,7 +10,6 @@ their own speeds, each measured without DDP, with its competitors, while the oth
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -16,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import common
 import torch
@@ -30,7 +30,7 @@ from distaccum.runtime.world import joined_world
 from distaccum.strategies import SingleStrategy, Strategy, place
 from distaccum.training.adapt_cuts import CutTuning
 
-GLOBAL_BATCH, MICRO_BATCH, TOKENS, WIDTH = 768, 8, 32, 256
+GLOBAL_BATCH, MICRO_BATCH, WIDTH = 768, 8, 256
 SLOWDOWN = 3
 WARM_UP = 12
 """Updates before measuring: speeds are measured, smoothed and put in force in these."""
@@ -38,7 +38,10 @@ WARM_UP = 12
 
 @contextmanager
 def competitors(core: int, count: int) -> Iterator[None]:
-    """Busy processes on one core. Started by the rank that they slow, as Linux shares a core out by sessions."""
+    """Keeps processes busy on one core.
+
+    The rank that they slow starts them, as Linux shares a core out by sessions.
+    """
     command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]
     busy = [subprocess.Popen(command) for _ in range(count)]
     try:
@@ -52,8 +55,10 @@ def competitors(core: int, count: int) -> Iterator[None]:
 class Training:
     """A model that trains on windows of its own, so that two of them can take turns."""
 
-    def __init__(self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, balance: bool) -> None:
-        inputs = torch.randn(2 * GLOBAL_BATCH, TOKENS, WIDTH)
+    def __init__(
+        self, strategy: Strategy, model: nn.Module, rank: int, world_size: int, tokens: int, balance: bool
+    ) -> None:
+        inputs = torch.randn(2 * GLOBAL_BATCH, tokens, WIDTH)
         data = TensorDataset(inputs, inputs[..., :10].argmax(-1))
         self.loader = WindowLoader(
             data,
@@ -94,7 +99,7 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
 
 
-def on_a_rank(rounds: int, slowed: int) -> None:
+def on_a_rank(rounds: int, tokens: int, slowed: int) -> None:
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     rank = int(os.environ["RANK"])
@@ -106,49 +111,51 @@ def on_a_rank(rounds: int, slowed: int) -> None:
         trainings = {}
         for balance in (False, True):
             strategy = place(model(), DDPConfig(), torch.device("cpu"))
-            trainings[balance] = Training(strategy, strategy.module, world.rank, world.world_size, balance)
+            trainings[balance] = Training(strategy, strategy.module, world.rank, world.world_size, tokens, balance)
         for training in trainings.values():
             while training.updates < WARM_UP:
                 training.epoch()
         alone_model = model()
-        alone = Training(SingleStrategy(alone_model), alone_model, 0, 1, balance=False)
+        alone = Training(SingleStrategy(alone_model), alone_model, 0, 1, tokens, balance=False)
         found: dict[str, list[float]] = {"even": [], "speed": [], "ideal": []}
-        for _ in range(rounds):
+        for _ in common.rounds(rounds, f"{world.world_size} ranks, {slowed} slower: round"):
             found["even"].append(trainings[False].epoch())
             found["speed"].append(trainings[True].epoch())
             found["ideal"].append(sum(world.gather(alone.epoch())))
             world.gather(None)
-        if world.is_main:
-            cuts = trainings[True].loader.cuts
-            shares = [sum(sizes) for sizes in cuts.plan.cut(GLOBAL_BATCH, cuts.shares).sizes]
-            print(json.dumps({"found": found, "shares": shares}))
+        medians = {name: statistics.median(values) for name, values in found.items()}
+        cuts = trainings[True].loader.cuts
+        cut = cuts.plan.cut(GLOBAL_BATCH, cuts.shares)
+        shares = {
+            "even": [GLOBAL_BATCH // world.world_size] * world.world_size,
+            "speed": [sum(sizes) for sizes in cut.sizes],
+        }
+        for name, own in shares.items():
+            common.send(
+                {
+                    "ranks": world.world_size,
+                    f"{SLOWDOWN} x slower": slowed,
+                    "batch.balance": name,
+                    "samples/s": medians[name],
+                    "of the ideal": medians[name] / medians["ideal"],
+                    "shares": " + ".join(map(str, own)),
+                }
+            )
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["rank"]:
-        on_a_rank(int(sys.argv[2]), int(sys.argv[3]))
+    if words := common.rank_words():
+        on_a_rank(*map(int, words))
         return
-    options = common.arguments(__doc__ or "").parse_args()
-    rounds = 2 if options.quick else 5
-    rows: list[dict[str, Any]] = []
-    for ranks, slowed in ((2, 0), (2, 1)) if options.quick else ((2, 0), (2, 1), (4, 1), (4, 2)):
-        answer = json.loads(common.torchrun(ranks, __file__, "rank", str(rounds), str(slowed)).splitlines()[-1])
-        medians = {name: statistics.median(values) for name, values in answer["found"].items()}
-        shares = {"even": [GLOBAL_BATCH // ranks] * ranks, "speed": answer["shares"]}
-        rows += [
-            {
-                "ranks": ranks,
-                f"{SLOWDOWN} x slower": slowed,
-                "batch.balance": name,
-                "samples/s": medians[name],
-                "of the ideal": medians[name] / medians["ideal"],
-                "shares": " + ".join(map(str, shares[name])),
-            }
-            for name in ("even", "speed")
-        ]
-    common.show("Some ranks slowed by competitors for their core", rows)
+    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    worlds = ((2, 0), (2, 1)) if options.quick else ((2, 0), (2, 1), (4, 1), (4, 2))
+    words = ("1", "4") if options.quick else ("5", "32")  # rounds, and tokens of a sample
+    rows = common.show(
+        "Some ranks slowed by competitors for their core",
+        (row for ranks, slowed in worlds for row in common.on_ranks(ranks, __file__, *words, str(slowed))),
+    )
     if options.write:
-        common.write("unequal_ranks", (__doc__ or "").splitlines()[0], rows)
+        common.write(__doc__, rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -49,11 +50,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file.endswith(("faults/test_kills.py", "faults/test_restarts.py")):  # long, and share nothing
+            # Long, and share nothing.
+            if file.endswith(("faults/test_kills.py", "faults/test_restarts.py", "test_benchmarks.py")):
                 return nodeid
             return "launch" if "/launch/" in file else file
 
     return ByFile(config, log)
+
+
+MAY_SKIP = re.compile("CUDA|GPU|hosts can't be emulated here: `|no file system can be mounted here")
+"""Reasons that hold for some machine that has everything installed: no GPU, or a kernel that refuses it to root."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails tests that skip because something isn't installed, if NO_SKIPS is set: in continuous integration."""
+    report = yield
+    if report.skipped and os.environ.get("NO_SKIPS") and not MAY_SKIP.search(str(report.longrepr)):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which NO_SKIPS forbids: {report.longrepr}"
+    return report
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""Each benchmark runs, quickly, and what it says of exactness holds."""
+"""Each benchmark runs with --quick, shows what it promises, and what it says of exactness holds."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,112 +17,68 @@ import torch
 from launching import ROOT
 
 from benchmarks import common
-from benchmarks.emulated_hosts import why_impossible
+
+BENCHMARKS = ROOT / "benchmarks"
+HELPERS = {"common", "emulated_hosts", "peers_contenders"}
+ON_A_CPU = ("--device", "cpu", "--backend", "aot_eager")
+PEERS = {"accelerate", "lightning", "transformers"}
+NEEDED = {"padding": PEERS, "peers": PEERS, "picture_of_segmentation": {"matplotlib"}}
+"""Packages of the extra `bench` that a benchmark can't do without."""
+
+Rows = list[dict[str, str]]
+"""Of a table, as it is printed."""
 
 
-def _run(name: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / name), "--quick", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "250"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def exactness(rows: Rows) -> None:
+    assert len(rows) == 3 * 2 * 2, "K, methods, windows"
+    for row in [*rows, *json.loads((common.RESULTS / "exactness.json").read_text())["rows"]]:
+        assert (float(row["relative error of the update"]) < 1e-12) == (row["method"] == "distaccum")
 
 
-def test_commands_are_those_of_the_repositorys_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert json.loads(path.read_text())["command"].startswith("python benchmarks/"), path.name
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "benchmarks" / "results")
-    monkeypatch.chdir(tmp_path)
-    for script in (tmp_path / "benchmarks" / "peers.py", "benchmarks/peers.py"):
-        monkeypatch.setattr(sys, "argv", [str(script), "--write"])
-        common.write("peers", "?", [])
-        record = json.loads((tmp_path / "benchmarks" / "results" / "peers.json").read_text())
-        assert record["command"] == "python benchmarks/peers.py --write"
-
-
-def test_exactness() -> None:
-    assert "distaccum" in _run("exactness.py")
-    rows = json.loads(Path(ROOT, "benchmarks/results/exactness.json").read_text())["rows"]
+def sync(rows: Rows) -> None:
+    assert [row["K"] for row in rows] == ["1", "2", "4", "8", "16"]
     for row in rows:
-        assert (row["relative error of the update"] < 1e-12) == (row["method"] == "distaccum")
+        assert float(row["every: MB/update"]) == pytest.approx(8.4 * int(row["K"]), rel=0.01)
+        assert float(row["no_sync: MB/update"]) == pytest.approx(8.4, rel=0.01)
 
 
-def test_sync() -> None:
-    assert "ratio" in _run("sync.py")
+def noise_scale(rows: Rows) -> None:
+    assert [row["ranks"] for row in rows] == ["1"] * 6 + ["2"] * 6
+    assert {row["model"] for row in rows} == {"MLP, digits", "CNN, digits", "GPT, 128 tokens"}
+    assert all(float(row["measured / plain"]) > 0 for row in rows)
 
 
-def test_noise_scale() -> None:
-    assert "measured / plain" in _run("noise_scale.py")
-
-
-def _table(output: str) -> list[dict[str, str]]:
-    """The rows of a benchmark's table."""
-    (header,) = (line for line in output.splitlines() if line.startswith("┃"))
-    names = [cell.strip() for cell in header.strip("┃").split("┃")]
-    rows = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
-    return [dict(zip(names, map(str.strip, row), strict=True)) for row in rows]
-
-
-def _need_peers() -> None:
-    missing = [name for name in ("accelerate", "lightning", "transformers") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"needs the extra `bench`: {', '.join(missing)} not installed")
-
-
-def test_peers() -> None:
-    _need_peers()
-    rows = _table(_run("peers.py"))
-    assert {row["ranks"] for row in rows} == {"1", "2"}
+def peers(rows: Rows) -> None:
+    assert [row["ranks"] for row in rows] == ["1"] * 6 + ["2"] * 6
     wrong = {(row["contender"], kind) for row in rows for kind in ("ragged", "unequal") if float(row[kind]) > 1e-12}
     means_of_means = ("hand-written loop", "Accelerate", "Fabric", "Lightning Trainer")
     assert wrong == {(name, kind) for name in means_of_means for kind in ("ragged", "unequal")}
     assert all(float(row["error: full"]) < 1e-12 for row in rows)
 
 
-def test_padding() -> None:
-    _need_peers()
-    rows = _table(_run("padding.py"))
+def padding(rows: Rows) -> None:
     assert all(float(row["error of the update"]) < 1e-12 for row in rows)
     computed = {(row["ranks"], row["contender"]): float(row["tokens computed / real"]) for row in rows}
+    assert len(computed) == 6
     for ranks in ("1", "2"):
         assert computed[ranks, "distaccum, by_length"] < 0.6 * computed[ranks, "distaccum, uniform"]
     assert computed["1", "distaccum, uniform"] == computed["1", "Transformers, dynamic"]
+    assert computed["1", "Transformers, grouped"] < computed["1", "Transformers, dynamic"]
 
 
-def test_gpu_refuses_where_there_is_none() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    for arguments, said in (([], "torch finds none"), (["--device", "cpu", "--write"], "say nothing here")):
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_gpu_at_a_small_size_on_a_cpu() -> None:
-    said = _run("gpu.py", "--device", "cpu", "--backend", "aot_eager")
-    loops, _, memory = said.partition("Memory ")
-    rows = [row for row in _table(loops) if row["loop"] == "distaccum"]
+def gpu(loops: Rows, memory: Rows) -> None:
+    rows = [row for row in loops if row["loop"] == "distaccum"]
     assert [row["compile"] for row in rows] == ["false", "true"]
     assert {row["host waits in micro-steps"] for row in rows} == {"0"}
-    found, recovered = _table(memory)
+    found, recovered = memory
     assert found["micro-batch"] == "5", "memory runs out above"
     assert "2 times cut smaller" in recovered["what"]
     assert float(recovered["what"].rpartition(" ")[2]) < 1e-3, "bfloat16 sums in another order"
 
 
-def test_slow_link() -> None:
-    if reason := why_impossible():
-        pytest.skip(reason)
-    sent = {(row["link"], row["K"], row["sync"]): float(row["MB on the wire"]) for row in _table(_run("slow_link.py"))}
+def slow_link(rows: Rows) -> None:
+    sent = {(row["link"], row["K"], row["sync"]): float(row["MB on the wire"]) for row in rows}
+    assert len(sent) == 2 * 2 * 4, "links, K, ways"
     for link in ("100mbit", "1gbit"):
         one = sent[link, "1", "no_sync"]
         assert sent[link, "8", "no_sync"] == pytest.approx(one, rel=0.1)
@@ -128,10 +87,121 @@ def test_slow_link() -> None:
         assert sent[link, "8", "no_sync, PowerSGD"] < one / 20
 
 
-def test_checkpoint() -> None:
-    shown = _run("checkpoint.py")
-    assert all(way in shown for way in ("copy in memory", "asynchronous", "synchronous", "torch.save"))
+def tuning(rows: Rows) -> None:
+    places = ["suggested against configured, on this machine", "2 hosts, 100mbit", "2 hosts, 1gbit"]
+    assert [row["what"] for row in rows] == places[: len(rows)]
+    assert all(float(row["s/update"]) > 0 for row in rows)
 
 
-def test_unequal_ranks() -> None:
-    assert "of the ideal" in _run("unequal_ranks.py")
+def memory(rows: Rows) -> None:
+    placements = {row["placement"] for row in json.loads((common.RESULTS / "memory.json").read_text())["rows"]}
+    assert {(row["placement"], row["K"]) for row in rows} == set(itertools.product(placements, ("1", "4")))
+    assert all(abs(float(row["error %"])) < 5 for row in rows)
+
+
+def checkpoint(rows: Rows) -> None:
+    ways = {"copy in memory", "asynchronous", "synchronous", "torch.save"}
+    assert {(row["disk"], row["way"]) for row in rows} >= {("as it is", way) for way in ways}
+    assert len(rows) % len(ways) == 0
+
+
+def unequal_ranks(rows: Rows) -> None:
+    cases = [(row["ranks"], row["3 x slower"], row["batch.balance"]) for row in rows]
+    assert cases == [("2", slowed, balance) for slowed in "01" for balance in ("even", "speed")]
+    assert {sum(map(int, row["shares"].split(" + "))) for row in rows} == {768}
+
+
+def no_table() -> None:
+    """The pictures print none."""
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, gpu, slow_link, tuning)},
+    **{check.__name__: check for check in (memory, checkpoint, unequal_ranks)},
+    "picture_of_a_run": no_table,
+    "picture_of_segmentation": no_table,
+}
+
+
+def _run(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def _tables(output: str) -> list[Rows]:
+    tables = []
+    for is_table, lines in itertools.groupby(output.splitlines(), lambda line: "│" in line):
+        if is_table:
+            names, *rows = ([cell.strip() for cell in line.split("│")] for line in lines)
+            tables.append([dict(zip(names, row, strict=True)) for row in rows])
+    return tables
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in BENCHMARKS.glob("*.py")} - HELPERS))
+def test_a_quick_run(name: str, tmp_path: Path) -> None:
+    if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
+        pytest.skip(f"needs the extra `bench`: {', '.join(sorted(missing))} not installed")
+    picture = tmp_path / "picture.svg"
+    arguments = ON_A_CPU if name == "gpu" else (str(picture),) if "picture" in name else ()
+    done = _run(name, "--quick", *arguments, cwd=tmp_path)
+    if "hosts can't be emulated here" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"This takes about \d+ (seconds|minutes?) on ", done.stdout)
+    tables = _tables(done.stdout)
+    CHECKS[name](*tables)
+    if "picture" in name:
+        assert picture.read_text(encoding="utf-8").count("<path") > 10
+    else:
+        published = json.loads((common.RESULTS / f"{name}.json").read_text())["rows"]
+        assert {tuple(row) for table in tables for row in table} == {tuple(row) for row in published}
+
+
+def test_rows_are_printed_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    def rows() -> Iterator[common.Row]:
+        yield {"way": "a", "seconds": 0.5, "of all": None}
+        assert capsys.readouterr().out.splitlines()[-1].split() == ["a", "│", "0.5", "│"]
+        yield {"way": "a way of 26 letters or more", "seconds": 123.456, "of all": 1}
+
+    found = common.show("Title", rows())
+    assert [row["seconds"] for row in found] == [0.5, 123.456]
+    assert capsys.readouterr().out == f"{'a way of 26 letters or more':<21} │       123 │         1\n"
+
+
+def test_ranks_send_rows_and_one_that_fails_ends_the_benchmark(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "print('of a library', flush=True); print('{\"K\": 1}', flush=True); raise SystemExit(3)"
+    rows = common.rows_of([sys.executable, "-c", code], [sys.executable, "-c", "print('{\"K\": 2}')"])
+    assert next(rows) == {"K": 1}
+    with pytest.raises(SystemExit, match="exit status 3 of"):
+        next(rows)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_commands_are_those_of_the_repositorys_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in common.RESULTS.glob("*.json"):
+        assert json.loads(path.read_text())["command"].startswith("python benchmarks/"), path.name
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.chdir(tmp_path)
+    for script in (tmp_path / "benchmarks" / "peers.py", "benchmarks/peers.py"):
+        monkeypatch.setattr(sys, "argv", [str(script), "--write"])
+        common.write("?", [])
+        record = json.loads((tmp_path / "benchmarks" / "results" / "peers.json").read_text())
+        assert record["command"] == "python benchmarks/peers.py --write"
+        assert record["question"] == "?"
+
+
+def test_gpu_refuses_where_there_is_none() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for arguments, said in (([], "torch finds none"), (["--device", "cpu", "--write"], "say nothing here")):
+        done = _run("gpu", *arguments)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

@@ -31,8 +31,8 @@ class BatchConfig:
     16 if those aren't given either. `auto`: the largest that fits into memory, found at the start with the costliest
     samples and remembered; when memory runs out later, the run goes on with smaller ones."""
     auto_memory: float = 0.8
-    """Fraction of the free memory that `batch.micro_batch_size=auto` may use where it can't try sizes out: on a CPU, and
-    where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
+    """Fraction of the free memory that `batch.micro_batch_size=auto` may use where it can't try sizes out: on a CPU,
+    and where ranks must take equal micro-steps (FSDP, `static_graph`, SyncBatchNorm)."""
     accumulation_steps: int | None = None
     """Micro-steps per update and rank. `null`: follows from the micro-batch size."""
     drop_last: bool = False
@@ -45,8 +45,8 @@ class BatchConfig:
     linearly from `ramp_from` to `global_batch_size`; `noise`: they begin with `global_batch_size` and follow the
     measured noise scale between `min_size` and `max_size`."""
     table: list[list[int]] = field(default_factory=list)
-    """With `batch.schedule=table`: pairs of the update (from 1) or epoch (from 0) at which a size begins, and the size in
-    samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
+    """With `batch.schedule=table`: pairs of the update (from 1) or epoch (from 0) at which a size begins, and the size
+    in samples per update: `[[100, 128], [500, 256]]`. Before the first entry it is `global_batch_size`."""
     table_unit: TableUnit = TableUnit.update
     """Unit of the first number of each pair: `update` or `epoch`."""
     ramp_from: int | None = None
