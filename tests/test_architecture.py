@@ -1,4 +1,4 @@
-"""The floors of the house: a module imports from its own floor's neighbours below, never from above."""
+"""The layers of the package: a module imports from its own layer and from those before it, never from a later one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distaccum"
 
-FLOORS = [
+LAYERS = [
     *("errors", "config", "runtime", "planning", "loaders", "strategies", "accumulation", "checkpoints"),
     *("data", "models", "tasks", "observers", "training", "tools", "cli"),
 ]
@@ -54,7 +54,7 @@ def _problem(importer: str, imported: str) -> str | None:
         return "imports a command"
     if above[0] in COMMANDS:
         return None
-    if FLOORS.index(below[0]) > FLOORS.index(above[0]):
+    if LAYERS.index(below[0]) > LAYERS.index(above[0]):
         return "imports what stands after it"
     if above[0] == below[0] == "tools" and len(above) > 1 and above[1] != below[1] and below[1] not in SHARED_TOOLS:
         return "is a tool that imports another tool"
@@ -101,7 +101,7 @@ def test_no_module_imports_the_public_face() -> None:
 
 
 def test_every_module_has_its_place() -> None:
-    assert {name.partition(".")[0] for name in MODULES if name} == {*FLOORS, *COMMANDS}
+    assert {name.partition(".")[0] for name in MODULES if name} == {*LAYERS, *COMMANDS}
 
 
 def test_wrong_imports_are_noticed() -> None:
@@ -118,6 +118,37 @@ def test_wrong_imports_are_noticed() -> None:
     assert not _circles({"runtime.a": {"runtime.b", "runtime.c"}, "runtime.b": {"runtime.c"}})
 
 
+FRAGMENTS = (
+    *("And", "As", "At", "By", "For", "From", "How", "In", "Of", "On", "Only", "That", "Those", "To", "What", "When"),
+    *("Where", "Whose", "Why", "With"),
+)
+"""First words of docstrings that are no whole thought: a docstring begins with a verb, or with what is returned."""
+
+
+def _style_problems(source: str) -> list[str]:
+    """Files of more than 400 lines, functions of more than 60, docstrings that begin as fragments."""
+    found = ["the file is too long"] if source.count("\n") > 400 else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = getattr(node, "name", "the module")
+            if (ast.get_docstring(node) or "").split(" ")[0] in FRAGMENTS:
+                found.append(f"the docstring of {name} begins as a fragment")
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
+                found.append(f"{name} is too long")
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_are_short_and_docstrings_whole(name: str) -> None:
+    assert _style_problems(MODULES[name].read_text()) == []
+
+
+def test_long_files_and_fragments_are_noticed() -> None:
+    assert _style_problems("x = 1\n" * 401) == ["the file is too long"]
+    assert _style_problems("def f():\n" + "    x = 1\n" * 60) == ["f is too long"]
+    assert _style_problems('def f():\n    """What it is."""\n') == ["the docstring of f begins as a fragment"]
+
+
 def test_planning_knows_no_torch() -> None:
     code = "import sys, distaccum.planning; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -130,7 +161,7 @@ def test_an_own_loop_imports_nothing_of_the_trainer() -> None:
         "*{'hydra', 'omegaconf', 'wandb', 'rich'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= set(FLOORS[: FLOORS.index("checkpoints")]), done.stdout
+    assert set(done.stdout.split()) <= set(LAYERS[: LAYERS.index("checkpoints")]), done.stdout
 
 
 def test_entry_points_are_short() -> None:

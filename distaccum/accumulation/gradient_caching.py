@@ -41,7 +41,7 @@ Loss = Callable[[Any], TaskOutput]
 
 
 class Stage(Enum):
-    """What a rank does next in a window whose loss couples its samples."""
+    """The next stage of a rank in a window whose loss couples its samples."""
 
     embedding = "embedding"
     whole_window = "loss of the whole window"

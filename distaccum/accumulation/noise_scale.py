@@ -1,4 +1,4 @@
-"""How noisy gradients are, and so how large a batch pays: estimates from the parts that a window's gradient is made of.
+"""Estimates how noisy gradients are, and so how large a batch pays, from the parts that a window's gradient is made of.
 
 The simple noise scale of McCandlish et al. 2018 is B = tr Σ / |G|²: Σ is the covariance of the gradients of single
 samples, G their mean. A batch much smaller than B is mostly noise; one much larger hardly helps a step on.

@@ -198,7 +198,7 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
 
 
 def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:
-    """How many updates' weights are in an average that a checkpoint keeps; None if it keeps none of that name."""
+    """Returns how many updates' weights an average in a checkpoint is of; None if there is no average of that name."""
     path = f"also/{average}/n_averaged"
     if path not in checkpoint.manifest["tensors"]:
         return None

@@ -42,7 +42,7 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a piece of a tensor has been written."""
+    """The file and the key under which a piece of a tensor has been written."""
 
     file: str
     key: str

@@ -16,7 +16,7 @@ from distaccum.errors import require, require_at_least, require_positive
 
 @dataclass(kw_only=True, slots=True)
 class DistributedConfig:
-    """How ranks wait for each other."""
+    """Settings of how ranks wait for each other."""
 
     timeout_seconds: float = 600.0
     """How long ranks wait for a missing one. They then stop, and name it and what it was doing."""

@@ -14,7 +14,7 @@ from distaccum.errors import require, require_at_least, require_positive
 
 
 class PlacementName(Enum):
-    """What `python -m distaccum.compare` can compare."""
+    """The placements that `python -m distaccum.compare` can compare."""
 
     one_shot = "one_shot"
     single = "single"
@@ -69,7 +69,7 @@ def _require_given_micro_batch(tool: str, batch: BatchConfig) -> None:
 
 @dataclass(kw_only=True, slots=True)
 class CompareSection:
-    """What `python -m distaccum.compare` runs, and how long it measures."""
+    """Settings of `python -m distaccum.compare`: what it runs, and how long it measures."""
 
     placements: list[PlacementName] | None = None
     """Which placements, of `one_shot`, `single`, `dp`, `ddp_sync_every_step`, `ddp`, `ddp_bf16`, `ddp_fp16`,
@@ -128,7 +128,7 @@ class CompareConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class CheckSection:
-    """What `python -m distaccum.check` measures, and how far equal results may differ."""
+    """Settings of `python -m distaccum.check`: what it measures, and how far equal results may differ."""
 
     windows: int = 2
     """Windows to measure: the first ones of an epoch, and as the last of them the epoch's last window, ragged or
@@ -164,7 +164,7 @@ class CheckConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class MemorySection:
-    """What `python -m distaccum.memory` measures, in one process, and the memory to compare it with."""
+    """Settings of `python -m distaccum.memory`: what it measures, in one process, and the memory to compare it with."""
 
     world_size: int | None = None
     """Ranks to measure `ddp` and `fsdp` for; the host needs no device for them. `null`: one per GPU, at least 2."""
@@ -201,7 +201,7 @@ class MemoryConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class StudySection:
-    """What `python -m distaccum.study` trains, and when its runs end."""
+    """Settings of `python -m distaccum.study`: what it trains, and when its runs end."""
 
     batch_sizes: list[int] | None = None
     """Global batch sizes to try. `null`: 1/16, 1/4, 1 and 4 times `batch.global_batch_size`, up to the size of the
@@ -278,7 +278,7 @@ class StudyConfig(TrainConfig):
 
 @dataclass(kw_only=True, slots=True)
 class TuneSection:
-    """What `python -m distaccum.tune` tries, how long it takes, and what it predicts."""
+    """Settings of `python -m distaccum.tune`: what it tries, how long it takes, and what it predicts."""
 
     world_size: int | None = None
     """Ranks to tune for, on this machine. `null`: one per GPU; 1 without any."""

@@ -1,4 +1,4 @@
-"""What is used of the iterator of a `DataLoader` with workers that torch keeps private.
+"""The private attributes of torch's `DataLoader` iterator with workers that this package uses.
 
 tests/loaders/test_worker_internals.py asserts that all of it is there.
 """

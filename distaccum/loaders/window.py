@@ -17,7 +17,7 @@ _MOST_BYTES_TOGETHER = 2**16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recutting:
-    """What a loader offers for cutting one window anew, when a micro-batch has not fitted into memory.
+    """A loader's interface for cutting one window anew, when a micro-batch has not fitted into memory.
 
     Attributes:
         cut: this rank's micro-batches, as dataset indices, in sizes that are allowed by now.

@@ -21,7 +21,7 @@ _MOST_BYTES = 1 << 20
 
 
 class Outcome(StrEnum):
-    """How a run ended."""
+    """The ways in which a run ends."""
 
     running = "running"
     """Not yet; a run that was killed keeps it."""
@@ -35,7 +35,7 @@ class Outcome(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class RunRecord:
-    """What `run.json` holds."""
+    """The content of `run.json`."""
 
     plan: str = ""
     """How a window is cut, in one line."""

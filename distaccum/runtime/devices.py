@@ -88,7 +88,7 @@ class Precision:
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """What floating-point inputs are cast to; None where they may stay as they are."""
+        """Returns the format that floating-point inputs are cast to; None where they may stay as they are."""
         return None if self.parameter_dtype is torch.float32 else self.parameter_dtype
 
     def autocast(self) -> AbstractContextManager[Any]:

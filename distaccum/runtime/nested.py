@@ -20,7 +20,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def leaves(value: Any) -> list[Any]:
-    """What a nest of tuples, lists and mappings holds, in a fixed order: tensors, and whatever else is in it."""
+    """Returns the leaves of a nest of tuples, lists and mappings, in a fixed order: tensors and all else in it."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""What is used of `DistributedDataParallel` and of torch's PowerSGD that torch keeps private or has renamed.
+"""The parts of `DistributedDataParallel` and PowerSGD that torch keeps private or has renamed, and that are used here.
 
 tests/strategies/test_internals.py asserts that all of it is there.
 """
@@ -80,5 +80,5 @@ def count_powersgd(count: Callable[[Any, Tensor], None]) -> None:
 
 
 def powersgd_memories(state: powersgd.PowerSGDState) -> dict[str, dict[int, Tensor]]:
-    """What PowerSGD keeps of the updates before, by bucket: error feedback and both factors. The live dictionaries."""
+    """Returns PowerSGD's memory of earlier updates, by bucket: error feedback and both factors; live dictionaries."""
     return {name: getattr(state, name) for name in ("error_dict", "p_memory_dict", "q_memory_dict")}

@@ -1,4 +1,4 @@
-"""What is used of FSDP2 that torch keeps private or has renamed.
+"""The parts of FSDP2 that torch keeps private or has renamed, and that are used here.
 
 tests/strategies/test_internals.py asserts that all of it is there.
 """

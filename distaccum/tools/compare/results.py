@@ -90,7 +90,7 @@ class Reference:
 
 @dataclass(kw_only=True, slots=True)
 class CompareReport(Circumstances):
-    """What `compare.json` holds."""
+    """The content of `compare.json`."""
 
     reference: Reference
     rows: list[CompareRow]

@@ -39,7 +39,7 @@ from distaccum.training.model import build_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wishes:
-    """What to evaluate, and how.
+    """The models to evaluate, and the way to do it.
 
     Attributes:
         paths: folders of runs or of checkpoints.

@@ -90,7 +90,7 @@ class _Change(NamedTuple):
 
 
 class _Examination:
-    """What the configuration names, built, and the settings to measure it under."""
+    """The parts that the configuration names, built, and the settings to measure it under."""
 
     def __init__(self, config: MemoryConfig) -> None:
         self._config = config

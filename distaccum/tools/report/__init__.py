@@ -1,4 +1,4 @@
-"""What a run was and how it went, from its folder: one page for one run or for several."""
+"""Reports what a run was and how it went, from its folder: one page for one run or for several."""
 
 from __future__ import annotations
 

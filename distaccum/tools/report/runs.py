@@ -37,7 +37,7 @@ class Run:
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it ended; None if that is not known."""
+        """Returns how the run ended; None if that is not known."""
         return self.record.outcome if self.record is not None else None
 
     @property
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How it ended, in a word or two."""
+        """Returns how the run ended, in a word or two."""
         if self.record is None:
             return "end not known"
         if self.record.outcome is Outcome.stopped:

@@ -29,7 +29,7 @@ class Spot:
 
 @dataclass(kw_only=True, slots=True)
 class Learning:
-    """How a run has learned so far."""
+    """The curve of a run so far."""
 
     curve: list[Spot] = field(default_factory=list)
     updates: int = 0
@@ -133,7 +133,7 @@ def best_value(curve: Sequence[Spot], goal: Goal) -> float | None:
 
 
 def crossing(curve: Sequence[Spot], target: float, goal: Goal) -> Spot | None:
-    """Where a curve first reaches the target, by a straight line between two spots; None if it does not."""
+    """Returns where a curve first reaches the target, by a straight line between two spots; None if it does not."""
     before: Spot | None = None
     for spot in curve:
         if not math.isfinite(spot.value):

@@ -39,7 +39,7 @@ class Result(Learning):
 
 @dataclass(kw_only=True, slots=True)
 class Study(Circumstances):
-    """What `study.json` holds."""
+    """The content of `study.json`."""
 
     num_samples: int
     """Of the training data."""
