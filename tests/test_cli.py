@@ -311,6 +311,7 @@ def test_a_sweep_makes_its_runs_one_after_another(train: Callable[..., Ended], t
     assert {Path(name).name for name in files_below(tmp_path)} == {
         "config.yaml",
         "metrics.jsonl",
+        "run.json",
         "rank0.log",
         "run.lock",
         "model.safetensors",

@@ -36,7 +36,10 @@ def test_a_run_of_two_ranks_leaves_one_folder() -> None:
     (run_dir,) = Path("runs").iterdir()
     shards = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")
     assert files_below(Path()) == {
-        *(f"{run_dir}/{name}" for name in ("config.yaml", "metrics.jsonl", "run.lock", "model.safetensors")),
+        *(
+            f"{run_dir}/{name}"
+            for name in ("config.yaml", "metrics.jsonl", "run.json", "run.lock", "model.safetensors")
+        ),
         *(f"{run_dir}/logs/rank{rank}.log" for rank in (0, 1)),
         *(f"{run_dir}/checkpoints/update-00000003/{name}" for name in shards),
     }
