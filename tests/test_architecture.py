@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parent.parent / "distaccum"
 
 LAYERS = [
@@ -80,10 +78,15 @@ def _circles(imports: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name])
-def test_a_module_imports_what_stands_before_it(name: str) -> None:
-    problems = {other: _problem(name, other) for other in _imported(MODULES[name].read_text())}
-    assert not {other: said for other, said in problems.items() if said}
+def test_modules_import_what_stands_before_them() -> None:
+    problems = {
+        (name, other): said
+        for name, path in MODULES.items()
+        if name
+        for other in _imported(path.read_text())
+        if (said := _problem(name, other))
+    }
+    assert not problems
 
 
 def test_no_two_modules_of_a_package_import_each_other() -> None:
@@ -138,9 +141,9 @@ def _style_problems(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_files_and_functions_are_short_and_docstrings_whole(name: str) -> None:
-    assert _style_problems(MODULES[name].read_text()) == []
+def test_files_and_functions_are_short_and_docstrings_whole() -> None:
+    problems = {name: found for name, path in MODULES.items() if (found := _style_problems(path.read_text()))}
+    assert not problems
 
 
 def test_long_files_and_fragments_are_noticed() -> None:
