@@ -152,7 +152,7 @@ def measured(slow: float, is_quick: bool) -> Iterator[common.Row]:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="10 seconds", full="6 minutes")
     parser.add_argument("--slow", type=float, default=20.0, help="megabytes per second of the slowed disk")
     options = common.begin(parser)
     torch.set_num_threads(1)

@@ -110,7 +110,7 @@ def plot(rows: list[common.Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="10 seconds", full="20 seconds")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figure into FILE (.svg or .png)")
     options = common.begin(parser)
     torch.set_num_threads(1)

@@ -377,7 +377,7 @@ def memory(scale: Scale, device: torch.device) -> Iterator[common.Row]:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="1 minute", full="3 minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     options = common.begin(parser)

@@ -128,7 +128,8 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank([int(size) for size in words])
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="40 seconds", full="2 minutes"))
+    torch.set_num_threads(1)  # as on ranks
     table = common.show("Peak memory of rank 0", rows(list(SIZES[:1] if options.quick else SIZES)))
     worst = max(abs(row["error %"]) for row in table)
     print(f"largest error of a prediction from micro-batches of 2 and 4: {worst:.1f} %")

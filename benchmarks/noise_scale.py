@@ -98,7 +98,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]))
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="25 seconds", full="2 minutes"))
     updates = "1" if options.quick else "40"
     rows = common.show(
         "What measuring the noise scale costs",

@@ -277,7 +277,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]), words[1] == "quick")
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="40 seconds", full="8 minutes"))
     require_peers()
     extent = "quick" if options.quick else "full"
     rows = common.show(

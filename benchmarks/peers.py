@@ -198,7 +198,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]), words[1] == "quick", words[2:])
         return
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="30 seconds", full="20 minutes")
     names = [size.name for size in SIZES]
     parser.add_argument("--sizes", nargs="+", choices=names, help="these alone; all, or with --quick tiny, by default")
     parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2), default=(1, 2))

@@ -15,7 +15,7 @@ from rich.text import Text
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="10 seconds", full="30 seconds")
     parser.add_argument("path", type=Path, nargs="?", default=common.RESULTS / "run.svg")
     options = common.begin(parser)
     path = options.path

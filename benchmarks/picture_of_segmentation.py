@@ -40,7 +40,7 @@ def predicted(model: UNet, pixels: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__, quick="1 minute", full="2 minutes")
+    parser = common.arguments(__doc__, quick="15 seconds", full="2 minutes")
     parser.add_argument("path", type=Path, nargs="?", default=common.RESULTS / "segmentation.png")
     options = common.begin(parser)
     path = options.path

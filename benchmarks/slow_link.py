@@ -179,7 +179,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(words[0], words[1] == "quick")
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="20 seconds", full="4 minutes"))
     if reason := why_impossible():
         raise SystemExit(f"hosts can't be emulated here: {reason}")
     rows = common.show(

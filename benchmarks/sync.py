@@ -71,7 +71,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]))
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="15 seconds", full="40 seconds"))
     rows = common.show(
         "One sync per update against one per micro-step (8.4 MB of gradients, loopback)",
         common.on_ranks(2, __file__, "2" if options.quick else "20"),

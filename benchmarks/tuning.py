@@ -126,7 +126,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]), words[1:])
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="50 seconds", full="6 minutes"))
     rows = common.show("What tune suggests and predicts", measured(options.quick))
     if options.write:
         common.write(__doc__, rows)

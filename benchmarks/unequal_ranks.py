@@ -147,7 +147,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(*map(int, words))
         return
-    options = common.begin(common.arguments(__doc__, quick="1 minute", full="2 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="30 seconds", full="3 minutes"))
     worlds = ((2, 0), (2, 1)) if options.quick else ((2, 0), (2, 1), (4, 1), (4, 2))
     words = ("1", "4") if options.quick else ("5", "32")  # rounds, and tokens of a sample
     rows = common.show(
