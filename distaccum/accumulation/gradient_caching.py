@@ -106,8 +106,8 @@ def accumulate_coupled(
         coupled.take_loss()
         torch.clear_autocast_cache()  # weights cast without a graph would be taken again, and get no gradient
     after = _random_states(accumulator.strategy)
-    held, data_seconds = _held_again(window, coupled.batches), coupled.data_seconds
-    with accumulator.window(held, started=started, data_seconds=data_seconds) as micro_batches:
+    held = window.over(coupled.batches) if isinstance(window, Window) else coupled.batches
+    with accumulator.window(held, started=started, data_seconds=coupled.data_seconds) as micro_batches:
         for number, batch in enumerate(micro_batches):
             output = coupled.forward(number, batch)
             is_last = number == len(coupled.batches) - 1
@@ -284,19 +284,3 @@ def _buffers_unchanged(strategy: Strategy) -> Iterator[None]:
         yield
     finally:
         before.put_back()
-
-
-def _held_again(window: Iterable[Any], batches: list[Any]) -> Iterable[Any]:
-    """The window once more, of micro-batches that have been loaded."""
-    if not isinstance(window, Window):
-        return batches
-    return Window(
-        epoch=window.epoch,
-        index=window.index,
-        number=window.number,
-        num_samples=window.num_samples,
-        sizes=window.sizes,
-        batches=iter(batches),
-        sample_indices=lambda: window.sample_indices,
-        equal_micro_steps=window.equal_micro_steps,
-    )

@@ -253,8 +253,7 @@ def test_a_loaders_state_has_the_sizes_of_all_ranks() -> None:
     first = loader()
     window = next(iter(first))
     assert window.sizes == (4, 4)
-    assert window.recutting is not None
-    assert window.recutting.forbid(window.sample_indices[0]) == 2
+    assert first.cuts.forbid(window.sample_indices[0], now=window.number) == 2
     assert first.cuts.limits == (None, 2)
     second = loader()
     second.load_state_dict(first.state_dict())
