@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from distaccum.planning.by_length import CostModel, Grouping, Timeline
 from distaccum.planning.order import EpochOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
+
+_even_cut = lru_cache(maxsize=64)(BatchPlan.cut)
 
 
 class CutSchedule:
@@ -76,7 +79,6 @@ class CutSchedule:
         self._speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
         self._order = EpochOrder(num_samples, seed)
         self._split_every = split_every
-        self._cuts: dict[tuple[int, tuple[float, ...] | None, int], Cut] = {}
 
     # Cuts
 
@@ -116,14 +118,8 @@ class CutSchedule:
 
     def _even_cut(self, epoch: int, index: int) -> Cut:
         number = self.sizes.number(epoch, index)
-        speeds = self._speeds.at(number)
         parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
-        key = (self.sizes.size(epoch, index), speeds, parts)
-        if key not in self._cuts:
-            if len(self._cuts) >= 64:
-                self._cuts.clear()  # speeds that change from time to time
-            self._cuts[key] = self.plan.cut(*key)
-        return self._cuts[key]
+        return _even_cut(self.plan, self.sizes.size(epoch, index), self._speeds.at(number), parts)
 
     @property
     def unit(self) -> str:
@@ -155,7 +151,6 @@ class CutSchedule:
             sizes: in samples, or in tokens where windows are cut by length.
         """
         self.found_sizes = tuple(sizes)
-        self._cuts.clear()
         if self._grouping is not None:
             self._grouping.set_max_tokens(min(sizes))
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from distaccum.errors import UserError, require
@@ -174,14 +175,13 @@ class BatchSizes:
         drop_last: leave out an epoch's last window when it is smaller than planned.
     """
 
-    _KEPT = 4  # epochs: the one in use, the one that is being loaded, and neighbours
-
     def __init__(self, rule: SizeRule, num_samples: int, drop_last: bool = False) -> None:
         self.rule = rule
         self.num_samples = num_samples
         self.drop_last = drop_last
         self._firsts = [0]
-        self._bounds: dict[int, list[tuple[int, int]]] = {}
+        # Of the epoch in use, the one that is being loaded, and neighbours.
+        self._kept_bounds = lru_cache(maxsize=4)(self._bounds)
 
     def check(self, world_size: int) -> None:
         """Refuses impossible sizes.
@@ -208,16 +208,14 @@ class BatchSizes:
 
     def bounds(self, epoch: int) -> list[tuple[int, int]]:
         """Returns the first position and the position after the last of each window of an epoch."""
-        key = 0 if self.is_constant else epoch
-        if key not in self._bounds:
-            if len(self._bounds) >= self._KEPT:
-                self._bounds.pop(next(iter(self._bounds)))
-            self._bounds[key] = [
-                (start, min(start + size, self.num_samples))
-                for begin, size, count in self._runs(key, self.first_number(key))
-                for start in range(begin, begin + count * size, size)
-            ]
-        return self._bounds[key]
+        return self._kept_bounds(0 if self.is_constant else epoch)
+
+    def _bounds(self, epoch: int) -> list[tuple[int, int]]:
+        return [
+            (start, min(start + size, self.num_samples))
+            for begin, size, count in self._runs(epoch, self.first_number(epoch))
+            for start in range(begin, begin + count * size, size)
+        ]
 
     def count(self, epoch: int) -> int:
         """Returns the number of windows in an epoch."""
@@ -275,7 +273,7 @@ class BatchSizes:
         assert isinstance(self.rule, NoiseSizes)
         self.rule.changes = changes
         self._firsts = [0]
-        self._bounds.clear()
+        self._kept_bounds.cache_clear()
 
     def _count_from(self, epoch: int, first_number: int) -> int:
         return sum(count for _, _, count in self._runs(epoch, first_number))

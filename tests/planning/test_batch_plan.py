@@ -230,4 +230,4 @@ def test_the_order_is_kept_for_a_few_blocks_only() -> None:
     order = EpochOrder(100_000, seed=0)
     for start in range(0, 100_000, 500):
         order.samples(0, start, start + 500)
-    assert len(order._blocks) <= 4
+    assert order._block.cache_info().currsize <= 4
