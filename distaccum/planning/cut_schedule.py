@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.planning.batch_plan import BatchPlan, Cut, check_base_size, check_data_size
+from distaccum.errors import require
+from distaccum.planning.batch_plan import BatchPlan, Cut
 from distaccum.planning.by_length import CostModel, Grouping, Timeline
 from distaccum.planning.order import EpochOrder
 from distaccum.planning.recut import recut, size_of_half
@@ -67,10 +68,13 @@ class CutSchedule:
         self.rank = rank
         self.windows_ahead = windows_ahead
         self.sizes = BatchSizes(size_rule or ConstantSize(plan.global_batch_size), num_samples, drop_last)
-        if size_rule is not None:
-            check_base_size(plan, size_rule.base)
-            self.sizes.check(plan.world_size)
-        check_data_size(plan, num_samples, drop_last and size_rule is None)
+        base = self.sizes.rule.base
+        require(
+            base == plan.global_batch_size,
+            f"the schedule of batch sizes is made for a global batch of {base}, and the plan's is "
+            f"{plan.global_batch_size}: give both the same.",
+        )
+        self.sizes.check(plan.world_size)
         self._grouping = Grouping(lengths, plan, num_samples, max_tokens) if lengths is not None else None
         self.lengths = self._grouping.lengths if self._grouping is not None else None
         self.found_sizes: tuple[int, ...] | None = None

@@ -37,9 +37,9 @@ class SizeRule(ABC):
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         """Returns the size of a window, and the first window at which it may change; None if not in this epoch."""
 
-    @abstractmethod
     def is_settled(self, epoch: int, number: int) -> bool:
         """Whether all windows from this one on have the same size, as far as is known."""
+        return self.at(epoch, number)[1] is None
 
     @abstractmethod
     def __str__(self) -> str:
@@ -54,9 +54,6 @@ class ConstantSize(SizeRule):
 
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         return self.base, None
-
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return True
 
     def __str__(self) -> str:
         return "constant"
@@ -115,9 +112,6 @@ class SizeRamp(SizeRule):
             return self.base, None
         return self._start + (self.base - self._start) * number // self._updates, number + 1
 
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return number >= self._updates
-
     def __str__(self) -> str:
         return f"ramp from {self._start} to {self.base} over {self._updates} updates"
 
@@ -143,9 +137,6 @@ class NoiseSizes(SizeRule):
         entry = max(place for place, (first, _) in enumerate(self.changes) if first <= number)
         later = self.changes[entry + 1][0] if entry + 1 < len(self.changes) else None
         return self.changes[entry][1], later
-
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return number >= self.changes[-1][0]
 
     def wanted(self, noise_scale: float, measurements: int) -> int | None:
         """Returns the size to change to; None to stay with the one chosen last.
@@ -187,8 +178,13 @@ class BatchSizes:
         """Refuses impossible sizes.
 
         Raises:
-            UserError: a window would have fewer samples than there are ranks, or all would be left out.
+            UserError: the data or a window would have fewer samples than there are ranks, or all would be left out.
         """
+        if self.num_samples < world_size:
+            raise UserError(
+                f"the training data has {self.num_samples} sample{'' if self.num_samples == 1 else 's'}, fewer than "
+                f"the {world_size} ranks. Start fewer ranks or give more data."
+            )
         if self.rule.smallest < world_size:
             raise UserError(
                 f"batch.schedule ({self.rule}) has windows of {self.rule.smallest} samples, fewer than the "
@@ -196,10 +192,10 @@ class BatchSizes:
                 "start fewer ranks."
             )
         if self.drop_last and self.rule.largest > self.num_samples:
+            size = "batch.global_batch_size" if self.is_constant else "the largest size of batch.schedule"
             raise UserError(
-                f"batch.schedule ({self.rule}) has windows of {self.rule.largest} samples, more than the "
-                f"{self.num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
-                "largest size or set batch.drop_last=false."
+                f"the training data has {self.num_samples} samples, fewer than one window of {self.rule.largest}, and "
+                f"batch.drop_last=true would leave out all of them. Lower {size} or set batch.drop_last=false."
             )
 
     @property

@@ -10,7 +10,6 @@ from distaccum.planning import (
     DEFAULT_MICRO_BATCH_SIZE,
     BatchPlan,
     EpochOrder,
-    check_data_size,
     resolve_batch,
     shuffled,
     split_by_speed,
@@ -169,16 +168,6 @@ def test_impossible_numbers_are_refused_with_all_of_them(numbers: dict[str, int]
     assert "world size 4" in message
     for name in ("global_batch_size", "micro_batch_size", "accumulation_steps"):
         assert f"batch.{name}={numbers.get(name, 'null')}" in message
-
-
-def test_too_little_data_is_refused() -> None:
-    plan = resolve_batch(world_size=4, global_batch_size=8)
-    check_data_size(plan, 8, drop_last=True)
-    check_data_size(plan, 4, drop_last=False)
-    with pytest.raises(UserError, match="3 samples, fewer than the 4 ranks"):
-        check_data_size(plan, 3, drop_last=False)
-    with pytest.raises(UserError, match="7 samples, fewer than one window of 8"):
-        check_data_size(plan, 7, drop_last=True)
 
 
 def test_the_plan_explains_itself() -> None:
