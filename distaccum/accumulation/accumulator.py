@@ -109,7 +109,7 @@ class Accumulator:
         self._norm_before = 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
-        self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
+        self._scaled_step = ScaledStep(optimizer)
         self._gradients.begin()
         self.clear_gradients()
 
@@ -360,7 +360,12 @@ class Accumulator:
                     share.take_again(window, *trouble)
                 tell("loading", window.micro_steps + 1, False)
         tell("step", window.micro_steps, True)
-        return self._finished()
+        try:
+            return self._finished()
+        except Exception as error:
+            if (said := said_of_memory(error)) is None:
+                raise
+            raise explained(window, self.recovery, "step", said) from error
 
     def _micro_step(
         self, window: OpenWindow, batch: Any, forward: Callable[[Any], TaskOutput], tell: Tell

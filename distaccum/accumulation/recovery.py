@@ -153,9 +153,14 @@ def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: 
     """The error for running out of memory where the window can't be taken again.
 
     Args:
-        during: "forward" or "backward".
-        said: the first line of torch's own message.
+        during: "forward", "backward" or "step".
+        said: torch's own message.
     """
+    if during == "step":
+        return UserError(
+            f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer "
+            "with less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
+        )
     window = opened.source if isinstance(opened.source, Window) else None
     samples = window.sample_indices[opened.micro_steps - 1] if window is not None else []
     of = f" of {len(samples)} sample{'' if len(samples) == 1 else 's'}" if window is not None else ""
