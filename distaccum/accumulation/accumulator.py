@@ -113,9 +113,15 @@ class Accumulator:
         self._gradients.begin()
         self.clear_gradients()
 
+    @contextmanager
     def window(
-        self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
-    ) -> AbstractContextManager[Iterator[Batch]]:
+        self,
+        micro_batches: Iterable[Batch],
+        *,
+        started: float | None = None,
+        data_seconds: float = 0.0,
+        share: Share | None = None,
+    ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -126,19 +132,8 @@ class Accumulator:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
+            share: takes the place of `micro_batches` in `run`, whose micro-steps may be taken again.
         """
-        return self._opened(micro_batches, started=started, data_seconds=data_seconds)
-
-    @contextmanager
-    def _opened(
-        self,
-        micro_batches: Iterable[Any],
-        share: Share | None = None,
-        *,
-        started: float | None = None,
-        data_seconds: float = 0.0,
-    ) -> Iterator[Iterator[Any]]:
-        """`window`; with a share, whose micro-steps may be taken again."""
         if self._open is not None:
             raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
         require(not self._is_out_of_step, _OUT_OF_STEP)
@@ -350,7 +345,7 @@ class Accumulator:
     ) -> UpdateResult | None:
         """Returns None if a rank was out of memory in its last backward; then nothing has changed."""
         tell("loading", 1, False)
-        with self._opened(micro_batches, share) as batches:
+        with self.window(micro_batches, share=share) as batches:
             window = self._open
             assert window is not None
             for batch in batches:
