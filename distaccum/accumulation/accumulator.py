@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distaccum.accumulation.micro_gradients import measurement, watcher_of
-from distaccum.accumulation.noise_scale import NoiseScale
+from distaccum.accumulation.micro_gradients import watcher_of
+from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
 from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, said_of_memory
 from distaccum.accumulation.recovery import Recovery, Share, Tell, explained
@@ -310,7 +310,8 @@ class Accumulator:
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             self._scaled_step(gradients, factor, self.scaler)
         if self.noise_scale is not None and measured and not skipped:
-            noise = self.noise_scale.update(measurement(measured, norm * self.strategy.sync_divisor / window.scale))
+            whole = norm * self.strategy.sync_divisor / window.scale
+            noise = self.noise_scale.update(Measurement(*measured, whole=whole * whole))
         return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
 
     def clear_gradients(self) -> None:
