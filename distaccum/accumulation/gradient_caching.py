@@ -119,12 +119,9 @@ def accumulate_coupled(
 
 def in_float32(embeddings: Any) -> Any:
     """Embeddings in float32 at least, as the loss of a whole window gets them."""
-    return rebuilt(embeddings, _in_float32(leaves_of(embeddings)))
-
-
-def _in_float32(leaves: list[Tensor]) -> list[Tensor]:
     # Their gradients are cached unscaled, which float16 has no room for.
-    return [leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf for leaf in leaves]
+    halves = (torch.float16, torch.bfloat16)
+    return rebuilt(embeddings, [leaf.float() if leaf.dtype in halves else leaf for leaf in leaves_of(embeddings)])
 
 
 class _CoupledWindow:
@@ -170,7 +167,7 @@ class _CoupledWindow:
         """Notes the embeddings of the next micro-step."""
         self._form = rows
         self._rows.append(0 if is_placeholder else number_of_rows(rows))
-        self._leaves.append([leaf.detach()[: self._rows[-1]] for leaf in _in_float32(leaves_of(rows))])
+        self._leaves.append([leaf.detach()[: self._rows[-1]] for leaf in leaves_of(in_float32(rows))])
 
     def take_loss(self) -> None:
         """Computes the loss of the whole window, and its gradient with respect to this rank's embeddings."""
@@ -204,7 +201,7 @@ class _CoupledWindow:
         if self._output is None:
             self._keep(rows, is_placeholder=False)
             self.take_loss()
-        return self._surrogate(number, _in_float32(leaves_of(rows)))
+        return self._surrogate(number, leaves_of(in_float32(rows)))
 
     def _surrogate(self, number: int, embeddings: list[Tensor]) -> TaskOutput:
         """A loss whose gradient is the window's, and whose value is this micro-step's part of the window's loss."""
