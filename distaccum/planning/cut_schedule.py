@@ -139,7 +139,9 @@ class CutSchedule:
 
     def explain(self) -> str:
         """Says in one line how a window is cut."""
-        how = self._grouping.explain() if self._grouping is not None else None
+        how = None
+        if self._grouping is not None:
+            how = f"micro-steps of at most {self._grouping.max_tokens} tokens, by length"
         if self.sizes.is_constant:
             return self.plan.explain(self.sizes.num_samples, self.sizes.drop_last, how)
         return f"{self.plan.explain(how=how)}; sizes by schedule: {self.sizes.rule}"

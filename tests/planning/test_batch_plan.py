@@ -9,13 +9,13 @@ from distaccum.errors import UserError
 from distaccum.planning import (
     DEFAULT_MICRO_BATCH_SIZE,
     BatchPlan,
-    EpochOrder,
     resolve_batch,
     shuffled,
-    split_by_speed,
     split_evenly,
     window_bounds,
 )
+from distaccum.planning.batch_plan import split_by_speed
+from distaccum.planning.order import EpochOrder
 
 sizes = st.integers(1, 2000)
 seeds = st.integers(0, 2**40)
