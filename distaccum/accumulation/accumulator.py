@@ -311,7 +311,7 @@ class Accumulator:
             self._scaled_step(gradients, factor, self.scaler)
         if self.noise_scale is not None and measured and not skipped:
             whole = norm * self.strategy.sync_divisor / window.scale
-            noise = self.noise_scale.update(Measurement(*measured, whole=whole * whole))
+            noise = self.noise_scale.update(Measurement(whole * whole, *measured))
         return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
 
     def clear_gradients(self) -> None:

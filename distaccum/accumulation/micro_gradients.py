@@ -110,7 +110,7 @@ class MicroGradients:
             self._work = dist.all_reduce(self._vector, group=self._strategy.process_group, async_op=True)
 
     def seen(self) -> Tensor:
-        """Returns the first four attributes of a `Measurement`, over all ranks: float64 `[4]`, on the device."""
+        """Returns the attributes of a `Measurement` but `whole`, over all ranks: float64 `[4]`, on the device."""
         assert self._vector is not None, "start comes first"
         if self._work is not None:
             self._work.wait()

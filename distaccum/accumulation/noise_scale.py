@@ -29,18 +29,18 @@ class Measurement:
     """The sums over one window's gradients that the estimates are made of.
 
     Attributes:
+        whole: ‖S‖².
         pieces: Σ ‖s_i‖².
         parts: number of parts that hold samples.
         samples: N.
         squared_sizes: Σ n_i².
-        whole: ‖S‖².
     """
 
+    whole: float
     pieces: float
     parts: float
     samples: float
     squared_sizes: float
-    whole: float
 
     @property
     def pairs(self) -> float:

@@ -99,9 +99,7 @@ class BatchPlan:
             steps = [max(steps[0], min(least_parts, window_size))]
         if self.equal_micro_steps:
             steps = [max(steps)] * self.world_size
-        return Cut(
-            tuple(tuple(split_evenly(share, count)) for share, count in zip(shares, steps, strict=True)),
-        )
+        return Cut(tuple(tuple(split_evenly(share, count)) for share, count in zip(shares, steps, strict=True)))
 
     @property
     def is_one_shot(self) -> bool:

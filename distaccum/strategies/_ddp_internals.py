@@ -19,11 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 def hook_of(model: DistributedDataParallel) -> tuple[Any, Any] | None:
     """The model's communication hook and the hook's state; None if it has none."""
-    hooks = model._comm_hooks
-    if not hooks:
-        return None
-    hook, state = hooks[0]
-    return hook, state
+    hooks: list[tuple[Any, Any]] = model._comm_hooks
+    return hooks[0] if hooks else None
 
 
 def start_window(model: DistributedDataParallel) -> None:
