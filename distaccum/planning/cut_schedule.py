@@ -17,7 +17,7 @@ from distaccum.planning.order import EpochOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
 
-_even_cut = lru_cache(maxsize=64)(BatchPlan.cut)
+_even_cut = lru_cache(maxsize=64)(BatchPlan.cut)  # windows have few sizes, and ranks the same speeds for long
 
 
 class CutSchedule:
