@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from distaccum.accumulation.micro_gradients import measurement, watcher_of
-from distaccum.accumulation.noise_scale import NoiseScale
+from distaccum.accumulation.micro_gradients import watcher_of
+from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
 from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, said_of_memory
 from distaccum.accumulation.recovery import Recovery, Share, Tell, explained
@@ -109,13 +109,19 @@ class Accumulator:
         self._norm_before = 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
-        self._scaled_step = ScaledStep(optimizer, tries_again=recovery is not None)
+        self._scaled_step = ScaledStep(optimizer)
         self._gradients.begin()
         self.clear_gradients()
 
+    @contextmanager
     def window(
-        self, micro_batches: Iterable[Batch], *, started: float | None = None, data_seconds: float = 0.0
-    ) -> AbstractContextManager[Iterator[Batch]]:
+        self,
+        micro_batches: Iterable[Batch],
+        *,
+        started: float | None = None,
+        data_seconds: float = 0.0,
+        share: Share | None = None,
+    ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
         Each micro-batch but the last is handed out inside the strategy's `no_sync`, which encloses the caller's
@@ -126,19 +132,8 @@ class Accumulator:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
+            share: takes the place of `micro_batches` in `run`, whose micro-steps may be taken again.
         """
-        return self._opened(micro_batches, started=started, data_seconds=data_seconds)
-
-    @contextmanager
-    def _opened(
-        self,
-        micro_batches: Iterable[Any],
-        share: Share | None = None,
-        *,
-        started: float | None = None,
-        data_seconds: float = 0.0,
-    ) -> Iterator[Iterator[Any]]:
-        """`window`; with a share, whose micro-steps may be taken again."""
         if self._open is not None:
             raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
         require(not self._is_out_of_step, _OUT_OF_STEP)
@@ -315,7 +310,8 @@ class Accumulator:
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             self._scaled_step(gradients, factor, self.scaler)
         if self.noise_scale is not None and measured and not skipped:
-            noise = self.noise_scale.update(measurement(measured, norm * self.strategy.sync_divisor / window.scale))
+            whole = norm * self.strategy.sync_divisor / window.scale
+            noise = self.noise_scale.update(Measurement(whole * whole, *measured))
         return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
 
     def clear_gradients(self) -> None:
@@ -350,7 +346,7 @@ class Accumulator:
     ) -> UpdateResult | None:
         """Returns None if a rank was out of memory in its last backward; then nothing has changed."""
         tell("loading", 1, False)
-        with self._opened(micro_batches, share) as batches:
+        with self.window(micro_batches, share=share) as batches:
             window = self._open
             assert window is not None
             for batch in batches:
@@ -360,7 +356,12 @@ class Accumulator:
                     share.take_again(window, *trouble)
                 tell("loading", window.micro_steps + 1, False)
         tell("step", window.micro_steps, True)
-        return self._finished()
+        try:
+            return self._finished()
+        except Exception as error:
+            if (said := said_of_memory(error)) is None:
+                raise
+            raise explained(window, self.recovery, "step", said) from error
 
     def _micro_step(
         self, window: OpenWindow, batch: Any, forward: Callable[[Any], TaskOutput], tell: Tell

@@ -16,8 +16,7 @@ same; buffers (BatchNorm statistics) change once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sized
 from enum import Enum
 from itertools import accumulate, pairwise
 from typing import Any
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from distaccum.accumulation.accumulator import Accumulator
 from distaccum.accumulation.open_window import require_equal_micro_steps
 from distaccum.accumulation.result import TaskOutput, checked_output
+from distaccum.accumulation.totals import require_summable
 from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
@@ -106,8 +106,8 @@ def accumulate_coupled(
         coupled.take_loss()
         torch.clear_autocast_cache()  # weights cast without a graph would be taken again, and get no gradient
     after = _random_states(accumulator.strategy)
-    held, data_seconds = _held_again(window, coupled.batches), coupled.data_seconds
-    with accumulator.window(held, started=started, data_seconds=data_seconds) as micro_batches:
+    held = window.over(coupled.batches) if isinstance(window, Window) else coupled.batches
+    with accumulator.window(held, started=started, data_seconds=coupled.data_seconds) as micro_batches:
         for number, batch in enumerate(micro_batches):
             output = coupled.forward(number, batch)
             is_last = number == len(coupled.batches) - 1
@@ -119,12 +119,9 @@ def accumulate_coupled(
 
 def in_float32(embeddings: Any) -> Any:
     """Embeddings in float32 at least, as the loss of a whole window gets them."""
-    return rebuilt(embeddings, _in_float32(leaves_of(embeddings)))
-
-
-def _in_float32(leaves: list[Tensor]) -> list[Tensor]:
     # Their gradients are cached unscaled, which float16 has no room for.
-    return [leaf.float() if leaf.dtype in (torch.float16, torch.bfloat16) else leaf for leaf in leaves]
+    halves = (torch.float16, torch.bfloat16)
+    return rebuilt(embeddings, [leaf.float() if leaf.dtype in halves else leaf for leaf in leaves_of(embeddings)])
 
 
 class _CoupledWindow:
@@ -149,7 +146,9 @@ class _CoupledWindow:
         """Loads the micro-batches; embeds each without a graph as it comes, or leaves that to `forward`."""
         sizes = window.sizes if isinstance(window, Window) else None
         batches = iter(window)
-        with _buffers_unchanged(self._strategy):
+        self._strategy.share_buffers()  # the same on all ranks, if the strategy keeps them so
+        buffers = KeptBuffers(self._strategy.module)
+        try:
             while True:
                 asked = time.perf_counter()
                 batch = next(batches, _END)
@@ -163,6 +162,8 @@ class _CoupledWindow:
                     with torch.no_grad():
                         rows = self._embed(batch)
                     self._keep(rows, is_placeholder=sizes is not None and sizes[len(self.batches) - 1] == 0)
+        finally:
+            buffers.put_back()
         if not self.batches:
             raise RuntimeError("the window has no micro-batch: has it been iterated over before?")
 
@@ -170,7 +171,7 @@ class _CoupledWindow:
         """Notes the embeddings of the next micro-step."""
         self._form = rows
         self._rows.append(0 if is_placeholder else number_of_rows(rows))
-        self._leaves.append([leaf.detach()[: self._rows[-1]] for leaf in _in_float32(leaves_of(rows))])
+        self._leaves.append([leaf.detach()[: self._rows[-1]] for leaf in leaves_of(in_float32(rows))])
 
     def take_loss(self) -> None:
         """Computes the loss of the whole window, and its gradient with respect to this rank's embeddings."""
@@ -180,7 +181,9 @@ class _CoupledWindow:
             leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with torch.enable_grad():
-            self._output = output = _checked(self._loss(rebuilt(self._form, leaves)))
+            output = checked_output(self._loss(rebuilt(self._form, leaves)), "the loss of the whole window")
+        require_summable(output.loss_sum, output.weight)
+        self._output = output
         _refuse_parameters(output.loss_sum, leaves)
         # Total loss and weight are those of the whole window, so one micro-step of all ranks reports them.
         steps_with_rows = [number for number, rows in enumerate(self._rows) if rows]
@@ -204,7 +207,7 @@ class _CoupledWindow:
         if self._output is None:
             self._keep(rows, is_placeholder=False)
             self.take_loss()
-        return self._surrogate(number, _in_float32(leaves_of(rows)))
+        return self._surrogate(number, leaves_of(in_float32(rows)))
 
     def _surrogate(self, number: int, embeddings: list[Tensor]) -> TaskOutput:
         """A loss whose gradient is the window's, and whose value is this micro-step's part of the window's loss."""
@@ -244,16 +247,6 @@ class _ValueOf(torch.autograd.Function):
         return gradients[0], None
 
 
-def _checked(output: Any) -> TaskOutput:
-    found = checked_output(output, "the loss of the whole window")
-    if found.loss_sum.ndim != 0 or not found.loss_sum.requires_grad:
-        raise UserError(
-            f"loss_sum must be a scalar tensor that depends on the embeddings; got shape "
-            f"{tuple(found.loss_sum.shape)}, requires_grad={found.loss_sum.requires_grad}."
-        )
-    return found
-
-
 def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
     """Gradients of the loss's own parameters would be lost without a word."""
     known = {id(leaf) for leaf in embeddings}
@@ -273,30 +266,3 @@ def _random_states(strategy: Strategy) -> GlobalStates:
     if isinstance(strategy.model, nn.DataParallel):
         return GlobalStates.now(strategy.model.device_ids)
     return GlobalStates.now([strategy.device] if strategy.device.type == "cuda" else [])
-
-
-@contextmanager
-def _buffers_unchanged(strategy: Strategy) -> Iterator[None]:
-    """Puts buffers back to what they were, the same on all ranks if the strategy keeps them so."""
-    strategy.share_buffers()
-    before = KeptBuffers(strategy.module)
-    try:
-        yield
-    finally:
-        before.put_back()
-
-
-def _held_again(window: Iterable[Any], batches: list[Any]) -> Iterable[Any]:
-    """The window once more, of micro-batches that have been loaded."""
-    if not isinstance(window, Window):
-        return batches
-    return Window(
-        epoch=window.epoch,
-        index=window.index,
-        number=window.number,
-        num_samples=window.num_samples,
-        sizes=window.sizes,
-        batches=iter(batches),
-        sample_indices=lambda: window.sample_indices,
-        equal_micro_steps=window.equal_micro_steps,
-    )

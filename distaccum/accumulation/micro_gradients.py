@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distaccum.accumulation.noise_scale import Measurement, NoiseScale
+from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.optimizer_step import Gradients
 from distaccum.errors import UserError
 from distaccum.loaders import Window
@@ -110,7 +110,7 @@ class MicroGradients:
             self._work = dist.all_reduce(self._vector, group=self._strategy.process_group, async_op=True)
 
     def seen(self) -> Tensor:
-        """Returns Σ‖s_i‖², number of parts, Σ n_i, Σ n_i² over all ranks: float64 `[4]`, on the device."""
+        """Returns the attributes of a `Measurement` but `whole`, over all ranks: float64 `[4]`, on the device."""
         assert self._vector is not None, "start comes first"
         if self._work is not None:
             self._work.wait()
@@ -139,13 +139,3 @@ def watcher_of(
                 "random samples. Set batch=uniform, or leave insight.noise_scale out."
             )
     return MicroGradients(gradients.strategy, gradients.of_optimizer()) if noise_scale.is_due(number) else None
-
-
-def measurement(seen: Sequence[float], norm: float) -> Measurement:
-    """The measurement that `MicroGradients.seen` has made, from its numbers on the host.
-
-    Args:
-        norm: norm of the sum of all parts' gradients, ‖S‖.
-    """
-    pieces, parts, samples, squared_sizes = seen
-    return Measurement(parts=int(parts), samples=samples, squared_sizes=squared_sizes, whole=norm * norm, pieces=pieces)

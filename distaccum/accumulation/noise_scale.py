@@ -24,23 +24,23 @@ from distaccum.errors import require, require_at_least
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """The sums over one window's gradients that the estimates are made of.
 
     Attributes:
+        whole: ‖S‖².
+        pieces: Σ ‖s_i‖².
         parts: number of parts that hold samples.
         samples: N.
         squared_sizes: Σ n_i².
-        whole: ‖S‖².
-        pieces: Σ ‖s_i‖².
     """
 
-    parts: int
-    samples: float
-    squared_sizes: float
     whole: float
     pieces: float
+    parts: float
+    samples: float
+    squared_sizes: float
 
     @property
     def pairs(self) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.errors import UserError, require
-from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
+from distaccum.runtime.memory import is_out_of_memory
 from distaccum.strategies import Strategy, local_parts
-from distaccum.strategies.optimizers import check_steps, in_parameter_format, own_optimizer
+from distaccum.strategies.optimizers import check_steps, in_parameter_format
 
 _SPARSE = (
     "sparse gradients are not supported: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
@@ -140,17 +139,13 @@ class ScaledStep:
     float32 number, so gradients in other formats are multiplied beforehand, as are those of other optimizers, and all
     of them if the optimizer has hooks that see the gradients before the step.
 
-    Args:
-        tries_again: free memory and step once more, if it runs out while the optimizer makes its state.
-
     Raises:
         UserError: the optimizer can't step so (see `check_steps`).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, tries_again: bool = False) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         check_steps(optimizer)
         self._optimizer = optimizer
-        self._tries_again = tries_again
         self._divisors: dict[torch.device, Tensor] = {}
 
     def __call__(self, gradients: list[Tensor], factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -162,7 +157,10 @@ class ScaledStep:
         if scaler is not None or not self._takes_divisor(gradients):
             torch._foreach_mul_(local_parts(gradients), factor)
             with in_parameter_format(self._optimizer):
-                self._take(self._optimizer.step if scaler is None else partial(scaler.step, self._optimizer), gradients)
+                if scaler is None:
+                    self._optimizer.step()
+                else:
+                    scaler.step(self._optimizer)
             return
         device = gradients[0].device
         if device not in self._divisors:
@@ -170,15 +168,9 @@ class ScaledStep:
         optimizer: Any = self._optimizer
         optimizer.grad_scale = self._divisors[device].fill_(1.0 / factor)  # a kernel's argument: nobody waits
         try:
-            self._take(optimizer.step, gradients)
+            optimizer.step()
         finally:
             del optimizer.grad_scale
-
-    def _take(self, step: Callable[[], Any], gradients: list[Tensor]) -> None:
-        if self._tries_again:
-            step_with_room(self._optimizer, step, gradients[0].device)
-        else:
-            step()
 
     def _takes_divisor(self, gradients: list[Tensor]) -> bool:
         optimizer = self._optimizer
@@ -191,43 +183,6 @@ class ScaledStep:
             and all(type(gradient) is Tensor and gradient.dtype is torch.float32 for gradient in gradients)
             and len({gradient.device for gradient in gradients}) == 1
         )
-
-
-def step_with_room(optimizer: torch.optim.Optimizer, step: Callable[[], Any], device: torch.device) -> None:
-    """Takes an optimizer's step; once more if memory runs out while it makes its state, before any parameter moves.
-
-    Raises:
-        UserError: memory has run out all the same, or when it was too late to try again.
-    """
-    inner = own_optimizer(optimizer)
-    makes_state = len(inner.state) < sum(len(group["params"]) for group in inner.param_groups)
-    # bitsandbytes changes parameters without counting their versions, so that no change can be seen.
-    may_retry = makes_state and type(inner).__module__.partition(".")[0] != "bitsandbytes"
-    before: set[Any] = set()
-    watched: list[Tensor] = []
-    if may_retry:
-        before = set(inner.state)
-        watched = [parameter for group in inner.param_groups for parameter in group["params"]]
-        watched += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
-    versions = [tensor._version for tensor in watched]
-    while True:
-        try:
-            step()
-            return
-        except Exception as error:
-            said = said_of_memory(error)
-            if said is None:
-                raise
-        if not may_retry or versions != [tensor._version for tensor in watched]:
-            break
-        may_retry = False
-        for parameter in set(inner.state) - before:
-            del inner.state[parameter]
-        free_cached_memory(device)
-    raise UserError(
-        f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer with "
-        "less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
-    )
 
 
 def said_of_memory(error: Exception) -> str | None:

@@ -51,23 +51,17 @@ class Share:
     """
 
     def __init__(self, window: Iterable[Any], recovery: Recovery) -> None:
-        if not isinstance(window, Window):
-            raise UserError("recovery from out-of-memory needs the windows of a WindowLoader.")
-        if window.recutting is None:
-            raise UserError(
-                "recovery from out-of-memory needs windows that can be cut anew: those of a WindowLoader, used in the "
-                "process that made them."
-            )
-        self._window = window
-        self._recutting = window.recutting
+        if not isinstance(window, Window) or window.cuts is None or window.load is None:
+            raise UserError("recovery from out-of-memory needs the windows of a WindowLoader, which can be cut anew.")
+        self._window, self._cuts, self._load = window, window.cuts, window.load
         self._recovery = recovery
         self._has_retried = False
         self.taken: list[list[int]] = []
         """Dataset indices of the micro-batches handed out so far, the current one last."""
         self.sizes: list[int] = []
         self._left: deque[tuple[list[int], Iterator[Any]]] = deque()
-        planned, allowed = window.sample_indices, self._recutting.cut()
-        if planned == allowed:
+        planned = window.sample_indices
+        if planned == self._allowed():
             stream = iter(window)
             self._left.extend((piece, stream) for piece in planned)
         else:  # it was being loaded already when memory ran out
@@ -77,7 +71,7 @@ class Share:
         """Each micro-batch, and whether it is the last one."""
         while self._left:
             piece, batches = self._left.popleft()
-            parts = self._recutting.split(piece)
+            parts = self._cuts.split(piece)
             if len(parts) > 1:
                 next(batches)  # too large by now
                 self._put_first(parts)
@@ -100,7 +94,7 @@ class Share:
         elif during == "forward" and not window.buffers:
             window.micro_steps -= 1
             self.sizes.pop()
-            self._put_first(self._recutting.split(self.taken.pop()))
+            self._put_first(self._cuts.split(self.taken.pop()))
         else:
             window.begin_again()
             self.begin_again()
@@ -109,7 +103,7 @@ class Share:
         """Cuts micro-batches as large as the current one smaller from now on."""
         samples = self.taken[-1]
         if len(samples) > 1:
-            size = self._recutting.forbid(samples)
+            size = self._cuts.forbid(samples, now=self._window.number)
             logger.warning(
                 "update %d: out of memory in the %s of %d samples; micro-batches of this rank are at most %d %s from "
                 "here on",
@@ -117,7 +111,7 @@ class Share:
                 during,
                 len(samples),
                 size,
-                self._recutting.unit,
+                self._cuts.unit,
             )
             self._recovery.on_smaller(size)
         elif self._has_retried:
@@ -135,7 +129,7 @@ class Share:
         self.taken.clear()
         self.sizes.clear()
         self._left.clear()
-        self._put_first(self._recutting.cut())
+        self._put_first(self._allowed())
 
     def begin_again_on_all_ranks(self, update: int) -> None:
         """Starts over as `begin_again`, after a rank has run out of memory in its last backward."""
@@ -146,8 +140,12 @@ class Share:
         """Reports to the window how it has been cut in the end."""
         self._window.was_cut(self.taken)
 
+    def _allowed(self) -> list[list[int]]:
+        """Returns this rank's micro-batches, as dataset indices, in sizes that are allowed by now."""
+        return self._cuts.micro_batches(self._window.epoch, self._window.index, self._cuts.limit)
+
     def _put_first(self, pieces: Sequence[list[int]]) -> None:
-        batches = self._recutting.load(pieces)
+        batches = self._load(pieces)
         self._left.extendleft((piece, batches) for piece in reversed(pieces))
 
 
@@ -155,9 +153,14 @@ def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: 
     """The error for running out of memory where the window can't be taken again.
 
     Args:
-        during: "forward" or "backward".
-        said: the first line of torch's own message.
+        during: "forward", "backward" or "step".
+        said: torch's own message.
     """
+    if during == "step":
+        return UserError(
+            f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer "
+            "with less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
+        )
     window = opened.source if isinstance(opened.source, Window) else None
     samples = window.sample_indices[opened.micro_steps - 1] if window is not None else []
     of = f" of {len(samples)} sample{'' if len(samples) == 1 else 's'}" if window is not None else ""
@@ -167,9 +170,9 @@ def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: 
             f"{where} Set batch.micro_batch_size=auto, which finds a size that fits and cuts smaller when one no "
             "longer does; or give a smaller one by hand (the update stays the same)."
         )
-    if len(samples) < 2 or window is None or window.recutting is None:
+    if len(samples) < 2 or window is None or window.cuts is None:
         return UserError(f"{where} No micro-batch is smaller: take a smaller model, sample or number format.")
-    size = window.recutting.forbid(samples)
+    size = window.cuts.forbid(samples, now=window.number)
     recovery.on_smaller(size)
     return UserError(
         f"{where} All ranks are in the middle of a collective of this micro-step (FSDP, a static graph, "

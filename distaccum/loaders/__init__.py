@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distaccum.loaders.evaluation_loader import EvaluationLoader
 from distaccum.loaders.options import LoaderOptions
-from distaccum.loaders.window import Recutting, Window
+from distaccum.loaders.window import Window
 from distaccum.loaders.window_loader import WindowLoader
 
-__all__ = ["EvaluationLoader", "LoaderOptions", "Recutting", "Window", "WindowLoader"]
+__all__ = ["EvaluationLoader", "LoaderOptions", "Window", "WindowLoader"]

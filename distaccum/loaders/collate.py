@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 from distaccum.errors import UserError, listed
@@ -53,7 +54,7 @@ class PadCollate:
             raise ValueError("a micro-batch needs at least one sample")
         first = samples[0]
         if isinstance(first, Mapping):
-            _check_fields([set(sample) if isinstance(sample, Mapping) else type(sample) for sample in samples])
+            _check_fields([frozenset(sample) if isinstance(sample, Mapping) else type(sample) for sample in samples])
             return {
                 key: self._field([sample[key] for sample in samples], index, repr(key))
                 for index, key in enumerate(first)
@@ -70,13 +71,13 @@ class PadCollate:
     def _field(self, values: Sequence[Any], index: int, name: str | None) -> Tensor:
         what = "the samples" if name is None else f"field {name} of the samples"
         tensors = [_as_tensor(value, what) for value in values]
-        dtypes = _distinct([tensor.dtype for tensor in tensors])
+        dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
         if len(dtypes) > 1:
             # Promoting them would make the dtype depend on which samples happen to be in the micro-batch.
             raise UserError(
                 f"{what} cannot be made into a micro-batch: their dtypes differ ({listed(dtypes, 4)}). {_MEND}"
             )
-        shapes = _distinct([tuple(tensor.shape) for tensor in tensors])
+        shapes = list(dict.fromkeys(tuple(tensor.shape) for tensor in tensors))
         if len(shapes) == 1:
             stacked: Tensor = default_collate(tensors)  # in a worker process, straight into shared memory
             return stacked
@@ -85,22 +86,13 @@ class PadCollate:
                 f"{what} cannot be made into a micro-batch: their shapes {listed(shapes, 4)} differ in more than the "
                 f"size of the first dimension. {_MEND}"
             )
-        return _padded(tensors, self.pad_values[min(index, len(self.pad_values) - 1)], what)
-
-
-def _padded(tensors: Sequence[Tensor], pad_value: float, what: str) -> Tensor:
-    """Stacks tensors `[T_i, ...]` into `[B, max T_i, ...]`; what is missing at the end is `pad_value`."""
-    dtype = tensors[0].dtype
-    if not _fits(pad_value, dtype):
-        raise UserError(
-            f"{what} cannot be padded with {pad_value}, which {dtype} does not hold. Give PadCollate another pad value "
-            "for that field, or samples of another dtype."
-        )
-    longest = max(len(tensor) for tensor in tensors)
-    result = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), pad_value)
-    for row, tensor in zip(result, tensors, strict=True):
-        row[: len(tensor)] = tensor
-    return result
+        pad_value = self.pad_values[min(index, len(self.pad_values) - 1)]
+        if not _fits(pad_value, dtypes[0]):
+            raise UserError(
+                f"{what} cannot be padded with {pad_value}, which {dtypes[0]} does not hold. Give PadCollate another "
+                "pad value for that field, or samples of another dtype."
+            )
+        return pad_sequence(tensors, batch_first=True, padding_value=pad_value)
 
 
 def _fits(value: float, dtype: torch.dtype) -> bool:
@@ -110,7 +102,7 @@ def _fits(value: float, dtype: torch.dtype) -> bool:
     if dtype == torch.bool:
         return value in (0, 1)
     limits = torch.iinfo(dtype)
-    return limits.min <= value <= limits.max and int(value) == value
+    return limits.min <= value <= limits.max and int(float(value)) == value  # pad_sequence takes a float
 
 
 def _as_tensor(value: Any, what: str) -> Tensor:
@@ -122,12 +114,8 @@ def _as_tensor(value: Any, what: str) -> Tensor:
             return torch.tensor(value)
         except TypeError as error:
             raise UserError(f"{what}: a numpy array of dtype {value.dtype} is no tensor ({error}). {_MEND}") from error
-    if isinstance(value, bool):
-        return torch.tensor(value)
-    if isinstance(value, int):
-        return torch.tensor(value, dtype=torch.int64)
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float32)
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else None)
     raise UserError(
         f"{what} cannot be made into a micro-batch: a {type(value).__name__} is neither a tensor nor a numpy array "
         f"nor a number. {_MEND}"
@@ -136,18 +124,9 @@ def _as_tensor(value: Any, what: str) -> Tensor:
 
 def _check_fields(kinds: list[Any]) -> None:
     """Refuses samples of unequal fields; `kinds` says for each sample which fields it has."""
-    distinct = _distinct(kinds)
+    distinct = [set(kind) if isinstance(kind, frozenset) else kind for kind in dict.fromkeys(kinds)]
     if len(distinct) > 1:
         raise UserError(
             f"the samples cannot be made into a micro-batch: they do not have the same fields ({listed(distinct, 4)}). "
             f"{_MEND}"
         )
-
-
-def _distinct(values: Sequence[Any]) -> list[Any]:
-    """The different values in the order of their first appearance; they need no hash."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found

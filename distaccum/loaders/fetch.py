@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,21 +23,8 @@ class Request(NamedTuple):
     indices: list[int]
 
 
-@dataclass(slots=True)
-class Failure:
-    """The text of an exception in a worker process; the exception itself may not be picklable."""
-
-    message: str
-    details: str = field(repr=False)
-
-    def error(self) -> UserError:
-        error = UserError(self.message)
-        error.add_note(self.details)
-        return error
-
-
 class MicroBatches(Dataset[Any]):
-    """Fetches and collates a whole micro-batch; errors name the sample that failed.
+    """Fetches and collates a whole micro-batch; returns a `UserError` that names the sample if one can't be loaded.
 
     What a dataset draws from the global generators (`torch`, `random`, `numpy.random`) is a function of the seed, the
     epoch and the sample's index: not of the micro-batch, rank, worker or process it is loaded in, nor of what was
@@ -95,7 +81,9 @@ class MicroBatches(Dataset[Any]):
             is_one = self._loading is not None
             where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {indices}"
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            return Failure(f"{where} of the {self.role} data could not be loaded: {said}", traceback.format_exc())
+            failure = UserError(f"{where} of the {self.role} data could not be loaded: {said}")
+            failure.add_note(traceback.format_exc())  # as text, as the exception may not be picklable
+            return failure
         finally:
             self._loading = None
 
@@ -224,6 +212,6 @@ class _Requests(Sampler[Request]):
 
 
 def _whole(batch: Any) -> Any:
-    if isinstance(batch, Failure):
-        raise batch.error()
+    if isinstance(batch, UserError):
+        raise batch
     return batch

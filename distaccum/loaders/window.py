@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from distaccum.planning import CutSchedule
 from distaccum.runtime.nested import tensors_of
 
 _MOST_TOGETHER = 8
 """Micro-batches that are loaded at a time."""
 _MOST_BYTES_TOGETHER = 2**16
 """Of them: what has to wait for its micro-step is to stay in the processor's caches."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recutting:
-    """A loader's interface for cutting one window anew, when a micro-batch has not fitted into memory.
-
-    Attributes:
-        cut: this rank's micro-batches, as dataset indices, in sizes that are allowed by now.
-        split: a micro-batch as one or more of such sizes.
-        forbid: has micro-batches of this size cut smaller from now on, here and in all windows to come; gives the size
-            that is allowed.
-        unit: of sizes: "samples", or "tokens" where windows are cut by length.
-        load: micro-batches of given samples, on the device, exactly as they were in the window.
-    """
-
-    cut: Callable[[], list[list[int]]]
-    split: Callable[[Sequence[int]], list[list[int]]]
-    forbid: Callable[[Sequence[int]], int]
-    unit: str
-    load: Callable[[Sequence[Sequence[int]]], Iterator[Any]]
 
 
 class Window:
@@ -48,7 +29,8 @@ class Window:
         sizes: samples of each of this rank's micro-batches. Size 0 is a placeholder: a micro-batch made of the
             window's first sample, which counts nothing and is there because the other ranks wait for this one in
             their collectives.
-        recutting: for cutting it anew, if its loader can do that.
+        cuts: the loader's, by which it can be cut anew when a micro-batch has not fitted into memory; None without one.
+        load: loads micro-batches of given dataset indices to the device, exactly as they were in the window.
 
     Args:
         together: load small micro-batches several at a time. Loading and computing drive each other's code and data out
@@ -66,8 +48,8 @@ class Window:
         batches: Iterator[Any],
         sample_indices: Callable[[], list[list[int]]],
         equal_micro_steps: bool = False,
-        recutting: Recutting | None = None,
-        is_by_length: bool = False,
+        cuts: CutSchedule | None = None,
+        load: Callable[[Sequence[Sequence[int]]], Iterator[Any]] | None = None,
         together: bool = False,
     ) -> None:
         self.epoch = epoch
@@ -76,8 +58,9 @@ class Window:
         self.num_samples = num_samples
         self.sizes = sizes
         self.equal_micro_steps = equal_micro_steps
-        self.recutting = recutting
-        self.is_by_length = is_by_length
+        self.is_by_length = cuts is not None and cuts.lengths is not None
+        self.cuts = cuts
+        self.load = load
         self._batches = batches
         self._left = len(sizes)
         self._loaded: deque[Any] = deque()
@@ -90,10 +73,10 @@ class Window:
     def __iter__(self) -> Iterator[Any]:
         while self._loaded or self._left:
             if not self._loaded:
-                self._load()
+                self._load_next()
             yield self._loaded.popleft()
 
-    def _load(self) -> None:
+    def _load_next(self) -> None:
         """Loads the next micro-batch; with it those after it, as long as they are small."""
         num_bytes = 0
         while self._left:
@@ -116,6 +99,12 @@ class Window:
         """Says how the window has been cut in the end."""
         self.sizes = tuple(map(len, pieces))
         self._sample_indices = lambda: [list(piece) for piece in pieces]
+
+    def over(self, batches: Iterable[Any]) -> Window:
+        """Returns the same window once more, of micro-batches that have been loaded."""
+        again = copy.copy(self)
+        again._batches, again._left, again._loaded = iter(batches), len(self.sizes), deque()
+        return again
 
     def skip_rest(self) -> None:
         """Passes over the micro-batches that nobody has asked for, so that the next window starts at its own."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from distaccum import planning
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
-from distaccum.loaders.window import Recutting, Window
+from distaccum.loaders.window import Window
 from distaccum.planning.window_sizes import BatchSizes, SizeRule
 from distaccum.runtime.nested import to_device
 
@@ -127,9 +127,9 @@ class WindowLoader:
                 sizes=self.cuts.micro_batch_sizes(epoch, index),
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
-                is_by_length=self.cuts.lengths is not None,
                 sample_indices=partial(self.cuts.micro_batches, epoch, index),
-                recutting=self._recutting(epoch, index),
+                cuts=self.cuts,
+                load=partial(self.load, epoch, index),
                 together=self._loads_together,
             )
             yield window
@@ -159,16 +159,6 @@ class WindowLoader:
         device, float_dtype = self._options.device, self._options.float_dtype
         for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
             yield batch if device is None else to_device(batch, device, float_dtype=float_dtype)
-
-    def _recutting(self, epoch: int, index: int) -> Recutting:
-        cuts = self.cuts
-        return Recutting(
-            cut=lambda: cuts.micro_batches(epoch, index, cuts.limit),
-            split=cuts.split,
-            forbid=lambda samples: cuts.forbid(samples, now=cuts.sizes.number(epoch, index)),
-            unit=cuts.unit,
-            load=partial(self.load, epoch, index),
-        )
 
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""

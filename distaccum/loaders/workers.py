@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.synchronize import Semaphore
 from multiprocessing.util import Finalize
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -59,16 +59,6 @@ _DEATHS = {
     signal.SIGBUS: ", which is what happens when shared memory (/dev/shm) runs out. Make it larger, or lower "
     "data.num_workers or data.prefetch_factor",
 }
-
-
-class _Gate(NamedTuple):
-    """Two semaphores, at which workers wait until all of them have begun.
-
-    So workers that are ended because another one hangs have touched nothing of the dataset.
-    """
-
-    begun: Semaphore
-    opened: Semaphore
 
 
 class DataWorkers:
@@ -168,40 +158,37 @@ class DataWorkers:
         """A worker process that has ended though nobody asked it to; None if there is none."""
         return next((worker for worker in self._workers() if worker.exitcode is not None), None)
 
-    def has_killed_worker(self) -> bool:
-        return any(worker.exitcode for worker in self._workers())
-
     def _has_started(self, seconds: float) -> bool:
         """Starts new workers; False if some of them do not begin in that time, and all are ended again."""
         time.sleep(_SECONDS_BEFORE_FORK)
-        gate = _Gate(multiprocessing.Semaphore(0), multiprocessing.Semaphore(0))
+        # Workers wait until all of them have begun: those that are ended because another one hangs have then touched
+        # nothing of the dataset.
+        begun, opened = multiprocessing.Semaphore(0), multiprocessing.Semaphore(0)
         # The kernel goes by the thread that starts them, which may end before the training does.
         in_main = threading.current_thread() is threading.main_thread()
-        loader = self._new_loader(functools.partial(_begin_worker, gate, in_main))
+        loader = self._new_loader(functools.partial(_begin_worker, begun, opened, in_main))
         others = multiprocessing.active_children()
         try:
             self._iterator = iterator = self._guarded(lambda: iter(loader))
         except BaseException as error:
             disarm_half_made(error)
-            # Those that were started wait at the gate, and no iterator holds them.
+            # Those that were started wait for the others, and no iterator holds them.
             kill_and_join([child for child in multiprocessing.active_children() if child not in others])
             raise
-        has_started = False
         try:
             # When the interpreter ends, multiprocessing sends them a signal that they ignore, and waits.
             Finalize(iterator, kill_and_join, args=(workers_of(iterator),), exitpriority=0)
             # Workers of another kind inherit no locks, and import for as long as they have to.
             limit = seconds if multiprocessing.get_start_method() == "fork" else math.inf
-            if self._guarded(lambda: self._have_begun(gate, limit)):
+            if self._guarded(lambda: self._have_begun(begun, limit)):
                 for _ in workers_of(iterator):
-                    gate.opened.release()
+                    opened.release()
                 self._loader = loader
-                has_started = True
         finally:
-            if not has_started:
+            if self._loader is None:
                 kill_and_join(workers_of(iterator))
                 self.end()
-        return has_started
+        return self._loader is not None
 
     def _what_is_lacking(self, error: Exception) -> str | None:
         """Returns why workers can't start or go on; None if neither the system nor the dataset is the cause."""
@@ -218,12 +205,12 @@ class DataWorkers:
             "top of a module (no lambda, no open file), or set data.num_workers=0."
         )
 
-    def _have_begun(self, gate: _Gate, seconds: float) -> bool:
+    def _have_begun(self, begun: Semaphore, seconds: float) -> bool:
         """Waits for all workers to begin; False if some do not, though none has died."""
         until = time.monotonic() + seconds
         missing = len(self._workers())
         while missing and self.dead_worker() is None:
-            if gate.begun.acquire(timeout=0.1):
+            if begun.acquire(timeout=0.1):
                 missing -= 1
             elif time.monotonic() > until:
                 return False
@@ -277,7 +264,7 @@ class DataWorkers:
         )
 
 
-def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
+def _begin_worker(begun: Semaphore, opened: Semaphore, ends_with_parent: bool, worker: int) -> None:
     try:
         if ends_with_parent:
             signal_when_parent_ends(signal.SIGKILL)  # also if it is stopped then, and no thread of its own runs
@@ -294,8 +281,8 @@ def _begin_worker(gate: _Gate, ends_with_parent: bool, worker: int) -> None:
             # Not SIG_IGN, which programs that a dataset starts would inherit.
             signal.signal(number, lambda *_: None)
     finally:
-        gate.begun.release()  # torch hands an exception over in the place of the first batch
-    gate.opened.acquire()
+        begun.release()  # torch hands an exception over in the place of the first batch
+    opened.acquire()
 
 
 def _say_unless_broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -341,5 +328,5 @@ class _OnlyWhereWatched:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         with suppress(RuntimeError):
             self.handler(number, frame)
-        if _watching is not None and _watching.has_killed_worker():
+        if _watching is not None and any(worker.exitcode for worker in _watching._workers()):
             raise RuntimeError("a data loader's worker was killed")

@@ -6,27 +6,20 @@ from distaccum.planning.batch_plan import (
     DEFAULT_MICRO_BATCH_SIZE,
     BatchPlan,
     Cut,
-    check_base_size,
-    check_data_size,
     resolve_batch,
-    split_by_speed,
     split_evenly,
     window_bounds,
 )
 from distaccum.planning.cut_schedule import CutSchedule
-from distaccum.planning.order import EpochOrder, shuffled
+from distaccum.planning.order import shuffled
 
 __all__ = [
     "DEFAULT_MICRO_BATCH_SIZE",
     "BatchPlan",
     "Cut",
     "CutSchedule",
-    "EpochOrder",
-    "check_base_size",
-    "check_data_size",
     "resolve_batch",
     "shuffled",
-    "split_by_speed",
     "split_evenly",
     "window_bounds",
 ]

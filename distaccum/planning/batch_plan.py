@@ -99,9 +99,7 @@ class BatchPlan:
             steps = [max(steps[0], min(least_parts, window_size))]
         if self.equal_micro_steps:
             steps = [max(steps)] * self.world_size
-        return Cut(
-            tuple(tuple(split_evenly(share, count)) for share, count in zip(shares, steps, strict=True)),
-        )
+        return Cut(tuple(tuple(split_evenly(share, count)) for share, count in zip(shares, steps, strict=True)))
 
     @property
     def is_one_shot(self) -> bool:
@@ -203,38 +201,6 @@ def resolve_batch(
         accumulation_steps=accumulation_steps,
         equal_micro_steps=equal_micro_steps,
     )
-
-
-def check_base_size(plan: BatchPlan, base: int) -> None:
-    """Refuses a schedule of sizes that was made for another global batch.
-
-    Raises:
-        UserError: names both numbers.
-    """
-    if base != plan.global_batch_size:
-        raise UserError(
-            f"the schedule of batch sizes is made for a global batch of {base}, and the plan's is "
-            f"{plan.global_batch_size}: give both the same."
-        )
-
-
-def check_data_size(plan: BatchPlan, num_samples: int, drop_last: bool) -> None:
-    """Refuses a dataset with fewer samples than ranks, or than one window when small windows are left out.
-
-    Raises:
-        UserError: names both numbers.
-    """
-    if num_samples < plan.world_size:
-        raise UserError(
-            f"the training data has {num_samples} sample{'' if num_samples == 1 else 's'}, fewer than the "
-            f"{plan.world_size} ranks. Start fewer ranks or give more data.",
-        )
-    if drop_last and num_samples < plan.global_batch_size:
-        raise UserError(
-            f"the training data has {num_samples} samples, fewer than one window of {plan.global_batch_size}, and "
-            "batch.drop_last=true would leave out all of them. Lower batch.global_batch_size or set "
-            "batch.drop_last=false.",
-        )
 
 
 def _shown(number: int | None) -> str:

@@ -212,10 +212,6 @@ class Grouping:
         costs = self.costs.at(number)
         return sum(_cost(np.asarray(group, dtype=np.int64), self.lengths, costs) for group in groups)
 
-    def explain(self) -> str:
-        """Describes a rank's part of a window."""
-        return f"micro-steps of at most {self.max_tokens} tokens, by length"
-
 
 T = TypeVar("T")
 

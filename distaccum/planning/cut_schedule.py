@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.planning.batch_plan import BatchPlan, Cut, check_base_size, check_data_size
+from distaccum.errors import require
+from distaccum.planning.batch_plan import BatchPlan, Cut
 from distaccum.planning.by_length import CostModel, Grouping, Timeline
 from distaccum.planning.order import EpochOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
+
+_even_cut = lru_cache(maxsize=64)(BatchPlan.cut)  # windows have few sizes, and ranks the same speeds for long
 
 
 class CutSchedule:
@@ -64,10 +68,13 @@ class CutSchedule:
         self.rank = rank
         self.windows_ahead = windows_ahead
         self.sizes = BatchSizes(size_rule or ConstantSize(plan.global_batch_size), num_samples, drop_last)
-        if size_rule is not None:
-            check_base_size(plan, size_rule.base)
-            self.sizes.check(plan.world_size)
-        check_data_size(plan, num_samples, drop_last and size_rule is None)
+        base = self.sizes.rule.base
+        require(
+            base == plan.global_batch_size,
+            f"the schedule of batch sizes is made for a global batch of {base}, and the plan's is "
+            f"{plan.global_batch_size}: give both the same.",
+        )
+        self.sizes.check(plan.world_size)
         self._grouping = Grouping(lengths, plan, num_samples, max_tokens) if lengths is not None else None
         self.lengths = self._grouping.lengths if self._grouping is not None else None
         self.found_sizes: tuple[int, ...] | None = None
@@ -76,7 +83,6 @@ class CutSchedule:
         self._speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
         self._order = EpochOrder(num_samples, seed)
         self._split_every = split_every
-        self._cuts: dict[tuple[int, tuple[float, ...] | None, int], Cut] = {}
 
     # Cuts
 
@@ -116,14 +122,8 @@ class CutSchedule:
 
     def _even_cut(self, epoch: int, index: int) -> Cut:
         number = self.sizes.number(epoch, index)
-        speeds = self._speeds.at(number)
         parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
-        key = (self.sizes.size(epoch, index), speeds, parts)
-        if key not in self._cuts:
-            if len(self._cuts) >= 64:
-                self._cuts.clear()  # speeds that change from time to time
-            self._cuts[key] = self.plan.cut(*key)
-        return self._cuts[key]
+        return _even_cut(self.plan, self.sizes.size(epoch, index), self._speeds.at(number), parts)
 
     @property
     def unit(self) -> str:
@@ -139,7 +139,9 @@ class CutSchedule:
 
     def explain(self) -> str:
         """Says in one line how a window is cut."""
-        how = self._grouping.explain() if self._grouping is not None else None
+        how = None
+        if self._grouping is not None:
+            how = f"micro-steps of at most {self._grouping.max_tokens} tokens, by length"
         if self.sizes.is_constant:
             return self.plan.explain(self.sizes.num_samples, self.sizes.drop_last, how)
         return f"{self.plan.explain(how=how)}; sizes by schedule: {self.sizes.rule}"
@@ -155,7 +157,6 @@ class CutSchedule:
             sizes: in samples, or in tokens where windows are cut by length.
         """
         self.found_sizes = tuple(sizes)
-        self._cuts.clear()
         if self._grouping is not None:
             self._grouping.set_max_tokens(min(sizes))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +65,12 @@ class EpochOrder:
     """
 
     _BLOCK = 4096
-    _KEPT = 4  # what is being loaded ahead, what is in use, and neighbours
 
     def __init__(self, num_samples: int, seed: int) -> None:
         self._num_samples = num_samples
         self._seed = seed
-        self._blocks: dict[tuple[int, int], NDArray[np.int64]] = {}
+        # What is being loaded ahead, what is in use, and neighbours.
+        self._block = lru_cache(maxsize=4)(self._shuffled_block)
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Returns the samples at the positions from `start` to `stop - 1` of an epoch."""
@@ -81,10 +82,6 @@ class EpochOrder:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _block(self, epoch: int, first: int) -> NDArray[np.int64]:
-        if (epoch, first) not in self._blocks:
-            if len(self._blocks) >= self._KEPT:
-                self._blocks.pop(next(iter(self._blocks)))
-            positions = np.arange(first, min(first + self._BLOCK, self._num_samples))
-            self._blocks[epoch, first] = shuffled(positions, self._num_samples, self._seed, epoch)
-        return self._blocks[epoch, first]
+    def _shuffled_block(self, epoch: int, first: int) -> NDArray[np.int64]:
+        positions = np.arange(first, min(first + self._BLOCK, self._num_samples))
+        return shuffled(positions, self._num_samples, self._seed, epoch)

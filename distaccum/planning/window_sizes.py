@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from distaccum.errors import UserError, require
@@ -36,9 +37,9 @@ class SizeRule(ABC):
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         """Returns the size of a window, and the first window at which it may change; None if not in this epoch."""
 
-    @abstractmethod
     def is_settled(self, epoch: int, number: int) -> bool:
         """Whether all windows from this one on have the same size, as far as is known."""
+        return self.at(epoch, number)[1] is None
 
     @abstractmethod
     def __str__(self) -> str:
@@ -53,9 +54,6 @@ class ConstantSize(SizeRule):
 
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         return self.base, None
-
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return True
 
     def __str__(self) -> str:
         return "constant"
@@ -114,9 +112,6 @@ class SizeRamp(SizeRule):
             return self.base, None
         return self._start + (self.base - self._start) * number // self._updates, number + 1
 
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return number >= self._updates
-
     def __str__(self) -> str:
         return f"ramp from {self._start} to {self.base} over {self._updates} updates"
 
@@ -142,9 +137,6 @@ class NoiseSizes(SizeRule):
         entry = max(place for place, (first, _) in enumerate(self.changes) if first <= number)
         later = self.changes[entry + 1][0] if entry + 1 < len(self.changes) else None
         return self.changes[entry][1], later
-
-    def is_settled(self, epoch: int, number: int) -> bool:
-        return number >= self.changes[-1][0]
 
     def wanted(self, noise_scale: float, measurements: int) -> int | None:
         """Returns the size to change to; None to stay with the one chosen last.
@@ -174,21 +166,25 @@ class BatchSizes:
         drop_last: leave out an epoch's last window when it is smaller than planned.
     """
 
-    _KEPT = 4  # epochs: the one in use, the one that is being loaded, and neighbours
-
     def __init__(self, rule: SizeRule, num_samples: int, drop_last: bool = False) -> None:
         self.rule = rule
         self.num_samples = num_samples
         self.drop_last = drop_last
         self._firsts = [0]
-        self._bounds: dict[int, list[tuple[int, int]]] = {}
+        # Of the epoch in use, the one that is being loaded, and neighbours.
+        self._kept_bounds = lru_cache(maxsize=4)(self._bounds)
 
     def check(self, world_size: int) -> None:
         """Refuses impossible sizes.
 
         Raises:
-            UserError: a window would have fewer samples than there are ranks, or all would be left out.
+            UserError: the data or a window would have fewer samples than there are ranks, or all would be left out.
         """
+        if self.num_samples < world_size:
+            raise UserError(
+                f"the training data has {self.num_samples} sample{'' if self.num_samples == 1 else 's'}, fewer than "
+                f"the {world_size} ranks. Start fewer ranks or give more data."
+            )
         if self.rule.smallest < world_size:
             raise UserError(
                 f"batch.schedule ({self.rule}) has windows of {self.rule.smallest} samples, fewer than the "
@@ -196,10 +192,10 @@ class BatchSizes:
                 "start fewer ranks."
             )
         if self.drop_last and self.rule.largest > self.num_samples:
+            size = "batch.global_batch_size" if self.is_constant else "the largest size of batch.schedule"
             raise UserError(
-                f"batch.schedule ({self.rule}) has windows of {self.rule.largest} samples, more than the "
-                f"{self.num_samples} there are, and batch.drop_last=true would leave out all of them. Lower its "
-                "largest size or set batch.drop_last=false."
+                f"the training data has {self.num_samples} samples, fewer than one window of {self.rule.largest}, and "
+                f"batch.drop_last=true would leave out all of them. Lower {size} or set batch.drop_last=false."
             )
 
     @property
@@ -208,16 +204,14 @@ class BatchSizes:
 
     def bounds(self, epoch: int) -> list[tuple[int, int]]:
         """Returns the first position and the position after the last of each window of an epoch."""
-        key = 0 if self.is_constant else epoch
-        if key not in self._bounds:
-            if len(self._bounds) >= self._KEPT:
-                self._bounds.pop(next(iter(self._bounds)))
-            self._bounds[key] = [
-                (start, min(start + size, self.num_samples))
-                for begin, size, count in self._runs(key, self.first_number(key))
-                for start in range(begin, begin + count * size, size)
-            ]
-        return self._bounds[key]
+        return self._kept_bounds(0 if self.is_constant else epoch)
+
+    def _bounds(self, epoch: int) -> list[tuple[int, int]]:
+        return [
+            (start, min(start + size, self.num_samples))
+            for begin, size, count in self._runs(epoch, self.first_number(epoch))
+            for start in range(begin, begin + count * size, size)
+        ]
 
     def count(self, epoch: int) -> int:
         """Returns the number of windows in an epoch."""
@@ -275,7 +269,7 @@ class BatchSizes:
         assert isinstance(self.rule, NoiseSizes)
         self.rule.changes = changes
         self._firsts = [0]
-        self._bounds.clear()
+        self._kept_bounds.cache_clear()
 
     def _count_from(self, epoch: int, first_number: int) -> int:
         return sum(count for _, _, count in self._runs(epoch, first_number))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 def hook_of(model: DistributedDataParallel) -> tuple[Any, Any] | None:
     """The model's communication hook and the hook's state; None if it has none."""
-    hooks = model._comm_hooks
-    if not hooks:
-        return None
-    hook, state = hooks[0]
-    return hook, state
+    hooks: list[tuple[Any, Any]] = model._comm_hooks
+    return hooks[0] if hooks else None
 
 
 def start_window(model: DistributedDataParallel) -> None:
@@ -63,20 +61,25 @@ def buffer_arguments(broadcast_buffers: bool) -> dict[str, Any]:
 class _CountedDistributed:
     """Replaces `torch.distributed` inside torch's PowerSGD module, to count the collectives that it starts."""
 
-    def __init__(self, count: Callable[[Any, Tensor], None]) -> None:
-        self._count = count
+    def __init__(self) -> None:
+        self.counts: WeakKeyDictionary[Any, Callable[[Tensor], None]] = WeakKeyDictionary()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(dist, name)
 
     def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._count(kwargs.get("group"), tensor)
+        if (group := kwargs.get("group")) in self.counts:
+            self.counts[group](tensor)
         return dist.all_reduce(tensor, *args, **kwargs)
 
 
-def count_powersgd(count: Callable[[Any, Tensor], None]) -> None:
-    """Calls `count` with the group and the tensor of each all-reduce that torch's PowerSGD starts."""
-    powersgd.dist = _CountedDistributed(count)  # type: ignore[attr-defined, assignment]
+_counted = _CountedDistributed()
+
+
+def count_powersgd(group: dist.ProcessGroup, count: Callable[[Tensor], None]) -> None:
+    """Calls `count` with the tensor of each all-reduce that torch's PowerSGD starts in a group."""
+    _counted.counts[group] = count
+    powersgd.dist = _counted  # type: ignore[attr-defined, assignment]
 
 
 def powersgd_memories(state: powersgd.PowerSGDState) -> dict[str, dict[int, Tensor]]:

@@ -37,12 +37,8 @@ def blocks_to_wrap(module: nn.Module, names: Sequence[str] = ()) -> list[nn.Modu
     blocks = blocks_of(module, names)
     if names:
         return blocks
-    owners: dict[nn.Parameter, set[int]] = {}
-    for number, block in enumerate(blocks):
-        for parameter in block.parameters():
-            owners.setdefault(parameter, set()).add(number)
-    inside = {id(parameter) for parameter in owners}
-    rest = [p for name, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
-    is_shared = any(len(numbers) > 1 for numbers in owners.values()) or len(rest) > len(inside)
+    owned = [id(parameter) for block in blocks for parameter in block.parameters()]
+    inside = set(owned)
+    uses = [p for _, p in module.named_parameters(remove_duplicate=False) if id(p) in inside]
     # A parameter that belongs to two blocks, or to a block and the rest, must be gathered with both: by the root.
-    return [] if is_shared else blocks
+    return blocks if len(owned) == len(uses) == len(inside) else []

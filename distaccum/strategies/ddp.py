@@ -34,7 +34,7 @@ from distaccum.strategies.gradient_sync import (
     powersgd_hook,
     powersgd_tensors,
 )
-from distaccum.strategies.placeholders import with_uniform_gradient, with_zero_gradients, zero_with_gradients
+from distaccum.strategies.placeholders import with_zero_gradients, zero_with_gradients
 from distaccum.strategies.scalar_sync import FirstBucketScalars, summed_beside
 
 
@@ -191,7 +191,7 @@ class DDPStrategy(Strategy):
         # by nobody.
         held = {id(parameter) for parameter in parameters}
         first = next((p for p in self.module.parameters() if p.requires_grad and id(p) in held), None)
-        return with_uniform_gradient(first, None) if first is not None else None
+        return zero_with_gradients([first], None) if first is not None else None
 
     def begin_sync(self, loss_sum: Tensor) -> None:
         start_sync(self.model, loss_sum)
@@ -202,7 +202,7 @@ class DDPStrategy(Strategy):
         for parameter in self.module.parameters():
             if parameter.requires_grad:
                 try:
-                    with_uniform_gradient(parameter, math.nan).backward()  # type: ignore[no-untyped-call]
+                    zero_with_gradients([parameter], math.nan).backward()  # type: ignore[no-untyped-call]
                 except RuntimeError as error:
                     if "ready only once" not in str(error):
                         raise

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -90,22 +89,12 @@ def give_threads_time_at_exit() -> None:
     atexit.register(time.sleep, 0.1)
 
 
-_counted_groups: WeakKeyDictionary[dist.ProcessGroup, HookState] = WeakKeyDictionary()
-
-
-def _count_of_group(group: Any, tensor: torch.Tensor) -> None:
-    state = _counted_groups.get(group) if group is not None else None
-    if state is not None:
-        state.traffic.count(tensor)
-
-
 def powersgd_hook(state: HookState, config: DDPConfig) -> Hook:
     """The hook of PowerSGD (Vogels, Karimireddy and Jaggi 2019), torch's own implementation, counted.
 
     The process group in `state` must be one that nothing but this model's gradients uses.
     """
-    _counted_groups[state.process_group] = state
-    count_powersgd(_count_of_group)
+    count_powersgd(state.process_group, state.traffic.count)
     state.powersgd_state = remembered = powersgd.PowerSGDState(
         process_group=state.process_group,
         matrix_approximation_rank=config.powersgd_rank,

@@ -9,17 +9,29 @@ import torch
 from torch import Tensor
 
 
-class _ZeroGradients(torch.autograd.Function):
-    """A zero whose gradient is exactly zero for each parameter, whatever the parameter holds."""
+class _UniformGradients(torch.autograd.Function):
+    """A zero whose gradient for each parameter has one value everywhere, and takes no memory of the parameters' size.
+
+    With None, the parameters' hooks run, and they get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: float | None, *parameters: Tensor) -> Tensor:
+        ctx.value = value
         ctx.save_for_backward(*parameters)
         return parameters[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.value is None:
+            return (None,) * (1 + len(ctx.saved_tensors))
+        return None, *(parameter.new_full((), ctx.value).expand_as(parameter) for parameter in ctx.saved_tensors)
+
+
+def zero_with_gradients(leaves: Sequence[Tensor], value: float | None = 0.0) -> Tensor:
+    """A loss of zero whose gradient for each of the leaves is the value everywhere, or None."""
+    zero: Tensor = _UniformGradients.apply(value, *leaves)  # type: ignore[no-untyped-call]
+    return zero
 
 
 def with_zero_gradients(loss_sum: Tensor) -> Tensor:
@@ -44,35 +56,3 @@ def leaves_behind(loss_sum: Tensor) -> list[Tensor]:
             leaves.append(node.variable)
         nodes.extend(following for following, _ in node.next_functions)
     return leaves
-
-
-def zero_with_gradients(leaves: Sequence[Tensor]) -> Tensor:
-    """A loss of zero that has a gradient of zero for each of the leaves."""
-    zero: Tensor = _ZeroGradients.apply(*leaves)  # type: ignore[no-untyped-call]
-    return zero
-
-
-class _UniformGradient(torch.autograd.Function):
-    """A zero whose gradient for a parameter has one value everywhere, and takes no memory of the parameter's size.
-
-    With None, the parameter's hooks run, and it gets no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, value: float | None) -> Tensor:
-        ctx.value = value
-        ctx.save_for_backward(parameter)
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, None]:
-        (parameter,) = ctx.saved_tensors
-        if ctx.value is None:
-            return None, None
-        return parameter.new_full((), ctx.value).expand_as(parameter), None
-
-
-def with_uniform_gradient(parameter: Tensor, value: float | None) -> Tensor:
-    """A loss of zero whose gradient for the parameter is the value everywhere, or None."""
-    zero: Tensor = _UniformGradient.apply(parameter, value)  # type: ignore[no-untyped-call]
-    return zero

@@ -283,7 +283,7 @@ def _with_own_parameter(embeddings: Any) -> TaskOutput:
     ("embed", "loss", "message"),
     [
         (None, lambda rows: rows["views"].sum(), "returned a Tensor, not a distaccum.TaskOutput"),
-        (None, lambda rows: TaskOutput(rows["views"].sum(dim=0), 1), "loss_sum must be a scalar tensor that depends"),
+        (None, lambda rows: TaskOutput(rows["views"].sum(dim=0), 1), "must be a scalar tensor with a gradient"),
         (None, lambda rows: TaskOutput(rows["views"].detach().sum(), 1), "requires_grad=False"),
         (None, _with_own_parameter, r"depends on a parameter of its own, of shape \[\]"),
         (lambda batch: {"views": batch[0].sum()}, None, r"one row for each sample.*got shapes \[\]"),

@@ -10,7 +10,7 @@ import torch
 from loading import WITH_WORKERS, Noisy, Numbers, is_alive, new_fetcher, new_source, requests
 
 from distaccum import UserError
-from distaccum.loaders.fetch import Failure, MicroBatches, Request
+from distaccum.loaders.fetch import MicroBatches, Request
 from distaccum.runtime.randomness import GlobalStates
 
 pytestmark = WITH_WORKERS
@@ -147,9 +147,9 @@ def test_failures_name_the_sample_also_when_random() -> None:
 
     fetcher = new_fetcher(Bad())
     failures = [fetcher[Request(0, [3, 4])] for _ in range(2)]
-    assert all(isinstance(failure, Failure) for failure in failures)
-    assert failures[0].message.startswith("sample 4 of the training data could not be loaded: ValueError: no 0.")
-    assert failures[0].message == failures[1].message
+    assert all(isinstance(failure, UserError) for failure in failures)
+    assert str(failures[0]).startswith("sample 4 of the training data could not be loaded: ValueError: no 0.")
+    assert str(failures[0]) == str(failures[1])
 
 
 @pytest.mark.parametrize("persistent", [True, False])

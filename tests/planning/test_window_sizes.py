@@ -131,9 +131,18 @@ def test_sizes_follow_the_noise_scale_in_bounded_steps() -> None:
 def test_sizes_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(UserError, match=r"windows of 3 samples, fewer than the 4 ranks"):
         BatchSizes(SizeRamp(16, start=3, updates=4), 100).check(4)
-    with pytest.raises(UserError, match=r"windows of 128 samples, more than the 100 there are"):
+    with pytest.raises(UserError, match=r"100 samples, fewer than one window of 128"):
         BatchSizes(SizeTable(16, {9: 128}), 100, drop_last=True).check(4)
     BatchSizes(SizeTable(16, {9: 128}), 100).check(4)
+
+
+def test_too_little_data_is_refused() -> None:
+    BatchSizes(ConstantSize(8), 8, drop_last=True).check(4)
+    BatchSizes(ConstantSize(8), 4).check(4)
+    with pytest.raises(UserError, match="3 samples, fewer than the 4 ranks"):
+        BatchSizes(ConstantSize(8), 3).check(4)
+    with pytest.raises(UserError, match="7 samples, fewer than one window of 8"):
+        BatchSizes(ConstantSize(8), 7, drop_last=True).check(4)
 
 
 @pytest.mark.parametrize("rule", [SizeRamp(24, start=4, updates=9), SizeTable(8, {3: 20, 7: 5})])

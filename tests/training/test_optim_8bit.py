@@ -16,7 +16,6 @@ from launching import forked
 from torch import nn
 
 from distaccum import Accumulator
-from distaccum.accumulation import optimizer_step as stepping
 from distaccum.checkpoints.folder import checkpoints_in
 from distaccum.checkpoints.optimizer_state import check_same_state
 from distaccum.config.components import AdamConfig, AdamW8bitConfig
@@ -194,27 +193,6 @@ def test_without_the_package(train: Callable[..., Ended], monkeypatch: pytest.Mo
     ended = train(*DIGITS)
     assert ended.status == 2
     assert 'pip install "distaccum[adam8bit]"' in ended.err
-
-
-class Unready(torch.optim.Optimizer):
-    """Runs out of memory in its first step, after it has moved a parameter in a way that autograd doesn't see."""
-
-    __module__ = "bitsandbytes.optim.adamw"
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.param_groups[0]["params"][0].data.add_(1.0)
-        raise torch.OutOfMemoryError("injected")
-
-
-def test_a_step_that_may_have_moved_something_is_not_taken_again() -> None:
-    parameter = nn.Parameter(torch.zeros(3))
-    optimizer = Unready([parameter])
-    with pytest.raises(UserError, match="out of memory in the optimizer's step"):
-        stepping.step_with_room(optimizer, optimizer.step, CPU)
-    assert parameter.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_its_row_in_the_table_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
