@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -340,20 +341,14 @@ def answer(ask: Callable[[], T], seconds: float = _ANSWER_SECONDS) -> T:
         TimeoutError: no answer.
         RuntimeError: the store is gone.
     """
-    outcome: list[T] = []
-    problem: list[Exception] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.append(ask())
+            outcome.set_result(ask())
         except Exception as error:
-            problem.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="distaccum-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if problem:
-        raise problem[0]
-    if not outcome:
-        raise TimeoutError(f"the ranks' store has not answered within {seconds:g} s")
-    return outcome[0]
+    # Not an executor's thread, for which the end of the process would wait.
+    threading.Thread(target=run, name="distaccum-store", daemon=True).start()
+    return outcome.result(seconds)
