@@ -135,12 +135,7 @@ class World:
 
     def from_main(self, value: T) -> T:
         """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        with self.heartbeat.waiting_in("exchange between the ranks"):
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return self.gather(value)[0]
 
     def count(self, name: str, number: int = 1) -> int:
         """Adds to a counter that all ranks share; returns its value. Waits for no rank."""
