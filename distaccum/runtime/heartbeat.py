@@ -101,13 +101,8 @@ class Heartbeat:
 
     def log_to(self, path: Path) -> None:
         """Sets the log, new or existing, to which this rank's stacks are appended when it hangs."""
-        log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
-        before, self._log = self._log, log
+        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
         self._log_path = str(path)
-        if before is not None:
-            faulthandler.cancel_dump_traceback_later()
-            before.close()
-        self._armed_for = None
         if self.is_beating:
             self._arm()
             self._wake.set()
