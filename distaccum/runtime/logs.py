@@ -66,16 +66,11 @@ def make_output_safe() -> None:
 
 
 class _StandardOutput:
-    """Standard output, whatever it is at the time, without secrets and without errors."""
+    """Standard output, whatever it is at the time, without secrets."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(redacted_text(text))
+        self._stream.write(redacted_text(text))
         return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
 
     @property
     def _stream(self) -> Any:
