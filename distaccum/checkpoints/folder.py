@@ -215,18 +215,15 @@ def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]])
 
 def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tuple[Checkpoint | None, str]:
     """The checkpoint in a folder, or None and what is wrong with it; the same on all ranks."""
+    ranks = len(gather(None))
     checkpoint, problem = None, None
     try:
         checkpoint = read_checkpoint(path)
+        own_part = checkpoint.files[rank::ranks]
+        verify_files(checkpoint, own_part)
+        _check_content(checkpoint, own_part)
     except DamagedCheckpointError as error:
         problem = str(error)
-    ranks = len(gather(None))
-    if checkpoint is not None:
-        try:
-            verify_files(checkpoint, checkpoint.files[rank::ranks])
-            _check_content(checkpoint, checkpoint.files[rank::ranks])
-        except DamagedCheckpointError as error:
-            problem = str(error)
     problems = [entry for entry in gather(problem) if entry is not None]
     return (None, "; ".join(dict.fromkeys(problems))) if problems else (checkpoint, "")
 
