@@ -248,11 +248,12 @@ class Checkpointer:
             **self._best.state_dict(),
         }
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         """Waits until nothing is being written any more."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
 
     def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies tensors to the CPU, into memory that is reused the next time."""
