@@ -40,7 +40,7 @@ def metered(device: torch.device) -> Iterator[Meter]:
 
 
 class _AllocatorMeter:
-    """What CUDA's allocator has given since the start."""
+    """Reads from CUDA's allocator what it has given since the start."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
