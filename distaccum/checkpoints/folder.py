@@ -92,12 +92,11 @@ def writing_path(folder: Path, update: int) -> Path:
     return folder / f"{_WRITING}{update:08d}"
 
 
-def start_writing(folder: Path, update: int) -> Path:
+def start_writing(folder: Path, update: int) -> None:
     """Makes that folder, and removes one of an earlier try."""
     path = writing_path(folder, update)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    return path
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -119,7 +118,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def commit(writing: Path, update: int) -> Path:
+def commit(writing: Path, update: int) -> None:
     """Gives a written checkpoint its name, which makes it one, and removes one that had the name before."""
     sync(writing)
     final = writing.with_name(name_of(update))
@@ -130,7 +129,6 @@ def commit(writing: Path, update: int) -> Path:
     writing.rename(final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -215,18 +213,15 @@ def newest_whole(folder: Path, *, rank: int, gather: Callable[[Any], list[Any]])
 
 def checked(path: Path, *, rank: int, gather: Callable[[Any], list[Any]]) -> tuple[Checkpoint | None, str]:
     """The checkpoint in a folder, or None and what is wrong with it; the same on all ranks."""
+    ranks = len(gather(None))
     checkpoint, problem = None, None
     try:
         checkpoint = read_checkpoint(path)
+        own_part = checkpoint.files[rank::ranks]
+        verify_files(checkpoint, own_part)
+        _check_content(checkpoint, own_part)
     except DamagedCheckpointError as error:
         problem = str(error)
-    ranks = len(gather(None))
-    if checkpoint is not None:
-        try:
-            verify_files(checkpoint, checkpoint.files[rank::ranks])
-            _check_content(checkpoint, checkpoint.files[rank::ranks])
-        except DamagedCheckpointError as error:
-            problem = str(error)
     problems = [entry for entry in gather(problem) if entry is not None]
     return (None, "; ".join(dict.fromkeys(problems))) if problems else (checkpoint, "")
 
@@ -249,23 +244,18 @@ def _check_content(checkpoint: Checkpoint, names: list[str]) -> None:
             raise DamagedCheckpointError(f"{name} doesn't hold the tensors that {MANIFEST} names")
 
 
-def prune(folder: Path, *, keep_last: int, newest: int | None = None, best: Iterable[int] = ()) -> list[int]:
-    """Removes checkpoints but the newest `keep_last` and those of the updates in `best`; returns what was removed.
+def prune(folder: Path, *, keep_last: int, newest: int, best: Iterable[int]) -> None:
+    """Removes checkpoints but the newest `keep_last` and those of the updates in `best`.
 
     Args:
-        newest: the update that was saved last; None if that is the one with the highest number. What has a higher
-            number was damaged, or the run would have gone on from it: it must not take the place of one that is whole,
-            and is left alone.
+        newest: the update that was saved last. What has a higher number was damaged, or the run would have gone on from
+            it: it must not take the place of one that is whole, and is left alone.
     """
     updates = [int(path.name.removeprefix(_PREFIX)) for path in checkpoints_in(folder)]
-    kept = set(best)
-    removed = []
-    for update in [update for update in updates if newest is None or update <= newest][keep_last:]:
-        if update not in kept:
-            # Renamed first: what is half removed must not look like a checkpoint.
-            aside = folder / f"{_REMOVED}{name_of(update)}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (folder / name_of(update)).rename(aside)
-            shutil.rmtree(aside)
-            removed.append(update)
-    return removed
+    older = [update for update in updates if update <= newest][keep_last:]
+    for update in sorted(set(older).difference(best)):
+        # Renamed first: what is half removed must not look like a checkpoint.
+        aside = folder / f"{_REMOVED}{name_of(update)}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / name_of(update)).rename(aside)
+        shutil.rmtree(aside)

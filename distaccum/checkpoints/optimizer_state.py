@@ -16,8 +16,7 @@ from distaccum.checkpoints.folder import Checkpoint
 from distaccum.errors import UserError
 from distaccum.strategies.optimizers import own_optimizer, probe_state, twin_of
 
-_OF_OPTIMIZER = ("optimizer/", "optimizer_json/", "optimizer_number/")
-"""Earlier versions have put Python numbers under the last one."""
+_OF_OPTIMIZER = ("optimizer/", "optimizer_json/")
 _STATE, _DICT = ".state", ".dict"
 """No parameter's name begins with a dot."""
 
@@ -159,7 +158,7 @@ def adopt_group_settings(
     before = saved["settings_at_start"]
 
     def text(groups: list[dict[str, Any]], number: int, key: str) -> str | None:
-        # Lists and tuples are the same here, as they were to earlier versions.
+        # Lists and tuples are the same here.
         found = decoded(groups[number].get(key, _STATE))
         return json.dumps(found, default=lambda tensor: tensor.tolist())
 
@@ -310,7 +309,7 @@ def set_optimizer_state(
     found: dict[str, dict[str, Any]] = {}
     for path, tensor in tensors.items():
         name, key = _parameter_and_key(path)
-        found.setdefault(name, {})[key] = tensor.item() if path.startswith("optimizer_number/") else tensor
+        found.setdefault(name, {})[key] = tensor
     for path in [path for path in tensors if path.startswith("optimizer_json/")]:
         name, key = _parameter_and_key(path)
         count = sum(other.startswith(f"{key}@") for other in found[name])

@@ -40,16 +40,6 @@ _SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.
 _CHUNK_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """The file and the key under which a piece of a tensor has been written."""
-
-    file: str
-    key: str
-    file_bytes: int
-    file_blake2b: str
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Writes tensors into a new file and brings them to the disk.
 
@@ -156,35 +146,34 @@ class ManifestWriter(_OfOneCheckpoint, StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done: Future[list[WriteResult]] = Future()
-        if not plan.items:
-            done.set_result([])
-            return done
-        # A rank may hold several pieces of one tensor; the name of a piece is its tensor's and where it begins.
-        keys = [f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}" for item in plan.items]
-        tensors: dict[str, Any] = {key: planner.resolve_data(item) for key, item in zip(keys, plan.items, strict=True)}
-        name = f"rank-{self.rank:05d}.safetensors"
-        size, digest = write_safetensors(writing_path(self.folder, self.update) / name, tensors)
-        done.set_result(
-            [
-                WriteResult(item.index, tensors[key].nbytes, _Stored(name, key, size, digest))
-                for key, item in zip(keys, plan.items, strict=True)
-            ]
-        )
+        done.set_result(self._written(plan, planner) if plan.items else [])
         return done
+
+    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        # A rank may hold several pieces of one tensor; the name of a piece is its tensor's and where it begins.
+        items = {f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}": item for item in plan.items}
+        tensors: dict[str, Any] = {key: planner.resolve_data(item) for key, item in items.items()}
+        file = f"rank-{self.rank:05d}.safetensors"
+        size, digest = write_safetensors(writing_path(self.folder, self.update) / file, tensors)
+        # What `finish` puts into the manifest: the place of the piece, and the file.
+        about = {"bytes": size, "blake2b": digest}
+        return [
+            WriteResult(item.index, tensors[key].nbytes, ({"file": file, "key": key}, about))
+            for key, item in items.items()
+        ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         written = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
         tensors = {}
         for name, entry in metadata.state_dict_metadata.items():
             assert isinstance(entry, TensorStorageMetadata)
-            chunks = []
-            for chunk in entry.chunks:
-                stored = written[name, tuple(chunk.offsets)]
-                piece = {"offsets": list(chunk.offsets), "shape": list(chunk.sizes)}
-                chunks.append({**piece, "file": stored.file, "key": stored.key})
+            chunks = [
+                {"offsets": list(c.offsets), "shape": list(c.sizes), **written[name, tuple(c.offsets)][0]}
+                for c in entry.chunks
+            ]
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
-        files = {s.file: {"bytes": s.file_bytes, "blake2b": s.file_blake2b} for s in written.values()}
+        files = {place["file"]: about for place, about in written.values()}
         manifest = {
             "format": FORMAT,
             "update": self.update,

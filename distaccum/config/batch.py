@@ -91,24 +91,17 @@ class BatchConfig:
         )
 
     def _check_schedule(self) -> None:
-        given: dict[str, Any] = {
-            "table": self.table or None,
-            "table_unit": None if self.table_unit is TableUnit.update else self.table_unit.name,
-            "ramp_from": self.ramp_from,
-            "ramp_updates": self.ramp_updates,
-            "min_size": self.min_size,
-            "max_size": self.max_size,
-            "lr_rule": None if self.lr_rule is LrRule.none else self.lr_rule.name,
-        }
         needed, optional = _KEYS_OF_SCHEDULES[self.schedule]
         name = self.schedule.name
-        for key, value in given.items():
+        for key in ("table", "table_unit", "ramp_from", "ramp_updates", "min_size", "max_size", "lr_rule"):
+            value = getattr(self, key)
+            is_given = value not in (None, [], TableUnit.update, LrRule.none)
             require(
-                value is None or key in needed + optional,
+                not is_given or key in needed + optional,
                 f"batch.{key}={value} means nothing with batch.schedule={name}: leave it out, or choose the schedule "
                 "that it belongs to.",
             )
-            require(value is not None or key not in needed, f"batch.schedule={name} needs batch.{key}: give it.")
+            require(is_given or key not in needed, f"batch.schedule={name} needs batch.{key}: give it.")
         if self.schedule is BatchSchedule.constant:
             return
         require(

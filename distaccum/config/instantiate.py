@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -82,7 +82,12 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
     if defaults_from is not None:
         _fill(arguments, signature, len(positional), where, defaults_from)
     if signature is not None:
-        _check_arguments(signature, component, where, positional, arguments, is_partial=is_partial)
+        try:
+            (signature.bind_partial if is_partial else signature.bind)(*positional, **arguments)
+        except TypeError as error:
+            name = getattr(component, "__qualname__", repr(component))
+            takes = ", ".join(list(signature.parameters)[len(positional) :]) or "nothing"
+            raise UserError(f"{where}: {name} cannot be called so: {error}. It takes: {takes}.") from None
     return partial(component, *positional, **arguments) if is_partial else component(*positional, **arguments)
 
 
@@ -130,20 +135,3 @@ def _signature(component: Callable[..., Any]) -> inspect.Signature | None:
         return inspect.signature(component)
     except (ValueError, TypeError):  # some built-in callables have none
         return None
-
-
-def _check_arguments(
-    signature: inspect.Signature,
-    component: Callable[..., Any],
-    where: str,
-    args: Sequence[Any],
-    arguments: dict[str, Any],
-    *,
-    is_partial: bool,
-) -> None:
-    try:
-        (signature.bind_partial if is_partial else signature.bind)(*args, **arguments)
-    except TypeError as error:
-        name = getattr(component, "__qualname__", repr(component))
-        takes = ", ".join(list(signature.parameters)[len(args) :]) or "nothing"
-        raise UserError(f"{where}: {name} cannot be called so: {error}. It takes: {takes}.") from None

@@ -5,28 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from distaccum.config import BatchConfig, TrainConfig
 from distaccum.config.enums import BatchSchedule, Compression, Goal, LrRule
 from distaccum.errors import require, require_at_least, require_positive
 
-
-class PlacementName(Enum):
-    """The placements that `python -m distaccum.compare` can compare."""
-
-    one_shot = "one_shot"
-    single = "single"
-    dp = "dp"
-    ddp_sync_every_step = "ddp_sync_every_step"
-    ddp = "ddp"
-    ddp_bf16 = "ddp_bf16"
-    ddp_fp16 = "ddp_fp16"
-    ddp_powersgd = "ddp_powersgd"
-    zero1 = "zero1"
-    fsdp = "fsdp"
-    fsdp_gathered = "fsdp_gathered"
+PlacementName = StrEnum(
+    "PlacementName",
+    "one_shot single dp ddp_sync_every_step ddp ddp_bf16 ddp_fp16 ddp_powersgd zero1 fsdp fsdp_gathered",
+)
+"""The placements that `python -m distaccum.compare` can compare."""
 
 
 def _require_distinct(tool: str, section: Any, *keys: str) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from distaccum.runtime.files import open_regular, replacing, sync
 
@@ -102,20 +102,6 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return entry if is_of_a_run else None
 
 
-class _Key(NamedTuple):
-    """The subject of a line. Sorted, an update comes before its evaluation."""
-
-    update: int
-    is_evaluation: bool
-
-
-class _Place(NamedTuple):
-    offset: int
-    num_bytes: int
-    is_whole: bool
-    """With its line break."""
-
-
 @dataclass(kw_only=True, slots=True)
 class KeptLines:
     """The findings of `keep_lines`."""
@@ -143,41 +129,42 @@ def keep_lines(source: Path | None, target: Path, last_update: int) -> KeptLines
         OSError: one of the files can't be read or written.
     """
     kept = KeptLines()
-    places = _scan(source, last_update, kept) if source is not None and source.exists() else {}
-    keys = sorted(places)
-    kept.missing = _gaps((key.update for key in keys if not key.is_evaluation), last_update)
-    kept.last_evaluated = max((key.update for key in keys if key.is_evaluation), default=-1)
-    wanted = [places[key] for key in keys]
-    end = _end_of_prefix(wanted)
-    if source is not None and source == target and end is not None and not target.is_symlink():
+    content = b""
+    if source is not None and source.exists():
+        with open_regular(source) as file:
+            content = file.read()
+    lines = _wanted(content, last_update, kept)
+    # Sorted, an update comes before its evaluation.
+    wanted = b"".join(lines[key] for key in sorted(lines))
+    kept.missing = _gaps(sorted(update for update, is_evaluation in lines if not is_evaluation), last_update)
+    kept.last_evaluated = max((update for update, is_evaluation in lines if is_evaluation), default=-1)
+    if source is None or source != target or target.is_symlink() or not content.startswith(wanted):
+        with replacing(target) as writing:
+            writing.write(wanted)
+    elif len(wanted) != len(content):
         # What is to stay is how the file begins: cutting it takes no room, and there may be none.
-        if end != target.stat().st_size:
-            os.truncate(target, end)
-            sync(target)
-    else:
-        _copy(source, target, wanted)
+        os.truncate(target, len(wanted))
+        sync(target)
     return kept
 
 
-def _scan(source: Path, last_update: int, kept: KeptLines) -> dict[_Key, _Place]:
-    """Returns the places of the wanted lines."""
-    places: dict[_Key, _Place] = {}
+def _wanted(content: bytes, last_update: int, kept: KeptLines) -> dict[tuple[int, bool], bytes]:
+    """Returns the lines to keep, by the update and whether they are of its evaluation."""
+    lines: dict[tuple[int, bool], bytes] = {}
     unreadable = []
-    last_wanted = offset = 0
-    with open_regular(source) as file:
-        for number, line in enumerate(file, start=1):
-            entry = _parsed(line)
-            if entry is None:
-                unreadable.append(number)
-            elif entry["update"] <= last_update:
-                key = _Key(entry["update"], "eval" in entry)
-                kept.repeated += key in places
-                places[key] = _Place(offset, len(line), line.endswith(b"\n"))
-                last_wanted = number
-            offset += len(line)
+    last_wanted = 0
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        entry = _parsed(line)
+        if entry is None:
+            unreadable.append(number)
+        elif entry["update"] <= last_update:
+            key = entry["update"], "eval" in entry
+            kept.repeated += key in lines
+            lines[key] = line + b"\n"
+            last_wanted = number
     # What comes after is dropped in any case: half a line of a killed run, zeros after a power cut.
     kept.unreadable = [number for number in unreadable if number < last_wanted]
-    return places
+    return lines
 
 
 def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:
@@ -188,24 +175,3 @@ def _gaps(updates: Iterable[int], last_update: int) -> list[tuple[int, int]]:
             gaps.append((expected, update - 1))
         expected = update + 1
     return gaps
-
-
-def _end_of_prefix(places: list[_Place]) -> int | None:
-    """Returns the end of these lines if the file begins with them, else None."""
-    end = 0
-    for place in places:
-        if place.offset != end or not place.is_whole:
-            return None
-        end += place.num_bytes
-    return end
-
-
-def _copy(source: Path | None, target: Path, places: list[_Place]) -> None:
-    with replacing(target) as writing:
-        if source is None or not places:
-            return
-        with open_regular(source) as reading:
-            for place in places:
-                reading.seek(place.offset)
-                line = reading.read(place.num_bytes)
-                writing.write(line if place.is_whole else line + b"\n")

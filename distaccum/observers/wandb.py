@@ -83,7 +83,7 @@ class Wandb(Observer):
                     id=run_id,
                     resume="allow",
                     dir=str(self._run_dir),
-                    mode=self._mode.value,
+                    mode=self._mode.value,  # type: ignore[arg-type]
                     project=self._project,
                     name=self._name,
                     tags=self._tags,
@@ -206,7 +206,7 @@ class _Session:
             ):
                 # Settings of the whole session, as those of a run come too late to silence the login or keep it from
                 # asking for a key, which would hang a run that nobody watches.
-                wandb.setup(wandb.Settings(mode=mode.value, console="off", silent=True))
+                wandb.setup(wandb.Settings(mode=mode.value, console="off", silent=True))  # type: ignore[arg-type]
         self._wandb_hooks = sys.excepthook, sys.exit
         connection = getattr(wandb.setup(), "_connection", None)
         self._process: Any = getattr(getattr(connection, "_proc", None), "_process", None)

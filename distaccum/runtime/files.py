@@ -12,6 +12,7 @@ import stat
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -155,11 +156,10 @@ class LineFile:
         self.pending: deque[bytes] = deque()
         """Lines that are not in the file yet, the oldest first."""
         self._failing = False
-        flags = os.O_CREAT | os.O_EXCL if new else 0
-        self._descriptor: int | None = self._open(flags)
+        self._file: FileIO | None = self._open(os.O_EXCL if new else 0)
 
-    def _open(self, flags: int = 0) -> int:
-        return opened(self.path, os.O_RDWR | os.O_APPEND | flags)
+    def _open(self, more_flags: int = 0) -> FileIO:
+        return open(self.path, "ab+", buffering=0, opener=lambda path, flags: opened(path, flags | more_flags))
 
     def append(self, line: str) -> None:
         """Writes a line, now or when it can be written."""
@@ -176,75 +176,74 @@ class LineFile:
     def close(self) -> OSError | None:
         """Writes what is pending, and closes; returns the error if lines are lost, which `pending` then holds."""
         error = self._write_pending()
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is None:
-            return error
+        file, self._file = self._file, None
         try:
-            # Network file systems may report only here that there was no room.
-            os.fsync(descriptor)
+            if file is not None:
+                with file:
+                    # Network file systems may report only here, or when it is closed, that there was no room.
+                    os.fsync(file.fileno())
         except OSError as failure:
-            error = failure
-        try:
-            os.close(descriptor)
-        except OSError as failure:
-            error = error or failure
+            return failure
         return error
 
     def _write_pending(self) -> OSError | None:
         num_lines = len(self.pending)
         try:
-            descriptor = self._current()
+            file = self._current()
             while self.pending:
-                _write_whole(descriptor, self.pending[0])
+                write_whole(file, self.pending[0])
                 self.pending.popleft()
         except OSError as error:
-            # The next try opens the file anew: on a server that was away, this descriptor may never work again.
-            if self._descriptor is not None:
+            # The next try opens the file anew: on a server that was away, this one may never work again.
+            if self._file is not None:
                 with contextlib.suppress(OSError):
-                    os.close(self._descriptor)
-                self._descriptor = None
+                    self._file.close()
+                self._file = None
             return error
         if self._failing:
             self._failing = False
             logger.info("%s can be written again, and has the %d lines that waited.", self.path, num_lines)
         return None
 
-    def _current(self) -> int:
+    def _current(self) -> FileIO:
         """Opens the file that has the name now. Lines that it lacks are pending again, if they are known."""
-        before = self._descriptor
+        before = self._file
         if before is not None:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(before), self.path.stat(follow_symlinks=False)):
+                if os.path.samestat(os.fstat(before.fileno()), self.path.stat(follow_symlinks=False)):
                     return before
-        self._descriptor = after = self._open(os.O_CREAT)
-        missing, size = b"", os.fstat(after).st_size
+        self._file = after = self._open()
+        missing = b"\n" if ends_within_line(after) else b""
         if before is not None:
-            written, found = _content(before), _content(after)
-            os.close(before)
+            with before:
+                written, found = _content(before), _content(after)
             is_beginning = written.startswith(found)
-            missing = written[len(found) :] if is_beginning else b""
+            missing = (written[len(found) :] if is_beginning else b"") or missing
             outcome = "has all its lines again" if is_beginning else "may lack lines that were written before"
             logger.warning("%s was replaced or removed while the run writes it, and %s.", self.path, outcome)
-        if not missing and size and os.pread(after, 1, size - 1) != b"\n":
-            missing = b"\n"
         self.pending.extendleft(reversed(missing.splitlines(keepends=True)))
         return after
 
 
-def _write_whole(descriptor: int, line: bytes) -> None:
+def write_whole(file: FileIO, line: bytes) -> None:
     """Appends a line; takes back what was written of it if something (a full disk, Ctrl-C) ends this in between."""
-    size = os.fstat(descriptor).st_size
+    size = os.fstat(file.fileno()).st_size
     rest = memoryview(line)
     try:
         while rest:
-            rest = rest[os.write(descriptor, rest) :]
+            rest = rest[os.write(file.fileno(), rest) :]
     except BaseException:
         with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, size)
+            file.truncate(size)
         raise
 
 
-def _content(descriptor: int) -> bytes:
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        return file.read()
+def ends_within_line(file: FileIO) -> bool:
+    """Returns whether the last line has no line break, as when a process was killed while it wrote."""
+    size = os.fstat(file.fileno()).st_size
+    return size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+
+
+def _content(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.readall()

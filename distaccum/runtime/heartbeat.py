@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +59,6 @@ class Heartbeat:
         self._store: Any = None
         self._holder_sign: Sign | None = None
         self._failed_at: float | None = None
-        self._is_said_here: Callable[[], bool] | None = None
         self._on_stuck: Callable[[BaseException], None] | None = None
         self._neighbours: list[Sign] | None = None  # not looked for yet
         self._log: TextIO | None = None
@@ -101,13 +101,8 @@ class Heartbeat:
 
     def log_to(self, path: Path) -> None:
         """Sets the log, new or existing, to which this rank's stacks are appended when it hangs."""
-        log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
-        before, self._log = self._log, log
+        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by stop()
         self._log_path = str(path)
-        if before is not None:
-            faulthandler.cancel_dump_traceback_later()
-            before.close()
-        self._armed_for = None
         if self.is_beating:
             self._arm()
             self._wake.set()
@@ -117,7 +112,6 @@ class Heartbeat:
         store: Any,
         timeout_seconds: float,
         *,
-        is_said_here: Callable[[], bool] | None = None,
         on_stuck: Callable[[BaseException], None] | None = None,
     ) -> None:
         """Begins to beat.
@@ -125,7 +119,6 @@ class Heartbeat:
         Args:
             store: a `torch.distributed.Store` in rank 0's process that all ranks share.
             timeout_seconds: how long ranks wait for each other.
-            is_said_here: whether a rank of this host has reported why the run failed; called when the store is gone.
             on_stuck: called from the background thread when this rank has waited for another in vain. For backends
                 whose waits don't end with an exception.
         """
@@ -133,7 +126,7 @@ class Heartbeat:
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
         self.timeout_seconds = timeout_seconds
-        self._is_said_here, self._on_stuck = is_said_here, on_stuck
+        self._on_stuck = on_stuck
         self._publish()
         self._thread = threading.Thread(target=self._run, name="distaccum-heartbeat", daemon=True)
         self._thread.start()
@@ -214,10 +207,7 @@ class Heartbeat:
     def _run(self) -> None:
         while True:
             is_last = self._over.is_set()
-            if self.is_store_lost:
-                if self._state is State.running and self._is_said_here is not None and self._is_said_here():
-                    self.someone_failed = True
-            else:
+            if not self.is_store_lost:
                 # Without the store nothing can be published; errors that follow are explained by explain().
                 with suppress(RuntimeError):
                     self._beat()
@@ -340,20 +330,14 @@ def answer(ask: Callable[[], T], seconds: float = _ANSWER_SECONDS) -> T:
         TimeoutError: no answer.
         RuntimeError: the store is gone.
     """
-    outcome: list[T] = []
-    problem: list[Exception] = []
+    outcome: Future[T] = Future()
 
     def run() -> None:
         try:
-            outcome.append(ask())
+            outcome.set_result(ask())
         except Exception as error:
-            problem.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, name="distaccum-store", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if problem:
-        raise problem[0]
-    if not outcome:
-        raise TimeoutError(f"the ranks' store has not answered within {seconds:g} s")
-    return outcome[0]
+    # Not an executor's thread, for which the end of the process would wait.
+    threading.Thread(target=run, name="distaccum-store", daemon=True).start()
+    return outcome.result(seconds)

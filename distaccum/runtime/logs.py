@@ -20,7 +20,7 @@ from rich.text import Text
 
 from distaccum.config.redaction import redacted_text
 from distaccum.errors import UserError, printable
-from distaccum.runtime.files import opened
+from distaccum.runtime.files import ends_within_line, opened, write_whole
 
 LOGGER_NAME = "distaccum"
 
@@ -66,16 +66,11 @@ def make_output_safe() -> None:
 
 
 class _StandardOutput:
-    """Standard output, whatever it is at the time, without secrets and without errors."""
+    """Standard output, whatever it is at the time, without secrets."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(redacted_text(text))
+        self._stream.write(redacted_text(text))
         return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
 
     @property
     def _stream(self) -> Any:
@@ -109,38 +104,27 @@ class _FileHandler(logging.Handler):
 
     def __init__(self, path: Path, rank: int) -> None:
         super().__init__()
-        self._rank = rank
         self._file = open(path, "ab+", buffering=0, opener=opened)  # noqa: SIM115 - closed by close()
+        now, where = time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()} on {platform.node()}"
+        self._head = f"==== {now} rank {rank} starts ({where}) ====\n"
+        if ends_within_line(self._file):
+            self._head = f"\n{self._head}"
         self._dropped = 0
-        self._begun = False
-        size = self._file.seek(0, io.SEEK_END)
-        # The last process that wrote may have been killed in the middle of a line.
-        self._in_line = size > 0 and os.pread(self._file.fileno(), 1, size - 1) != b"\n"
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            lines = [printable(redacted_text(self.format(record)))]
+            text = f"{printable(redacted_text(self.format(record)))}\n"
         except Exception:
             self.handleError(record)  # a message whose arguments don't fit it
             return
-        if not self._begun:
-            now, where = time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()} on {platform.node()}"
-            lines.insert(0, f"==== {now} rank {self._rank} starts ({where}) ====")
         if self._dropped:
-            lines.insert(0, f"==== missing here, as they could not be written: {self._dropped} messages ====")
+            text = f"==== missing here, as they could not be written: {self._dropped} messages ====\n{text}"
         try:
-            self._write("".join(f"{line}\n" for line in lines))
+            write_whole(self._file, (self._head + text).encode("utf-8", "backslashreplace"))
         except OSError:
             self._dropped += 1
         else:
-            self._begun, self._dropped = True, 0
-
-    def _write(self, text: str) -> None:
-        rest = memoryview((("\n" if self._in_line else "") + text).encode("utf-8", "backslashreplace"))
-        while rest:
-            written = self._file.write(rest)
-            self._in_line = rest[written - 1] != ord("\n")
-            rest = rest[written:]
+            self._head, self._dropped = "", 0
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,6 @@ from distaccum.runtime.nested import leaves
 
 _THERE_BEFORE = -1
 """Replaces the size of a storage that was made before counting began."""
-
-
-class Meter(Protocol):
-    """Bytes that tensors hold on a device, from when the meter was started."""
-
-    @property
-    def now(self) -> int:
-        """Bytes held now, of what has been made since the start."""
-        ...
-
-    def lap(self) -> int:
-        """The most that was held at once since the start or the last lap."""
-        ...
-
-    def watch_threads_of(self, module: nn.Module) -> None:
-        """Counts what forwards of the module make in other threads too."""
-        ...
 
 
 @contextmanager
@@ -57,6 +40,8 @@ def metered(device: torch.device) -> Iterator[Meter]:
 
 
 class _AllocatorMeter:
+    """Reads from CUDA's allocator what it has given since the start."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         torch.cuda.synchronize(device)
@@ -78,7 +63,11 @@ class _AllocatorMeter:
 
 
 class LiveStorages:
-    """The storages that are alive, counted by a `_Watch` in each thread."""
+    """The storages that are alive, counted by a `_Watch` in each thread.
+
+    Attributes:
+        now: bytes held now, of what has been made since the start.
+    """
 
     def __init__(self) -> None:
         self.now = 0
@@ -87,11 +76,13 @@ class LiveStorages:
         self._lock = threading.RLock()  # a storage may be freed by the very code that holds it
 
     def lap(self) -> int:
+        """The most that was held at once since the start or the last lap."""
         with self._lock:
             peak, self._peak = self._peak, self.now
         return peak
 
     def watch_threads_of(self, module: nn.Module) -> None:
+        """Counts what forwards of the module make in other threads too."""
         watches = threading.local()
 
         def enter(*_: Any) -> None:
@@ -151,6 +142,10 @@ class LiveStorages:
     def _freed(self, key: int) -> None:
         with self._lock:
             self.now -= max(0, self._sizes.pop(key, 0))
+
+
+Meter = _AllocatorMeter | LiveStorages
+"""Bytes that tensors hold on a device, from when the meter was started."""
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -42,8 +42,6 @@ def mapped(value: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], 
     """
     if isinstance(value, Tensor):  # first, as it is the quickest check
         return function(value)
-    if type(value) is dict:
-        return {key: mapped(entry, function, is_leaf) for key, entry in value.items()}
     if isinstance(value, Mapping) and (is_leaf is None or not is_leaf(value)):
         return like(value, [mapped(entry, function, is_leaf) for entry in value.values()])
     if isinstance(value, tuple | list):

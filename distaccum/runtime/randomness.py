@@ -133,14 +133,9 @@ class DrawDetector:
         """Saves the states and returns them."""
         seen = self._look()
         if seen != self._seen:
-            known = self._states
-            self._remember(
-                GlobalStates(
-                    known.python if seen[0] == self._seen[0] else random.getstate(),
-                    known.numpy if seen[1] == self._seen[1] else np.random.get_state(legacy=False),
-                    known.torch if seen[2] == self._seen[2] else torch.default_generator.get_state(),
-                )
-            )
+            python = self._states.python if seen[0] == self._seen[0] else random.getstate()
+            numpy = self._states.numpy if seen[1] == self._seen[1] else np.random.get_state(legacy=False)
+            self._remember(GlobalStates(python, numpy, torch.default_generator.get_state()))
         return self._states
 
     def _remember(self, states: GlobalStates) -> None:

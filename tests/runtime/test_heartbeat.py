@@ -186,7 +186,7 @@ def test_a_wait_for_a_process_that_is_gone_is_ended_at_once(store: dist.TCPStore
 
 def test_a_store_that_never_answers_is_not_waited_for() -> None:
     forever = threading.Event()
-    with pytest.raises(TimeoutError, match=r"has not answered within 0\.1 s"):
+    with pytest.raises(TimeoutError):
         answer(forever.wait, seconds=0.1)
     forever.set()
     assert answer(lambda: 3) == 3
