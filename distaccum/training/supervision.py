@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import time
 
-import torch.distributed as dist
 from torch import Tensor
 
 from distaccum.accumulation.gradient_caching import Stage
 from distaccum.checkpoints import random_state, set_random_state
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.heartbeat import Heartbeat
+from distaccum.runtime.nested import gather_objects
 from distaccum.runtime.stop_signals import Interruption
 from distaccum.strategies import Strategy
 
@@ -170,8 +170,5 @@ class Supervision:
 
     def agreed_signal(self) -> str:
         """Returns the signal that came to the first rank that got one. All ranks call it once one has."""
-        names = [self._interruption.signal_name]
-        if self._strategy.process_group is not None:
-            names = [None] * self._strategy.world_size
-            dist.all_gather_object(names, self._interruption.signal_name, group=self._strategy.process_group)
+        names = gather_objects(self._interruption.signal_name, self._strategy.process_group)
         return next(name for name in names if name is not None)
