@@ -178,7 +178,7 @@ def build_trainer(
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     averages = [WeightAverage(strategy, average) for average in config.train.averages]
-    checkpointer = _checkpointer(config, folder, strategy, optimizer, averages) if config.checkpoint.enabled else None
+    checkpointer = _checkpointer(config, folder, strategy, optimizer) if config.checkpoint.enabled else None
     grace_seconds = config.checkpoint.grace_seconds if checkpointer is not None else math.inf
     supervision = Supervision(strategy, interruption, world.heartbeat, grace_seconds)
     compile_clock = CompileClock() if compilation is not None else None
@@ -189,7 +189,6 @@ def build_trainer(
     accumulator = _accumulator(config, strategy, optimizer, flags, tuning, recovery)
     stopping = config.train.early_stopping
     early_stopping = EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
-    _register_states(checkpointer, parts.loader, accumulator, early_stopping)
     return Trainer(
         updater=Updater(
             task=parts.task,
@@ -256,7 +255,6 @@ def _checkpointer(
     folder: RunFolder,
     strategy: Strategy,
     optimizer: torch.optim.Optimizer,
-    averages: list[WeightAverage],
 ) -> Checkpointer:
     return Checkpointer(
         folder.path / CHECKPOINTS,
@@ -264,27 +262,9 @@ def _checkpointer(
         optimizer,
         config=config.checkpoint,
         strategy=strategy,
-        tensors={average.name: average.tensors() for average in averages},
         timeout_seconds=config.distributed.timeout_seconds,
         files=[folder.path / METRICS],
     )
-
-
-def _register_states(
-    checkpointer: Checkpointer | None,
-    loader: WindowLoader,
-    accumulator: Accumulator,
-    early_stopping: EarlyStopping | None,
-) -> None:
-    """Registers what belongs to the run besides model, optimizer and generators."""
-    if checkpointer is None:
-        return
-    checkpointer.states |= {"loader": loader, "accumulator": accumulator}
-    if accumulator.scaler is not None:
-        checkpointer.states["scaler"] = accumulator.scaler
-    if early_stopping is not None:
-        # The state of another metric would be of no use.
-        checkpointer.states[f"early_stopping/{early_stopping.metric}"] = early_stopping
 
 
 def _tuning(config: TrainConfig, loader: WindowLoader, strategy: Strategy, *, recovers: bool) -> CutTuning:
