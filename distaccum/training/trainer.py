@@ -16,7 +16,8 @@ from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
-from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
+from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluation import Evaluator, metrics_of
@@ -29,6 +30,7 @@ from distaccum.training.weight_average import WeightAverage
 logger = logging.getLogger(__name__)
 
 _SECONDS_FOR_A_SAVE_UNDER_WAY = 10.0
+_UPDATES_BETWEEN_MEMORY = 100
 
 
 @dataclass(kw_only=True, eq=False)
@@ -168,8 +170,20 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        metrics = metrics_of(self.updater.task, result.sums, result.weight)
-        record = self._progress.totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
+        totals = self._progress.totals
+        # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
+        has_memory = totals.updates & (totals.updates - 1) == 0 or totals.updates % _UPDATES_BETWEEN_MEMORY == 0
+        record = UpdateRecord(
+            result=result,
+            update=totals.updates,
+            epoch=window.epoch,
+            samples=totals.samples,
+            window_samples=window.num_samples,
+            metrics=metrics_of(self.updater.task, result.sums, result.weight),
+            lr=lr,
+            compile_seconds=compile_seconds,
+            peak_memory_bytes=peak_memory(self.strategy.device)[0] if has_memory else None,
+        )
         for observer in self.observers:
             observer.on_update(record)
 
