@@ -101,9 +101,9 @@ class Fitting:
         share = max(split_evenly(plan.global_batch_size, plan.world_size))
         sample = self._costliest_sample()
         with self._everything_put_back():
+            most = self._most(sample, share)
             if self.strategy.equal_micro_steps:
-                return self._reckoned(sample, share)
-            most = share if self._on_cuda else self._reckoned_on_host(sample, share)
+                return most
             ballast = self._ballast() if self._on_cuda else None
             size = largest_that_fits(lambda size: self._fits(sample, size), most)
             del ballast
@@ -146,20 +146,33 @@ class Fitting:
         if self._on_cuda:
             torch.cuda.synchronize(self.strategy.device)
 
-    def _reckoned_on_host(self, sample: int, share: int) -> int:
-        """Calculates the size on the host, which rarely says that memory has run out; if it does, sizes are tried."""
+    def _most(self, sample: int, share: int) -> int:
+        """Returns the calculated size where sizes can't just be tried, else the share.
+
+        The host rarely says that memory has run out; if it does so here, sizes are tried there too.
+
+        Raises:
+            UserError: memory runs out where ranks wait for each other.
+        """
         try:
-            return self._reckoned(sample, share)
+            return share if self._on_cuda and not self.strategy.equal_micro_steps else self._reckoned(sample, share)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.strategy.equal_micro_steps:
+                # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
+                raise UserError(
+                    "batch.micro_batch_size=auto: memory runs out with a few samples already. Give "
+                    "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
+                    "(precision=bf16), or more devices."
+                ) from error
         free_cached_memory(self.strategy.device)
         return share
 
     def _reckoned(self, sample: int, share: int) -> int:
         """Returns the size that fits by a line through the memory that two small micro-batches take."""
         small = min(2, share)
-        at_small = self._measured_first(sample, small)
+        at_small = self._measured(sample, small)
         if small == share:
             return share
         room = free_memory(self.strategy.device) * self.memory_share / (1 if self._on_cuda else self.ranks_on_host)
@@ -171,19 +184,6 @@ class Fitting:
         size = share if slope <= 0 else int((room - fixed) / slope)
         logger.debug("batch.micro_batch_size=auto: %.0f bytes a sample, %.0f free for %d", slope, room, size)
         return max(1, min(share, size))
-
-    def _measured_first(self, sample: int, size: int) -> int:
-        try:
-            return self._measured(sample, size)
-        except Exception as error:
-            if not self.strategy.equal_micro_steps or not is_out_of_memory(error):
-                raise
-            # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
-            raise UserError(
-                f"batch.micro_batch_size=auto: memory runs out with {size} samples already. Give "
-                "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
-                "(precision=bf16), or more devices."
-            ) from error
 
     def _second_size(self, at_small: int, small: int, share: int, room: float) -> int:
         """Returns the larger size to measure, which fits even if all memory of the small one is in proportion to it.
