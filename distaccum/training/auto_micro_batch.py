@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import TaskOutput
-from distaccum.checkpoints import Checkpoint, putting_back, random_state, set_random_state
+from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
@@ -29,6 +29,7 @@ from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
 from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
 from distaccum.strategies.optimizers import own_optimizer, probe_state
@@ -242,18 +243,17 @@ class Fitting:
     @contextmanager
     def _everything_put_back(self) -> Iterator[None]:
         module, device = self.strategy.module, self.strategy.device
-        generators = random_state(device)
         buffers = KeptBuffers(module)
         gradients = [(p, p.grad if p.grad is None else p.grad.clone()) for p in module.parameters()]
         try:
-            yield
+            with GlobalStates.now(device):
+                yield
         finally:
             self.strategy.drop_gradients()
             self.strategy.at_rest()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             buffers.put_back()
-            set_random_state(generators, device)
             free_cached_memory(device)
 
 

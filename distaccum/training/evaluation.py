@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_caching import in_float32
 from distaccum.accumulation.result import TaskOutput, checked_output
-from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
 from distaccum.observers import EvaluationRecord
@@ -25,6 +24,7 @@ from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
 from distaccum.runtime.nested import gather_objects, gather_rows, leaves_of, mapped, rebuilt
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
 from distaccum.tasks import CoupledTask, Task, as_number
 from distaccum.training.model import evaluation_mode
@@ -192,7 +192,7 @@ class Evaluator:
             EvaluationDroppedError: a signal has come, and all is as it was before.
         """
         started = time.perf_counter()
-        generators = random_state(self.strategy.device)
+        states = GlobalStates.now(self.strategy.device)
         try:
             metrics = self._metrics(update)
             for average in self.averages:
@@ -201,7 +201,7 @@ class Evaluator:
                         found = self._metrics(update)
                     metrics |= {f"{average.name}/{name}": value for name, value in found.items()}
         except EvaluationDroppedError:
-            set_random_state(generators, self.strategy.device)
+            states.put_back()
             logger.info("the evaluation after update %d is left for later", update)
             raise
         seconds = time.perf_counter() - started

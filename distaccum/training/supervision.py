@@ -18,10 +18,10 @@ import time
 from torch import Tensor
 
 from distaccum.accumulation.gradient_caching import Stage
-from distaccum.checkpoints import random_state, set_random_state
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.nested import gather_objects
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.stop_signals import Interruption
 from distaccum.strategies import Strategy
 
@@ -73,7 +73,7 @@ class Supervision:
         self._update = 0
         self._micro_steps = 0
         self._started = 0.0
-        self._random: dict[str, Tensor] | None = None
+        self._random: GlobalStates | None = None
         self._buffers = KeptBuffers()
         self._remembered: dict[str, Tensor] = {}
 
@@ -86,7 +86,7 @@ class Supervision:
         self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
         self._random, self._buffers, self._remembered = None, KeptBuffers(), {}
         if self._next_is_long:
-            self._random = random_state(self._strategy.device)
+            self._random = GlobalStates.now(self._strategy.device)
             self._buffers = KeptBuffers(self._strategy.module)
             # Leaving a window drops what a strategy remembers of the windows before.
             self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
@@ -151,7 +151,7 @@ class Supervision:
     def put_back(self) -> None:
         """Undoes what the forwards of a dropped window have left behind."""
         assert self._random is not None
-        set_random_state(self._random, self._strategy.device)
+        self._random.put_back()
         self._strategy.load_state_tensors(self._remembered)
         self._buffers.put_back()
 
