@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.recovery import Recovery
@@ -28,7 +27,7 @@ from distaccum.planning import split_evenly
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
-from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.nested import gather_objects, tensors_of
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
@@ -194,12 +193,7 @@ class Fitting:
         most = room - self._bytes_to_come()
         wanted = (min(8, share), min(4, share))
         large = next((size for size in wanted if size > small and at_small / small * size <= most), small)
-        group = self.strategy.process_group
-        if self.strategy.equal_micro_steps and group is not None:
-            agreed = torch.tensor(large, device=self.strategy.device)
-            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-            large = int(agreed)
-        return large
+        return min(gather_objects(large, self.strategy.process_group)) if self.strategy.equal_micro_steps else large
 
     def _measured(self, sample: int, size: int) -> int:
         """Returns the bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
