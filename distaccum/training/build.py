@@ -1,6 +1,6 @@
 """Builds a trainer from a configuration: the one place where the parts of a run are put together.
 
-`build_parts` builds what needs no other rank: data, windows, task, model. `build_trainer` then places the model, and
+`Parts` are what needs no other rank: data, windows, task, model. `build_trainer` then places the model, and
 hands everything to the `Trainer`.
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +25,11 @@ from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMod
 from distaccum.config.launcher import launch
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
-from distaccum.loaders import EvaluationLoader, WindowLoader
+from distaccum.loaders import WindowLoader
 from distaccum.observers import EarlyStopping, MetricsFile, Observer, Progress, Wandb
 from distaccum.observers.run_file import RunFile
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
-from distaccum.runtime.devices import Precision, cast, resolve_precision
+from distaccum.runtime.devices import cast, resolve_precision
 from distaccum.runtime.memory import is_out_of_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.runtime.stop_signals import Interruption
@@ -54,70 +53,58 @@ from distaccum.training.weight_average import WeightAverage
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True, slots=True)
 class Parts:
-    """The parts that a configuration names, before the model is placed. Made by `build_parts`."""
+    """The parts that a configuration names, before the model is placed.
 
-    precision: Precision
-    train_data: Any
-    loader: WindowLoader
-    evaluation_data: Any
-    evaluation_loader: EvaluationLoader | None
-    task: Any
-    module: nn.Module
-    """On the CPU, in the precision's parameter format."""
-    woken: list[str]
-    """Names of its parts that were built in evaluation mode and have been put into training mode."""
-
-
-def build_parts(
-    config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1, equal_micro_steps: bool = False
-) -> Parts:
-    """Builds data, task and model. The same model on every rank, and nothing in here waits for another rank.
+    The model is the same on every rank, and nothing in here waits for another rank.
 
     Args:
         equal_micro_steps: give all ranks equally many micro-steps, whatever the strategy.
 
+    Attributes:
+        module: on the CPU, in the precision's parameter format.
+        woken: names of its parts that were built in evaluation mode and have been put into training mode.
+
     Raises:
         UserError: the configuration or the data don't fit.
     """
-    seed_everything(derived_seed(config.seed, "model"))
-    precision = resolve_precision(config.precision.name, device)
-    options = loader_options(config.data, device, precision)
-    train_data = targets.build(config.data.train, "data.train")
-    loader = build_window_loader(
-        config, train_data, options, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
-    )
-    smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
-    if config.insight.noise_scale and smallest.is_one_shot:
-        logger.info(
-            "insight.noise_scale: a window is one micro-batch here, and noise can't be measured from one part, so "
-            "every %d updates it is cut into two; the update is the same but for rounding",
-            config.insight.every_updates,
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        equal_micro_steps: bool = False,
+    ) -> None:
+        seed_everything(derived_seed(config.seed, "model"))
+        self.precision = resolve_precision(config.precision.name, device)
+        options = loader_options(config.data, device, self.precision)
+        self.train_data = targets.build(config.data.train, "data.train")
+        self.loader = build_window_loader(
+            config, self.train_data, options, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
         )
-    size = config.train.eval_batch_size or loader.cuts.micro_batch_size
-    evaluation_data, evaluation_loader = build_evaluation(
-        config, options, rank=rank, world_size=world_size, batch_size=size
-    )
-    task = targets.build(config.task, "task")
-    if not callable(task):
-        raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = _built_model(config, train_data)
-    woken = into_training_mode(module) if not config.train.keep_modes else []
-    module = cast(module, precision.parameter_dtype)
-    if initial := options_of(config.model)[1].get("init_from"):
-        load_exported(module, str(initial), "model.init_from")
-        logger.info("model.init_from: the weights come from %s", initial)
-    return Parts(
-        precision=precision,
-        train_data=train_data,
-        loader=loader,
-        evaluation_data=evaluation_data,
-        evaluation_loader=evaluation_loader,
-        task=task,
-        module=module,
-        woken=woken,
-    )
+        smallest = dataclasses.replace(self.loader.plan, global_batch_size=self.loader.sizes.rule.smallest)
+        if config.insight.noise_scale and smallest.is_one_shot:
+            logger.info(
+                "insight.noise_scale: a window is one micro-batch here, and noise can't be measured from one part, so "
+                "every %d updates it is cut into two; the update is the same but for rounding",
+                config.insight.every_updates,
+            )
+        size = config.train.eval_batch_size or self.loader.cuts.micro_batch_size
+        self.evaluation_data, self.evaluation_loader = build_evaluation(
+            config, options, rank=rank, world_size=world_size, batch_size=size
+        )
+        self.task = targets.build(config.task, "task")
+        if not callable(self.task):
+            raise UserError(f"task built a {type(self.task).__name__}, which can't be called.")
+        module = _built_model(config, self.train_data)
+        self.woken = into_training_mode(module) if not config.train.keep_modes else []
+        self.module = cast(module, self.precision.parameter_dtype)
+        if initial := options_of(config.model)[1].get("init_from"):
+            load_exported(self.module, str(initial), "model.init_from")
+            logger.info("model.init_from: the weights come from %s", initial)
 
 
 def _built_model(config: TrainConfig, train_data: Any) -> nn.Module:
@@ -167,7 +154,7 @@ def build_trainer(
         checkpoint: the one that the run is to go on from, for those who continue files.
     """
     with world.together():
-        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
         factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader, checkpoint))
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []

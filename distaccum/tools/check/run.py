@@ -23,7 +23,7 @@ from distaccum.tools.check import conclusions, coupling, numerics, randomness
 from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
 from distaccum.tools.check.report import CheckReport, CutRow, ParameterRow, Severity
 from distaccum.tools.check.subject import NOISE, Subject, cuts_of, split, window_samples
-from distaccum.training.build import build_parts
+from distaccum.training.build import Parts
 from distaccum.training.run import check_same_config
 
 _TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
@@ -78,7 +78,7 @@ def examine(
         tell: called on rank 0 with what is being done.
     """
     with world.together():
-        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
         subject = Subject(config, parts, device)
         windows = window_samples(subject)
     report = CheckReport(
