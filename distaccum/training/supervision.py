@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from distaccum.accumulation.gradient_caching import Stage
 from distaccum.runtime.buffers import KeptBuffers
@@ -73,9 +73,8 @@ class Supervision:
         self._update = 0
         self._micro_steps = 0
         self._started = 0.0
-        self._random: GlobalStates | None = None
-        self._buffers = KeptBuffers()
-        self._remembered: dict[str, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
+        """Restores what the window's forwards change; empty if it is not to be dropped."""
 
     def _is_long(self) -> bool:
         too_long = time.perf_counter() - self._started > _LONG_SHARE * self._seconds
@@ -84,12 +83,15 @@ class Supervision:
     def begin_window(self, update: int, micro_steps: int) -> None:
         """Begins the window of an update, of which this rank has so many micro-steps."""
         self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
-        self._random, self._buffers, self._remembered = None, KeptBuffers(), {}
+        self._undo = []
         if self._next_is_long:
-            self._random = GlobalStates.now(self._strategy.device)
-            self._buffers = KeptBuffers(self._strategy.module)
             # Leaving a window drops what a strategy remembers of the windows before.
-            self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
+            remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
+            self._undo = [
+                GlobalStates.now(self._strategy.device).put_back,
+                partial(self._strategy.load_state_tensors, remembered),
+                KeptBuffers(self._strategy.module).put_back,
+            ]
 
     def begin_phase(self, phase: str, micro_step: int, is_last: bool) -> None:
         """Begins a phase of a micro-step (from 1), as `Accumulator.run` names it.
@@ -136,7 +138,7 @@ class Supervision:
         needed = spent / max(1, micro_step - 1) * left
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
-        fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
+        fate = self._interruption.settle(window, "drop" if self._undo and is_too_slow else None)
         if fate is None and is_last:
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
@@ -150,10 +152,8 @@ class Supervision:
 
     def put_back(self) -> None:
         """Undoes what the forwards of a dropped window have left behind."""
-        assert self._random is not None
-        self._random.put_back()
-        self._strategy.load_state_tensors(self._remembered)
-        self._buffers.put_back()
+        for undo in self._undo:
+            undo()
 
     def check_evaluation(self, update: int, *, is_over: bool) -> None:
         """Drops the evaluation after an update if a signal has come, as it can be made at any time.
