@@ -62,10 +62,10 @@ class GlobalStates:
     python: Any
     numpy: Any
     torch: Tensor
-    cuda: dict[torch.device, Tensor] = field(default_factory=dict)
+    cuda: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def now(cls, *devices: torch.device | int) -> GlobalStates:
+    def now(cls, *devices: Any) -> GlobalStates:
         """The present states of the CPU's generators, and of those of the GPUs among the devices."""
         gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
         cuda = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
