@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,6 +139,107 @@ def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.Gra
     return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The placed model and its optimizer, with the methods that build what needs them."""
+
+    config: TrainConfig
+    parts: Parts
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+
+    def settle_sizes(self, plain: dict[str, Any], world: World, checkpoint: Checkpoint | None) -> Recovery | None:
+        """Sets the largest micro-batch that fits on each rank, if it is to be found.
+
+        Returns:
+            How to go on when memory runs out all the same.
+        """
+        batch, parts = self.config.batch, self.parts
+        if not batch.is_auto:
+            return None
+        if isinstance(parts.task, CoupledTask):
+            raise UserError(
+                f"batch.micro_batch_size=auto does not support {type(parts.task).__name__}, whose loss couples the "
+                "samples of a window: its micro-batches can't be taken again one by one. Give a number."
+            )
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            with parts.precision.autocast():
+                return checked_output(parts.task(module, batch))
+
+        lengths = parts.loader.cuts.lengths
+        fitting = Fitting(
+            parts.loader,
+            self.strategy,
+            forward,
+            self.optimizer,
+            lengths=lengths if lengths is not None else getattr(parts.train_data, "lengths", None),
+            memory_share=batch.auto_memory,
+            ranks_on_host=launch().local_world_size,
+        )
+        recovery = settle_sizes(fitting, plain, world, checkpoint)
+        if parts.evaluation_loader is not None and self.config.train.eval_batch_size is None:
+            parts.evaluation_loader.set_batch_size(parts.loader.cuts.micro_batch_size)
+        return recovery
+
+    def checkpointer(self, folder: RunFolder) -> Checkpointer | None:
+        if not self.config.checkpoint.enabled:
+            return None
+        return Checkpointer(
+            folder.path / CHECKPOINTS,
+            self.strategy.model,
+            self.optimizer,
+            config=self.config.checkpoint,
+            strategy=self.strategy,
+            timeout_seconds=self.config.distributed.timeout_seconds,
+            files=[folder.path / METRICS],
+        )
+
+    def tuning(self, *, recovers: bool) -> CutTuning:
+        insight, batch = self.config.insight, self.config.batch
+        noise_scale = None
+        if insight.noise_scale:
+            noise_scale = NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
+        return CutTuning(
+            self.parts.loader.cuts,
+            self.strategy,
+            measure_costs=isinstance(batch, ByLengthBatchConfig) and batch.measure_costs,
+            balance_speed=batch.balance is Balance.speed,
+            noise_scale=noise_scale,
+            recovers=recovers,
+        )
+
+    def accumulator(
+        self, flags: dict[str, Callable[[], bool]], tuning: CutTuning, recovery: Recovery | None
+    ) -> Accumulator:
+        return Accumulator(
+            self.strategy.model,
+            self.optimizer,
+            clip_norm=self.config.train.clip_norm,
+            scaler=build_scaler(self.config.precision, self.strategy.device),
+            skip_nonfinite=self.config.train.on_nonfinite is OnNonfinite.skip,
+            strategy=self.strategy,
+            flags=flags,
+            reports=tuning.reports,
+            time_micro_steps=tuning.needs_times,
+            recovery=recovery,
+            noise_scale=tuning.noise_scale,
+        )
+
+    def evaluator(self, supervision: Supervision, averages: list[WeightAverage]) -> Evaluator | None:
+        if self.parts.evaluation_loader is None:
+            return None
+        return Evaluator(
+            strategy=self.strategy,
+            task=self.parts.task,
+            loader=self.parts.evaluation_loader,
+            precision=self.parts.precision,
+            supervision=supervision,
+            references=getattr(self.parts.evaluation_data, "reference_losses", None) or {},
+            averages=averages,
+        )
+
+
 def build_trainer(
     config: TrainConfig,
     world: World,
@@ -161,19 +263,20 @@ def build_trainer(
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     parameters = strategy.model.parameters()
     optimizer = build_optimizer(config.optim, parameters, device, shard=shards_optimizer(config.strategy))
-    recovery = _settled(config, plain, world, parts, strategy, optimizer, checkpoint) if config.batch.is_auto else None
+    placed = _Placed(config, parts, strategy, optimizer)
+    recovery = placed.settle_sizes(plain, world, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     averages = [WeightAverage(strategy, average) for average in config.train.averages]
-    checkpointer = _checkpointer(config, folder, strategy, optimizer) if config.checkpoint.enabled else None
+    checkpointer = placed.checkpointer(folder)
     grace_seconds = config.checkpoint.grace_seconds if checkpointer is not None else math.inf
     supervision = Supervision(strategy, interruption, world.heartbeat, grace_seconds)
     compile_clock = CompileClock() if compilation is not None else None
     flags = supervision.flags | (checkpointer.flags if checkpointer is not None else {})
     if compile_clock is not None:
         flags[COMPILED] = compile_clock.has_news
-    tuning = _tuning(config, parts.loader, strategy, recovers=recovery is not None)
-    accumulator = _accumulator(config, strategy, optimizer, flags, tuning, recovery)
+    tuning = placed.tuning(recovers=recovery is not None)
+    accumulator = placed.accumulator(flags, tuning, recovery)
     stopping = config.train.early_stopping
     early_stopping = EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
     return Trainer(
@@ -189,122 +292,13 @@ def build_trainer(
         loader=parts.loader,
         loop=config.train,
         tuning=tuning,
-        evaluator=_evaluator(parts, strategy, supervision, averages),
+        evaluator=placed.evaluator(supervision, averages),
         early_stopping=early_stopping,
         averages=averages,
         checkpointer=checkpointer,
         observers=observers,
         run_dir=folder.path,
         config=redacted(plain),
-    )
-
-
-def _settled(
-    config: TrainConfig,
-    plain: dict[str, Any],
-    world: World,
-    parts: Parts,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Checkpoint | None,
-) -> Recovery:
-    """Sets the largest micro-batch that fits on each rank; returns how to go on when memory runs out all the same."""
-    if isinstance(parts.task, CoupledTask):
-        raise UserError(
-            f"batch.micro_batch_size=auto does not support {type(parts.task).__name__}, whose loss couples the samples "
-            "of a window: its micro-batches can't be taken again one by one. Give a number."
-        )
-
-    def forward(module: nn.Module, batch: Any) -> Any:
-        with parts.precision.autocast():
-            return checked_output(parts.task(module, batch))
-
-    lengths = parts.loader.cuts.lengths
-    if lengths is None:
-        lengths = getattr(parts.train_data, "lengths", None)
-    fitting = Fitting(
-        parts.loader,
-        strategy,
-        forward,
-        optimizer,
-        lengths=lengths,
-        memory_share=config.batch.auto_memory,
-        ranks_on_host=launch().local_world_size,
-    )
-    recovery = settle_sizes(fitting, plain, world, checkpoint)
-    if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
-        parts.evaluation_loader.set_batch_size(parts.loader.cuts.micro_batch_size)
-    return recovery
-
-
-def _checkpointer(
-    config: TrainConfig,
-    folder: RunFolder,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-) -> Checkpointer:
-    return Checkpointer(
-        folder.path / CHECKPOINTS,
-        strategy.model,
-        optimizer,
-        config=config.checkpoint,
-        strategy=strategy,
-        timeout_seconds=config.distributed.timeout_seconds,
-        files=[folder.path / METRICS],
-    )
-
-
-def _tuning(config: TrainConfig, loader: WindowLoader, strategy: Strategy, *, recovers: bool) -> CutTuning:
-    insight, batch = config.insight, config.batch
-    noise_scale = None
-    if insight.noise_scale:
-        noise_scale = NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
-    return CutTuning(
-        loader.cuts,
-        strategy,
-        measure_costs=isinstance(batch, ByLengthBatchConfig) and batch.measure_costs,
-        balance_speed=batch.balance is Balance.speed,
-        noise_scale=noise_scale,
-        recovers=recovers,
-    )
-
-
-def _accumulator(
-    config: TrainConfig,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    flags: dict[str, Callable[[], bool]],
-    tuning: CutTuning,
-    recovery: Recovery | None,
-) -> Accumulator:
-    return Accumulator(
-        strategy.model,
-        optimizer,
-        clip_norm=config.train.clip_norm,
-        scaler=build_scaler(config.precision, strategy.device),
-        skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
-        strategy=strategy,
-        flags=flags,
-        reports=tuning.reports,
-        time_micro_steps=tuning.needs_times,
-        recovery=recovery,
-        noise_scale=tuning.noise_scale,
-    )
-
-
-def _evaluator(
-    parts: Parts, strategy: Strategy, supervision: Supervision, averages: list[WeightAverage]
-) -> Evaluator | None:
-    if parts.evaluation_loader is None:
-        return None
-    return Evaluator(
-        strategy=strategy,
-        task=parts.task,
-        loader=parts.evaluation_loader,
-        precision=parts.precision,
-        supervision=supervision,
-        references=getattr(parts.evaluation_data, "reference_losses", None) or {},
-        averages=averages,
     )
 
 
