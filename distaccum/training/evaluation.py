@@ -28,7 +28,7 @@ from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
 from distaccum.tasks import CoupledTask, Task, as_number
 from distaccum.training.model import evaluation_mode
-from distaccum.training.supervision import EvaluationDroppedError, Supervision
+from distaccum.training.supervision import DroppedError, Supervision
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class Evaluator:
         """Evaluates after an update. All ranks call it, and see the same metrics.
 
         Raises:
-            EvaluationDroppedError: a signal has come, and all is as it was before.
+            DroppedError: a signal has come, and all is as it was before.
         """
         started = time.perf_counter()
         states = GlobalStates.now(self.strategy.device)
@@ -200,7 +200,7 @@ class Evaluator:
                     with average.in_the_model():
                         found = self._metrics(update)
                     metrics |= {f"{average.name}/{name}": value for name, value in found.items()}
-        except EvaluationDroppedError:
+        except DroppedError:
             states.put_back()
             logger.info("the evaluation after update %d is left for later", update)
             raise

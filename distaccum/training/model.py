@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from distaccum.config import instantiate as targets
-from distaccum.errors import UserError
+from distaccum.errors import UserError, listed
 from distaccum.strategies.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,7 @@ def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
 
 
 def _some_of(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name or "the model" for name in names[:3]) + more
+    return listed([name or "the model" for name in names], most=3)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 A signal to stop (SIGTERM, …) is only noted when it comes, by `Interruption` in `runtime/stop_signals.py`. Then:
 
 1. `Supervision.begin_phase` asks before each forward whether the window can be finished within
-   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`WindowDroppedError`), as if it had never begun. An
-   evaluation is dropped in any case (`EvaluationDroppedError`) and made up for by the resumed run.
+   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`DroppedError`), as if it had never begun. An
+   evaluation is dropped in any case and made up for by the resumed run.
 2. The result of a window that is finished has the flag `stop`, on all ranks alike, at which `Trainer._train` returns.
 3. `Trainer.fit` saves a checkpoint, and `training/run.py` leaves `unfinished.json`, by which launchers start the run
    again.
@@ -32,12 +32,8 @@ _LONG_SHARE = 0.1
 """A window longer than this part of the grace period may have to be dropped, so the next one is prepared for that."""
 
 
-class WindowDroppedError(Exception):
-    """The window was dropped, on all ranks, and nothing of it remains."""
-
-
-class EvaluationDroppedError(Exception):
-    """The evaluation was dropped, on all ranks."""
+class DroppedError(Exception):
+    """The window or the evaluation was dropped, on all ranks, and nothing of it remains."""
 
 
 class Supervision:
@@ -97,7 +93,7 @@ class Supervision:
         """Begins a phase of a micro-step (from 1), as `Accumulator.run` names it.
 
         Raises:
-            WindowDroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
+            DroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
                 have agreed to drop it.
         """
         doing = self.heartbeat.doing
@@ -116,7 +112,7 @@ class Supervision:
         """Begins a stage of a window with a coupled loss, as `accumulate_coupled` names it.
 
         Raises:
-            WindowDroppedError: as `begin_phase`.
+            DroppedError: as `begin_phase`.
         """
         # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
         # takes about three times as long.
@@ -143,7 +139,7 @@ class Supervision:
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
         if fate == "drop":
-            raise WindowDroppedError
+            raise DroppedError
 
     def end_window(self, flags: frozenset[str]) -> None:
         """Ends the window; `flags` are those of its result."""
@@ -161,12 +157,12 @@ class Supervision:
         To be called before each of its batches, and before ranks meet at its end (`is_over`).
 
         Raises:
-            EvaluationDroppedError: the ranks have agreed to drop it.
+            DroppedError: the ranks have agreed to drop it.
         """
         if self._strategy.equal_micro_steps or not self._interruption.is_requested():
             return
         if self._interruption.settle(f"evaluation/{update}", "finish" if is_over else "drop") == "drop":
-            raise EvaluationDroppedError
+            raise DroppedError
 
     def agreed_signal(self) -> str:
         """Returns the signal that came to the first rank that got one. All ranks call it once one has."""

@@ -23,7 +23,7 @@ from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.model import remarks
 from distaccum.training.progress import RunProgress
-from distaccum.training.supervision import EvaluationDroppedError, WindowDroppedError
+from distaccum.training.supervision import DroppedError
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
@@ -109,7 +109,7 @@ class Trainer:
             self._report_start()
             try:
                 interrupted = self._train()
-            except (WindowDroppedError, EvaluationDroppedError):
+            except DroppedError:
                 interrupted = self.updater.supervision.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
             end = self._progress.end(
