@@ -263,6 +263,5 @@ def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
 
 def _random_states(strategy: Strategy) -> GlobalStates:
     """The states of all generators that a forward on this rank may draw from."""
-    if isinstance(strategy.model, nn.DataParallel):
-        return GlobalStates.now(strategy.model.device_ids)
-    return GlobalStates.now([strategy.device] if strategy.device.type == "cuda" else [])
+    model = strategy.model
+    return GlobalStates.now(*(model.device_ids if isinstance(model, nn.DataParallel) else [strategy.device]))

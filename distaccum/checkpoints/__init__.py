@@ -6,7 +6,6 @@ from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
 from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
 from distaccum.checkpoints.state import averaged_weights, load_model, persistent_buffers, putting_back
-from distaccum.runtime.randomness import random_state, set_random_state
 
 __all__ = [
     "MODEL_FILE",
@@ -23,6 +22,4 @@ __all__ = [
     "newest_whole",
     "persistent_buffers",
     "putting_back",
-    "random_state",
-    "set_random_state",
 ]

@@ -68,7 +68,7 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
         UserError: there is no `_target_`, it can't be imported, or its arguments don't fit. The component's own errors
             are not caught.
     """
-    arguments = _arguments(section, where)
+    arguments = arguments_of(section, where)
     component = locate(arguments.pop(TARGET), where)
     is_partial, listed = arguments.pop("_partial_", False), arguments.pop("_args_", [])
     if not isinstance(is_partial, bool) or not isinstance(listed, list) or not _UNKNOWN.isdisjoint(arguments):
@@ -78,7 +78,7 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
         )
     positional = [*args, *_build_nested(listed, f"{where}._args_")]
     arguments = {key: _build_nested(value, f"{where}.{key}") for key, value in arguments.items()}
-    signature = _signature(component)
+    signature = signature_of(component)
     if defaults_from is not None:
         _fill(arguments, signature, len(positional), where, defaults_from)
     if signature is not None:
@@ -109,7 +109,12 @@ def _fill(
             )
 
 
-def _arguments(section: Any, where: str) -> dict[str, Any]:
+def arguments_of(section: Any, where: str) -> dict[str, Any]:
+    """Returns a section's keys and values, `_target_` among them.
+
+    Raises:
+        UserError: it has no `_target_`.
+    """
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         section = {entry.name: getattr(section, entry.name) for entry in dataclasses.fields(section)}
     if not isinstance(section, Mapping) or not isinstance(section.get(TARGET), str):
@@ -130,7 +135,8 @@ def _build_nested(value: Any, where: str) -> Any:
     return value
 
 
-def _signature(component: Callable[..., Any]) -> inspect.Signature | None:
+def signature_of(component: Callable[..., Any]) -> inspect.Signature | None:
+    """Returns the signature of a component; None for the built-in callables that have none."""
     try:
         return inspect.signature(component)
     except (ValueError, TypeError):  # some built-in callables have none

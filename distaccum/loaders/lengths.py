@@ -39,11 +39,8 @@ def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
     known = getattr(dataset, "lengths", None)
     if known is not None:
         return known
-    states = GlobalStates.now()
-    try:
+    with GlobalStates.now():
         return _scanned(dataset, remembered)
-    finally:
-        states.put_back()
 
 
 def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:

@@ -133,9 +133,6 @@ def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:
     for name in states[0]:
         value = target[name]
         if value.is_floating_point() or value.is_complex():
-            wide = torch.complex128 if value.is_complex() else torch.float64
-            total = torch.zeros(value.shape, dtype=wide, device=value.device)
-            for state in states:
-                total += state[name]
-            value.copy_(total / len(states))
+            wide = torch.promote_types(value.dtype, torch.float64)
+            value.copy_(torch.stack([state[name].to(wide) for state in states]).mean(dim=0))
     return mixed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +54,10 @@ def seed_cpu(seed: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GlobalStates:
-    """States of Python's, NumPy's and torch's global generators on the CPU, and of torch's on some GPUs."""
+    """States of Python's, NumPy's and torch's global generators on the CPU, and of torch's on some GPUs.
+
+    As a context it restores them at its end.
+    """
 
     python: Any
     numpy: Any
@@ -63,8 +65,9 @@ class GlobalStates:
     cuda: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def now(cls, gpus: Iterable[Any] = ()) -> GlobalStates:
-        """The present states of the CPU's generators and of the given GPUs'."""
+    def now(cls, *devices: Any) -> GlobalStates:
+        """The present states of the CPU's generators, and of those of the GPUs among the devices."""
+        gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
         cuda = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
         return cls(random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state(), cuda)
 
@@ -74,6 +77,12 @@ class GlobalStates:
         torch.default_generator.set_state(self.torch)
         for gpu, state in self.cuda.items():
             torch.cuda.set_rng_state(state, gpu)
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *error: object) -> None:
+        self.put_back()
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.result import UpdateResult
 from distaccum.loaders import Window
 from distaccum.planning import CutSchedule
 from distaccum.planning.by_length import CostFit
 from distaccum.planning.window_sizes import NoiseSizes
+from distaccum.runtime.nested import gather_objects
 from distaccum.strategies import Strategy
 
 logger = logging.getLogger(__name__)
@@ -122,10 +121,7 @@ class CutTuning:
 
     def _of_rank_0(self, value: Any) -> Any:
         """Returns rank 0's value: on unlike devices the last bit may be another."""
-        values = [value]
-        if self._strategy.process_group is not None:
-            dist.broadcast_object_list(values, group_src=0, group=self._strategy.process_group)
-        return values[0]
+        return gather_objects(value, self._strategy.process_group)[0]
 
     def _measure_costs(self, fit: CostFit, update: int, window: Window, result: UpdateResult) -> None:
         lengths = self._cuts.lengths

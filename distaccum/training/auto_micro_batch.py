@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.recovery import Recovery
 from distaccum.accumulation.result import TaskOutput
-from distaccum.checkpoints import Checkpoint, putting_back, random_state, set_random_state
+from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
-from distaccum.runtime.nested import tensors_of
+from distaccum.runtime.nested import gather_objects, tensors_of
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, local_parts
 from distaccum.strategies.optimizers import own_optimizer, probe_state
@@ -101,9 +101,9 @@ class Fitting:
         share = max(split_evenly(plan.global_batch_size, plan.world_size))
         sample = self._costliest_sample()
         with self._everything_put_back():
+            most = self._most(sample, share)
             if self.strategy.equal_micro_steps:
-                return self._reckoned(sample, share)
-            most = share if self._on_cuda else self._reckoned_on_host(sample, share)
+                return most
             ballast = self._ballast() if self._on_cuda else None
             size = largest_that_fits(lambda size: self._fits(sample, size), most)
             del ballast
@@ -146,20 +146,33 @@ class Fitting:
         if self._on_cuda:
             torch.cuda.synchronize(self.strategy.device)
 
-    def _reckoned_on_host(self, sample: int, share: int) -> int:
-        """Calculates the size on the host, which rarely says that memory has run out; if it does, sizes are tried."""
+    def _most(self, sample: int, share: int) -> int:
+        """Returns the calculated size where sizes can't just be tried, else the share.
+
+        The host rarely says that memory has run out; if it does so here, sizes are tried there too.
+
+        Raises:
+            UserError: memory runs out where ranks wait for each other.
+        """
         try:
-            return self._reckoned(sample, share)
+            return share if self._on_cuda and not self.strategy.equal_micro_steps else self._reckoned(sample, share)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if self.strategy.equal_micro_steps:
+                # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
+                raise UserError(
+                    "batch.micro_batch_size=auto: memory runs out with a few samples already. Give "
+                    "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
+                    "(precision=bf16), or more devices."
+                ) from error
         free_cached_memory(self.strategy.device)
         return share
 
     def _reckoned(self, sample: int, share: int) -> int:
         """Returns the size that fits by a line through the memory that two small micro-batches take."""
         small = min(2, share)
-        at_small = self._measured_first(sample, small)
+        at_small = self._measured(sample, small)
         if small == share:
             return share
         room = free_memory(self.strategy.device) * self.memory_share / (1 if self._on_cuda else self.ranks_on_host)
@@ -172,19 +185,6 @@ class Fitting:
         logger.debug("batch.micro_batch_size=auto: %.0f bytes a sample, %.0f free for %d", slope, room, size)
         return max(1, min(share, size))
 
-    def _measured_first(self, sample: int, size: int) -> int:
-        try:
-            return self._measured(sample, size)
-        except Exception as error:
-            if not self.strategy.equal_micro_steps or not is_out_of_memory(error):
-                raise
-            # The other ranks are in the middle of a collective, so that nothing smaller can be tried.
-            raise UserError(
-                f"batch.micro_batch_size=auto: memory runs out with {size} samples already. Give "
-                "batch.micro_batch_size=1, or take a smaller model, smaller samples, a smaller number format "
-                "(precision=bf16), or more devices."
-            ) from error
-
     def _second_size(self, at_small: int, small: int, share: int, room: float) -> int:
         """Returns the larger size to measure, which fits even if all memory of the small one is in proportion to it.
 
@@ -193,12 +193,7 @@ class Fitting:
         most = room - self._bytes_to_come()
         wanted = (min(8, share), min(4, share))
         large = next((size for size in wanted if size > small and at_small / small * size <= most), small)
-        group = self.strategy.process_group
-        if self.strategy.equal_micro_steps and group is not None:
-            agreed = torch.tensor(large, device=self.strategy.device)
-            dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-            large = int(agreed)
-        return large
+        return min(gather_objects(large, self.strategy.process_group)) if self.strategy.equal_micro_steps else large
 
     def _measured(self, sample: int, size: int) -> int:
         """Returns the bytes that a forward keeps for its backward; on CUDA, those at the highest point of both."""
@@ -242,18 +237,17 @@ class Fitting:
     @contextmanager
     def _everything_put_back(self) -> Iterator[None]:
         module, device = self.strategy.module, self.strategy.device
-        generators = random_state(device)
         buffers = KeptBuffers(module)
         gradients = [(p, p.grad if p.grad is None else p.grad.clone()) for p in module.parameters()]
         try:
-            yield
+            with GlobalStates.now(device):
+                yield
         finally:
             self.strategy.drop_gradients()
             self.strategy.at_rest()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             buffers.put_back()
-            set_random_state(generators, device)
             free_cached_memory(device)
 
 

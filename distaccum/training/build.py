@@ -1,6 +1,6 @@
 """Builds a trainer from a configuration: the one place where the parts of a run are put together.
 
-`build_parts` builds what needs no other rank: data, windows, task, model. `build_trainer` then places the model, and
+`Parts` are what needs no other rank: data, windows, task, model. `build_trainer` then places the model, and
 hands everything to the `Trainer`.
 """
 
@@ -26,11 +26,11 @@ from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMod
 from distaccum.config.launcher import launch
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
-from distaccum.loaders import EvaluationLoader, WindowLoader
+from distaccum.loaders import WindowLoader
 from distaccum.observers import EarlyStopping, MetricsFile, Observer, Progress, Wandb
 from distaccum.observers.run_file import RunFile
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
-from distaccum.runtime.devices import Precision, cast, resolve_precision
+from distaccum.runtime.devices import cast, resolve_precision
 from distaccum.runtime.memory import is_out_of_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.runtime.stop_signals import Interruption
@@ -54,70 +54,58 @@ from distaccum.training.weight_average import WeightAverage
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True, slots=True)
 class Parts:
-    """The parts that a configuration names, before the model is placed. Made by `build_parts`."""
+    """The parts that a configuration names, before the model is placed.
 
-    precision: Precision
-    train_data: Any
-    loader: WindowLoader
-    evaluation_data: Any
-    evaluation_loader: EvaluationLoader | None
-    task: Any
-    module: nn.Module
-    """On the CPU, in the precision's parameter format."""
-    woken: list[str]
-    """Names of its parts that were built in evaluation mode and have been put into training mode."""
-
-
-def build_parts(
-    config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1, equal_micro_steps: bool = False
-) -> Parts:
-    """Builds data, task and model. The same model on every rank, and nothing in here waits for another rank.
+    The model is the same on every rank, and nothing in here waits for another rank.
 
     Args:
         equal_micro_steps: give all ranks equally many micro-steps, whatever the strategy.
 
+    Attributes:
+        module: on the CPU, in the precision's parameter format.
+        woken: names of its parts that were built in evaluation mode and have been put into training mode.
+
     Raises:
         UserError: the configuration or the data don't fit.
     """
-    seed_everything(derived_seed(config.seed, "model"))
-    precision = resolve_precision(config.precision.name, device)
-    options = loader_options(config.data, device, precision)
-    train_data = targets.build(config.data.train, "data.train")
-    loader = build_window_loader(
-        config, train_data, options, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
-    )
-    smallest = dataclasses.replace(loader.plan, global_batch_size=loader.sizes.rule.smallest)
-    if config.insight.noise_scale and smallest.is_one_shot:
-        logger.info(
-            "insight.noise_scale: a window is one micro-batch here, and noise can't be measured from one part, so "
-            "every %d updates it is cut into two; the update is the same but for rounding",
-            config.insight.every_updates,
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        equal_micro_steps: bool = False,
+    ) -> None:
+        seed_everything(derived_seed(config.seed, "model"))
+        self.precision = resolve_precision(config.precision.name, device)
+        options = loader_options(config.data, device, self.precision)
+        self.train_data = targets.build(config.data.train, "data.train")
+        self.loader = build_window_loader(
+            config, self.train_data, options, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
         )
-    size = config.train.eval_batch_size or loader.cuts.micro_batch_size
-    evaluation_data, evaluation_loader = build_evaluation(
-        config, options, rank=rank, world_size=world_size, batch_size=size
-    )
-    task = targets.build(config.task, "task")
-    if not callable(task):
-        raise UserError(f"task built a {type(task).__name__}, which can't be called.")
-    module = _built_model(config, train_data)
-    woken = into_training_mode(module) if not config.train.keep_modes else []
-    module = cast(module, precision.parameter_dtype)
-    if initial := options_of(config.model)[1].get("init_from"):
-        load_exported(module, str(initial), "model.init_from")
-        logger.info("model.init_from: the weights come from %s", initial)
-    return Parts(
-        precision=precision,
-        train_data=train_data,
-        loader=loader,
-        evaluation_data=evaluation_data,
-        evaluation_loader=evaluation_loader,
-        task=task,
-        module=module,
-        woken=woken,
-    )
+        smallest = dataclasses.replace(self.loader.plan, global_batch_size=self.loader.sizes.rule.smallest)
+        if config.insight.noise_scale and smallest.is_one_shot:
+            logger.info(
+                "insight.noise_scale: a window is one micro-batch here, and noise can't be measured from one part, so "
+                "every %d updates it is cut into two; the update is the same but for rounding",
+                config.insight.every_updates,
+            )
+        size = config.train.eval_batch_size or self.loader.cuts.micro_batch_size
+        self.evaluation_data, self.evaluation_loader = build_evaluation(
+            config, options, rank=rank, world_size=world_size, batch_size=size
+        )
+        self.task = targets.build(config.task, "task")
+        if not callable(self.task):
+            raise UserError(f"task built a {type(self.task).__name__}, which can't be called.")
+        module = _built_model(config, self.train_data)
+        self.woken = into_training_mode(module) if not config.train.keep_modes else []
+        self.module = cast(module, self.precision.parameter_dtype)
+        if initial := options_of(config.model)[1].get("init_from"):
+            load_exported(self.module, str(initial), "model.init_from")
+            logger.info("model.init_from: the weights come from %s", initial)
 
 
 def _built_model(config: TrainConfig, train_data: Any) -> nn.Module:
@@ -151,6 +139,107 @@ def build_scaler(config: PrecisionConfig, device: torch.device) -> torch.amp.Gra
     return torch.amp.GradScaler(device.type, init_scale=config.init_scale, growth_interval=config.growth_interval)
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The placed model and its optimizer, with the methods that build what needs them."""
+
+    config: TrainConfig
+    parts: Parts
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+
+    def settle_sizes(self, plain: dict[str, Any], world: World, checkpoint: Checkpoint | None) -> Recovery | None:
+        """Sets the largest micro-batch that fits on each rank, if it is to be found.
+
+        Returns:
+            How to go on when memory runs out all the same.
+        """
+        batch, parts = self.config.batch, self.parts
+        if not batch.is_auto:
+            return None
+        if isinstance(parts.task, CoupledTask):
+            raise UserError(
+                f"batch.micro_batch_size=auto does not support {type(parts.task).__name__}, whose loss couples the "
+                "samples of a window: its micro-batches can't be taken again one by one. Give a number."
+            )
+
+        def forward(module: nn.Module, batch: Any) -> Any:
+            with parts.precision.autocast():
+                return checked_output(parts.task(module, batch))
+
+        lengths = parts.loader.cuts.lengths
+        fitting = Fitting(
+            parts.loader,
+            self.strategy,
+            forward,
+            self.optimizer,
+            lengths=lengths if lengths is not None else getattr(parts.train_data, "lengths", None),
+            memory_share=batch.auto_memory,
+            ranks_on_host=launch().local_world_size,
+        )
+        recovery = settle_sizes(fitting, plain, world, checkpoint)
+        if parts.evaluation_loader is not None and self.config.train.eval_batch_size is None:
+            parts.evaluation_loader.set_batch_size(parts.loader.cuts.micro_batch_size)
+        return recovery
+
+    def checkpointer(self, folder: RunFolder) -> Checkpointer | None:
+        if not self.config.checkpoint.enabled:
+            return None
+        return Checkpointer(
+            folder.path / CHECKPOINTS,
+            self.strategy.model,
+            self.optimizer,
+            config=self.config.checkpoint,
+            strategy=self.strategy,
+            timeout_seconds=self.config.distributed.timeout_seconds,
+            files=[folder.path / METRICS],
+        )
+
+    def tuning(self, *, recovers: bool) -> CutTuning:
+        insight, batch = self.config.insight, self.config.batch
+        noise_scale = None
+        if insight.noise_scale:
+            noise_scale = NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
+        return CutTuning(
+            self.parts.loader.cuts,
+            self.strategy,
+            measure_costs=isinstance(batch, ByLengthBatchConfig) and batch.measure_costs,
+            balance_speed=batch.balance is Balance.speed,
+            noise_scale=noise_scale,
+            recovers=recovers,
+        )
+
+    def accumulator(
+        self, flags: dict[str, Callable[[], bool]], tuning: CutTuning, recovery: Recovery | None
+    ) -> Accumulator:
+        return Accumulator(
+            self.strategy.model,
+            self.optimizer,
+            clip_norm=self.config.train.clip_norm,
+            scaler=build_scaler(self.config.precision, self.strategy.device),
+            skip_nonfinite=self.config.train.on_nonfinite is OnNonfinite.skip,
+            strategy=self.strategy,
+            flags=flags,
+            reports=tuning.reports,
+            time_micro_steps=tuning.needs_times,
+            recovery=recovery,
+            noise_scale=tuning.noise_scale,
+        )
+
+    def evaluator(self, supervision: Supervision, averages: list[WeightAverage]) -> Evaluator | None:
+        if self.parts.evaluation_loader is None:
+            return None
+        return Evaluator(
+            strategy=self.strategy,
+            task=self.parts.task,
+            loader=self.parts.evaluation_loader,
+            precision=self.parts.precision,
+            supervision=supervision,
+            references=getattr(self.parts.evaluation_data, "reference_losses", None) or {},
+            averages=averages,
+        )
+
+
 def build_trainer(
     config: TrainConfig,
     world: World,
@@ -167,29 +256,29 @@ def build_trainer(
         checkpoint: the one that the run is to go on from, for those who continue files.
     """
     with world.together():
-        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
         factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader, checkpoint))
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     parameters = strategy.model.parameters()
     optimizer = build_optimizer(config.optim, parameters, device, shard=shards_optimizer(config.strategy))
-    recovery = _settled(config, plain, world, parts, strategy, optimizer, checkpoint) if config.batch.is_auto else None
+    placed = _Placed(config, parts, strategy, optimizer)
+    recovery = placed.settle_sizes(plain, world, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
     seed_everything(derived_seed(config.seed, "rank", world.rank))
     averages = [WeightAverage(strategy, average) for average in config.train.averages]
-    checkpointer = _checkpointer(config, folder, strategy, optimizer, averages) if config.checkpoint.enabled else None
+    checkpointer = placed.checkpointer(folder)
     grace_seconds = config.checkpoint.grace_seconds if checkpointer is not None else math.inf
     supervision = Supervision(strategy, interruption, world.heartbeat, grace_seconds)
     compile_clock = CompileClock() if compilation is not None else None
     flags = supervision.flags | (checkpointer.flags if checkpointer is not None else {})
     if compile_clock is not None:
         flags[COMPILED] = compile_clock.has_news
-    tuning = _tuning(config, parts.loader, strategy, recovers=recovery is not None)
-    accumulator = _accumulator(config, strategy, optimizer, flags, tuning, recovery)
+    tuning = placed.tuning(recovers=recovery is not None)
+    accumulator = placed.accumulator(flags, tuning, recovery)
     stopping = config.train.early_stopping
     early_stopping = EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
-    _register_states(checkpointer, parts.loader, accumulator, early_stopping)
     return Trainer(
         updater=Updater(
             task=parts.task,
@@ -203,141 +292,13 @@ def build_trainer(
         loader=parts.loader,
         loop=config.train,
         tuning=tuning,
-        evaluator=_evaluator(parts, strategy, supervision, averages),
+        evaluator=placed.evaluator(supervision, averages),
         early_stopping=early_stopping,
         averages=averages,
         checkpointer=checkpointer,
         observers=observers,
         run_dir=folder.path,
         config=redacted(plain),
-    )
-
-
-def _settled(
-    config: TrainConfig,
-    plain: dict[str, Any],
-    world: World,
-    parts: Parts,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Checkpoint | None,
-) -> Recovery:
-    """Sets the largest micro-batch that fits on each rank; returns how to go on when memory runs out all the same."""
-    if isinstance(parts.task, CoupledTask):
-        raise UserError(
-            f"batch.micro_batch_size=auto does not support {type(parts.task).__name__}, whose loss couples the samples "
-            "of a window: its micro-batches can't be taken again one by one. Give a number."
-        )
-
-    def forward(module: nn.Module, batch: Any) -> Any:
-        with parts.precision.autocast():
-            return checked_output(parts.task(module, batch))
-
-    lengths = parts.loader.cuts.lengths
-    if lengths is None:
-        lengths = getattr(parts.train_data, "lengths", None)
-    fitting = Fitting(
-        parts.loader,
-        strategy,
-        forward,
-        optimizer,
-        lengths=lengths,
-        memory_share=config.batch.auto_memory,
-        ranks_on_host=launch().local_world_size,
-    )
-    recovery = settle_sizes(fitting, plain, world, checkpoint)
-    if parts.evaluation_loader is not None and config.train.eval_batch_size is None:
-        parts.evaluation_loader.set_batch_size(parts.loader.cuts.micro_batch_size)
-    return recovery
-
-
-def _checkpointer(
-    config: TrainConfig,
-    folder: RunFolder,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    averages: list[WeightAverage],
-) -> Checkpointer:
-    return Checkpointer(
-        folder.path / CHECKPOINTS,
-        strategy.model,
-        optimizer,
-        config=config.checkpoint,
-        strategy=strategy,
-        tensors={average.name: average.tensors() for average in averages},
-        timeout_seconds=config.distributed.timeout_seconds,
-        files=[folder.path / METRICS],
-    )
-
-
-def _register_states(
-    checkpointer: Checkpointer | None,
-    loader: WindowLoader,
-    accumulator: Accumulator,
-    early_stopping: EarlyStopping | None,
-) -> None:
-    """Registers what belongs to the run besides model, optimizer and generators."""
-    if checkpointer is None:
-        return
-    checkpointer.states |= {"loader": loader, "accumulator": accumulator}
-    if accumulator.scaler is not None:
-        checkpointer.states["scaler"] = accumulator.scaler
-    if early_stopping is not None:
-        # The state of another metric would be of no use.
-        checkpointer.states[f"early_stopping/{early_stopping.metric}"] = early_stopping
-
-
-def _tuning(config: TrainConfig, loader: WindowLoader, strategy: Strategy, *, recovers: bool) -> CutTuning:
-    insight, batch = config.insight, config.batch
-    noise_scale = None
-    if insight.noise_scale:
-        noise_scale = NoiseScale(every_updates=insight.every_updates, smoothing=insight.smoothing)
-    return CutTuning(
-        loader.cuts,
-        strategy,
-        measure_costs=isinstance(batch, ByLengthBatchConfig) and batch.measure_costs,
-        balance_speed=batch.balance is Balance.speed,
-        noise_scale=noise_scale,
-        recovers=recovers,
-    )
-
-
-def _accumulator(
-    config: TrainConfig,
-    strategy: Strategy,
-    optimizer: torch.optim.Optimizer,
-    flags: dict[str, Callable[[], bool]],
-    tuning: CutTuning,
-    recovery: Recovery | None,
-) -> Accumulator:
-    return Accumulator(
-        strategy.model,
-        optimizer,
-        clip_norm=config.train.clip_norm,
-        scaler=build_scaler(config.precision, strategy.device),
-        skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
-        strategy=strategy,
-        flags=flags,
-        reports=tuning.reports,
-        time_micro_steps=tuning.needs_times,
-        recovery=recovery,
-        noise_scale=tuning.noise_scale,
-    )
-
-
-def _evaluator(
-    parts: Parts, strategy: Strategy, supervision: Supervision, averages: list[WeightAverage]
-) -> Evaluator | None:
-    if parts.evaluation_loader is None:
-        return None
-    return Evaluator(
-        strategy=strategy,
-        task=parts.task,
-        loader=parts.evaluation_loader,
-        precision=parts.precision,
-        supervision=supervision,
-        references=getattr(parts.evaluation_data, "reference_losses", None) or {},
-        averages=averages,
     )
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_caching import in_float32
 from distaccum.accumulation.result import TaskOutput, checked_output
-from distaccum.checkpoints import random_state, set_random_state
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
 from distaccum.observers import EvaluationRecord
@@ -24,11 +23,12 @@ from distaccum.observers.base import RECORDED
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.heartbeat import Heartbeat
 from distaccum.runtime.memory import free_cached_memory, is_out_of_memory
-from distaccum.runtime.nested import gather_rows, leaves_of, mapped, rebuilt
+from distaccum.runtime.nested import gather_objects, gather_rows, leaves_of, mapped, rebuilt
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
 from distaccum.tasks import CoupledTask, Task, as_number
 from distaccum.training.model import evaluation_mode
-from distaccum.training.supervision import EvaluationDroppedError, Supervision
+from distaccum.training.supervision import DroppedError, Supervision
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -115,27 +115,20 @@ class _Evaluation:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def totals_over_ranks(self) -> dict[str, Tensor]:
-        totals = self.totals
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # A rank without a batch doesn't know the shapes of the task's sums, so those are exchanged first.
-            shapes: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(shapes, {name: tuple(value.shape) for name, value in totals.items()})
-            known = max(shapes, key=len)
-            if other := [names for names in shapes if names and names != known]:
-                raise UserError(
-                    f"the ranks' sums differ in an evaluation: {known} and {other[0]}. Give the same names and shapes "
-                    "in each micro-step and on each rank."
-                )
-            flat = [
-                totals.get(name, torch.zeros(shape, device=self.device, dtype=torch.float64)).reshape(-1)
-                for name, shape in known.items()
-            ]
-            if flat:
-                vector = torch.cat(flat)
-                dist.all_reduce(vector)
-                split = torch.split(vector, [part.numel() for part in flat])
-                totals = {name: part.reshape(shape) for (name, shape), part in zip(known.items(), split, strict=True)}
-        return {name: value.cpu() for name, value in totals.items()}
+        # A rank without a batch doesn't know the shapes of the task's sums, so those are exchanged first.
+        shapes = gather_objects({name: tuple(value.shape) for name, value in self.totals.items()}, dist.group.WORLD)
+        known = max(shapes, key=len)
+        if other := [names for names in shapes if names and names != known]:
+            raise UserError(
+                f"the ranks' sums differ in an evaluation: {known} and {other[0]}. Give the same names and shapes "
+                "in each micro-step and on each rank."
+            )
+        totals = {name: torch.zeros(shape, dtype=torch.float64, device=self.device) for name, shape in known.items()}
+        for name, total in totals.items():
+            total += self.totals.get(name, 0.0)
+            if len(shapes) > 1:
+                dist.all_reduce(total)
+        return {name: total.cpu() for name, total in totals.items()}
 
 
 @dataclass
@@ -164,14 +157,11 @@ class _CoupledEvaluation(_Evaluation):
         leaves = [torch.cat(parts) for parts in zip(*mine, strict=True)]
         # A rank without a batch doesn't know what embeddings look like.
         form = mapped(self.embeddings[0], lambda leaf: leaf[:0].cpu()) if mine else None
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            return form, leaves
-        forms: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(forms, form)
-        form = next((known for known in forms if known is not None), None)
+        group = dist.group.WORLD
+        form = next((known for known in gather_objects(form, group) if known is not None), None)
         if form is None:
             return None, []
-        return form, gather_rows(leaves or [leaf.to(self.device) for leaf in leaves_of(form)], dist.group.WORLD)[0]
+        return form, gather_rows(leaves or [leaf.to(self.device) for leaf in leaves_of(form)], group)[0]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -199,10 +189,10 @@ class Evaluator:
         """Evaluates after an update. All ranks call it, and see the same metrics.
 
         Raises:
-            EvaluationDroppedError: a signal has come, and all is as it was before.
+            DroppedError: a signal has come, and all is as it was before.
         """
         started = time.perf_counter()
-        generators = random_state(self.strategy.device)
+        states = GlobalStates.now(self.strategy.device)
         try:
             metrics = self._metrics(update)
             for average in self.averages:
@@ -210,8 +200,8 @@ class Evaluator:
                     with average.in_the_model():
                         found = self._metrics(update)
                     metrics |= {f"{average.name}/{name}": value for name, value in found.items()}
-        except EvaluationDroppedError:
-            set_random_state(generators, self.strategy.device)
+        except DroppedError:
+            states.put_back()
             logger.info("the evaluation after update %d is left for later", update)
             raise
         seconds = time.perf_counter() - started

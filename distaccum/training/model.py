@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
 
 from distaccum.config import instantiate as targets
-from distaccum.errors import UserError
+from distaccum.errors import UserError, listed
 from distaccum.strategies.blocks import blocks_of
 
 logger = logging.getLogger(__name__)
@@ -60,21 +58,16 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
     return module
 
 
-def options_of(section: Any) -> tuple[Any, dict[str, Any]]:
+def options_of(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a section into the constructor's arguments and the keys that apply to any model."""
-    if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        section = {entry.name: getattr(section, entry.name) for entry in dataclasses.fields(section)}
-    if not isinstance(section, Mapping) or not isinstance(section.get(targets.TARGET), str):
-        return section, {}
+    section = targets.arguments_of(section, "model")
     own: Mapping[str, Any] = {}
     if any(section.get(key) for key in _KEYS):
-        try:
-            own = inspect.signature(targets.locate(section[targets.TARGET], "model")).parameters
-        except (TypeError, ValueError):  # some built-in callables have no signature
-            own = {}
+        signature = targets.signature_of(targets.locate(section[targets.TARGET], "model"))
+        own = signature.parameters if signature is not None else {}
     options = {key: section[key] for key in _KEYS if key in section and key not in own}
     # What is null, false or empty says nothing, to a constructor neither.
-    rest = {str(key): value for key, value in section.items() if key not in _KEYS or (key in own and value)}
+    rest = {key: value for key, value in section.items() if key not in _KEYS or (key in own and value)}
     return rest, options
 
 
@@ -118,8 +111,7 @@ def remarks(module: nn.Module, *, is_cut: bool) -> Iterator[str]:
 
 
 def _some_of(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(name or "the model" for name in names[:3]) + more
+    return listed([name or "the model" for name in names], most=3)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:

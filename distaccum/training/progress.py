@@ -8,25 +8,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from distaccum.accumulation.result import UpdateResult
 from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, misfit
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
-from distaccum.observers import EvaluationRecord, RunEnd, UpdateRecord
+from distaccum.observers import EvaluationRecord, RunEnd
 from distaccum.planning.window_sizes import BatchSizes, NoiseSizes
 from distaccum.runtime.memory import peak_memory
+from distaccum.runtime.nested import gather_objects
 from distaccum.strategies import Strategy
 
 logger = logging.getLogger(__name__)
 
 COMPILED = "compiled"
 """The accumulator's flag of a rank that compiles, for which the others wait."""
-_UPDATES_BETWEEN_MEMORY = 100
 
 
 @dataclass(slots=True)
@@ -78,39 +75,11 @@ class Totals:
         sync = min(1.0 - data, self.sync_seconds / seconds)
         return data, 1.0 - data - sync, sync
 
-    def record(
-        self,
-        window: Window,
-        result: UpdateResult,
-        metrics: dict[str, float],
-        lr: float,
-        device: torch.device,
-        compile_seconds: float = 0.0,
-    ) -> UpdateRecord:
-        """Returns the record of the update that was counted last."""
-        # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
-        has_memory = self.updates & (self.updates - 1) == 0 or self.updates % _UPDATES_BETWEEN_MEMORY == 0
-        return UpdateRecord(
-            result=result,
-            update=self.updates,
-            epoch=window.epoch,
-            samples=self.samples,
-            window_samples=window.num_samples,
-            metrics=metrics,
-            lr=lr,
-            compile_seconds=compile_seconds,
-            peak_memory_bytes=peak_memory(device)[0] if has_memory else None,
-        )
-
 
 def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
     """Returns the bytes at the highest point on the rank that used most, and what they measure, in words."""
-    memory, kind = peak_memory(strategy.device)
-    if strategy.process_group is None:
-        return memory, kind
-    largest = torch.tensor(memory, dtype=torch.int64, device=strategy.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=strategy.process_group)
-    return int(largest), f"{kind}, on the rank that used most"
+    memory, kind = max(gather_objects(peak_memory(strategy.device), strategy.process_group))
+    return memory, kind if strategy.process_group is None else f"{kind}, on the rank that used most"
 
 
 _EVALUATION: Form = {"update": is_natural, "epoch": is_natural, "metrics": {str: is_number}, "seconds": is_number}

@@ -22,7 +22,7 @@ from distaccum.checkpoints import checkpoints_in, clear_leftovers
 from distaccum.config import flat
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
-from distaccum.runtime.files import WRITING, open_regular, opened, read_plain_yaml, without_tilde, write_text
+from distaccum.runtime.files import WRITING, opened, read_plain_yaml, without_tilde, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ UNFINISHED = "unfinished.json"
 """Left by a run that was asked to stop and has saved; launchers start such a run again."""
 
 _LOCK = "run.lock"
-_MOST_BYTES_OF_LOCK = 1 << 16
 _NOT_THE_RUNS_OWN = frozenset(
     ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
 )
@@ -177,12 +176,7 @@ def _wait_for_lock(file: TextIO, path: Path, patience_seconds: float = 5.0) -> N
 
 
 def _holder(lock: Path) -> dict[str, Any]:
-    try:
-        with open_regular(lock, _MOST_BYTES_OF_LOCK) as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_plain_yaml(lock) or {}  # JSON is YAML
 
 
 def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, Any]) -> bool:

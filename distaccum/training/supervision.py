@@ -3,8 +3,8 @@
 A signal to stop (SIGTERM, …) is only noted when it comes, by `Interruption` in `runtime/stop_signals.py`. Then:
 
 1. `Supervision.begin_phase` asks before each forward whether the window can be finished within
-   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`WindowDroppedError`), as if it had never begun. An
-   evaluation is dropped in any case (`EvaluationDroppedError`) and made up for by the resumed run.
+   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`DroppedError`), as if it had never begun. An
+   evaluation is dropped in any case and made up for by the resumed run.
 2. The result of a window that is finished has the flag `stop`, on all ranks alike, at which `Trainer._train` returns.
 3. `Trainer.fit` saves a checkpoint, and `training/run.py` leaves `unfinished.json`, by which launchers start the run
    again.
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import time
-
-import torch.distributed as dist
-from torch import Tensor
+from collections.abc import Callable
+from functools import partial
 
 from distaccum.accumulation.gradient_caching import Stage
-from distaccum.checkpoints import random_state, set_random_state
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.heartbeat import Heartbeat
+from distaccum.runtime.nested import gather_objects
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.stop_signals import Interruption
 from distaccum.strategies import Strategy
 
@@ -32,12 +32,8 @@ _LONG_SHARE = 0.1
 """A window longer than this part of the grace period may have to be dropped, so the next one is prepared for that."""
 
 
-class WindowDroppedError(Exception):
-    """The window was dropped, on all ranks, and nothing of it remains."""
-
-
-class EvaluationDroppedError(Exception):
-    """The evaluation was dropped, on all ranks."""
+class DroppedError(Exception):
+    """The window or the evaluation was dropped, on all ranks, and nothing of it remains."""
 
 
 class Supervision:
@@ -73,9 +69,8 @@ class Supervision:
         self._update = 0
         self._micro_steps = 0
         self._started = 0.0
-        self._random: dict[str, Tensor] | None = None
-        self._buffers = KeptBuffers()
-        self._remembered: dict[str, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
+        """Restores what the window's forwards change; empty if it is not to be dropped."""
 
     def _is_long(self) -> bool:
         too_long = time.perf_counter() - self._started > _LONG_SHARE * self._seconds
@@ -84,18 +79,21 @@ class Supervision:
     def begin_window(self, update: int, micro_steps: int) -> None:
         """Begins the window of an update, of which this rank has so many micro-steps."""
         self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
-        self._random, self._buffers, self._remembered = None, KeptBuffers(), {}
+        self._undo = []
         if self._next_is_long:
-            self._random = random_state(self._strategy.device)
-            self._buffers = KeptBuffers(self._strategy.module)
             # Leaving a window drops what a strategy remembers of the windows before.
-            self._remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
+            remembered = {name: value.clone() for name, value in self._strategy.state_tensors().items()}
+            self._undo = [
+                GlobalStates.now(self._strategy.device).put_back,
+                partial(self._strategy.load_state_tensors, remembered),
+                KeptBuffers(self._strategy.module).put_back,
+            ]
 
     def begin_phase(self, phase: str, micro_step: int, is_last: bool) -> None:
         """Begins a phase of a micro-step (from 1), as `Accumulator.run` names it.
 
         Raises:
-            WindowDroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
+            DroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
                 have agreed to drop it.
         """
         doing = self.heartbeat.doing
@@ -114,7 +112,7 @@ class Supervision:
         """Begins a stage of a window with a coupled loss, as `accumulate_coupled` names it.
 
         Raises:
-            WindowDroppedError: as `begin_phase`.
+            DroppedError: as `begin_phase`.
         """
         # After the last embedding the ranks meet, and from there on nobody may leave. What is still to come then
         # takes about three times as long.
@@ -136,12 +134,12 @@ class Supervision:
         needed = spent / max(1, micro_step - 1) * left
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
         window = f"window/{self._update}"
-        fate = self._interruption.settle(window, "drop" if self._random is not None and is_too_slow else None)
+        fate = self._interruption.settle(window, "drop" if self._undo and is_too_slow else None)
         if fate is None and is_last:
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.
             fate = self._interruption.settle(window, "finish")
         if fate == "drop":
-            raise WindowDroppedError
+            raise DroppedError
 
     def end_window(self, flags: frozenset[str]) -> None:
         """Ends the window; `flags` are those of its result."""
@@ -150,10 +148,8 @@ class Supervision:
 
     def put_back(self) -> None:
         """Undoes what the forwards of a dropped window have left behind."""
-        assert self._random is not None
-        set_random_state(self._random, self._strategy.device)
-        self._strategy.load_state_tensors(self._remembered)
-        self._buffers.put_back()
+        for undo in self._undo:
+            undo()
 
     def check_evaluation(self, update: int, *, is_over: bool) -> None:
         """Drops the evaluation after an update if a signal has come, as it can be made at any time.
@@ -161,17 +157,14 @@ class Supervision:
         To be called before each of its batches, and before ranks meet at its end (`is_over`).
 
         Raises:
-            EvaluationDroppedError: the ranks have agreed to drop it.
+            DroppedError: the ranks have agreed to drop it.
         """
         if self._strategy.equal_micro_steps or not self._interruption.is_requested():
             return
         if self._interruption.settle(f"evaluation/{update}", "finish" if is_over else "drop") == "drop":
-            raise EvaluationDroppedError
+            raise DroppedError
 
     def agreed_signal(self) -> str:
         """Returns the signal that came to the first rank that got one. All ranks call it once one has."""
-        names = [self._interruption.signal_name]
-        if self._strategy.process_group is not None:
-            names = [None] * self._strategy.world_size
-            dist.all_gather_object(names, self._interruption.signal_name, group=self._strategy.process_group)
+        names = gather_objects(self._interruption.signal_name, self._strategy.process_group)
         return next(name for name in names if name is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,30 @@ from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
-from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart
+from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.model import remarks
 from distaccum.training.progress import RunProgress
-from distaccum.training.supervision import EvaluationDroppedError, WindowDroppedError
+from distaccum.training.supervision import DroppedError
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_FOR_A_SAVE_UNDER_WAY = 10.0
+_UPDATES_BETWEEN_MEMORY = 100
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Trains a model on windows, evaluates and saves it, and reports to observers.
 
     Everything it uses is open to anybody's own loop: the loader, the accumulator, the task, the schedule.
 
-    Args:
+    Attributes:
         updater: makes the update of a window.
         loader: the windows to train on.
         loop: how long to train and when to evaluate.
@@ -43,44 +47,41 @@ class Trainer:
         evaluator: None for no evaluations.
         early_stopping: ends the run when evaluations no longer get better.
         averages: of the weights, taken after each update.
-        checkpointer: saves the run; None for no checkpoints. Its `states` and `tensors` hold all that belongs to the
-            run besides model, optimizer and generators.
+        checkpointer: saves the run; None for no checkpoints. What belongs to the run besides model, optimizer and
+            generators is added to its `states` and `tensors`.
         observers: get what happens on this rank; rank 0 has them all, the others none.
         run_dir: folder of the run's files.
         config: the configuration, for the observers and checkpoints to keep.
     """
 
-    def __init__(
-        self,
-        *,
-        updater: Updater,
-        loader: WindowLoader,
-        loop: LoopConfig,
-        tuning: CutTuning | None = None,
-        evaluator: Evaluator | None = None,
-        early_stopping: EarlyStopping | None = None,
-        averages: Sequence[WeightAverage] = (),
-        checkpointer: Checkpointer | None = None,
-        observers: Sequence[Observer] = (),
-        run_dir: Path | None = None,
-        config: dict[str, Any] | None = None,
-    ) -> None:
-        self.loader = loader
-        self.accumulator = updater.accumulator
-        self.strategy = updater.accumulator.strategy
-        self.checkpointer = checkpointer
-        self.observers = observers
-        self.run_dir = run_dir
-        self.config = config or {}
-        self._updater = updater
-        self._supervision = updater.supervision
-        self._compile_clock = updater.compile_clock
-        self._tuning = tuning
-        self._evaluator = evaluator
-        self._early_stopping = early_stopping
-        self._averages = averages
-        self._progress = RunProgress(loader, loop)
+    updater: Updater
+    loader: WindowLoader
+    loop: LoopConfig
+    tuning: CutTuning | None = None
+    evaluator: Evaluator | None = None
+    early_stopping: EarlyStopping | None = None
+    averages: Sequence[WeightAverage] = ()
+    checkpointer: Checkpointer | None = None
+    observers: Sequence[Observer] = ()
+    run_dir: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.accumulator = self.updater.accumulator
+        self.strategy = self.accumulator.strategy
+        self._progress = RunProgress(self.loader, self.loop)
         self._is_ahead_of_save = False
+        if self.checkpointer is not None:
+            self._register_states(self.checkpointer)
+
+    def _register_states(self, checkpointer: Checkpointer) -> None:
+        checkpointer.states |= {"loader": self.loader, "accumulator": self.accumulator}
+        if self.accumulator.scaler is not None:
+            checkpointer.states["scaler"] = self.accumulator.scaler
+        if self.early_stopping is not None:
+            # The state of another metric would be of no use.
+            checkpointer.states[f"early_stopping/{self.early_stopping.metric}"] = self.early_stopping
+        checkpointer.tensors |= {average.name: average.tensors() for average in self.averages}
 
     @property
     def total_updates(self) -> int:
@@ -97,10 +98,10 @@ class Trainer:
             for observer in self.observers:
                 stack.callback(observer.close)
             stack.callback(self.loader.close)
-            if self._evaluator is not None:
-                stack.callback(self._evaluator.loader.close)
-            if self._compile_clock is not None:
-                stack.enter_context(self._compile_clock.listening())
+            if self.evaluator is not None:
+                stack.callback(self.evaluator.loader.close)
+            if self.updater.compile_clock is not None:
+                stack.enter_context(self.updater.compile_clock.listening())
             if self.checkpointer is not None:
                 # What ends the run with an error should not cost the checkpoint that is being written.
                 stack.callback(self.checkpointer.wait, _SECONDS_FOR_A_SAVE_UNDER_WAY)
@@ -108,8 +109,8 @@ class Trainer:
             self._report_start()
             try:
                 interrupted = self._train()
-            except (WindowDroppedError, EvaluationDroppedError):
-                interrupted = self._supervision.agreed_signal()
+            except DroppedError:
+                interrupted = self.updater.supervision.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
             end = self._progress.end(
                 self.strategy,
@@ -131,10 +132,10 @@ class Trainer:
         for window in self._progress.windows():
             result = self._update(window)
             self._progress.next_window += 1
-            self._progress.owes_evaluation = self._evaluator is not None and self._progress.is_evaluation_due(window)
+            self._progress.owes_evaluation = self.evaluator is not None and self._progress.is_evaluation_due(window)
             if "stop" in result.flags:
                 # An evaluation may take longer than the time that is left: the resumed run makes up for it.
-                return self._supervision.agreed_signal()
+                return self.updater.supervision.agreed_signal()
             is_best = self._progress.owes_evaluation and self._evaluate()
             if self._stopped_early() is not None:
                 return None
@@ -144,24 +145,24 @@ class Trainer:
 
     def _stopped_early(self) -> str | None:
         """Returns why the run is over before its last update; None if it isn't."""
-        stopping = self._early_stopping
+        stopping = self.early_stopping
         return stopping.reason if stopping is not None and stopping.is_over else None
 
     def _update(self, window: Window) -> UpdateResult:
         number = self._progress.updates + 1
-        result, lr = self._updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
+        result, lr = self.updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
         if not result.skipped:
-            for average in self._averages:
+            for average in self.averages:
                 average.after_update(number)
         self._report_update(window, result, lr)
-        self._updater.memory_line.log_once()
-        if self._tuning is not None:
-            self._tuning.after_update(number, window, result)
-            self.accumulator.time_micro_steps = self._tuning.needs_times
+        self.updater.memory_line.log_once()
+        if self.tuning is not None:
+            self.tuning.after_update(number, window, result)
+            self.accumulator.time_micro_steps = self.tuning.needs_times
         return result
 
     def _report_update(self, window: Window, result: UpdateResult, lr: float) -> None:
-        compile_seconds = self._compile_clock.take() if self._compile_clock is not None else 0.0
+        compile_seconds = self.updater.compile_clock.take() if self.updater.compile_clock is not None else 0.0
         self._progress.totals.add(window, result, compile_seconds)
         self._is_ahead_of_save = True
         if result.skipped:
@@ -169,21 +170,33 @@ class Trainer:
             logger.info("update %d skipped: loss %g, gradient norm %g", number, result.loss, result.grad_norm)
         if not self.observers:
             return
-        metrics = metrics_of(self._updater.task, result.sums, result.weight)
-        record = self._progress.totals.record(window, result, metrics, lr, self.strategy.device, compile_seconds)
+        totals = self._progress.totals
+        # The peak hardly moves after the first updates, and asking for it takes a tenth of a millisecond.
+        has_memory = totals.updates & (totals.updates - 1) == 0 or totals.updates % _UPDATES_BETWEEN_MEMORY == 0
+        record = UpdateRecord(
+            result=result,
+            update=totals.updates,
+            epoch=window.epoch,
+            samples=totals.samples,
+            window_samples=window.num_samples,
+            metrics=metrics_of(self.updater.task, result.sums, result.weight),
+            lr=lr,
+            compile_seconds=compile_seconds,
+            peak_memory_bytes=peak_memory(self.strategy.device)[0] if has_memory else None,
+        )
         for observer in self.observers:
             observer.on_update(record)
 
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
-        assert self._evaluator is not None
-        evaluation = self._evaluator.evaluate(self._progress.updates, self._progress.epoch)
+        assert self.evaluator is not None
+        evaluation = self.evaluator.evaluate(self._progress.updates, self._progress.epoch)
         for observer in self.observers:
             observer.on_evaluation(evaluation)
         self._progress.evaluation, self._progress.owes_evaluation = evaluation, False
         self._is_ahead_of_save = True
-        stopping = self._early_stopping
-        metrics = self._evaluator.to_choose_by(evaluation.metrics)
+        stopping = self.early_stopping
+        metrics = self.evaluator.to_choose_by(evaluation.metrics)
         # An evaluation that an average has no part in yet is no reason to lose patience with it.
         has_begun = stopping is None or stopping.metric in evaluation.metrics or stopping.metric not in metrics
         if stopping is not None and has_begun:
@@ -207,16 +220,16 @@ class Trainer:
         if self._progress.updates:
             self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
-        for average in self._averages:
+        for average in self.averages:
             average.goes_on_from(checkpoint.update)
         if checkpoint.state["world_size"] != self.strategy.world_size:
             # Not the numbers again that the run has drawn at its start.
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
-        self._progress.owes_evaluation &= self._evaluator is not None
+        self._progress.owes_evaluation &= self.evaluator is not None
 
     def _loss_of_next_window(self) -> Tensor:
-        return self._updater.loss(self._progress.sample_micro_batch())
+        return self.updater.loss(self._progress.sample_micro_batch())
 
     def _save(self, *, wait: bool = False) -> None:
         assert self.checkpointer is not None
@@ -227,7 +240,7 @@ class Trainer:
     def _save_at_the_end(self, *, is_finished: bool) -> None:
         if self.checkpointer is None:
             return
-        self._supervision.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
+        self.updater.supervision.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
         self.checkpointer.wait()
         if self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:
             self._save(wait=True)
@@ -240,7 +253,7 @@ class Trainer:
         if is_finished and self.run_dir is not None:
             is_main = self.checkpointer.rank == 0
             export_model(self.strategy, self.run_dir, is_main=is_main)
-            for average in self._averages:
+            for average in self.averages:
                 if average.has_begun:
                     with average.in_the_model():
                         export_model(self.strategy, self.run_dir, is_main=is_main, name=f"model-{average.name}")
@@ -250,7 +263,7 @@ class Trainer:
     def _report_start(self) -> None:
         logger.debug("%s", self.loader.explain())
         last = self._progress.total_updates
-        for average in self._averages:
+        for average in self.averages:
             first = average.config.first_update or 1
             if first > last and not self._progress.follows_noise:
                 raise UserError(

@@ -22,7 +22,7 @@ from distaccum.runtime.nested import tensors_of
 from distaccum.tasks import CoupledTask, TaskOutput, checked_output
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.optim import Schedule
-from distaccum.training.supervision import Supervision, WindowDroppedError
+from distaccum.training.supervision import DroppedError, Supervision
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Updater:
             size_ratio: the window's planned size over the one that the learning rate is configured for.
 
         Raises:
-            WindowDroppedError: a signal has come, and there was no time left to finish the window.
+            DroppedError: a signal has come, and there was no time left to finish the window.
             UserError: as `Accumulator.step`.
         """
         with self.compile_clock.counting() if self.compile_clock is not None else nullcontext():
@@ -68,7 +68,7 @@ class Updater:
                     result = self._coupled(self.task, window)
                 else:
                     result = self.accumulator.run(window, partial(self._forward, window), self.supervision.begin_phase)
-            except WindowDroppedError:
+            except DroppedError:
                 self.supervision.put_back()
                 logger.info("update %d: no time is left to finish its window, which is dropped", number)
                 raise

@@ -104,6 +104,13 @@ def test_states_come_back_with_the_second_of_a_pair(seed: int, draws: int) -> No
     assert [random.gauss(0, 1), np.random.randn(), torch.randn(()).item()] == first
 
 
+def test_a_context_restores_them() -> None:
+    seed_cpu(1)
+    with GlobalStates.now():
+        wanted = torch.rand(()), random.random(), np.random.random()
+    assert (torch.rand(()), random.random(), np.random.random()) == wanted
+
+
 def _next_numbers() -> list[float]:
     """What each library would draw next; nothing is drawn."""
     states = GlobalStates.now()

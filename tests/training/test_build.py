@@ -19,7 +19,7 @@ from distaccum.config.compose import compose
 from distaccum.config.tools import CheckConfig
 from distaccum.tasks import LanguageModeling
 from distaccum.tools.check.subject import Subject
-from distaccum.training.build import build_parts
+from distaccum.training.build import Parts
 
 Train = Callable[..., Ended]
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def run(model: str, **more: str) -> list[str]:
 def test_complex_tensors_keep_their_imaginary_parts(precision: str, dtype: torch.dtype) -> None:
     config = compose(run("Rotary", precision=precision), "check")
     assert isinstance(config, CheckConfig)
-    parts = build_parts(config, CPU)
+    parts = Parts(config, CPU)
     copy = Subject(config, parts, CPU).fresh_model()
     for module, kind in ((parts.module, dtype), (copy, torch.complex128)):
         for name in ("angles", "gain"):
@@ -269,7 +269,7 @@ def test_batchnorm_is_named_where_windows_are_cut(train: Train) -> None:
 )
 def test_evaluations_take_as_many_samples_as_micro_batches_do(overrides: list[str], size: int) -> None:
     config = compose([*run("Hungry"), f"+data.evaluation._target_={__name__}.Points", *overrides], "train")
-    loader = build_parts(config, CPU).evaluation_loader
+    loader = Parts(config, CPU).evaluation_loader
     assert loader is not None
     assert max(loader.sizes) == size
     assert sum(loader.sizes) == 16

@@ -30,7 +30,7 @@ from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
 from distaccum.tasks import CoupledTask, checked_output
 from distaccum.tools.bench.network import time_all_reduces
-from distaccum.training.build import build_parts, build_scaler, compilation_of
+from distaccum.training.build import Parts, build_scaler, compilation_of
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
 from distaccum.training.progress import total_updates
 
@@ -81,7 +81,7 @@ class Training:
         alone: bool = False,
     ) -> None:
         # Where ranks sync in each micro-step, they must take equally many.
-        parts = build_parts(config, device, rank=rank, world_size=world_size, equal_micro_steps=sync_every_step)
+        parts = Parts(config, device, rank=rank, world_size=world_size, equal_micro_steps=sync_every_step)
         self.loader = parts.loader
         self.lengths = getattr(parts.train_data, "lengths", None)
         self.task = parts.task

@@ -17,12 +17,13 @@ from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.planning import split_evenly
 from distaccum.runtime.devices import resolve_device
+from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
 from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
 from distaccum.tools.check.report import CheckReport, CutRow, ParameterRow, Severity
-from distaccum.tools.check.subject import NOISE, Subject, cuts_of, quiet_state, split, window_samples
-from distaccum.training.build import build_parts
+from distaccum.tools.check.subject import NOISE, Subject, cuts_of, split, window_samples
+from distaccum.training.build import Parts
 from distaccum.training.run import check_same_config
 
 _TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
@@ -37,7 +38,7 @@ def check(config: CheckConfig) -> int:
     Raises:
         UserError: the configuration, the data or the machine doesn't allow the check.
     """
-    with joined_world() as world, quiet_state():
+    with joined_world() as world, GlobalStates.now(*range(torch.cuda.device_count())):
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device)
         check_same_config(world, as_plain(config))
@@ -77,7 +78,7 @@ def examine(
         tell: called on rank 0 with what is being done.
     """
     with world.together():
-        parts = build_parts(config, device, rank=world.rank, world_size=world.world_size)
+        parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
         subject = Subject(config, parts, device)
         windows = window_samples(subject)
     report = CheckReport(

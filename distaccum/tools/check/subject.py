@@ -21,7 +21,7 @@ from distaccum.errors import UserError
 from distaccum.loaders.collate import PadCollate
 from distaccum.runtime.devices import cast
 from distaccum.runtime.nested import tensors_of, to_device
-from distaccum.runtime.randomness import GlobalStates, derived_seed, seed_everything
+from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.tasks import TaskOutput, checked_output
 from distaccum.tools.check.recording import Call, Recording, recording
 from distaccum.tools.check.stillness import DrawWatch, StillDraws, WideCasts
@@ -272,14 +272,3 @@ def split(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
     for size in sizes:
         yield list(indices[start : start + size])
         start += size
-
-
-@contextmanager
-def quiet_state() -> Iterator[None]:
-    """Restores the random states of Python, NumPy and torch afterwards."""
-    states = GlobalStates.now()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            states.put_back()

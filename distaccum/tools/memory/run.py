@@ -31,7 +31,7 @@ from distaccum.tasks import CoupledTask
 from distaccum.tools.memory.lines import sizes_to_measure
 from distaccum.tools.memory.measuring import Setting, measure, replicas_of
 from distaccum.tools.memory.report import Report, Row
-from distaccum.training.build import build_parts
+from distaccum.training.build import Parts
 from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
@@ -96,7 +96,7 @@ class _Examination:
         self._config = config
         self._device = resolve_device(config.device)
         world_size = _world_size(config)
-        self._parts = build_parts(config, self._device, world_size=world_size)
+        self._parts = Parts(config, self._device, world_size=world_size)
         is_checkpointed = take_back_checkpointing(self._parts.module)
         if isinstance(self._parts.task, CoupledTask):
             raise UserError(
