@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.runtime.nested import tensors_of
+from distaccum.tools.check.stillness import DrawWatch
 
-Select = Callable[[int, Tensor, Tensor], Tensor | None]
-"""Returns the part of a tensor to compare, or None to leave it out, from the number of the call, the tensor, and its
-counterpart in the other recording."""
+Select = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+"""Returns the parts to compare of two recordings' tensors, from the number of the call; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,15 @@ class Call:
 
 
 class Recording:
-    """The calls of a model's modules in the order in which they ended: submodules come before their module."""
+    """The calls of a model's modules in the order in which they ended: submodules come before their module.
+
+    Attributes:
+        drawing_modules: names of the modules that drew random numbers.
+    """
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.drawing_modules: list[str] = []
         self._running: list[tuple[str, list[Tensor]]] = []
 
     def running_module(self) -> str:
@@ -51,23 +56,21 @@ class Recording:
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Records all calls of the model's modules while the context is open."""
     found = Recording()
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        # Inputs are copied on the way in, because a module may work in place.
-        def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            found._running.append((name, _copies((args, kwargs))))
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            started, inputs = found._running.pop()
-            found.calls.append(Call(started, inputs, _copies(output)))
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        started, inputs = found._running.pop()
+        found.calls.append(Call(started, inputs, _copies(output)))
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            # Inputs are copied on the way in, because a module may work in place.
+            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                found._running.append((name, _copies((args, kwargs))))
+
+            stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
+        found.drawing_modules = stack.enter_context(DrawWatch(found.running_module)).modules
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_parting(
@@ -75,33 +78,29 @@ def first_parting(
     other: Sequence[Call],
     *,
     tolerance: float = 0.0,
-    select_one: Select | None = None,
-    select_other: Select | None = None,
+    select: Select = lambda number, left, right: (left, right),
 ) -> str | None:
     """Returns the first module whose inputs agree in two recordings and whose outputs do not.
 
     Args:
         tolerance: relative difference that still counts as agreement.
-        select_one, select_other: select the part of each tensor to compare. Default: all of it.
+        select: selects the parts to compare. Where it finds none, inputs are compared as they are, and outputs are not.
     """
     for number, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine.name != yours.name:
             return None  # other modules were called: what comes after can't be compared
-
-        def alike(ours: list[Tensor], theirs: list[Tensor], *, number: int = number, outputs: bool = False) -> bool:
-            for left, right in zip(ours, theirs, strict=False):
-                a = left if select_one is None else select_one(number, left, right)
-                b = right if select_other is None else select_other(number, right, left)
-                if a is None or b is None:
-                    if not outputs and not agree(left, right, tolerance):
-                        return False
-                elif not agree(a, b, tolerance):
-                    return False
-            return True
-
-        if alike(mine.inputs, yours.inputs) and not alike(mine.outputs, yours.outputs, outputs=True):
+        inputs = zip(mine.inputs, yours.inputs, strict=False)
+        if all(agree(*(select(number, *pair) or pair), tolerance) for pair in inputs) and differ(
+            number, mine, yours, tolerance, select
+        ):
             return mine.name
     return None
+
+
+def differ(number: int, one: Call, other: Call, tolerance: float, select: Select) -> bool:
+    """Returns whether the outputs of two calls of a module differ in the parts that are selected."""
+    selected = (select(number, *pair) for pair in zip(one.outputs, other.outputs, strict=False))
+    return any(parts is not None and not agree(*parts, tolerance) for parts in selected)
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
