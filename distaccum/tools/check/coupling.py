@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distaccum.runtime.nested import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.tools.check.numerics import find_nonfinite
-from distaccum.tools.check.recording import Call, Select, agree, all_tensors, described, first_parting
+from distaccum.tools.check.recording import Call, agree, all_tensors, described, differ, first_parting
 from distaccum.tools.check.report import Finding
 from distaccum.tools.check.subject import Probe, RowsOfOne, Subject
 
@@ -78,7 +78,7 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
             return findings  # what is collated can't be taken apart
         subject = subject.replaced(samples=rows)
     if not math.isfinite(subject.probe(everyone, record=False).loss):
-        return [*findings, find_nonfinite(subject, everyone, float64=True)]
+        return [*findings, find_nonfinite(subject, everyone)]
     probes = {
         "both": subject.probe([trio.a, trio.b, *company]),
         "other": subject.probe([trio.a, trio.c, *company]),
@@ -142,7 +142,9 @@ def _sums(subject: Subject, probes: dict[str, Probe], probes_alone: list[Probe],
     )
 
 
-def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]) -> Select:
+def _rows(
+    calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]
+) -> Callable[[int, Tensor], Tensor | None]:
     """Returns a function that selects the part of a tensor that belongs to some samples, by their places.
 
     The dimension of the samples is the one that grows with the micro-batch, in a recording of one sample more.
@@ -158,28 +160,30 @@ def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequen
                     growing.setdefault((number, tuple(small.shape)), (dim, before // size))
                     break
 
-    def select(number: int, tensor: Tensor, _: Tensor) -> Tensor | None:
+    def rows(number: int, tensor: Tensor) -> Tensor | None:
         found = growing.get((number, tuple(tensor.shape)))
         if found is None:
             return None
         dim, each = found
         return torch.cat([tensor.narrow(dim, place * each, each) for place in kept], dim)
 
-    return select
+    return rows
 
 
 def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | None, bool]:
     """Returns the first module that changes other samples' rows when B is replaced, and whether the outputs change."""
     both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
-    select = _rows(both, larger, _SIZE, _OTHERS)
-    name = first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
-    for number, (mine, yours) in enumerate(zip(both, other, strict=False)):
-        if mine.name == "" == yours.name:
-            for left, right in zip(mine.outputs, yours.outputs, strict=False):
-                a, b = select(number, left, right), select(number, right, left)
-                if a is not None and b is not None and not agree(a, b, subject.noise):
-                    return name, True
-    return name, False
+    rows = _rows(both, larger, _SIZE, _OTHERS)
+
+    def select(number: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        mine, yours = rows(number, left), rows(number, right)
+        return None if mine is None or yours is None else (mine, yours)
+
+    root_moves = any(
+        mine.name == yours.name == "" and differ(number, mine, yours, subject.noise, select)
+        for number, (mine, yours) in enumerate(zip(both, other, strict=False))
+    )
+    return first_parting(both, other, tolerance=subject.noise, select=select), root_moves
 
 
 def _collation(subject: Subject, trio: Trio) -> list[Finding]:
@@ -296,15 +300,15 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     larger = subject.probe([trio.a, trio.company[-1], trio.company[0]])
     rows = _rows(padded.calls, larger.calls, 2, (0,))
 
-    def unpadded(number: int, tensor: Tensor, alone: Tensor) -> Tensor | None:
-        row = rows(number, tensor, alone)
-        if row is None or row.ndim != alone.ndim:
-            return row
-        for dim, size in enumerate(alone.shape):
-            row = row.narrow(dim, 0, min(size, row.shape[dim]))
-        return row
+    def unpadded(number: int, alone: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        row = rows(number, tensor)
+        if row is None:
+            return None
+        if row.ndim == alone.ndim:
+            row = row[tuple(slice(size) for size in alone.shape)]
+        return alone, row
 
-    module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select_other=unpadded)
+    module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select=unpadded)
     is_ragged = subject.samples.size(trio.a) != subject.samples.size(trio.company[-1])
     where = described(subject.model, module) if module is not None else subject.task_name
     if not is_ragged:

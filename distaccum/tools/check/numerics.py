@@ -27,10 +27,9 @@ _GROUP = 8
 """Parameters that are examined together."""
 
 
-def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> Finding:
+def find_nonfinite(subject: Subject, window: Sequence[int]) -> Finding:
     """Finds where NaN or infinity first appears in a window whose loss or gradient has some."""
-    probe = subject.probe(window, float64=float64)
-    digits = "float64" if float64 else subject.precision.name.value
+    probe, digits = subject.probe(window), subject.digits
     for index in window:
         for tensor in tensors_of(subject.samples[index]):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -42,9 +41,8 @@ def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) ->
     if not math.isfinite(probe.loss):
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
         return _nonfinite(subject.task_name, what, digits)
-    model = subject.fresh_model(float64=float64)
-    output = subject.output(model, subject.fresh_task(), subject.batch(window, float64=float64), float64=float64)
-    subject.backward(output.loss_sum)
+    model = subject.fresh_model()
+    subject.backward(subject.output(model, subject.fresh_task(), subject.batch(window)).loss_sum)
     # The backward runs from the last parameter to the first, so the last one is where it began.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):

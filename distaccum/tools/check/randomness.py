@@ -65,7 +65,7 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
 
 def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Finds dropout and other draws, and sets `subject.is_random`; and forwards that differ without a draw."""
-    first = subject.probe(indices, watch=True)
+    first = subject.probe(indices)
     again = subject.probe(indices)
     others = [subject.probe(indices, seed=seed) for seed in (1, 2, 3)]
     other = next((probe for probe in others if probe.loss != first.loss), others[0])
@@ -78,7 +78,7 @@ def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Findin
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]
         parting = first_parting(first.calls, other.calls)
-        names = first.drawing_modules or ([parting] if parting is not None else ["the task"])
+        names = first.recording.drawing_modules or ([parting] if parting is not None else ["the task"])
         yield _random(subject, names, is_stilled=subject.close(*still))
 
 
