@@ -97,7 +97,6 @@ def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, 
     return Finding(
         kind=kind,
         severity=Severity.warning if will_fail else Severity.info,
-        because=f"{where} got {lack}",
         what=f"{len(names)} parameter{plural} that require{'' if plural else 's'} a gradient got {lack}"
         + (", and DDP fails or hangs when that happens." if will_fail else "."),
         where=where,
@@ -211,7 +210,6 @@ def _wrong_gradient(model: nn.Module, wrong: list[tuple[str, float, float]]) -> 
     return Finding(
         kind="wrong_gradient",
         severity=Severity.warning,
-        because=f"the gradient of {names} is not the slope of the loss",
         what=f"Along a random direction of {name}, of {owner}, the gradient says {analytic:.6g}, and central "
         f"differences of the loss in float64 say {numeric:.6g}. Every cut gives this same gradient.",
         where=names,

@@ -35,7 +35,6 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     yield Finding(
         kind="low_precision",
         severity=Severity.info,
-        because=f"{where} computes in low precision",
         what=f"The proof is as sharp as {digits} and no sharper: {why}.",
         where=where,
         remedy="Make tensors in the dtype of the inputs (x.new_zeros, torch.zeros_like, dtype=x.dtype) for a sharp "
@@ -100,7 +99,6 @@ def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Find
     return Finding(
         kind="random_forward",
         severity=Severity.info,
-        because=f"{where} draw random numbers",
         what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest was "
         f"measured with {how}.",
         where=where,
@@ -126,7 +124,6 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Findi
             yield Finding(
                 kind="random_data",
                 severity=Severity.info if seeded else Severity.warning,
-                because=f"{where} is another one each time it is loaded",
                 what=f"{what} The rest was measured with each sample loaded once.",
                 where=where,
                 remedy="None needed."
@@ -168,21 +165,25 @@ def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     where = listed(changed, 6) if changed else described(subject.model, parting or "")
     if matters and parting is not None and changed:
         where += f", used by {described(subject.model, parting)}"
+    if not matters:
+        yield Finding(
+            kind="state_in_forward",
+            severity=Severity.info,
+            what="A forward changes it; the loss doesn't depend on it. It will be another one for another number of "
+            "micro-steps and ranks, in checkpoints and evaluations too.",
+            where=where,
+            remedy="If it counts or averages, count in samples or updates, not in forwards.",
+        )
+        return
     yield Finding(
         kind="state_in_forward",
-        severity=Severity.error if matters else Severity.info,
         because=f"each forward changes {where}, and the next one depends on it",
         what="A forward changes it, and the same micro-batch then has another loss or gradient: relative changes of "
         f"{_change(first.loss, second.loss):.1e} and {_change(slope, slope_then):.1e}. Another cut has another number "
-        "of forwards."
-        if matters
-        else "A forward changes it; the loss doesn't depend on it. It will be another one for another number of "
-        "micro-steps and ranks, in checkpoints and evaluations too.",
+        "of forwards.",
         where=where,
         remedy="Change it once per update, after the optimizer's step, from the update's number or from sums over the "
-        "window; or leave it alone in training."
-        if matters
-        else "If it counts or averages, count in samples or updates, not in forwards.",
+        "window; or leave it alone in training.",
     )
 
 
@@ -218,7 +219,6 @@ def find_lost_eval_mode(subject: Subject) -> Iterator[Finding]:
     yield Finding(
         kind="eval_mode_lost",
         severity=Severity.info if "" in subject.woken else Severity.warning,  # a whole one: as pretrained models come
-        because=f"{where} won't stay in evaluation mode",
         what="It was built in evaluation mode, and the training begins with train(), which puts it into training mode: "
         "with dropout, and BatchNorm's statistics move.",
         where=where,
@@ -238,9 +238,8 @@ def find_unequal_repeat(one: Update, again: Update) -> Iterator[Finding]:
         yield Finding(
             kind="nondeterministic_bits",
             severity=Severity.info,
-            because="the same cut run twice doesn't give the same bits",
-            what=f"The gradients of {len(names)} parameters differ in their last bits ({', '.join(names[:3])}): the "
-            "device adds in another order each time.",
+            what=f"The gradients of {len(names)} parameters differ in their last bits when the same cut is run twice "
+            f"({', '.join(names[:3])}): the device adds in another order each time.",
             where=names[0],
             remedy="torch.use_deterministic_algorithms(True) gives the same bits; the update is right either way.",
         )

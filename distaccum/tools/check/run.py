@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from distaccum.config import DDPConfig, as_plain
-from distaccum.config.enums import Compression, PrecisionName
+from distaccum.config.enums import PrecisionName
 from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.planning import split_evenly
@@ -214,7 +214,8 @@ class _Examination:
                         calls.setdefault(name, update.sync_calls)
                         self._add(subject, number, name, sizes, update, world.world_size, len(cut))
         if world.is_main:
-            self._judge_collectives(calls, config)
+            strategy = self.subject.config.strategy
+            self.report.findings += conclusions.find_on_ranks(self.report, strategy, config, calls)
 
     def _rehearse(self, world: World, cut: list[list[int]], config: DDPConfig) -> tuple[str, DDPConfig]:
         """Runs this rank's micro-batches without the others: what fails on one rank alone would leave them waiting."""
@@ -227,18 +228,6 @@ class _Examination:
         if any(world.gather(lacks_gradient)):
             config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
         return (failures[0] if failures else ""), config
-
-    def _judge_collectives(self, calls: dict[str, int], config: DDPConfig) -> None:
-        strategy = self.subject.config.strategy
-        if not isinstance(strategy, DDPConfig):
-            self.report.findings.append(conclusions.measured_under_ddp(strategy.name))
-        if not calls:
-            self.report.findings.append(conclusions.too_few_samples(self.report))
-        if config.compression is not Compression.none:
-            self.report.findings.append(conclusions.compression(config))
-        if len(set(calls.values())) > 1 and not config.static_graph:
-            shown = "; ".join(f"{count} with {name}" for name, count in calls.items())
-            self.report.findings.append(conclusions.collectives_grow(shown))
 
     def _add(
         self,
