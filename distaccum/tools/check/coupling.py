@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +89,14 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
         "none": subject.probe(company, record=False),
         "twice": subject.probe([trio.a, trio.b, *company] * 2, record=False),
     }
-    alone = _alone(subject, trio)
-    losses, weights = (_sums(subject, probes, alone, name) for name in ("loss", "weight"))
+    with suppress(ValueError, RuntimeError):  # the model may refuse a single sample
+        short, long = [trio.a], [trio.company[-1]]
+        probes |= {
+            "short": subject.probe(short, record=False),
+            "long": subject.probe(long, record=False),
+            "short and long": subject.probe(short + long, record=False),
+        }
+    losses, weights = (_sums(subject, probes, name) for name in ("loss", "weight"))
     module, root_moves = _mixing_module(subject, probes)
     outputs_move = module is not None and (root_moves or not losses.additive)
     if module is not None and outputs_move:
@@ -103,7 +110,7 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     elif losses.additive and not losses.joins:
         findings.append(_padding(subject, trio))
     if not (weights.additive and weights.doubles and weights.joins) and not losses.constant:
-        findings.append(_weight(subject, probes, alone))
+        findings.append(_weight(subject, probes))
     return findings
 
 
@@ -119,26 +126,15 @@ class _SummedEmbeddings:
         return TaskOutput(torch.stack(parts).sum(), number_of_rows(embeddings))
 
 
-def _alone(subject: Subject, trio: Trio) -> list[Probe]:
-    """Forwards a short sample, a long one, and both together; returns nothing if the model refuses a single sample."""
-    try:
-        return [
-            subject.probe(indices, record=False)
-            for indices in ([trio.a], [trio.company[-1]], [trio.a, trio.company[-1]])
-        ]
-    except (ValueError, RuntimeError):
-        return []
-
-
-def _sums(subject: Subject, probes: dict[str, Probe], probes_alone: list[Probe], which: str) -> _Sums:
+def _sums(subject: Subject, probes: dict[str, Probe], which: str) -> _Sums:
     value: dict[str, float] = {name: getattr(probe, which) for name, probe in probes.items()}
-    alone: list[float] = [getattr(probe, which) for probe in probes_alone]
-    sizes = list(value.values())
+    sizes = value.values()
+    has_joined = "short and long" in value
     return _Sums(
         additive=subject.close(value["both"] + value["none"], value["a"] + value["b"], *sizes),
         doubles=subject.close(value["twice"], 2 * value["both"], *sizes),
         constant=subject.close(value["twice"], value["both"], *sizes),
-        joins=not alone or subject.close(alone[2], alone[0] + alone[1], *sizes),
+        joins=not has_joined or subject.close(value["short and long"], value["short"] + value["long"], *sizes),
     )
 
 
@@ -331,14 +327,14 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     )
 
 
-def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> Finding:
+def _weight(subject: Subject, probes: dict[str, Probe]) -> Finding:
     where = f"weight of the {subject.task_name}"
-    once, twice = probes["both"].weight, probes["twice"].weight
-    what = f"It is {once:.12g} for a micro-batch, and {twice:.12g} when every sample of it is taken twice."
-    if subject.close(twice, 2 * once) and alone:
+    value = {name: probe.weight for name, probe in probes.items()}
+    what = f"It is {value['both']:.12g} for a micro-batch, and {value['twice']:.12g} when every sample is taken twice."
+    if subject.close(value["twice"], 2 * value["both"]) and "short" in value:
         what = (
-            f"It is {alone[0].weight:.12g} for one sample, {alone[1].weight:.12g} for a longer one, and "
-            f"{alone[2].weight:.12g} for both together: padding is counted."
+            f"It is {value['short']:.12g} for one sample, {value['long']:.12g} for a longer one, and "
+            f"{value['short and long']:.12g} for both together: padding is counted."
         )
     return Finding(
         kind="wrong_weight",

@@ -128,7 +128,17 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable
             if off is not None:
                 wrong.append((name, *off))
     if wrong:
-        yield _wrong_gradient(subject.model, wrong)
+        name, analytic, numeric = wrong[-1]
+        yield Finding(
+            kind="wrong_gradient",
+            severity=Severity.warning,
+            what=f"Along a random direction of {name}, of {described(subject.model, name.rpartition('.')[0])}, the "
+            f"gradient says {analytic:.6g}, and central differences of the loss in float64 say {numeric:.6g}. Every "
+            "cut gives this same gradient.",
+            where=listed([entry[0] for entry in wrong], 6),
+            remedy="Look at the backward of custom autograd functions between this parameter and the loss, and for "
+            "detach() and no_grad(). A straight-through estimator or a stopped gradient does this on purpose.",
+        )
 
 
 class _Slopes:
@@ -201,18 +211,3 @@ class _Slopes:
 
     def _loss(self, model: nn.Module) -> Tensor:
         return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).loss_sum
-
-
-def _wrong_gradient(model: nn.Module, wrong: list[tuple[str, float, float]]) -> Finding:
-    name, analytic, numeric = wrong[-1]
-    names = listed([entry[0] for entry in wrong], 6)
-    owner = described(model, name.rpartition(".")[0])
-    return Finding(
-        kind="wrong_gradient",
-        severity=Severity.warning,
-        what=f"Along a random direction of {name}, of {owner}, the gradient says {analytic:.6g}, and central "
-        f"differences of the loss in float64 say {numeric:.6g}. Every cut gives this same gradient.",
-        where=names,
-        remedy="Look at the backward of custom autograd functions between this parameter and the loss, and for "
-        "detach() and no_grad(). A straight-through estimator or a stopped gradient does this on purpose.",
-    )

@@ -72,38 +72,30 @@ def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Findin
         collated = zip(*(all_tensors(subject.batch(indices)) for _ in range(2)), strict=True)
         name = first_parting(first.calls, again.calls, tolerance=subject.noise)
         is_collate = not all(agree(one, other, 0.0) for one, other in collated)
-        yield _unrepeatable(subject, "data.collate_fn" if is_collate else name)
+        name = "data.collate_fn" if is_collate else name
+        where = described(subject.model, name) if name is not None else "the task"
+        yield Finding(
+            kind="nondeterministic",
+            because=f"{where} gives another result each time, with the same inputs, state and seeds",
+            what="The same forward was run twice from the same state and seeds, and the loss differs beyond rounding.",
+            where=where,
+            remedy="Draw random numbers from torch's generator, which the run seeds; don't use the time, os.urandom or "
+            "a generator of your own without a seed; keep state in buffers.",
+        )
     elif first.loss != other.loss and not math.isnan(first.loss):
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]
         parting = first_parting(first.calls, other.calls)
         names = first.recording.drawing_modules or ([parting] if parting is not None else ["the task"])
-        yield _random(subject, names, is_stilled=subject.close(*still))
-
-
-def _unrepeatable(subject: Subject, name: str | None) -> Finding:
-    where = described(subject.model, name) if name is not None else "the task"
-    return Finding(
-        kind="nondeterministic",
-        because=f"{where} gives another result each time, with the same inputs, state and seeds",
-        what="The same forward was run twice from the same state and seeds, and the loss differs beyond rounding.",
-        where=where,
-        remedy="Draw random numbers from torch's generator, which the run seeds; don't use the time, os.urandom or a "
-        "generator of your own without a seed; keep state in buffers.",
-    )
-
-
-def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Finding:
-    where = listed([described(subject.model, name) for name in names], 6)
-    how = "every draw replaced by its mean" if is_stilled else "fixed seeds"
-    return Finding(
-        kind="random_forward",
-        severity=Severity.info,
-        what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest was "
-        f"measured with {how}.",
-        where=where,
-        remedy="None needed. Set the probability of dropout to 0 if different cuts must give equal bits.",
-    )
+        how = "every draw replaced by its mean" if subject.close(*still) else "fixed seeds"
+        yield Finding(
+            kind="random_forward",
+            severity=Severity.info,
+            what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest "
+            f"was measured with {how}.",
+            where=listed([described(subject.model, name) for name in names], 6),
+            remedy="None needed. Set the probability of dropout to 0 if different cuts must give equal bits.",
+        )
 
 
 def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
