@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from distaccum.runtime.nested import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.tools.check.numerics import find_nonfinite
-from distaccum.tools.check.recording import Call, agree, all_tensors, described, differ, first_parting
+from distaccum.tools.check.recording import Call, Recording, agree, all_tensors, described, differ, first_parting
 from distaccum.tools.check.report import Finding
-from distaccum.tools.check.subject import Probe, RowsOfOne, Subject
+from distaccum.tools.check.subject import RowsOfOne, Subject
 
 _SIZE = 4
 """Samples in the micro-batch of A, B and their company."""
@@ -126,7 +126,7 @@ class _SummedEmbeddings:
         return TaskOutput(torch.stack(parts).sum(), number_of_rows(embeddings))
 
 
-def _sums(subject: Subject, probes: dict[str, Probe], which: str) -> _Sums:
+def _sums(subject: Subject, probes: dict[str, Recording], which: str) -> _Sums:
     value: dict[str, float] = {name: getattr(probe, which) for name, probe in probes.items()}
     sizes = value.values()
     has_joined = "short and long" in value
@@ -166,7 +166,7 @@ def _rows(
     return rows
 
 
-def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | None, bool]:
+def _mixing_module(subject: Subject, probes: dict[str, Recording]) -> tuple[str | None, bool]:
     """Returns the first module that changes other samples' rows when B is replaced, and whether the outputs change."""
     both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
     rows = _rows(both, larger, _SIZE, _OTHERS)
@@ -257,7 +257,7 @@ def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
     )
 
 
-def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
+def _coupled_loss(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = subject.task_name
     whole = probes["both"].loss + probes["none"].loss
     parts = probes["a"].loss + probes["b"].loss
@@ -275,7 +275,7 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
     )
 
 
-def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
+def _constant_term(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = subject.task_name
     constant = 2 * probes["both"].loss - probes["twice"].loss
     return Finding(
@@ -327,7 +327,7 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     )
 
 
-def _weight(subject: Subject, probes: dict[str, Probe]) -> Finding:
+def _weight(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = f"weight of the {subject.task_name}"
     value = {name: probe.weight for name, probe in probes.items()}
     what = f"It is {value['both']:.12g} for a micro-batch, and {value['twice']:.12g} when every sample is taken twice."

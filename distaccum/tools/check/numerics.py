@@ -31,23 +31,26 @@ def find_nonfinite(subject: Subject, window: Sequence[int]) -> Finding:
     """Finds where NaN or infinity first appears in a window whose loss or gradient has some."""
     probe, digits = subject.probe(window), subject.digits
     for index in window:
-        for tensor in tensors_of(subject.samples[index]):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
-    call = probe.recording.first_nonfinite()
-    if call is not None and not math.isfinite(probe.loss):
-        what = "What goes into it is finite, and what comes out is not."
-        return _nonfinite(described(subject.model, call.name), what, digits)
+        if not _all_finite(tensors_of(subject.samples[index])):
+            return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
     if not math.isfinite(probe.loss):
+        for call in probe.calls:
+            if _all_finite(call.inputs) and not _all_finite(call.outputs):
+                what = "What goes into it is finite, and what comes out is not."
+                return _nonfinite(described(subject.model, call.name), what, digits)
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
         return _nonfinite(subject.task_name, what, digits)
     model = subject.fresh_model()
     subject.backward(subject.output(model, subject.fresh_task(), subject.batch(window)).loss_sum)
     # The backward runs from the last parameter to the first, so the last one is where it began.
     for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not _all_finite([parameter.grad]):
             return _nonfinite(f"the gradient of {name}", "The loss is finite, and this gradient is not.", digits)
     return _nonfinite("the gradient", "Each part is finite, and their sum is not.", digits)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _nonfinite(where: str, what: str, digits: str) -> Finding:
@@ -173,8 +176,9 @@ class _Slopes:
 
     def off(self, names: Sequence[str]) -> tuple[float, float] | None:
         """Returns both slopes along the directions of these parameters together if they differ, else None."""
-        # Scaled so that the slopes of the group weigh alike.
-        shares = {name: min(1.0, self._unit(names) / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
+        # Scaled so that the slopes of the group weigh alike: as the smallest that is not zero.
+        unit = min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
+        shares = {name: min(1.0, unit / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
         analytic = math.fsum(shares[name] * self._slopes[name] for name in names)
         numeric = []
         for step in _STEPS:
@@ -193,10 +197,6 @@ class _Slopes:
             numeric.append(slope)
         has_converged = abs(numeric[-1] - numeric[-2]) <= _SPREAD * abs(analytic - numeric[-1])
         return (analytic, numeric[-1]) if has_converged else None
-
-    def _unit(self, names: Sequence[str]) -> float:
-        """Returns the smallest slope of the group that is not zero."""
-        return min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
 
     def _shifted(self) -> nn.Module:
         model = self._subject.fresh_model()

@@ -11,10 +11,10 @@ from torch import nn
 from distaccum.errors import listed
 from distaccum.runtime.nested import tensors_of
 from distaccum.tools.check.measuring import Update
-from distaccum.tools.check.recording import agree, all_tensors, described, first_parting
+from distaccum.tools.check.recording import Recording, agree, all_tensors, described, first_parting
 from distaccum.tools.check.report import Finding, Severity
 from distaccum.tools.check.stillness import WideCasts
-from distaccum.tools.check.subject import LOW_NOISES, Probe, Subject
+from distaccum.tools.check.subject import LOW_NOISES, Subject
 
 
 def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
@@ -23,8 +23,10 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     Sets `subject.widens`, `subject.has_float64` and `subject.noise`.
     """
     probe, reason = _in_float64(subject, indices)
-    formats = [*probe.recording.formats(), ("the task", probe.dtype)]
-    name, low = max(formats, key=lambda entry: torch.finfo(entry[1]).eps)
+    outputs = [
+        (call.name, output.dtype) for call in probe.calls for output in call.outputs if output.is_floating_point()
+    ]
+    name, low = max([*outputs, ("the task", probe.dtype)], key=lambda entry: torch.finfo(entry[1]).eps)
     if low not in LOW_NOISES:
         return
     subject.noise = LOW_NOISES[low]
@@ -42,7 +44,7 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     )
 
 
-def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
+def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Recording, str]:
     """Makes a forward in float64; or, where that is impossible, in the configured precision, and returns the reason."""
     try:
         with WideCasts() as casts:
@@ -86,7 +88,7 @@ def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Findin
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]
         parting = first_parting(first.calls, other.calls)
-        names = first.recording.drawing_modules or ([parting] if parting is not None else ["the task"])
+        names = first.drawing_modules or ([parting] if parting is not None else ["the task"])
         how = "every draw replaced by its mean" if subject.close(*still) else "fixed seeds"
         yield Finding(
             kind="random_forward",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,50 +27,43 @@ class Call:
     outputs: list[Tensor]
 
 
+@dataclass(slots=True)
 class Recording:
-    """The calls of a model's modules in the order in which they ended: submodules come before their module.
+    """A forward.
 
     Attributes:
+        calls: those of the model's modules, in the order in which they ended: submodules come before their module.
         drawing_modules: names of the modules that drew random numbers.
+        loss, dtype, weight: sum of the losses, its format, and its weight, if a task was computed.
     """
 
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.drawing_modules: list[str] = []
-        self._running: list[tuple[str, list[Tensor]]] = []
-
-    def running_module(self) -> str:
-        """Returns the name of the module that is being computed."""
-        return self._running[-1][0] if self._running else "the task"
-
-    def first_nonfinite(self) -> Call | None:
-        """Returns the first call whose inputs were finite and whose outputs are not."""
-        calls = (call for call in self.calls if _all_finite(call.inputs) and not _all_finite(call.outputs))
-        return next(calls, None)
-
-    def formats(self) -> list[tuple[str, torch.dtype]]:
-        """Returns the names of modules with the floating-point formats of their outputs."""
-        return [(call.name, value.dtype) for call in self.calls for value in call.outputs if value.is_floating_point()]
+    calls: list[Call] = field(default_factory=list)
+    drawing_modules: list[str] = field(default_factory=list)
+    loss: float = math.nan
+    dtype: torch.dtype = torch.float64
+    weight: float = math.nan
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Records all calls of the model's modules while the context is open."""
     found = Recording()
+    running: list[tuple[str, list[Tensor]]] = []
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        started, inputs = found._running.pop()
+        started, inputs = running.pop()
         found.calls.append(Call(started, inputs, _copies(output)))
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
             # Inputs are copied on the way in, because a module may work in place.
             def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                found._running.append((name, _copies((args, kwargs))))
+                running.append((name, _copies((args, kwargs))))
 
             stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
-        found.drawing_modules = stack.enter_context(DrawWatch(found.running_module)).modules
+        watch = stack.enter_context(DrawWatch(lambda: running[-1][0] if running else "the task"))
+        found.drawing_modules = watch.modules
         yield found
 
 
@@ -139,7 +133,3 @@ def all_tensors(value: Any) -> list[Tensor]:
     if not found and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         found = tensors_of(vars(value))
     return found
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())

@@ -172,11 +172,8 @@ class CheckReport:
 
 def _table_of_cuts(report: CheckReport) -> Table:
     table = Table(title=f"against the window in one shot: {report.model}", title_justify="left", title_style="")
-    for heading in ("window", "precision", "ranks", "cut", "steps"):
-        table.add_column(heading, justify="left" if heading in ("precision", "cut") else "right")
-    for heading in ("gradient", "worst", "after the step", "syncs"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    for heading in ("window", "precision", "ranks", "cut", "steps", "gradient", "worst", "after the step", "syncs", ""):
+        table.add_column(heading, justify="left" if heading in ("precision", "cut", "") else "right")
     for row in report.rows:
         numbers = [row.gradient_error, row.worst_error, row.parameters_error]
         shown = ["failed", "", ""] if row.failure else [_scientific(value) for value in numbers]

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from distaccum.runtime.devices import cast
 from distaccum.runtime.nested import tensors_of, to_device
 from distaccum.runtime.randomness import GlobalStates, derived_seed, seed_everything
 from distaccum.tasks import TaskOutput, checked_output
-from distaccum.tools.check.recording import Call, Recording, recording
+from distaccum.tools.check.recording import Recording, recording
 from distaccum.tools.check.stillness import StillDraws, WideCasts
 from distaccum.training.build import Parts
 
@@ -34,21 +33,6 @@ LOW_NOISES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 FOUND_OUT = ("is_random", "has_float64", "widens", "noise", "has_unused")
 """Attributes of a `Subject` that experiments set."""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One forward of a micro-batch."""
-
-    loss: float
-    dtype: torch.dtype
-    """Of the loss."""
-    weight: float
-    recording: Recording
-
-    @property
-    def calls(self) -> list[Call]:
-        return self.recording.calls
 
 
 class Samples:
@@ -217,18 +201,15 @@ class Subject:
 
     def probe(
         self, indices: Sequence[int], *, model: nn.Module | None = None, seed: int = 0, record: bool = True
-    ) -> Probe:
+    ) -> Recording:
         """Forwards a micro-batch through a fresh copy of the model, or through `model`, and records what happened."""
         model = self.fresh_model() if model is None else model
         batch = self.batch(indices)
         with recording(model) if record else nullcontext(Recording()) as recorded:
             output = self.output(model, self.fresh_task(), batch, seed=seed)
-        return Probe(
-            loss=float(output.loss_sum.detach()),
-            dtype=output.loss_sum.dtype,
-            weight=float(output.weight),
-            recording=recorded,
-        )
+        recorded.loss, recorded.dtype = float(output.loss_sum.detach()), output.loss_sum.dtype
+        recorded.weight = float(output.weight)
+        return recorded
 
     def close(self, one: float, other: float, *scale: float) -> bool:
         """Returns whether two sums agree up to rounding; `scale` are the numbers that were added up."""
