@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from distaccum.config import DDPConfig, as_plain
 from distaccum.config.enums import PrecisionName
@@ -18,6 +16,7 @@ from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.planning import split_evenly
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.world import World, joined_world
+from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
 from distaccum.tools.check.measuring import Update, ddp_config, difference, measure
 from distaccum.tools.check.report import CheckReport, CutRow, Difference, ParameterRow, Severity
@@ -41,7 +40,7 @@ def check(config: CheckConfig) -> int:
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device)
         check_same_config(world, as_plain(config))
-        with _progress(is_shown=world.is_main) as tell:
+        with status_line("checking", is_shown=world.is_main) as tell:
             report = examine(config, world, device, tell)
         if world.is_main:
             if config.check.json:
@@ -54,18 +53,6 @@ def check(config: CheckConfig) -> int:
                 )
             sys.stdout.flush()
         return world.from_main(report.status)
-
-
-@contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Callable[[str], None]]:
-    """Shows on standard error, if that is a terminal, what is being done while the context is open."""
-    console = Console(stderr=True)
-    columns = TextColumn("checking: {task.description}"), TimeElapsedColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)
-    ) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda doing: progress.update(task, description=doing, refresh=True)
 
 
 def examine(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
@@ -28,6 +27,7 @@ from distaccum.runtime.nested import to_device
 from distaccum.strategies import needs_equal_micro_steps
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
+from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.memory.lines import sizes_to_measure
 from distaccum.tools.memory.measuring import Setting, measure, replicas_of
 from distaccum.tools.memory.report import Report, Row
@@ -140,13 +140,9 @@ class _Examination:
         if self._config.memory.alternatives:
             changes += self._alternatives()
         rows: list[Row] = []
-        console = Console(stderr=True)
-        is_silent = self._config.memory.json or not console.is_terminal
-        column = TextColumn("measuring: {task.description}")
-        with Progress(column, console=console, transient=True, disable=is_silent) as progress:
-            task = progress.add_task("", total=None)
+        with status_line("measuring", is_shown=not self._config.memory.json) as tell:
             for change in changes:
-                progress.update(task, description=change.label, refresh=True)
+                tell(change.label)
                 try:
                     rows.append(self._measured(change))
                 except Exception as error:
