@@ -80,11 +80,6 @@ class Footprint:
         """The largest of all moments, by size of the micro-batch."""
         return {size: max(moments.values()) for size, moments in self.peaks.items()}
 
-    def moment(self, size: int) -> str:
-        """Returns the moment of the peak."""
-        moments = self.peaks[size]
-        return max(moments, key=moments.__getitem__)
-
 
 def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
     """Returns the number of replicas that share each micro-batch of a process."""

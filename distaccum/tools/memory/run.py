@@ -95,7 +95,7 @@ class _Examination:
     def __init__(self, config: MemoryConfig) -> None:
         self._config = config
         self._device = resolve_device(config.device)
-        world_size = _world_size(config)
+        world_size = _ranks(config) if isinstance(config.strategy, DDPConfig | FSDPConfig) else 1
         self._parts = build_parts(config, self._device, world_size=world_size)
         is_checkpointed = take_back_checkpointing(self._parts.module)
         if isinstance(self._parts.task, CoupledTask):
@@ -209,7 +209,7 @@ class _Examination:
             yield _Change(f"model.activation_checkpointing={str(on).lower()}", label, setting)
         ranks = configured.world_size
         if ranks == 1:
-            ranks = config.memory.world_size or max(2, torch.cuda.device_count())
+            ranks = _ranks(config)
         needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
         for overrides, strategy in _OTHER_PLACEMENTS.items():
             is_impossible = (
@@ -258,9 +258,8 @@ class _Examination:
         return lambda micro_batch: batch_of(min(fixed or micro_batch, len(data)))
 
 
-def _world_size(config: MemoryConfig) -> int:
-    if not isinstance(config.strategy, DDPConfig | FSDPConfig):
-        return 1
+def _ranks(config: MemoryConfig) -> int:
+    """Returns the number of ranks of placements that have several."""
     return config.memory.world_size or max(2, torch.cuda.device_count())
 
 
