@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from distaccum.runtime.nested import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.tools.check.numerics import find_nonfinite
-from distaccum.tools.check.recording import Call, Recording, agree, all_tensors, described, differ, first_parting
+from distaccum.tools.check.recording import (
+    Call,
+    Recording,
+    agree,
+    all_agree,
+    all_tensors,
+    described,
+    differ,
+    first_parting,
+)
 from distaccum.tools.check.report import Finding
 from distaccum.tools.check.subject import RowsOfOne, Subject
 
@@ -45,12 +54,8 @@ def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | No
     small, company = by_size[:-2], by_size[-2:]
     # As different as can be: two equal samples in the roles of B and C would show nothing.
     first = small[0]
-    others = [index for index in small[1:] if not _all_agree(subject.batch([first]), subject.batch([index]))]
+    others = [index for index in small[1:] if not all_agree(subject.batch([first]), subject.batch([index]))]
     return Trio(first, others[0], others[-1], company) if len(others) >= 2 else None
-
-
-def _all_agree(one: Any, other: Any) -> bool:
-    return all(agree(a, b, 0.0) for a, b in zip(all_tensors(one), all_tensors(other), strict=False))
 
 
 class _Sums(NamedTuple):
@@ -194,8 +199,7 @@ def _collation(subject: Subject, trio: Trio) -> list[Finding]:
         for mine, yours, more in zip(ours, theirs, larger, strict=False):
             has_rows = mine.shape[:1] == (_SIZE,) and more.shape[:1] == (_SIZE + 1,) and mine.shape == yours.shape
             mixes |= has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0)
-    drawn = zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)
-    if not mixes and all(agree(one, other, 0.0) for one, other in drawn):
+    if not mixes and all_agree(tensors(trio.a), tensors(trio.a, draw=1)):
         return []
     does = "mixes the samples of a micro-batch" if mixes else "draws random numbers, others for another cut"
     return [

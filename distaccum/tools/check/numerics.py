@@ -71,11 +71,27 @@ def find_without_gradient(
     on."""
     never = update.without_gradient
     sometimes = [name for name in _unreached(subject, window[:4]) if name not in never]
-    if never:
-        yield _without_gradient(subject, never, "no gradient", "no_gradient", world_size)
-    if sometimes:
-        kind = "sometimes_no_gradient"
-        yield _without_gradient(subject, sometimes, "no gradient from some samples", kind, world_size)
+    strategy = subject.config.strategy
+    is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
+    will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
+    lacks = (
+        ("no_gradient", "no gradient", never),
+        ("sometimes_no_gradient", "no gradient from some samples", sometimes),
+    )
+    for kind, lack, names in lacks:
+        if names:
+            yield Finding(
+                kind=kind,
+                severity=Severity.warning if will_fail else Severity.info,
+                what=f"{len(names)} of the parameters that require a gradient got {lack}"
+                + (", and DDP fails or hangs when that happens." if will_fail else "."),
+                where=listed(names, 6),
+                remedy="Set strategy.find_unused_parameters=true; or requires_grad_(False) on them if they are never "
+                "used."
+                if will_fail
+                else "Nothing, if that is meant: DDP then needs strategy.find_unused_parameters=true. Otherwise look "
+                "for a detach(), a no_grad() or a module that is never called.",
+            )
 
 
 def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
@@ -89,27 +105,6 @@ def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
             continue  # the model refuses micro-batches of one, which the cuts show
         found |= dict.fromkeys(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
     return list(found)
-
-
-def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, world_size: int) -> Finding:
-    strategy = subject.config.strategy
-    is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
-    will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
-    where = listed(names, 6)
-    plural = "s" if len(names) > 1 else ""
-    return Finding(
-        kind=kind,
-        severity=Severity.warning if will_fail else Severity.info,
-        what=f"{len(names)} parameter{plural} that require{'' if plural else 's'} a gradient got {lack}"
-        + (", and DDP fails or hangs when that happens." if will_fail else "."),
-        where=where,
-        remedy=(
-            "Set strategy.find_unused_parameters=true; or requires_grad_(False) on them if they are never used."
-            if will_fail
-            else "Nothing, if that is meant: DDP then needs strategy.find_unused_parameters=true. Otherwise look for a "
-            "detach(), a no_grad() or a module that is never called."
-        ),
-    )
 
 
 def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable[[str], None]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch import nn
 from distaccum.errors import listed
 from distaccum.runtime.nested import tensors_of
 from distaccum.tools.check.measuring import Update
-from distaccum.tools.check.recording import Recording, agree, all_tensors, described, first_parting
+from distaccum.tools.check.recording import Recording, agree, all_agree, described, first_parting
 from distaccum.tools.check.report import Finding, Severity
 from distaccum.tools.check.stillness import WideCasts
 from distaccum.tools.check.subject import LOW_NOISES, Subject
@@ -71,10 +71,9 @@ def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Findin
     others = [subject.probe(indices, seed=seed) for seed in (1, 2, 3)]
     other = next((probe for probe in others if probe.loss != first.loss), others[0])
     if not subject.close(first.loss, again.loss):
-        collated = zip(*(all_tensors(subject.batch(indices)) for _ in range(2)), strict=True)
         name = first_parting(first.calls, again.calls, tolerance=subject.noise)
-        is_collate = not all(agree(one, other, 0.0) for one, other in collated)
-        name = "data.collate_fn" if is_collate else name
+        if not all_agree(subject.batch(indices), subject.batch(indices)):
+            name = "data.collate_fn"
         where = described(subject.model, name) if name is not None else "the task"
         yield Finding(
             kind="nondeterministic",
@@ -130,14 +129,9 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Findi
 
 def _same(one: object, other: object) -> bool:
     ours, theirs = tensors_of(one), tensors_of(other)
-    if len(ours) != len(theirs):
-        return False
     if not ours and not isinstance(one, tuple | list | dict):
         return bool(torch.as_tensor(one == other).all())
-    return all(
-        agree(a, b, 0.0) or (a.shape == b.shape and bool(torch.isnan(a).any()))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(agree(a, b, 0.0) for a, b in zip(ours, theirs, strict=True))
 
 
 def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:

@@ -111,6 +111,11 @@ def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return bool(difference.norm() <= tolerance * size.norm())
 
 
+def all_agree(one: Any, other: Any) -> bool:
+    """Returns whether the tensors of two nests are the same."""
+    return all(agree(a, b, 0.0) for a, b in zip(all_tensors(one), all_tensors(other), strict=False))
+
+
 def described(model: nn.Module, name: str) -> str:
     """Returns a module's name and class: `layers.3 (BatchNorm1d)`."""
     try:

@@ -25,9 +25,8 @@ from distaccum.training.build import build_parts
 from distaccum.training.run import check_same_config
 
 _TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
+_TOLERANCES |= dict.fromkeys((PrecisionName.bf16, PrecisionName.bf16_params), 5e-2)
 """Largest error of an equal gradient in each precision, over all parameters together."""
-_TOLERANCE_BF16 = 5e-2
-"""The same in the precisions that compute in bfloat16."""
 
 
 def check(config: CheckConfig) -> int:
@@ -72,7 +71,7 @@ def examine(
         precision=config.precision.name.value,
         world_size=world.world_size,
         tolerance_fp64=config.check.tolerance_fp64,
-        tolerance=config.check.tolerance or _TOLERANCES.get(config.precision.name, _TOLERANCE_BF16),
+        tolerance=config.check.tolerance or _TOLERANCES[config.precision.name],
         windows=[len(window) for window in windows],
     )
     examination = _Examination(subject, report, windows, tell)
@@ -157,7 +156,7 @@ class _Examination:
             ) from error
         self._one_shots[number, subject.digits] = one_shot
         if one_shot.failure:
-            self._add(subject, number, "one shot", [len(window)], one_shot)
+            self._add(subject, number, "one shot", [[len(window)]], one_shot)
             self._explain_failure(subject, window, one_shot)
             return
         plan, size = subject.loader.plan, len(window)
@@ -171,7 +170,7 @@ class _Examination:
                 update = measure(subject, list(split(window, cut)))
             except (ValueError, RuntimeError) as error:
                 update = Update(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            self._add(subject, number, name, cut, update)
+            self._add(subject, number, name, [cut], update)
 
     def _explain_failure(self, subject: Subject, window: list[int], update: Update) -> None:
         is_weight = "weight" in update.failure
@@ -196,10 +195,10 @@ class _Examination:
                 failure, placed = self._rehearse(world, cut, config)
                 for subject in self._in_each_precision():
                     update = Update(failure=failure) if failure else measure(subject, cut, ddp=placed)
-                    sizes = [size for sizes in world.gather([len(part) for part in cut]) for size in sizes]
+                    cuts = world.gather([len(part) for part in cut])
                     if world.is_main:
                         calls.setdefault(name, update.sync_calls)
-                        self._add(subject, number, name, sizes, update, world.world_size, len(cut))
+                        self._add(subject, number, name, cuts, update)
         if world.is_main:
             strategy = self.subject.config.strategy
             self.report.findings += conclusions.find_on_ranks(self.report, strategy, config, calls)
@@ -216,16 +215,8 @@ class _Examination:
             config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
         return (failures[0] if failures else ""), config
 
-    def _add(
-        self,
-        subject: Subject,
-        window: int,
-        name: str,
-        sizes: list[int],
-        update: Update,
-        ranks: int = 1,
-        micro_steps: int | None = None,
-    ) -> None:
+    def _add(self, subject: Subject, window: int, name: str, cuts: list[list[int]], update: Update) -> None:
+        """Adds an update to the report; `cuts` are the sizes of each rank's micro-batches."""
         found = Difference()
         if not update.failure:
             found, gradients, steps = difference(update, self._one_shots[window, subject.digits])
@@ -237,10 +228,10 @@ class _Examination:
                 **dataclasses.asdict(found),
                 window=window + 1,
                 precision=subject.digits,
-                ranks=ranks,
+                ranks=len(cuts),
                 cut=name,
-                micro_steps=len(sizes) if micro_steps is None else micro_steps,
-                sizes=sizes,
+                micro_steps=len(cuts[0]),
+                sizes=[size for sizes in cuts for size in sizes],
                 loss=update.loss,
                 sync_calls=update.sync_calls,
                 equal=not update.failure and self._is_equal(subject, found),

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from distaccum import planning
-from distaccum.config import instantiate as targets
 from distaccum.config.enums import PrecisionName
 from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError
@@ -25,6 +24,7 @@ from distaccum.tasks import TaskOutput, checked_output
 from distaccum.tools.check.recording import Recording, recording
 from distaccum.tools.check.stillness import StillDraws, WideCasts
 from distaccum.training.build import Parts
+from distaccum.training.data import collate_fn
 
 NOISE = 1e-9
 """In float64, a relative difference below this is rounding."""
@@ -39,8 +39,8 @@ class Samples:
     """The training samples, each loaded once so that every experiment sees the same ones."""
 
     def __init__(self, config: CheckConfig, dataset: Any, device: torch.device) -> None:
-        collate = targets.build(config.data.collate_fn, "data.collate_fn") if config.data.collate_fn else None
-        self.collate: Callable[[list[Any]], Any] = collate or getattr(dataset, "collate_fn", None) or PadCollate()
+        given = collate_fn(config.data)
+        self.collate: Callable[[list[Any]], Any] = given or getattr(dataset, "collate_fn", None) or PadCollate()
         self.dataset = dataset
         self.device = device
         self._seed = derived_seed(config.seed, "check", "samples")
