@@ -112,6 +112,9 @@ class _Examination:
             accumulation_steps=steps,
             optim=config.optim,
             activation_checkpointing=is_checkpointed,
+            device=self._device,
+            precision=self._parts.precision,
+            clip_norm=config.train.clip_norm,
             wrap=getattr(config.strategy, "wrap", ()),
             averages=config.train.averages,
             evaluation_batch_of=self._evaluation_batches(),
@@ -170,9 +173,6 @@ class _Examination:
                 self._parts.task,
                 self._batches(self._parts.train_data),
                 sizes,
-                device=self._device,
-                precision=self._parts.precision,
-                clip_norm=self._config.train.clip_norm,
                 limit=self._usable,
             )
         except Exception as error:

@@ -119,13 +119,10 @@ def _measured(most: int) -> Any:
         accumulation_steps=1,
         optim=SGDConfig(),
         activation_checkpointing=False,
+        device=torch.device("cpu"),
+        precision=Precision(PrecisionName.fp32, "cpu"),
     )
-    cpu = torch.device("cpu")
-    precision = Precision(PrecisionName.fp32, "cpu")
-    task = OutOfMemoryAbove(most)
-    return measure(
-        nn.Linear(3, 2), setting, task, lambda n: torch.ones(n, 3), [1, 2, 4], device=cpu, precision=precision
-    )
+    return measure(nn.Linear(3, 2), setting, OutOfMemoryAbove(most), lambda n: torch.ones(n, 3), [1, 2, 4])
 
 
 def test_sizes_for_which_memory_runs_out_are_left_out() -> None:
