@@ -51,7 +51,8 @@ def measure(subject: Subject, micro_batches: Sequence[Sequence[int]], *, ddp: DD
     Args:
         ddp: places the model on the ranks; `micro_batches` are then this rank's.
     """
-    precision, config = PrecisionName.fp64 if subject.in_float64 else subject.precision.name, subject.config.precision
+    precision = PrecisionName.fp64 if subject.in_float64 else subject.precision.name
+    config = subject.config.precision
     scale = config.init_scale if isinstance(config, Fp16Config) and not subject.in_float64 else None
     while True:
         model = subject.fresh_model()
@@ -142,7 +143,7 @@ def difference(found: Update, wanted: Update) -> tuple[Difference, dict[str, flo
     moved = {name: found.parameters[name] - wanted.parameters[name] for name in wanted.parameters}
     dot = sum(float((ours[name] * theirs[name]).sum()) for name in names)
     worst = max(by_parameter, key=by_parameter.__getitem__, default=None)
-    found_difference = Difference(
+    overall = Difference(
         gradient_error=_ratio(_norm([ours[name] - theirs[name] for name in names]), size),
         worst_parameter=worst,
         worst_error=by_parameter[worst] if worst is not None else None,
@@ -150,7 +151,7 @@ def difference(found: Update, wanted: Update) -> tuple[Difference, dict[str, flo
         factor=_ratio(dot, size * size),
     )
     steps = {name: _ratio(float(moved[name].norm()), float(wanted.parameters[name].norm())) for name in moved}
-    return found_difference, by_parameter, steps
+    return overall, by_parameter, steps
 
 
 def _norm(tensors: list[Tensor]) -> float:

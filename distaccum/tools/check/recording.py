@@ -83,18 +83,16 @@ def first_parting(
     for number, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine.name != yours.name:
             return None  # other modules were called: what comes after can't be compared
-        inputs = zip(mine.inputs, yours.inputs, strict=False)
-        if all(agree(*(select(number, *pair) or pair), tolerance) for pair in inputs) and differ(
-            number, mine, yours, tolerance, select
-        ):
+        inputs = (select(number, *pair) or pair for pair in zip(mine.inputs, yours.inputs, strict=False))
+        if all(agree(*pair, tolerance) for pair in inputs) and differ(number, mine, yours, tolerance, select):
             return mine.name
     return None
 
 
 def differ(number: int, one: Call, other: Call, tolerance: float, select: Select) -> bool:
     """Returns whether the outputs of two calls of a module differ in the parts that are selected."""
-    selected = (select(number, *pair) for pair in zip(one.outputs, other.outputs, strict=False))
-    return any(parts is not None and not agree(*parts, tolerance) for parts in selected)
+    outputs = (select(number, *pair) for pair in zip(one.outputs, other.outputs, strict=False))
+    return any(pair is not None and not agree(*pair, tolerance) for pair in outputs)
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -130,10 +130,8 @@ class _Examination:
                 )
             return None
         if isinstance(self.task, CoupledTask):
-            if wishes.combine is Combination.weights:
-                return Combination.weights
-            if wishes.combine is None:
-                return None
+            if wishes.combine in (Combination.weights, None):
+                return wishes.combine
             raise UserError(
                 f"{type(self.task).__name__} compares embeddings, and those of different models can't be combined. "
                 "Leave out --combine, and each model is evaluated alone."

@@ -36,8 +36,6 @@ from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
 
-GIB = 1 << 30
-
 _OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
     "strategy=ddp": DDPConfig(),
     "strategy=ddp strategy.shard_optimizer=true": DDPConfig(shard_optimizer=True),
@@ -119,7 +117,7 @@ class _Examination:
             averages=config.train.averages,
             evaluation_batch_of=self._evaluation_batches(),
         )
-        self._limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(self._device)
+        self._limit = config.memory.limit_gb * 2**30 if config.memory.limit_gb else _memory_of(self._device)
         self._usable = self._limit * (1 - config.memory.headroom)
         self._left_out: list[str] = []
 

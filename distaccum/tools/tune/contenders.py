@@ -68,14 +68,13 @@ class Contender:
 
     def updates_for(self, seconds: float) -> int:
         """Returns the number of updates that take about this time."""
-        if not self.rounds:
-            self.time(1)
-            self.rounds.clear()
-            self.time(2)
-            first = self.rounds.pop().seconds
+        if self.rounds:
+            one = self.seconds
         else:
-            first = self.seconds
-        return max(2, min(_MOST_UPDATES, round(seconds / first)))
+            self.time(1)
+            one = self.time(2)
+            self.rounds.clear()
+        return max(2, min(_MOST_UPDATES, round(seconds / one)))
 
     @property
     def seconds(self) -> float:
