@@ -97,11 +97,8 @@ def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
 def fake_ranks(world_size: int) -> Iterator[None]:
     """Makes this process rank 0 of a process group without the other ranks: its collectives return at once.
 
-    A rank's memory doesn't depend on what the others send. With a world size of 1 there is no process group.
+    A rank's memory doesn't depend on what the others send.
     """
-    if world_size == 1:
-        yield
-        return
     assert not dist.is_initialized(), "there are real ranks already"
     # Here and not above: torch keeps it among its own tests' helpers, and it is needed for nothing else.
     with warnings.catch_warnings():
@@ -143,14 +140,14 @@ def measure(
     # happens before anything is measured: every setting needs them, and only the first one would show them.
     ones = torch.ones(8, 8, device=setting.device, requires_grad=True)
     (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
-    with nullcontext() if has_ranks else fake_ranks(setting.world_size), warnings.catch_warnings():
+    is_imitated = setting.world_size > 1 and not has_ranks
+    with fake_ranks(setting.world_size) if is_imitated else nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings(
             "ignore", message="`torch.jit.* is deprecated", category=DeprecationWarning
         )  # by torch's own ZeRO-1
-        has_ranks = has_ranks or setting.world_size == 1
         with metered(setting.device) as meter:
-            windows = _Windows(master, setting, task, meter, has_ranks)
+            windows = _Windows(master, setting, task, meter, is_imitated)
             try:
                 footprint = _footprint(windows, batch_of, sizes, limit)
             finally:
@@ -192,7 +189,7 @@ class _Windows:
         setting: Setting,
         task: Callable[[nn.Module, Any], TaskOutput],
         meter: Meter,
-        has_ranks: bool,
+        is_imitated: bool,
     ) -> None:
         module = copy.deepcopy(master)
         if setting.activation_checkpointing:
@@ -210,7 +207,7 @@ class _Windows:
         )
         self._task = task
         self._setting = setting
-        self._has_ranks = has_ranks
+        self._is_imitated = is_imitated
         self._meter = meter
         # A fourth micro-step would be like the third: gradients are there, and it isn't the last.
         self._micro_steps = min(setting.accumulation_steps, 3)
@@ -236,7 +233,7 @@ class _Windows:
                 del output
                 is_last = number == self._micro_steps
                 lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")
-        if not self._has_ranks:
+        if self._is_imitated:
             # Imitated ranks leave in the gradients whatever was in that memory before.
             torch._foreach_zero_(local_parts(self._gradients()))
         self._gradient_bytes = held_bytes(self._gradients())
