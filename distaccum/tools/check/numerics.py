@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -150,7 +151,15 @@ class _Slopes:
         self._indices = indices
         self._directions: dict[str, Tensor] = {}
         self._slopes: dict[str, float] = {}
-        model = self._shifted()
+        self._model = subject.fresh_model()
+        generator = torch.Generator().manual_seed(subject.config.seed + 1)
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                if parameter.requires_grad and parameter.numel() > 0 and parameter.is_floating_point():
+                    scale = max(float(parameter.square().mean().sqrt()), 1e-2)
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_(1e-3 * scale * noise.to(parameter.device))
+        model = copy.deepcopy(self._model)
         subject.backward(self._loss(model))
         generator = torch.Generator().manual_seed(subject.config.seed)
         for name, parameter in model.named_parameters():
@@ -179,7 +188,7 @@ class _Slopes:
         for step in _STEPS:
             losses = []
             for sign in (1.0, -1.0):
-                model = self._shifted()
+                model = copy.deepcopy(self._model)
                 with torch.no_grad():
                     for name in names:
                         model.get_parameter(name).add_(sign * step * shares[name] * self._directions[name])
@@ -192,17 +201,6 @@ class _Slopes:
             numeric.append(slope)
         has_converged = abs(numeric[-1] - numeric[-2]) <= _SPREAD * abs(analytic - numeric[-1])
         return (analytic, numeric[-1]) if has_converged else None
-
-    def _shifted(self) -> nn.Module:
-        model = self._subject.fresh_model()
-        generator = torch.Generator().manual_seed(self._subject.config.seed + 1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.numel() > 0 and parameter.is_floating_point():
-                    scale = max(float(parameter.square().mean().sqrt()), 1e-2)
-                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                    parameter.add_(1e-3 * scale * noise.to(parameter.device))
-        return model
 
     def _loss(self, model: nn.Module) -> Tensor:
         return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).loss_sum
