@@ -70,12 +70,9 @@ def setting(name: str, steps: int) -> Setting:
         accumulation_steps=steps,
         optim=AdamW8bitConfig() if "8-bit" in name else AdamConfig(_target_="torch.optim.AdamW"),
         activation_checkpointing=False,
+        device=device(),
+        precision=Precision(PrecisionName.fp32, device().type),
     )
-
-
-def keywords() -> dict[str, Any]:
-    here = device()
-    return {"device": here, "precision": Precision(PrecisionName.fp32, here.type)}
 
 
 def measured(name: str, sizes: list[int]) -> dict[str, dict[str, int]]:
@@ -83,9 +80,7 @@ def measured(name: str, sizes: list[int]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for steps in STEPS:
         common.progress(f"{name}: {steps} micro-steps measured")
-        footprint = measure(
-            model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True, **keywords()
-        )
+        footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True)
         found[str(steps)] = {str(size): peak for size, peak in footprint.peak.items()}
     return found
 
@@ -98,7 +93,7 @@ def rows(sizes: list[int]) -> Iterator[common.Row]:
         for steps in STEPS:
             common.progress(f"{name}: {steps} micro-steps predicted")
             known = [size * replicas_of(strategy, device()) for size in KNOWN]
-            footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, known, **keywords())
+            footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, known)
             for size in sizes:
                 peak, predicted = found[str(steps)][str(size)], PeakLine(footprint.peak).at(size)
                 yield {

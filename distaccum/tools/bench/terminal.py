@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +17,20 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     """Returns a progress bar: the task, the bar, more columns, and the time."""
     shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn())
     return Progress(*shown, console=console, transient=True)
+
+
+@contextmanager
+def status_line(verb: str, *, is_shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error, if that is a terminal, what a tool is doing while the context is open.
+
+    Yields:
+        The function to call with what is done from then on.
+    """
+    errors = Console(stderr=True)
+    columns = TextColumn(f"{verb}: {{task.description}}"), TimeElapsedColumn()
+    with Progress(*columns, console=errors, transient=True, disable=not (is_shown and errors.is_terminal)) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda doing: progress.update(task, description=doing, refresh=True)
 
 
 def table_of(*heads: str, left: tuple[int, ...] = (0,), folded: tuple[int, ...] = (0,)) -> Table:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from distaccum.config import DDPConfig
+from distaccum.config import DDPConfig, StrategyConfig
 from distaccum.config.enums import Compression
 from distaccum.errors import UserError
 from distaccum.tools.check.measuring import Update
@@ -21,38 +21,53 @@ def weight_not_positive(update: Update) -> Finding:
     )
 
 
-def measured_under_ddp(strategy: str) -> Finding:
-    return Finding(
-        kind="measured_under_ddp",
-        severity=Severity.info,
-        because=f"strategy={strategy} was not measured itself",
-        what="The ranks were measured under DDP, which shows whether model, data or loss depend on the cut.",
-        where=f"strategy={strategy}",
-        remedy="python -m distaccum.compare measures the placements themselves.",
-    )
+def find_on_ranks(
+    report: CheckReport, strategy: StrategyConfig, measured: DDPConfig, calls: Mapping[str, int]
+) -> Iterator[Finding]:
+    """Finds what limits the proof over ranks, and updates whose number of collectives depends on the cut.
 
-
-def too_few_samples(report: CheckReport) -> Finding:
-    return Finding(
-        kind="not_measured_on_ranks",
-        severity=Severity.warning,
-        because="nothing could be measured on the ranks",
-        what=f"No window could be dealt to {report.world_size} ranks and computed: they have "
-        f"{', '.join(map(str, report.windows))} samples.",
-        where="ranks",
-        remedy="Mend what the other findings say; or give each rank a sample: check.samples, batch.global_batch_size.",
-    )
-
-
-def collectives_grow(counts: str) -> Finding:
-    return Finding(
-        kind="collectives_grow",
-        severity=Severity.warning,
-        because="the number of gradient collectives per update depends on the cut",
-        what=f"Gradient collectives per update: {counts}.",
-        where="DDP",
-        remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each of them.",
-    )
+    Args:
+        strategy: as configured.
+        measured: what the ranks were placed by.
+        calls: gradient collectives of an update, by the name of the cut.
+    """
+    if not isinstance(strategy, DDPConfig):
+        yield Finding(
+            kind="measured_under_ddp",
+            severity=Severity.info,
+            what="The ranks were measured under DDP, which shows whether model, data or loss depend on the cut.",
+            where=f"strategy={strategy.name}",
+            remedy="python -m distaccum.compare measures the placements themselves.",
+        )
+    if not calls:
+        yield Finding(
+            kind="not_measured_on_ranks",
+            severity=Severity.warning,
+            what=f"No window could be dealt to {report.world_size} ranks and computed: they have "
+            f"{', '.join(map(str, report.windows))} samples.",
+            where="ranks",
+            remedy="Mend what the other findings say; or give each rank a sample: check.samples, "
+            "batch.global_batch_size.",
+        )
+    if measured.compression is not Compression.none:
+        later = f" after update {measured.powersgd_start_update}: the measured one is not compressed yet"
+        yield Finding(
+            kind="compression",
+            severity=Severity.warning,
+            what="The ranks send rounded gradients, so an update over ranks is not exact"
+            + (f"{later}." if measured.compression is Compression.powersgd else "."),
+            where=f"strategy.compression={measured.compression.value}",
+            remedy="strategy.compression=none for exact updates.",
+        )
+    if len(set(calls.values())) > 1 and not measured.static_graph:
+        counts = "; ".join(f"{count} with {name}" for name, count in calls.items())
+        yield Finding(
+            kind="collectives_grow",
+            severity=Severity.warning,
+            what=f"The number of gradient collectives per update depends on the cut: {counts}.",
+            where="DDP",
+            remedy="A model that calls collectives of its own, or re-enters DDP in a micro-step, pays for each.",
+        )
 
 
 def batchnorm_refuses(windows: Sequence[int]) -> UserError:
@@ -62,19 +77,6 @@ def batchnorm_refuses(windows: Sequence[int]) -> UserError:
         f"micro-batch has one sample (samples of the windows: {', '.join(map(str, windows))}). Leave out a short last "
         "window (batch.drop_last=true); raise batch.global_batch_size and check.samples to 2 or more; or use GroupNorm "
         "or LayerNorm."
-    )
-
-
-def compression(config: DDPConfig) -> Finding:
-    later = f" after update {config.powersgd_start_update}: the measured one is not compressed yet"
-    return Finding(
-        kind="compression",
-        severity=Severity.warning,
-        because=f"gradients cross the network as {config.compression.value}",
-        what="The ranks send rounded gradients, so an update over ranks is not exact"
-        + (f"{later}." if config.compression is Compression.powersgd else "."),
-        where=f"strategy.compression={config.compression.value}",
-        remedy="strategy.compression=none for exact updates.",
     )
 
 
@@ -101,7 +103,6 @@ def amplified(optimizer: str, error: float) -> Finding:
     return Finding(
         kind="amplified_rounding",
         severity=Severity.info,
-        because="the optimizer amplifies rounding",
         what=f"Gradients agree to rounding, and the parameters after the step only to {error:.1e}: where a gradient is "
         "zero but for rounding, the optimizer divides it by its own size.",
         where=f"optim ({optimizer})",

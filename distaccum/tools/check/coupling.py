@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from distaccum.runtime.nested import leaves_of, number_of_rows
 from distaccum.tasks import CoupledTask, TaskOutput
 from distaccum.tools.check.numerics import find_nonfinite
-from distaccum.tools.check.recording import Call, Select, agree, all_tensors, described, first_parting
+from distaccum.tools.check.recording import (
+    Call,
+    Recording,
+    agree,
+    all_agree,
+    all_tensors,
+    described,
+    differ,
+    first_parting,
+)
 from distaccum.tools.check.report import Finding
-from distaccum.tools.check.subject import Probe, RowsOfOne, Subject
+from distaccum.tools.check.subject import RowsOfOne, Subject
 
 _SIZE = 4
 """Samples in the micro-batch of A, B and their company."""
@@ -44,12 +54,8 @@ def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | No
     small, company = by_size[:-2], by_size[-2:]
     # As different as can be: two equal samples in the roles of B and C would show nothing.
     first = small[0]
-    others = [index for index in small[1:] if not _all_agree(subject.batch([first]), subject.batch([index]))]
+    others = [index for index in small[1:] if not all_agree(subject.batch([first]), subject.batch([index]))]
     return Trio(first, others[0], others[-1], company) if len(others) >= 2 else None
-
-
-def _all_agree(one: Any, other: Any) -> bool:
-    return all(agree(a, b, 0.0) for a, b in zip(all_tensors(one), all_tensors(other), strict=False))
 
 
 class _Sums(NamedTuple):
@@ -78,7 +84,7 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
             return findings  # what is collated can't be taken apart
         subject = subject.replaced(samples=rows)
     if not math.isfinite(subject.probe(everyone, record=False).loss):
-        return [*findings, find_nonfinite(subject, everyone, float64=True)]
+        return [*findings, find_nonfinite(subject, everyone)]
     probes = {
         "both": subject.probe([trio.a, trio.b, *company]),
         "other": subject.probe([trio.a, trio.c, *company]),
@@ -88,8 +94,14 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
         "none": subject.probe(company, record=False),
         "twice": subject.probe([trio.a, trio.b, *company] * 2, record=False),
     }
-    alone = _alone(subject, trio)
-    losses, weights = (_sums(subject, probes, alone, name) for name in ("loss", "weight"))
+    with suppress(ValueError, RuntimeError):  # the model may refuse a single sample
+        short, long = [trio.a], [trio.company[-1]]
+        probes |= {
+            "short": subject.probe(short, record=False),
+            "long": subject.probe(long, record=False),
+            "short and long": subject.probe(short + long, record=False),
+        }
+    losses, weights = (_sums(subject, probes, name) for name in ("loss", "weight"))
     module, root_moves = _mixing_module(subject, probes)
     outputs_move = module is not None and (root_moves or not losses.additive)
     if module is not None and outputs_move:
@@ -103,7 +115,7 @@ def find_coupling(subject: Subject, trio: Trio) -> list[Finding]:
     elif losses.additive and not losses.joins:
         findings.append(_padding(subject, trio))
     if not (weights.additive and weights.doubles and weights.joins) and not losses.constant:
-        findings.append(_weight(subject, probes, alone))
+        findings.append(_weight(subject, probes))
     return findings
 
 
@@ -119,30 +131,21 @@ class _SummedEmbeddings:
         return TaskOutput(torch.stack(parts).sum(), number_of_rows(embeddings))
 
 
-def _alone(subject: Subject, trio: Trio) -> list[Probe]:
-    """Forwards a short sample, a long one, and both together; returns nothing if the model refuses a single sample."""
-    try:
-        return [
-            subject.probe(indices, record=False)
-            for indices in ([trio.a], [trio.company[-1]], [trio.a, trio.company[-1]])
-        ]
-    except (ValueError, RuntimeError):
-        return []
-
-
-def _sums(subject: Subject, probes: dict[str, Probe], probes_alone: list[Probe], which: str) -> _Sums:
+def _sums(subject: Subject, probes: dict[str, Recording], which: str) -> _Sums:
     value: dict[str, float] = {name: getattr(probe, which) for name, probe in probes.items()}
-    alone: list[float] = [getattr(probe, which) for probe in probes_alone]
-    sizes = list(value.values())
+    sizes = value.values()
+    has_joined = "short and long" in value
     return _Sums(
         additive=subject.close(value["both"] + value["none"], value["a"] + value["b"], *sizes),
         doubles=subject.close(value["twice"], 2 * value["both"], *sizes),
         constant=subject.close(value["twice"], value["both"], *sizes),
-        joins=not alone or subject.close(alone[2], alone[0] + alone[1], *sizes),
+        joins=not has_joined or subject.close(value["short and long"], value["short"] + value["long"], *sizes),
     )
 
 
-def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]) -> Select:
+def _rows(
+    calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequence[int]
+) -> Callable[[int, Tensor], Tensor | None]:
     """Returns a function that selects the part of a tensor that belongs to some samples, by their places.
 
     The dimension of the samples is the one that grows with the micro-batch, in a recording of one sample more.
@@ -158,28 +161,30 @@ def _rows(calls: Sequence[Call], larger: Sequence[Call], size: int, kept: Sequen
                     growing.setdefault((number, tuple(small.shape)), (dim, before // size))
                     break
 
-    def select(number: int, tensor: Tensor, _: Tensor) -> Tensor | None:
+    def rows(number: int, tensor: Tensor) -> Tensor | None:
         found = growing.get((number, tuple(tensor.shape)))
         if found is None:
             return None
         dim, each = found
         return torch.cat([tensor.narrow(dim, place * each, each) for place in kept], dim)
 
-    return select
+    return rows
 
 
-def _mixing_module(subject: Subject, probes: dict[str, Probe]) -> tuple[str | None, bool]:
+def _mixing_module(subject: Subject, probes: dict[str, Recording]) -> tuple[str | None, bool]:
     """Returns the first module that changes other samples' rows when B is replaced, and whether the outputs change."""
     both, other, larger = (probes[name].calls for name in ("both", "other", "larger"))
-    select = _rows(both, larger, _SIZE, _OTHERS)
-    name = first_parting(both, other, tolerance=subject.noise, select_one=select, select_other=select)
-    for number, (mine, yours) in enumerate(zip(both, other, strict=False)):
-        if mine.name == "" == yours.name:
-            for left, right in zip(mine.outputs, yours.outputs, strict=False):
-                a, b = select(number, left, right), select(number, right, left)
-                if a is not None and b is not None and not agree(a, b, subject.noise):
-                    return name, True
-    return name, False
+    rows = _rows(both, larger, _SIZE, _OTHERS)
+
+    def select(number: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor] | None:
+        mine, yours = rows(number, left), rows(number, right)
+        return None if mine is None or yours is None else (mine, yours)
+
+    root_moves = any(
+        mine.name == yours.name == "" and differ(number, mine, yours, subject.noise, select)
+        for number, (mine, yours) in enumerate(zip(both, other, strict=False))
+    )
+    return first_parting(both, other, tolerance=subject.noise, select=select), root_moves
 
 
 def _collation(subject: Subject, trio: Trio) -> list[Finding]:
@@ -194,8 +199,7 @@ def _collation(subject: Subject, trio: Trio) -> list[Finding]:
         for mine, yours, more in zip(ours, theirs, larger, strict=False):
             has_rows = mine.shape[:1] == (_SIZE,) and more.shape[:1] == (_SIZE + 1,) and mine.shape == yours.shape
             mixes |= has_rows and not agree(mine[list(_OTHERS)], yours[list(_OTHERS)], 0.0)
-    drawn = zip(tensors(trio.a), tensors(trio.a, draw=1), strict=False)
-    if not mixes and all(agree(one, other, 0.0) for one, other in drawn):
+    if not mixes and all_agree(tensors(trio.a), tensors(trio.a, draw=1)):
         return []
     does = "mixes the samples of a micro-batch" if mixes else "draws random numbers, others for another cut"
     return [
@@ -257,7 +261,7 @@ def _mean_loss(subject: Subject, once: float, twice: float) -> Finding:
     )
 
 
-def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
+def _coupled_loss(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = subject.task_name
     whole = probes["both"].loss + probes["none"].loss
     parts = probes["a"].loss + probes["b"].loss
@@ -275,7 +279,7 @@ def _coupled_loss(subject: Subject, probes: dict[str, Probe]) -> Finding:
     )
 
 
-def _constant_term(subject: Subject, probes: dict[str, Probe]) -> Finding:
+def _constant_term(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = subject.task_name
     constant = 2 * probes["both"].loss - probes["twice"].loss
     return Finding(
@@ -296,15 +300,15 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     larger = subject.probe([trio.a, trio.company[-1], trio.company[0]])
     rows = _rows(padded.calls, larger.calls, 2, (0,))
 
-    def unpadded(number: int, tensor: Tensor, alone: Tensor) -> Tensor | None:
-        row = rows(number, tensor, alone)
-        if row is None or row.ndim != alone.ndim:
-            return row
-        for dim, size in enumerate(alone.shape):
-            row = row.narrow(dim, 0, min(size, row.shape[dim]))
-        return row
+    def unpadded(number: int, alone: Tensor, tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+        row = rows(number, tensor)
+        if row is None:
+            return None
+        if row.ndim == alone.ndim:
+            row = row[tuple(slice(size) for size in alone.shape)]
+        return alone, row
 
-    module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select_other=unpadded)
+    module = first_parting(short.calls, padded.calls, tolerance=subject.noise, select=unpadded)
     is_ragged = subject.samples.size(trio.a) != subject.samples.size(trio.company[-1])
     where = described(subject.model, module) if module is not None else subject.task_name
     if not is_ragged:
@@ -327,14 +331,14 @@ def _padding(subject: Subject, trio: Trio) -> Finding:
     )
 
 
-def _weight(subject: Subject, probes: dict[str, Probe], alone: list[Probe]) -> Finding:
+def _weight(subject: Subject, probes: dict[str, Recording]) -> Finding:
     where = f"weight of the {subject.task_name}"
-    once, twice = probes["both"].weight, probes["twice"].weight
-    what = f"It is {once:.12g} for a micro-batch, and {twice:.12g} when every sample of it is taken twice."
-    if subject.close(twice, 2 * once) and alone:
+    value = {name: probe.weight for name, probe in probes.items()}
+    what = f"It is {value['both']:.12g} for a micro-batch, and {value['twice']:.12g} when every sample is taken twice."
+    if subject.close(value["twice"], 2 * value["both"]) and "short" in value:
         what = (
-            f"It is {alone[0].weight:.12g} for one sample, {alone[1].weight:.12g} for a longer one, and "
-            f"{alone[2].weight:.12g} for both together: padding is counted."
+            f"It is {value['short']:.12g} for one sample, {value['long']:.12g} for a longer one, and "
+            f"{value['short and long']:.12g} for both together: padding is counted."
         )
     return Finding(
         kind="wrong_weight",

@@ -17,6 +17,7 @@ from distaccum.config import DDPConfig, Fp16Config
 from distaccum.config.enums import PrecisionName
 from distaccum.strategies import SingleStrategy, Strategy, place
 from distaccum.tasks import CoupledTask
+from distaccum.tools.check.report import Difference
 from distaccum.tools.check.subject import Subject
 from distaccum.training.optim import build_optimizer
 
@@ -44,36 +45,27 @@ class Update:
     failure: str = ""
 
 
-def measure(
-    subject: Subject,
-    micro_batches: Sequence[Sequence[int]],
-    *,
-    float64: bool,
-    ddp: DDPConfig | None = None,
-) -> Update:
+def measure(subject: Subject, micro_batches: Sequence[Sequence[int]], *, ddp: DDPConfig | None = None) -> Update:
     """Makes the update of micro-batches, given as dataset indices, from the model's first state.
 
     Args:
         ddp: places the model on the ranks; `micro_batches` are then this rank's.
     """
-    precision = PrecisionName.fp64 if float64 else subject.precision.name
-    scale = subject.config.precision.init_scale if isinstance(subject.config.precision, Fp16Config) else None
+    precision = PrecisionName.fp64 if subject.in_float64 else subject.precision.name
+    config = subject.config.precision
+    scale = config.init_scale if isinstance(config, Fp16Config) and not subject.in_float64 else None
     while True:
-        model = subject.fresh_model(float64=float64)
+        model = subject.fresh_model()
         strategy = SingleStrategy(model) if ddp is None else place(model, ddp, subject.device, precision)
-        update = _measure_once(subject, strategy, micro_batches, float64, None if float64 else scale)
+        update = _measure_once(subject, strategy, micro_batches, scale)
         # The scaler of a training lowers its scale when float16 overflows, and goes on.
-        if ddp is not None or float64 or scale is None or not update.failure or scale <= 1:
+        if ddp is not None or scale is None or not update.failure or scale <= 1:
             return update
         scale /= 16
 
 
 def _measure_once(
-    subject: Subject,
-    strategy: Strategy,
-    micro_batches: Sequence[Sequence[int]],
-    float64: bool,
-    loss_scale: float | None,
+    subject: Subject, strategy: Strategy, micro_batches: Sequence[Sequence[int]], loss_scale: float | None
 ) -> Update:
     model = strategy.module
     optimizer = build_optimizer(subject.config.optim, model.parameters(), subject.device)
@@ -93,13 +85,12 @@ def _measure_once(
     task = subject.fresh_task()
     is_one_shot = strategy.world_size == 1 and len(micro_batches) == 1
     if isinstance(task, CoupledTask) and not is_one_shot:
-        _accumulate_coupled(subject, accumulator, task, micro_batches, float64)
+        _accumulate_coupled(subject, accumulator, task, micro_batches)
     else:
         with accumulator.window(list(micro_batches)) as cut:
             for indices in cut:
-                batch = subject.batch(indices, float64=float64)
-                output = subject.output(strategy.model, task, batch, float64=float64)
-                with subject.stillness(float64=float64):
+                output = subject.output(strategy.model, task, subject.batch(indices))
+                with subject.stillness():
                     accumulator.backward(output.loss_sum, output.weight)
     update.without_gradient = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
@@ -119,19 +110,15 @@ def _measure_once(
 
 
 def _accumulate_coupled(
-    subject: Subject,
-    accumulator: Accumulator,
-    task: CoupledTask,
-    micro_batches: Sequence[Sequence[int]],
-    float64: bool,
+    subject: Subject, accumulator: Accumulator, task: CoupledTask, micro_batches: Sequence[Sequence[int]]
 ) -> None:
     """Accumulates the window by gradient caching, for comparison with the plain backward of one shot."""
 
     def embed(indices: Sequence[int]) -> Any:
-        with subject.computing(float64=float64):
-            return task.embed(accumulator.strategy.model, subject.batch(indices, float64=float64))
+        with subject.computing():
+            return task.embed(accumulator.strategy.model, subject.batch(indices))
 
-    with subject.stillness(float64=float64):  # encloses the backwards
+    with subject.stillness():  # encloses the backwards
         accumulate_coupled(accumulator, [list(part) for part in micro_batches], embed=embed, loss=task.window_loss)
 
 
@@ -139,31 +126,12 @@ def _as_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """Relative difference of an update from the one-shot update.
+def difference(found: Update, wanted: Update) -> tuple[Difference, dict[str, float], dict[str, float]]:
+    """Compares an update with the one-shot update.
 
-    Attributes:
-        gradient: ‖difference‖ / ‖gradient‖ over all parameters together.
-        by_parameter: the same for each parameter.
-        parameters: ‖difference‖ / ‖parameters‖ after the step, over all together.
-        parameters_by_name: the same for each parameter.
-        factor: the multiple of the one-shot gradient that is nearest.
+    Returns:
+        The difference; and by parameter, ‖difference‖ / ‖gradient‖, and ‖difference‖ / ‖parameter‖ after the step.
     """
-
-    gradient: float
-    by_parameter: dict[str, float]
-    parameters: float
-    parameters_by_name: dict[str, float]
-    factor: float
-
-    @property
-    def worst(self) -> float:
-        return max([self.gradient, *self.by_parameter.values()])
-
-
-def difference(found: Update, wanted: Update) -> Difference:
-    """Compares an update with the one-shot update."""
     names = [name for name in wanted.parameters if name in wanted.gradients or name in found.gradients]
     ours = {name: found.gradients.get(name, torch.zeros(())) for name in names}
     theirs = {name: wanted.gradients.get(name, torch.zeros(())) for name in names}
@@ -174,15 +142,16 @@ def difference(found: Update, wanted: Update) -> Difference:
     }
     moved = {name: found.parameters[name] - wanted.parameters[name] for name in wanted.parameters}
     dot = sum(float((ours[name] * theirs[name]).sum()) for name in names)
-    return Difference(
-        gradient=_ratio(_norm([ours[name] - theirs[name] for name in names]), size),
-        by_parameter=by_parameter,
-        parameters=_ratio(_norm(list(moved.values())), _norm(list(wanted.parameters.values()))),
-        parameters_by_name={
-            name: _ratio(float(moved[name].norm()), float(wanted.parameters[name].norm())) for name in moved
-        },
+    worst = max(by_parameter, key=by_parameter.__getitem__, default=None)
+    overall = Difference(
+        gradient_error=_ratio(_norm([ours[name] - theirs[name] for name in names]), size),
+        worst_parameter=worst,
+        worst_error=by_parameter[worst] if worst is not None else None,
+        parameters_error=_ratio(_norm(list(moved.values())), _norm(list(wanted.parameters.values()))),
         factor=_ratio(dot, size * size),
     )
+    steps = {name: _ratio(float(moved[name].norm()), float(wanted.parameters[name].norm())) for name in moved}
+    return overall, by_parameter, steps
 
 
 def _norm(tensors: list[Tensor]) -> float:
@@ -195,12 +164,12 @@ def _ratio(value: float, scale: float) -> float:
     return value / scale if scale else math.inf
 
 
-def ddp_config(subject: Subject, *, has_unused: bool) -> DDPConfig:
+def ddp_config(subject: Subject) -> DDPConfig:
     """Returns the user's DDP options, as far as they can change the gradient."""
     chosen = subject.config.strategy if isinstance(subject.config.strategy, DDPConfig) else DDPConfig()
     return dataclasses.replace(
         chosen,
         shard_optimizer=False,
-        find_unused_parameters=chosen.find_unused_parameters or has_unused,
-        static_graph=chosen.static_graph and not has_unused,
+        find_unused_parameters=chosen.find_unused_parameters or subject.has_unused,
+        static_graph=chosen.static_graph and not subject.has_unused,
     )

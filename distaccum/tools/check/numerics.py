@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,29 +28,30 @@ _GROUP = 8
 """Parameters that are examined together."""
 
 
-def find_nonfinite(subject: Subject, window: Sequence[int], *, float64: bool) -> Finding:
+def find_nonfinite(subject: Subject, window: Sequence[int]) -> Finding:
     """Finds where NaN or infinity first appears in a window whose loss or gradient has some."""
-    probe = subject.probe(window, float64=float64)
-    digits = "float64" if float64 else subject.precision.name.value
+    probe, digits = subject.probe(window), subject.digits
     for index in window:
-        for tensor in tensors_of(subject.samples[index]):
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
-    call = probe.recording.first_nonfinite()
-    if call is not None and not math.isfinite(probe.loss):
-        what = "What goes into it is finite, and what comes out is not."
-        return _nonfinite(described(subject.model, call.name), what, digits)
+        if not _all_finite(tensors_of(subject.samples[index])):
+            return _nonfinite(f"sample {index} of the training data", "The data hold it.", digits)
     if not math.isfinite(probe.loss):
+        for call in probe.calls:
+            if _all_finite(call.inputs) and not _all_finite(call.outputs):
+                what = "What goes into it is finite, and what comes out is not."
+                return _nonfinite(described(subject.model, call.name), what, digits)
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
         return _nonfinite(subject.task_name, what, digits)
-    model = subject.fresh_model(float64=float64)
-    output = subject.output(model, subject.fresh_task(), subject.batch(window, float64=float64), float64=float64)
-    subject.backward(output.loss_sum)
+    model = subject.fresh_model()
+    subject.backward(subject.output(model, subject.fresh_task(), subject.batch(window)).loss_sum)
     # The backward runs from the last parameter to the first, so the last one is where it began.
     for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not _all_finite([parameter.grad]):
             return _nonfinite(f"the gradient of {name}", "The loss is finite, and this gradient is not.", digits)
     return _nonfinite("the gradient", "Each part is finite, and their sum is not.", digits)
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _nonfinite(where: str, what: str, digits: str) -> Finding:
@@ -70,11 +72,27 @@ def find_without_gradient(
     on."""
     never = update.without_gradient
     sometimes = [name for name in _unreached(subject, window[:4]) if name not in never]
-    if never:
-        yield _without_gradient(subject, never, "no gradient", "no_gradient", world_size)
-    if sometimes:
-        kind = "sometimes_no_gradient"
-        yield _without_gradient(subject, sometimes, "no gradient from some samples", kind, world_size)
+    strategy = subject.config.strategy
+    is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
+    will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
+    lacks = (
+        ("no_gradient", "no gradient", never),
+        ("sometimes_no_gradient", "no gradient from some samples", sometimes),
+    )
+    for kind, lack, names in lacks:
+        if names:
+            yield Finding(
+                kind=kind,
+                severity=Severity.warning if will_fail else Severity.info,
+                what=f"{len(names)} of the parameters that require a gradient got {lack}"
+                + (", and DDP fails or hangs when that happens." if will_fail else "."),
+                where=listed(names, 6),
+                remedy="Set strategy.find_unused_parameters=true; or requires_grad_(False) on them if they are never "
+                "used."
+                if will_fail
+                else "Nothing, if that is meant: DDP then needs strategy.find_unused_parameters=true. Otherwise look "
+                "for a detach(), a no_grad() or a module that is never called.",
+            )
 
 
 def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
@@ -88,28 +106,6 @@ def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
             continue  # the model refuses micro-batches of one, which the cuts show
         found |= dict.fromkeys(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
     return list(found)
-
-
-def _without_gradient(subject: Subject, names: list[str], lack: str, kind: str, world_size: int) -> Finding:
-    strategy = subject.config.strategy
-    is_ddp = isinstance(strategy, DDPConfig) or world_size > 1
-    will_fail = is_ddp and not (isinstance(strategy, DDPConfig) and strategy.find_unused_parameters)
-    where = listed(names, 6)
-    plural = "s" if len(names) > 1 else ""
-    return Finding(
-        kind=kind,
-        severity=Severity.warning if will_fail else Severity.info,
-        because=f"{where} got {lack}",
-        what=f"{len(names)} parameter{plural} that require{'' if plural else 's'} a gradient got {lack}"
-        + (", and DDP fails or hangs when that happens." if will_fail else "."),
-        where=where,
-        remedy=(
-            "Set strategy.find_unused_parameters=true; or requires_grad_(False) on them if they are never used."
-            if will_fail
-            else "Nothing, if that is meant: DDP then needs strategy.find_unused_parameters=true. Otherwise look for a "
-            "detach(), a no_grad() or a module that is never called."
-        ),
-    )
 
 
 def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable[[str], None]) -> Iterator[Finding]:
@@ -131,7 +127,17 @@ def find_wrong_gradient(subject: Subject, indices: Sequence[int], tell: Callable
             if off is not None:
                 wrong.append((name, *off))
     if wrong:
-        yield _wrong_gradient(subject.model, wrong)
+        name, analytic, numeric = wrong[-1]
+        yield Finding(
+            kind="wrong_gradient",
+            severity=Severity.warning,
+            what=f"Along a random direction of {name}, of {described(subject.model, name.rpartition('.')[0])}, the "
+            f"gradient says {analytic:.6g}, and central differences of the loss in float64 say {numeric:.6g}. Every "
+            "cut gives this same gradient.",
+            where=listed([entry[0] for entry in wrong], 6),
+            remedy="Look at the backward of custom autograd functions between this parameter and the loss, and for "
+            "detach() and no_grad(). A straight-through estimator or a stopped gradient does this on purpose.",
+        )
 
 
 class _Slopes:
@@ -145,7 +151,15 @@ class _Slopes:
         self._indices = indices
         self._directions: dict[str, Tensor] = {}
         self._slopes: dict[str, float] = {}
-        model = self._shifted()
+        self._model = subject.fresh_model()
+        generator = torch.Generator().manual_seed(subject.config.seed + 1)
+        with torch.no_grad():
+            for parameter in self._model.parameters():
+                if parameter.requires_grad and parameter.numel() > 0 and parameter.is_floating_point():
+                    scale = max(float(parameter.square().mean().sqrt()), 1e-2)
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.add_(1e-3 * scale * noise.to(parameter.device))
+        model = copy.deepcopy(self._model)
         subject.backward(self._loss(model))
         generator = torch.Generator().manual_seed(subject.config.seed)
         for name, parameter in model.named_parameters():
@@ -166,14 +180,15 @@ class _Slopes:
 
     def off(self, names: Sequence[str]) -> tuple[float, float] | None:
         """Returns both slopes along the directions of these parameters together if they differ, else None."""
-        # Scaled so that the slopes of the group weigh alike.
-        shares = {name: min(1.0, self._unit(names) / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
+        # Scaled so that the slopes of the group weigh alike: as the smallest that is not zero.
+        unit = min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
+        shares = {name: min(1.0, unit / abs(self._slopes[name] or math.inf)) or 1.0 for name in names}
         analytic = math.fsum(shares[name] * self._slopes[name] for name in names)
         numeric = []
         for step in _STEPS:
             losses = []
             for sign in (1.0, -1.0):
-                model = self._shifted()
+                model = copy.deepcopy(self._model)
                 with torch.no_grad():
                     for name in names:
                         model.get_parameter(name).add_(sign * step * shares[name] * self._directions[name])
@@ -187,36 +202,5 @@ class _Slopes:
         has_converged = abs(numeric[-1] - numeric[-2]) <= _SPREAD * abs(analytic - numeric[-1])
         return (analytic, numeric[-1]) if has_converged else None
 
-    def _unit(self, names: Sequence[str]) -> float:
-        """Returns the smallest slope of the group that is not zero."""
-        return min((abs(self._slopes[name]) for name in names if self._slopes[name]), default=0.0)
-
-    def _shifted(self) -> nn.Module:
-        model = self._subject.fresh_model()
-        generator = torch.Generator().manual_seed(self._subject.config.seed + 1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.numel() > 0 and parameter.is_floating_point():
-                    scale = max(float(parameter.square().mean().sqrt()), 1e-2)
-                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                    parameter.add_(1e-3 * scale * noise.to(parameter.device))
-        return model
-
     def _loss(self, model: nn.Module) -> Tensor:
         return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).loss_sum
-
-
-def _wrong_gradient(model: nn.Module, wrong: list[tuple[str, float, float]]) -> Finding:
-    name, analytic, numeric = wrong[-1]
-    names = listed([entry[0] for entry in wrong], 6)
-    owner = described(model, name.rpartition(".")[0])
-    return Finding(
-        kind="wrong_gradient",
-        severity=Severity.warning,
-        because=f"the gradient of {names} is not the slope of the loss",
-        what=f"Along a random direction of {name}, of {owner}, the gradient says {analytic:.6g}, and central "
-        f"differences of the loss in float64 say {numeric:.6g}. Every cut gives this same gradient.",
-        where=names,
-        remedy="Look at the backward of custom autograd functions between this parameter and the loss, and for "
-        "detach() and no_grad(). A straight-through estimator or a stopped gradient does this on purpose.",
-    )

@@ -11,10 +11,10 @@ from torch import nn
 from distaccum.errors import listed
 from distaccum.runtime.nested import tensors_of
 from distaccum.tools.check.measuring import Update
-from distaccum.tools.check.recording import agree, all_tensors, described, first_parting
+from distaccum.tools.check.recording import Recording, agree, all_agree, described, first_parting
 from distaccum.tools.check.report import Finding, Severity
 from distaccum.tools.check.stillness import WideCasts
-from distaccum.tools.check.subject import LOW_NOISES, Probe, Subject
+from distaccum.tools.check.subject import LOW_NOISES, Subject
 
 
 def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
@@ -23,8 +23,10 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     Sets `subject.widens`, `subject.has_float64` and `subject.noise`.
     """
     probe, reason = _in_float64(subject, indices)
-    formats = [*probe.recording.formats(), ("the task", probe.dtype)]
-    name, low = max(formats, key=lambda entry: torch.finfo(entry[1]).eps)
+    outputs = [
+        (call.name, output.dtype) for call in probe.calls for output in call.outputs if output.is_floating_point()
+    ]
+    name, low = max([*outputs, ("the task", probe.dtype)], key=lambda entry: torch.finfo(entry[1]).eps)
     if low not in LOW_NOISES:
         return
     subject.noise = LOW_NOISES[low]
@@ -35,7 +37,6 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     yield Finding(
         kind="low_precision",
         severity=Severity.info,
-        because=f"{where} computes in low precision",
         what=f"The proof is as sharp as {digits} and no sharper: {why}.",
         where=where,
         remedy="Make tensors in the dtype of the inputs (x.new_zeros, torch.zeros_like, dtype=x.dtype) for a sharp "
@@ -43,7 +44,7 @@ def find_precision(subject: Subject, indices: Sequence[int]) -> Iterator[Finding
     )
 
 
-def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
+def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Recording, str]:
     """Makes a forward in float64; or, where that is impossible, in the configured precision, and returns the reason."""
     try:
         with WideCasts() as casts:
@@ -65,47 +66,37 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Probe, str]:
 
 def find_randomness(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     """Finds dropout and other draws, and sets `subject.is_random`; and forwards that differ without a draw."""
-    first = subject.probe(indices, watch=True)
+    first = subject.probe(indices)
     again = subject.probe(indices)
     others = [subject.probe(indices, seed=seed) for seed in (1, 2, 3)]
     other = next((probe for probe in others if probe.loss != first.loss), others[0])
     if not subject.close(first.loss, again.loss):
-        collated = zip(*(all_tensors(subject.batch(indices)) for _ in range(2)), strict=True)
         name = first_parting(first.calls, again.calls, tolerance=subject.noise)
-        is_collate = not all(agree(one, other, 0.0) for one, other in collated)
-        yield _unrepeatable(subject, "data.collate_fn" if is_collate else name)
+        if not all_agree(subject.batch(indices), subject.batch(indices)):
+            name = "data.collate_fn"
+        where = described(subject.model, name) if name is not None else "the task"
+        yield Finding(
+            kind="nondeterministic",
+            because=f"{where} gives another result each time, with the same inputs, state and seeds",
+            what="The same forward was run twice from the same state and seeds, and the loss differs beyond rounding.",
+            where=where,
+            remedy="Draw random numbers from torch's generator, which the run seeds; don't use the time, os.urandom or "
+            "a generator of your own without a seed; keep state in buffers.",
+        )
     elif first.loss != other.loss and not math.isnan(first.loss):
         subject.is_random = True
         still = [subject.probe(indices, seed=seed).loss for seed in (0, 1)]
         parting = first_parting(first.calls, other.calls)
         names = first.drawing_modules or ([parting] if parting is not None else ["the task"])
-        yield _random(subject, names, is_stilled=subject.close(*still))
-
-
-def _unrepeatable(subject: Subject, name: str | None) -> Finding:
-    where = described(subject.model, name) if name is not None else "the task"
-    return Finding(
-        kind="nondeterministic",
-        because=f"{where} gives another result each time, with the same inputs, state and seeds",
-        what="The same forward was run twice from the same state and seeds, and the loss differs beyond rounding.",
-        where=where,
-        remedy="Draw random numbers from torch's generator, which the run seeds; don't use the time, os.urandom or a "
-        "generator of your own without a seed; keep state in buffers.",
-    )
-
-
-def _random(subject: Subject, names: Sequence[str], *, is_stilled: bool) -> Finding:
-    where = listed([described(subject.model, name) for name in names], 6)
-    how = "every draw replaced by its mean" if is_stilled else "fixed seeds"
-    return Finding(
-        kind="random_forward",
-        severity=Severity.info,
-        because=f"{where} draw random numbers",
-        what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest was "
-        f"measured with {how}.",
-        where=where,
-        remedy="None needed. Set the probability of dropout to 0 if different cuts must give equal bits.",
-    )
+        how = "every draw replaced by its mean" if subject.close(*still) else "fixed seeds"
+        yield Finding(
+            kind="random_forward",
+            severity=Severity.info,
+            what="Another cut draws other random numbers, so its bits differ, as they do from seed to seed. The rest "
+            f"was measured with {how}.",
+            where=listed([described(subject.model, name) for name in names], 6),
+            remedy="None needed. Set the probability of dropout to 0 if different cuts must give equal bits.",
+        )
 
 
 def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
@@ -126,7 +117,6 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Findi
             yield Finding(
                 kind="random_data",
                 severity=Severity.info if seeded else Severity.warning,
-                because=f"{where} is another one each time it is loaded",
                 what=f"{what} The rest was measured with each sample loaded once.",
                 where=where,
                 remedy="None needed."
@@ -139,14 +129,9 @@ def find_random_data(subject: Subject, indices: Sequence[int]) -> Iterator[Findi
 
 def _same(one: object, other: object) -> bool:
     ours, theirs = tensors_of(one), tensors_of(other)
-    if len(ours) != len(theirs):
-        return False
     if not ours and not isinstance(one, tuple | list | dict):
         return bool(torch.as_tensor(one == other).all())
-    return all(
-        agree(a, b, 0.0) or (a.shape == b.shape and bool(torch.isnan(a).any()))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    return len(ours) == len(theirs) and all(agree(a, b, 0.0) for a, b in zip(ours, theirs, strict=True))
 
 
 def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
@@ -168,21 +153,25 @@ def find_state(subject: Subject, indices: Sequence[int]) -> Iterator[Finding]:
     where = listed(changed, 6) if changed else described(subject.model, parting or "")
     if matters and parting is not None and changed:
         where += f", used by {described(subject.model, parting)}"
+    if not matters:
+        yield Finding(
+            kind="state_in_forward",
+            severity=Severity.info,
+            what="A forward changes it; the loss doesn't depend on it. It will be another one for another number of "
+            "micro-steps and ranks, in checkpoints and evaluations too.",
+            where=where,
+            remedy="If it counts or averages, count in samples or updates, not in forwards.",
+        )
+        return
     yield Finding(
         kind="state_in_forward",
-        severity=Severity.error if matters else Severity.info,
         because=f"each forward changes {where}, and the next one depends on it",
         what="A forward changes it, and the same micro-batch then has another loss or gradient: relative changes of "
         f"{_change(first.loss, second.loss):.1e} and {_change(slope, slope_then):.1e}. Another cut has another number "
-        "of forwards."
-        if matters
-        else "A forward changes it; the loss doesn't depend on it. It will be another one for another number of "
-        "micro-steps and ranks, in checkpoints and evaluations too.",
+        "of forwards.",
         where=where,
         remedy="Change it once per update, after the optimizer's step, from the update's number or from sums over the "
-        "window; or leave it alone in training."
-        if matters
-        else "If it counts or averages, count in samples or updates, not in forwards.",
+        "window; or leave it alone in training.",
     )
 
 
@@ -218,7 +207,6 @@ def find_lost_eval_mode(subject: Subject) -> Iterator[Finding]:
     yield Finding(
         kind="eval_mode_lost",
         severity=Severity.info if "" in subject.woken else Severity.warning,  # a whole one: as pretrained models come
-        because=f"{where} won't stay in evaluation mode",
         what="It was built in evaluation mode, and the training begins with train(), which puts it into training mode: "
         "with dropout, and BatchNorm's statistics move.",
         where=where,
@@ -238,9 +226,8 @@ def find_unequal_repeat(one: Update, again: Update) -> Iterator[Finding]:
         yield Finding(
             kind="nondeterministic_bits",
             severity=Severity.info,
-            because="the same cut run twice doesn't give the same bits",
-            what=f"The gradients of {len(names)} parameters differ in their last bits ({', '.join(names[:3])}): the "
-            "device adds in another order each time.",
+            what=f"The gradients of {len(names)} parameters differ in their last bits when the same cut is run twice "
+            f"({', '.join(names[:3])}): the device adds in another order each time.",
             where=names[0],
             remedy="torch.use_deterministic_algorithms(True) gives the same bits; the update is right either way.",
         )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distaccum.runtime.nested import tensors_of
+from distaccum.tools.check.stillness import DrawWatch
 
-Select = Callable[[int, Tensor, Tensor], Tensor | None]
-"""Returns the part of a tensor to compare, or None to leave it out, from the number of the call, the tensor, and its
-counterpart in the other recording."""
+Select = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor] | None]
+"""Returns the parts to compare of two recordings' tensors, from the number of the call; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,48 +27,44 @@ class Call:
     outputs: list[Tensor]
 
 
+@dataclass(slots=True)
 class Recording:
-    """The calls of a model's modules in the order in which they ended: submodules come before their module."""
+    """A forward.
 
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self._running: list[tuple[str, list[Tensor]]] = []
+    Attributes:
+        calls: those of the model's modules, in the order in which they ended: submodules come before their module.
+        drawing_modules: names of the modules that drew random numbers.
+        loss, dtype, weight: sum of the losses, its format, and its weight, if a task was computed.
+    """
 
-    def running_module(self) -> str:
-        """Returns the name of the module that is being computed."""
-        return self._running[-1][0] if self._running else "the task"
-
-    def first_nonfinite(self) -> Call | None:
-        """Returns the first call whose inputs were finite and whose outputs are not."""
-        calls = (call for call in self.calls if _all_finite(call.inputs) and not _all_finite(call.outputs))
-        return next(calls, None)
-
-    def formats(self) -> list[tuple[str, torch.dtype]]:
-        """Returns the names of modules with the floating-point formats of their outputs."""
-        return [(call.name, value.dtype) for call in self.calls for value in call.outputs if value.is_floating_point()]
+    calls: list[Call] = field(default_factory=list)
+    drawing_modules: list[str] = field(default_factory=list)
+    loss: float = math.nan
+    dtype: torch.dtype = torch.float64
+    weight: float = math.nan
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """Records all calls of the model's modules while the context is open."""
     found = Recording()
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        # Inputs are copied on the way in, because a module may work in place.
-        def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            found._running.append((name, _copies((args, kwargs))))
+    running: list[tuple[str, list[Tensor]]] = []
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            started, inputs = found._running.pop()
-            found.calls.append(Call(started, inputs, _copies(output)))
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        started, inputs = running.pop()
+        found.calls.append(Call(started, inputs, _copies(output)))
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            # Inputs are copied on the way in, because a module may work in place.
+            def before(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                running.append((name, _copies((args, kwargs))))
+
+            stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
+        watch = stack.enter_context(DrawWatch(lambda: running[-1][0] if running else "the task"))
+        found.drawing_modules = watch.modules
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_parting(
@@ -75,33 +72,27 @@ def first_parting(
     other: Sequence[Call],
     *,
     tolerance: float = 0.0,
-    select_one: Select | None = None,
-    select_other: Select | None = None,
+    select: Select = lambda number, left, right: (left, right),
 ) -> str | None:
     """Returns the first module whose inputs agree in two recordings and whose outputs do not.
 
     Args:
         tolerance: relative difference that still counts as agreement.
-        select_one, select_other: select the part of each tensor to compare. Default: all of it.
+        select: selects the parts to compare. Where it finds none, inputs are compared as they are, and outputs are not.
     """
     for number, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine.name != yours.name:
             return None  # other modules were called: what comes after can't be compared
-
-        def alike(ours: list[Tensor], theirs: list[Tensor], *, number: int = number, outputs: bool = False) -> bool:
-            for left, right in zip(ours, theirs, strict=False):
-                a = left if select_one is None else select_one(number, left, right)
-                b = right if select_other is None else select_other(number, right, left)
-                if a is None or b is None:
-                    if not outputs and not agree(left, right, tolerance):
-                        return False
-                elif not agree(a, b, tolerance):
-                    return False
-            return True
-
-        if alike(mine.inputs, yours.inputs) and not alike(mine.outputs, yours.outputs, outputs=True):
+        inputs = (select(number, *pair) or pair for pair in zip(mine.inputs, yours.inputs, strict=False))
+        if all(agree(*pair, tolerance) for pair in inputs) and differ(number, mine, yours, tolerance, select):
             return mine.name
     return None
+
+
+def differ(number: int, one: Call, other: Call, tolerance: float, select: Select) -> bool:
+    """Returns whether the outputs of two calls of a module differ in the parts that are selected."""
+    outputs = (select(number, *pair) for pair in zip(one.outputs, other.outputs, strict=False))
+    return any(pair is not None and not agree(*pair, tolerance) for pair in outputs)
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
@@ -116,6 +107,11 @@ def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
     difference = torch.where(equal, 0.0, one.double() - other.double())
     size = torch.where(one.isfinite(), one.double(), 0.0)
     return bool(difference.norm() <= tolerance * size.norm())
+
+
+def all_agree(one: Any, other: Any) -> bool:
+    """Returns whether the tensors of two nests are the same."""
+    return all(agree(a, b, 0.0) for a, b in zip(all_tensors(one), all_tensors(other), strict=False))
 
 
 def described(model: nn.Module, name: str) -> str:
@@ -140,7 +136,3 @@ def all_tensors(value: Any) -> list[Tensor]:
     if not found and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
         found = tensors_of(vars(value))
     return found
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from enum import StrEnum
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-EQUAL_STATUS, NOT_EQUAL_STATUS = 0, 1
 _LIMITS = {
     "random_forward": "up to random numbers (dropout)",
     "random_data": "for the same samples (the dataset draws them at random)",
@@ -21,7 +19,7 @@ _LIMITS = {
 """By the kind of a finding: how far a verdict of equality holds."""
 
 
-class Severity(Enum):
+class Severity(StrEnum):
     error = "error"
     """The update depends on the cut, or is not a number at all."""
     warning = "warning"
@@ -36,7 +34,7 @@ class Finding:
 
     Attributes:
         kind: a stable name for programs (`mixes_samples`, `mean_loss`, …).
-        because: a clause that ends the sentence "not equal, because …".
+        because: a clause that ends the sentence "not equal, because …"; only errors have one.
         what: the observation, with numbers.
         where: the module, parameter, sample or task.
         remedy: how to mend it.
@@ -44,14 +42,32 @@ class Finding:
 
     kind: str
     severity: Severity = Severity.error
-    because: str
+    because: str = ""
     what: str
     where: str
     remedy: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CutRow:
+class Difference:
+    """Relative difference of an update from the one-shot update; None everywhere if there is no update.
+
+    Attributes:
+        gradient_error: ‖difference‖ / ‖gradient‖ over all parameters together.
+        worst_parameter, worst_error: the parameter with the largest error of its own gradient, and that error.
+        parameters_error: ‖difference‖ / ‖parameters‖ after the step, over all together.
+        factor: the multiple of the one-shot gradient that is nearest.
+    """
+
+    gradient_error: float | None = None
+    worst_parameter: str | None = None
+    worst_error: float | None = None
+    parameters_error: float | None = None
+    factor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CutRow(Difference):
     """One update of one window under one cut, against the one-shot update in the same precision."""
 
     window: int
@@ -60,14 +76,6 @@ class CutRow:
     cut: str
     micro_steps: int
     sizes: list[int]
-    gradient_error: float | None
-    """‖difference‖ / ‖gradient‖ over all parameters together; None if there is no update."""
-    worst_parameter: str | None
-    worst_error: float | None
-    parameters_error: float | None
-    """The same for the parameters after the step."""
-    factor: float | None
-    """The multiple of the one-shot gradient that is nearest."""
     loss: float
     sync_calls: int
     equal: bool
@@ -105,7 +113,7 @@ class CheckReport:
 
     @property
     def status(self) -> int:
-        return EQUAL_STATUS if self.is_equal else NOT_EQUAL_STATUS
+        return 0 if self.is_equal else 1
 
     def _errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity is Severity.error]
@@ -143,8 +151,9 @@ class CheckReport:
 
     def as_json(self) -> str:
         head = {"verdict": self.verdict, "equal": self.is_equal, "status": self.status}
-        plain = _finite({**head, **dataclasses.asdict(self)})
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False, default=lambda severity: severity.name)
+        text = json.dumps({**head, **dataclasses.asdict(self)})
+        # JSON has neither NaN nor infinity: they become strings.
+        return json.dumps(json.loads(text, parse_constant=lambda name: str(float(name))), ensure_ascii=False)
 
     def print(self, console: Console, worst: int) -> None:
         """The verdict on the first line, then the tables, then the findings."""
@@ -156,18 +165,15 @@ class CheckReport:
             console.print(_table_of_parameters(self, worst))
         for finding in sorted(self.findings, key=lambda finding: list(Severity).index(finding.severity)):
             style = {Severity.error: "bold red", Severity.warning: "bold yellow", Severity.info: "bold"}
-            console.print(Text(f"{finding.severity.value}: {finding.kind}", style=style[finding.severity]))
+            console.print(Text(f"{finding.severity}: {finding.kind}", style=style[finding.severity]))
             for name in ("where", "what", "remedy"):
                 console.print(Text(f"  {name + ':':8}{getattr(finding, name)}"))
 
 
 def _table_of_cuts(report: CheckReport) -> Table:
     table = Table(title=f"against the window in one shot: {report.model}", title_justify="left", title_style="")
-    for heading in ("window", "precision", "ranks", "cut", "steps"):
-        table.add_column(heading, justify="left" if heading in ("precision", "cut") else "right")
-    for heading in ("gradient", "worst", "after the step", "syncs"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    for heading in ("window", "precision", "ranks", "cut", "steps", "gradient", "worst", "after the step", "syncs", ""):
+        table.add_column(heading, justify="left" if heading in ("precision", "cut", "") else "right")
     for row in report.rows:
         numbers = [row.gradient_error, row.worst_error, row.parameters_error]
         shown = ["failed", "", ""] if row.failure else [_scientific(value) for value in numbers]
@@ -204,14 +210,3 @@ def _scientific(value: float | None) -> str:
 def _percent(value: float | None) -> str:
     value = value or 0.0
     return f"{100 * value:.3g} %" if value >= 1e-4 else f"{value:.1e}"
-
-
-def _finite(value: Any) -> Any:
-    """Turns NaN and infinity into strings, as JSON has neither."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    return value

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from distaccum.config import DDPConfig, as_plain
-from distaccum.config.enums import Compression, PrecisionName
+from distaccum.config.enums import PrecisionName
 from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.planning import split_evenly
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World, joined_world
+from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.check import conclusions, coupling, numerics, randomness
-from distaccum.tools.check.measuring import Difference, Update, ddp_config, difference, measure
-from distaccum.tools.check.report import CheckReport, CutRow, ParameterRow, Severity
-from distaccum.tools.check.subject import NOISE, Subject, cuts_of, split, window_samples
+from distaccum.tools.check.measuring import Update, ddp_config, difference, measure
+from distaccum.tools.check.report import CheckReport, CutRow, Difference, ParameterRow, Severity
+from distaccum.tools.check.subject import FOUND_OUT, NOISE, Subject, cuts_of, split, window_samples
 from distaccum.training.build import Parts
 from distaccum.training.run import check_same_config
 
 _TOLERANCES = {PrecisionName.fp64: 1e-10, PrecisionName.fp32: 1e-4, PrecisionName.fp16: 1e-2}
+_TOLERANCES |= dict.fromkeys((PrecisionName.bf16, PrecisionName.bf16_params), 5e-2)
 """Largest error of an equal gradient in each precision, over all parameters together."""
-_TOLERANCE_BF16 = 5e-2
-"""The same in the precisions that compute in bfloat16."""
 
 
 def check(config: CheckConfig) -> int:
@@ -42,7 +40,7 @@ def check(config: CheckConfig) -> int:
         device = resolve_device(config.device, world.local_rank)
         world.init_process_group(device)
         check_same_config(world, as_plain(config))
-        with _progress(is_shown=world.is_main) as tell:
+        with status_line("checking", is_shown=world.is_main) as tell:
             report = examine(config, world, device, tell)
         if world.is_main:
             if config.check.json:
@@ -55,18 +53,6 @@ def check(config: CheckConfig) -> int:
                 )
             sys.stdout.flush()
         return world.from_main(report.status)
-
-
-@contextmanager
-def _progress(*, is_shown: bool) -> Iterator[Callable[[str], None]]:
-    """Shows on standard error, if that is a terminal, what is being done while the context is open."""
-    console = Console(stderr=True)
-    columns = TextColumn("checking: {task.description}"), TimeElapsedColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not (is_shown and console.is_terminal)
-    ) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda doing: progress.update(task, description=doing, refresh=True)
 
 
 def examine(
@@ -86,7 +72,7 @@ def examine(
         precision=config.precision.name.value,
         world_size=world.world_size,
         tolerance_fp64=config.check.tolerance_fp64,
-        tolerance=config.check.tolerance or _TOLERANCES.get(config.precision.name, _TOLERANCE_BF16),
+        tolerance=config.check.tolerance or _TOLERANCES[config.precision.name],
         windows=[len(window) for window in windows],
     )
     examination = _Examination(subject, report, windows, tell)
@@ -99,11 +85,9 @@ def examine(
                     raise
                 raise conclusions.batchnorm_refuses(report.windows) from error
     # The other ranks go by what rank 0 has found out.
-    subject.is_random, subject.has_float64, subject.widens, subject.noise, has_unused = world.from_main(
-        (subject.is_random, subject.has_float64, subject.widens, subject.noise, examination.has_unused)
-    )
+    vars(subject).update(world.from_main({name: getattr(subject, name) for name in FOUND_OUT}))
     if world.world_size > 1:
-        examination.on_ranks(world, has_unused)
+        examination.on_ranks(world)
     if world.is_main:
         examination.conclude()
     return report
@@ -119,11 +103,15 @@ class _Examination:
         self.report = report
         self.windows = windows
         self._tell = tell
-        self.has_unused = False
-        self._precisions = [True] if subject.precision.name is PrecisionName.fp64 else [True, False]
-        """True for float64, False for the configured precision."""
-        self._one_shots: dict[tuple[int, bool], Update] = {}
-        self._differences: dict[bool, list[Difference]] = {True: [], False: []}
+        self._one_shots: dict[tuple[int, str], Update] = {}
+        """By window and precision."""
+        self._errors: dict[str, dict[str, float]] = {"float64_error": {}, "configured_error": {}, "step_error": {}}
+        """Of `ParameterRow`, by parameter: the largest so far."""
+
+    def _in_each_precision(self) -> list[Subject]:
+        """Returns the subject in float64 and, unless that is the same, in the configured precision."""
+        is_same = self.subject.precision.name is PrecisionName.fp64
+        return [self.subject] if is_same else [self.subject, self.subject.replaced(in_float64=False)]
 
     def alone(self) -> None:
         """Makes the experiments of one process, on rank 0."""
@@ -140,15 +128,15 @@ class _Examination:
         if is_repeatable:
             findings += randomness.find_state(subject, few)
         for number, window in enumerate(windows):
-            for float64 in self._precisions:
-                self._measure_alone(number, window, float64)
-        first = self._one_shots[0, True]
-        self.has_unused = bool(first.without_gradient)
+            for one in self._in_each_precision():
+                self._measure_alone(one, number, window)
+        first = self._one_shots[0, "float64"]
+        subject.has_unused = bool(first.without_gradient)
         findings += numerics.find_without_gradient(subject, first, windows[0], self.report.world_size)
         if first.failure or not is_repeatable:
             return
         self._tell("coupled samples")
-        findings += randomness.find_unequal_repeat(first, measure(subject, [windows[0]], float64=True))
+        findings += randomness.find_unequal_repeat(first, measure(subject, [windows[0]]))
         trio = coupling.choose_trio(subject, windows)
         if trio is not None:
             findings += coupling.find_coupling(subject, trio)
@@ -157,44 +145,44 @@ class _Examination:
     def _has(self, kind: str) -> bool:
         return any(finding.kind == kind for finding in self.report.findings)
 
-    def _measure_alone(self, number: int, window: list[int], float64: bool) -> None:
-        where = f"window {number + 1} of {len(self.windows)}, {'float64' if float64 else self.report.precision}"
+    def _measure_alone(self, subject: Subject, number: int, window: list[int]) -> None:
+        where = f"window {number + 1} of {len(self.windows)}, {subject.digits}"
         self._tell(f"{where}, one shot")
         try:
-            one_shot = measure(self.subject, [window], float64=float64)
+            one_shot = measure(subject, [window])
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{len(window)} samples don't fit into the memory in one micro-batch, which is what the cuts are "
                 "compared with. Lower check.samples: a part of a window proves as much."
             ) from error
-        self._one_shots[number, float64] = one_shot
+        self._one_shots[number, subject.digits] = one_shot
         if one_shot.failure:
-            self._add(number, float64, "one shot", [len(window)], one_shot)
-            self._explain_failure(number, float64, one_shot)
+            self._add(subject, number, "one shot", [[len(window)]], one_shot)
+            self._explain_failure(subject, window, one_shot)
             return
-        plan, size = self.subject.loader.plan, len(window)
+        plan, size = subject.loader.plan, len(window)
         steps = plan.accumulation_steps or -(-size // (plan.micro_batch_size or size))
         sizes = cuts_of(size, split_evenly(size, max(1, min(steps, size))))
-        if not float64:  # rounding is all that is left to see: two cuts show it
+        if not subject.in_float64:  # rounding is all that is left to see: two cuts show it
             sizes = {name: cut for name, cut in sizes.items() if name in ("as configured", "micro-batches of 1")}
         for name, cut in sizes.items():
             self._tell(f"{where}, {name}")
             try:
-                update = measure(self.subject, list(split(window, cut)), float64=float64)
+                update = measure(subject, list(split(window, cut)))
             except (ValueError, RuntimeError) as error:
                 update = Update(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            self._add(number, float64, name, cut, update)
+            self._add(subject, number, name, [cut], update)
 
-    def _explain_failure(self, number: int, float64: bool, update: Update) -> None:
-        known = {finding.kind for finding in self.report.findings}
-        if "weight" in update.failure and "wrong_weight" not in known:
-            self.report.findings.append(conclusions.weight_not_positive(update))
-        elif "nonfinite" not in known and "weight" not in update.failure:
-            self.report.findings.append(numerics.find_nonfinite(self.subject, self.windows[number], float64=float64))
+    def _explain_failure(self, subject: Subject, window: list[int], update: Update) -> None:
+        is_weight = "weight" in update.failure
+        if not self._has("wrong_weight" if is_weight else "nonfinite"):
+            self.report.findings.append(
+                conclusions.weight_not_positive(update) if is_weight else numerics.find_nonfinite(subject, window)
+            )
 
-    def on_ranks(self, world: World, has_unused: bool) -> None:
+    def on_ranks(self, world: World) -> None:
         """Measures the same windows under DDP. All ranks call it."""
-        config = ddp_config(self.subject, has_unused=has_unused)
+        config = ddp_config(self.subject)
         calls: dict[str, int] = {}
         for number, window in enumerate(self.windows):
             shares = split_evenly(len(window), world.world_size)
@@ -206,22 +194,21 @@ class _Examination:
                 self._tell(f"window {number + 1} of {len(self.windows)}, {world.world_size} ranks, {name}")
                 cut = list(split(mine, split_evenly(len(mine), steps)))
                 failure, placed = self._rehearse(world, cut, config)
-                for float64 in self._precisions:
-                    update = Update(failure=failure)
-                    if not failure:
-                        update = measure(self.subject, cut, float64=float64, ddp=placed)
-                    sizes = [size for sizes in world.gather([len(part) for part in cut]) for size in sizes]
+                for subject in self._in_each_precision():
+                    update = Update(failure=failure) if failure else measure(subject, cut, ddp=placed)
+                    cuts = world.gather([len(part) for part in cut])
                     if world.is_main:
                         calls.setdefault(name, update.sync_calls)
-                        self._add(number, float64, name, sizes, update, world.world_size, len(cut))
+                        self._add(subject, number, name, cuts, update)
         if world.is_main:
-            self._judge_collectives(calls, config)
+            strategy = self.subject.config.strategy
+            self.report.findings += conclusions.find_on_ranks(self.report, strategy, config, calls)
 
     def _rehearse(self, world: World, cut: list[list[int]], config: DDPConfig) -> tuple[str, DDPConfig]:
         """Runs this rank's micro-batches without the others: what fails on one rank alone would leave them waiting."""
         failure, lacks_gradient = "", False
         try:
-            lacks_gradient = any(measure(self.subject, [part], float64=True).without_gradient for part in cut)
+            lacks_gradient = any(measure(self.subject, [part]).without_gradient for part in cut)
         except (ValueError, RuntimeError, UserError) as error:
             failure = f"rank {world.rank}: {type(error).__name__}: {str(error).splitlines()[0]}"
         failures = [said for said in world.gather(failure) if said]
@@ -229,93 +216,63 @@ class _Examination:
             config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
         return (failures[0] if failures else ""), config
 
-    def _judge_collectives(self, calls: dict[str, int], config: DDPConfig) -> None:
-        strategy = self.subject.config.strategy
-        if not isinstance(strategy, DDPConfig):
-            self.report.findings.append(conclusions.measured_under_ddp(strategy.name))
-        if not calls:
-            self.report.findings.append(conclusions.too_few_samples(self.report))
-        if config.compression is not Compression.none:
-            self.report.findings.append(conclusions.compression(config))
-        if len(set(calls.values())) > 1 and not config.static_graph:
-            shown = "; ".join(f"{count} with {name}" for name, count in calls.items())
-            self.report.findings.append(conclusions.collectives_grow(shown))
-
-    def _add(
-        self,
-        window: int,
-        float64: bool,
-        name: str,
-        sizes: list[int],
-        update: Update,
-        ranks: int = 1,
-        micro_steps: int | None = None,
-    ) -> None:
-        report = self.report
-        found: Difference | None = None
+    def _add(self, subject: Subject, window: int, name: str, cuts: list[list[int]], update: Update) -> None:
+        """Adds an update to the report; `cuts` are the sizes of each rank's micro-batches."""
+        found = Difference()
         if not update.failure:
-            found = difference(update, self._one_shots[window, float64])
-            self._differences[float64].append(found)
-        worst = max(found.by_parameter, key=found.by_parameter.__getitem__, default=None) if found else None
-        report.rows.append(
+            found, gradients, steps = difference(update, self._one_shots[window, subject.digits])
+            _keep_largest(self._errors["float64_error" if subject.in_float64 else "configured_error"], gradients)
+            if subject.in_float64:
+                _keep_largest(self._errors["step_error"], steps)
+        self.report.rows.append(
             CutRow(
+                **dataclasses.asdict(found),
                 window=window + 1,
-                precision="float64" if float64 else report.precision,
-                ranks=ranks,
+                precision=subject.digits,
+                ranks=len(cuts),
                 cut=name,
-                micro_steps=len(sizes) if micro_steps is None else micro_steps,
-                sizes=sizes,
-                gradient_error=found.gradient if found else None,
-                worst_parameter=worst,
-                worst_error=found.by_parameter[worst] if found and worst is not None else None,
-                parameters_error=found.parameters if found else None,
-                factor=found.factor if found else None,
+                micro_steps=len(cuts[0]),
+                sizes=[size for sizes in cuts for size in sizes],
                 loss=update.loss,
                 sync_calls=update.sync_calls,
-                equal=found is not None and self._is_equal(found, float64),
+                equal=not update.failure and self._is_equal(subject, found),
                 failure=update.failure,
             )
         )
 
-    def _is_equal(self, found: Difference, float64: bool) -> bool:
-        if not float64:
-            return found.gradient <= self.report.tolerance
-        if self.subject.noise > NOISE:
-            return found.gradient <= max(self.report.tolerance_fp64, self.subject.noise)
-        return found.worst <= self.report.tolerance_fp64
+    def _is_equal(self, subject: Subject, found: Difference) -> bool:
+        assert found.gradient_error is not None
+        if not subject.in_float64:
+            return found.gradient_error <= self.report.tolerance
+        if subject.noise > NOISE:
+            return found.gradient_error <= max(self.report.tolerance_fp64, subject.noise)
+        return max(found.gradient_error, found.worst_error or 0.0) <= self.report.tolerance_fp64
 
     def conclude(self) -> None:
         """Makes the table of parameters, and names a reason where a difference has none yet."""
         report = self.report
         report.parameters = self._parameter_rows()
-        amplified = max((found.parameters for found in self._differences[True]), default=0.0)
+        in_float64 = [row for row in report.rows if row.precision == "float64"]
+        amplified = max((row.parameters_error or 0.0 for row in in_float64), default=0.0)
         all_equal = all(row.equal for row in report.rows)
         if all_equal and amplified > report.tolerance_fp64 and not self._has("low_precision"):
             report.findings.append(conclusions.amplified(type(self.subject.config.optim).__name__, amplified))
         if all_equal or any(finding.severity is Severity.error for finding in report.findings):
             return
-        in_float64 = [row for row in report.rows if not row.equal and row.precision == "float64"]
-        report.findings.append(
-            conclusions.unexplained(report, in_float64) if in_float64 else conclusions.rounding(report)
-        )
+        unequal = [row for row in in_float64 if not row.equal]
+        report.findings.append(conclusions.unexplained(report, unequal) if unequal else conclusions.rounding(report))
 
     def _parameter_rows(self) -> list[ParameterRow]:
-        in_float64, configured = ([one.by_parameter for one in self._differences[key]] for key in (True, False))
-        steps = [found.parameters_by_name for found in self._differences[True]]
+        names = {**self._errors["float64_error"], **self._errors["configured_error"]}
         rows = [
-            ParameterRow(
-                name=name,
-                float64_error=_largest(in_float64, name),
-                configured_error=_largest(configured, name),
-                step_error=_largest(steps, name),
-            )
-            for name in dict.fromkeys(name for errors in (*in_float64, *configured) for name in errors)
+            ParameterRow(name=name, **{kind: errors.get(name) for kind, errors in self._errors.items()})
+            for name in names
         ]
         return sorted(rows, key=lambda row: (row.float64_error or 0.0, row.configured_error or 0.0), reverse=True)
 
 
-def _largest(errors: Sequence[dict[str, float]], name: str) -> float | None:
-    return max((by_name[name] for by_name in errors if name in by_name), default=None)
+def _keep_largest(known: dict[str, float], errors: dict[str, float]) -> None:
+    known.update({name: max(error, known.get(name, 0.0)) for name, error in errors.items()})
 
 
 def _steps_on_ranks(shares: Sequence[int], rank: int, config: DDPConfig) -> dict[str, int]:

@@ -26,13 +26,21 @@ class StillDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         name = func._overloadpacket._qualified_op_name
-        still = _STILL.get(name)
-        if still is not None:
-            return still(func, args, kwargs)
+        if name == "aten::native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if name == "aten::native_dropout_backward":
+            return args[0].clone()
+        if name in _MEANS:
+            mean = _MEANS[name](_arguments(func, args, kwargs))
+            # An operator that makes a tensor draws it, for its shape and format, and is then overwritten.
+            tensor = args[0] if name.endswith("_") else func(*args, **kwargs)
+            return tensor.copy_(mean) if isinstance(mean, Tensor) else tensor.fill_(mean)
         if name.startswith("aten::"):
-            args = _without_dropout(func, args, kwargs)
+            named = zip((argument.name for argument in func._schema.arguments), args, strict=False)
+            args = [0.0 if key in _PROBABILITIES else value for key, value in named]
+            kwargs = {key: 0.0 if key in _PROBABILITIES else value for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -68,87 +76,34 @@ class DrawWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._where = where
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and _does_draw(func, args, kwargs or {}):
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            arguments = _arguments(func, args, kwargs or {})
             name = self._where()
-            if name not in self.modules:
+            # Attention without dropout has the tag too, and draws nothing.
+            if all(arguments.get(key, True) for key in _PROBABILITIES) and name not in self.modules:
                 self.modules.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def _argument(func: Any, args: Any, kwargs: dict[str, Any], name: str, default: Any = None) -> Any:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.name == name:
-            if index < len(args):
-                return args[index]
-            return kwargs.get(name, argument.default_value if argument.has_default_value() else default)
-    return default
+def _arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an operator's call by name, with the defaults of those that are left out."""
+    declared = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in declared if argument.has_default_value()}
+    return {**defaults, **dict(zip((argument.name for argument in declared), args, strict=False)), **kwargs}
 
 
-def _does_draw(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Returns whether an operator that may draw does so with these arguments (attention without dropout doesn't)."""
-    names = {argument.name for argument in func._schema.arguments}
-    for name in _PROBABILITIES:
-        if name in names:
-            return bool(_argument(func, args, kwargs, name))
-    return True
-
-
-def _without_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.name in _PROBABILITIES:
-            if index < len(args):
-                args = (*args[:index], 0.0, *args[index + 1 :])
-            elif argument.name in kwargs:
-                kwargs[argument.name] = 0.0
-    return args
-
-
-def _filled(mean: Callable[[Any, Any, dict[str, Any]], Any]) -> Callable[..., Any]:
-    """Replaces an operator that fills an existing tensor."""
-
-    def still(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        value = mean(func, args, kwargs)
-        return args[0].copy_(value) if isinstance(value, Tensor) else args[0].fill_(value)
-
-    return still
-
-
-def _made(value: float) -> Callable[..., Any]:
-    """Replaces an operator that makes a tensor, which is drawn for its shape and dtype, and overwritten."""
-    return lambda func, args, kwargs: func(*args, **kwargs).fill_(value)
-
-
-def _randint(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    low, high = _argument(func, args, kwargs, "low", 0), _argument(func, args, kwargs, "high")
-    return func(*args, **kwargs).fill_((low + high - 1) // 2)
-
-
-def _bernoulli(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    probability = _argument(func, args, kwargs, "p")
-    return args[0].clone() if probability is None else torch.full_like(args[0], probability)
-
-
-def _native_dropout(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-
-
-_STILL: dict[str, Callable[..., Any]] = {
+_MEANS: dict[str, Callable[[dict[str, Any]], Any]] = {
     # Dropout on a CPU draws bernoulli_(1 - p) and divides by 1 - p, so the mean makes it exactly 1.
-    "aten::bernoulli_": _filled(lambda func, args, kwargs: _argument(func, args, kwargs, "p", 0.5)),
-    "aten::bernoulli": _bernoulli,
-    "aten::native_dropout": _native_dropout,
-    "aten::native_dropout_backward": lambda func, args, kwargs: args[0].clone(),
-    "aten::rand": _made(0.5),
-    "aten::rand_like": _made(0.5),
-    "aten::randn": _made(0.0),
-    "aten::randn_like": _made(0.0),
-    "aten::randint": _randint,
-    "aten::randint_like": _randint,
-    "aten::uniform_": _filled(
-        lambda func, args, kwargs: (
-            (_argument(func, args, kwargs, "from", 0.0) + _argument(func, args, kwargs, "to", 1.0)) / 2
-        )
-    ),
-    "aten::normal_": _filled(lambda func, args, kwargs: _argument(func, args, kwargs, "mean", 0.0)),
-    "aten::exponential_": _filled(lambda func, args, kwargs: 1 / _argument(func, args, kwargs, "lambd", 1.0)),
+    "aten::bernoulli_": lambda given: given["p"],
+    "aten::bernoulli": lambda given: given.get("p", given["self"]),
+    "aten::rand": lambda given: 0.5,
+    "aten::rand_like": lambda given: 0.5,
+    "aten::randn": lambda given: 0.0,
+    "aten::randn_like": lambda given: 0.0,
+    "aten::randint": lambda given: (given.get("low", 0) + given["high"] - 1) // 2,
+    "aten::randint_like": lambda given: (given.get("low", 0) + given["high"] - 1) // 2,
+    "aten::uniform_": lambda given: (given["from"] + given["to"]) / 2,
+    "aten::normal_": lambda given: given["mean"],
+    "aten::exponential_": lambda given: 1 / given["lambd"],
 }
+"""The mean of what an operator draws, from its arguments. Operators whose names end with _ fill their first one."""

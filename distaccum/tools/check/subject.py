@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from distaccum import planning
-from distaccum.config import instantiate as targets
 from distaccum.config.enums import PrecisionName
 from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError
@@ -23,38 +21,26 @@ from distaccum.runtime.devices import cast
 from distaccum.runtime.nested import tensors_of, to_device
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.tasks import TaskOutput, checked_output
-from distaccum.tools.check.recording import Call, Recording, recording
-from distaccum.tools.check.stillness import DrawWatch, StillDraws, WideCasts
+from distaccum.tools.check.recording import Recording, recording
+from distaccum.tools.check.stillness import StillDraws, WideCasts
 from distaccum.training.build import Parts
+from distaccum.training.data import collate_fn
 
 NOISE = 1e-9
 """In float64, a relative difference below this is rounding."""
 LOW_NOISES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The same for models and losses that compute in a lower format whatever the format of their inputs."""
 
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One forward of a micro-batch."""
-
-    loss: float
-    dtype: torch.dtype
-    """Of the loss."""
-    weight: float
-    recording: Recording
-    drawing_modules: list[str]
-
-    @property
-    def calls(self) -> list[Call]:
-        return self.recording.calls
+FOUND_OUT = ("is_random", "has_float64", "widens", "noise", "has_unused")
+"""Attributes of a `Subject` that experiments set."""
 
 
 class Samples:
     """The training samples, each loaded once so that every experiment sees the same ones."""
 
     def __init__(self, config: CheckConfig, dataset: Any, device: torch.device) -> None:
-        collate = targets.build(config.data.collate_fn, "data.collate_fn") if config.data.collate_fn else None
-        self.collate: Callable[[list[Any]], Any] = collate or getattr(dataset, "collate_fn", None) or PadCollate()
+        given = collate_fn(config.data)
+        self.collate: Callable[[list[Any]], Any] = given or getattr(dataset, "collate_fn", None) or PadCollate()
         self.dataset = dataset
         self.device = device
         self._seed = derived_seed(config.seed, "check", "samples")
@@ -120,6 +106,8 @@ class Subject:
         has_float64: False once it is known that the model can't be computed in float64.
         widens: True once it is known that it casts to lower formats, which are then taken as float64.
         noise: the largest relative difference that counts as rounding.
+        has_unused: True once it is known that the loss doesn't depend on some parameters.
+        in_float64: whether it is computed in float64, as far as the model can be, or in the configured precision.
     """
 
     def __init__(self, config: CheckConfig, parts: Parts, device: torch.device) -> None:
@@ -134,11 +122,22 @@ class Subject:
         self.has_float64 = True
         self.widens = False
         self.noise = NOISE
+        self.has_unused = False
+        self.in_float64 = True
         self.model = parts.module.to(device)
         self._seed = derived_seed(config.seed, "check", "forward")
-        self.fresh_model(float64=False)  # which may refuse
+        self.fresh_model()  # which may refuse
 
-    def fresh_model(self, *, float64: bool = True) -> nn.Module:
+    @property
+    def digits(self) -> str:
+        """The name of the precision that is computed in."""
+        return "float64" if self.in_float64 else self.precision.name.value
+
+    @property
+    def _is_double(self) -> bool:
+        return self.in_float64 and self.has_float64
+
+    def fresh_model(self) -> nn.Module:
         """Returns a copy of the model in the state in which it was built."""
         try:
             model = copy.deepcopy(self.model)
@@ -148,7 +147,7 @@ class Subject:
                 "copy. Let copy.deepcopy work on it (replace torch.nn.utils.weight_norm by "
                 "torch.nn.utils.parametrizations.weight_norm, for example)."
             ) from error
-        if float64 and self.has_float64:
+        if self._is_double:
             return cast(model, torch.float64)
         if self.precision.name is PrecisionName.bf16_params:
             for parameter in model.parameters():
@@ -156,7 +155,7 @@ class Subject:
         return model
 
     def replaced(self, **attributes: Any) -> Subject:
-        """Returns a copy of this subject with another task or other samples."""
+        """Returns a copy of this subject with other attributes: another task, other samples, another precision."""
         other = copy.copy(self)
         vars(other).update(attributes)
         return other
@@ -171,61 +170,46 @@ class Subject:
         except Exception:  # it holds something that can't be copied, so all experiments share it
             return self.task
 
-    def batch(self, indices: Sequence[int], *, float64: bool = True) -> Any:
-        in_double = float64 and self.has_float64
-        return self.samples.batch(indices, torch.float64 if in_double else self.precision.input_dtype)
+    def batch(self, indices: Sequence[int]) -> Any:
+        return self.samples.batch(indices, torch.float64 if self._is_double else self.precision.input_dtype)
 
     @contextmanager
-    def stillness(self, *, float64: bool) -> Iterator[None]:
+    def stillness(self) -> Iterator[None]:
         """Encloses forwards, and backwards, which may compute a forward again (activation checkpointing)."""
         with ExitStack() as stack:
-            if self.widens and float64:
+            if self.widens and self._is_double:
                 stack.enter_context(WideCasts())
             if self.is_random:
                 stack.enter_context(StillDraws())  # type: ignore[no-untyped-call]
             yield
 
     def backward(self, loss_sum: Tensor) -> None:
-        with self.stillness(float64=loss_sum.dtype == torch.float64):
+        with self.stillness():
             loss_sum.backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def computing(self, *, float64: bool, seed: int = 0) -> Iterator[None]:
+    def computing(self, seed: int = 0) -> Iterator[None]:
         """Encloses a forward, which draws the same random numbers each time, or their means."""
         seed_everything(derived_seed(self._seed, seed))
-        in_double = float64 and self.has_float64
-        with self.stillness(float64=in_double), nullcontext() if in_double else self.precision.autocast():
+        with self.stillness(), nullcontext() if self._is_double else self.precision.autocast():
             yield
 
-    def output(self, model: nn.Module, task: Any, batch: Any, *, float64: bool = True, seed: int = 0) -> TaskOutput:
+    def output(self, model: nn.Module, task: Any, batch: Any, *, seed: int = 0) -> TaskOutput:
         """Makes a forward, which draws the same random numbers each time, or their means if the model draws any."""
-        with self.computing(float64=float64, seed=seed):
+        with self.computing(seed):
             return checked_output(task(model, batch))
 
     def probe(
-        self,
-        indices: Sequence[int],
-        *,
-        model: nn.Module | None = None,
-        seed: int = 0,
-        float64: bool = True,
-        watch: bool = False,
-        record: bool = True,
-    ) -> Probe:
+        self, indices: Sequence[int], *, model: nn.Module | None = None, seed: int = 0, record: bool = True
+    ) -> Recording:
         """Forwards a micro-batch through a fresh copy of the model, or through `model`, and records what happened."""
-        model = self.fresh_model(float64=float64) if model is None else model
-        batch = self.batch(indices, float64=float64)
-        with ExitStack() as stack:
-            recorded = stack.enter_context(recording(model)) if record else Recording()
-            draws = stack.enter_context(DrawWatch(recorded.running_module)) if watch else None
-            output = self.output(model, self.fresh_task(), batch, float64=float64, seed=seed)
-        return Probe(
-            loss=float(output.loss_sum.detach()),
-            dtype=output.loss_sum.dtype,
-            weight=float(output.weight),
-            recording=recorded,
-            drawing_modules=draws.modules if draws else [],
-        )
+        model = self.fresh_model() if model is None else model
+        batch = self.batch(indices)
+        with recording(model) if record else nullcontext(Recording()) as recorded:
+            output = self.output(model, self.fresh_task(), batch, seed=seed)
+        recorded.loss, recorded.dtype = float(output.loss_sum.detach()), output.loss_sum.dtype
+        recorded.weight = float(output.weight)
+        return recorded
 
     def close(self, one: float, other: float, *scale: float) -> bool:
         """Returns whether two sums agree up to rounding; `scale` are the numbers that were added up."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +11,6 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -31,6 +28,7 @@ from distaccum.runtime.files import write_result
 from distaccum.runtime.logs import console
 from distaccum.runtime.world import World, joined_world
 from distaccum.tasks import CoupledTask
+from distaccum.tools.bench.terminal import print_table, table_of
 from distaccum.tools.evaluate.members import Member, find_members, load_weights
 from distaccum.training.data import collate_fn, loader_options
 from distaccum.training.evaluation import evaluate_model, metrics_of
@@ -132,10 +130,8 @@ class _Examination:
                 )
             return None
         if isinstance(self.task, CoupledTask):
-            if wishes.combine is Combination.weights:
-                return Combination.weights
-            if wishes.combine is None:
-                return None
+            if wishes.combine in (Combination.weights, None):
+                return wishes.combine
             raise UserError(
                 f"{type(self.task).__name__} compares embeddings, and those of different models can't be combined. "
                 "Leave out --combine, and each model is evaluated alone."
@@ -226,18 +222,14 @@ def _model(member: Member, train_data: Any, weights: Weights, precision: Precisi
 
 def _print(rows: Sequence[EvaluateRow], examination: _Examination, wishes: Wishes) -> None:
     samples = examination.loader.num_samples
-    title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("model")
-    table.add_column("update", justify="right")
-    for name in rows[0].metrics:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of("model", "update", *rows[0].metrics)
+    table.title = f"{samples:,} samples, {wishes.weights.value} weights, {examination.precision.name.value}"
+    table.title_justify = "left"
     for row in rows:
         is_all = row.update is None
         cells = ["" if is_all else str(row.update), *(number(row.metrics[name]) for name in rows[0].metrics)]
         table.add_row(Text(printable(row.name), overflow="fold"), *cells, style="bold" if is_all else "")
-    wide = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    wide.print(table)
+    print_table(table, 120)
     if wishes.output is not None:
         found = {
             "samples": samples,

@@ -7,7 +7,7 @@ slope of the last piece, and before them that of the first.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,27 +32,9 @@ class PeakLine:
         slope = (self.points[high] - self.points[low]) / (high - low)
         return round(self.points[low] + slope * (samples - low))
 
-    @property
-    def per_sample(self) -> float:
-        """Bytes that another sample adds, at the largest measured sizes."""
-        sizes = sorted(self.points)
-        if len(sizes) == 1:
-            return 0.0
-        low, high = sizes[-2:]
-        return (self.points[high] - self.points[low]) / (high - low)
-
     def largest(self, limit: float, most: int) -> int:
         """Returns the most samples, up to `most`, whose peak is within a limit; 0 if not even one sample's is."""
-        if self.at(1) > limit:
-            return 0
-        low, high = 1, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.at(middle) <= limit:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return bisect_right(range(1, most + 1), limit, key=self.at)
 
 
 def sizes_to_measure(micro_batch: int, most: int, least: int = 1) -> list[int]:

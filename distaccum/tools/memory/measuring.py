@@ -6,7 +6,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,9 @@ class Setting:
     optim: Any
     """A section `optim`."""
     activation_checkpointing: bool
+    device: torch.device
+    precision: Precision
+    clip_norm: float | None = 1.0
     wrap: Sequence[str] = ()
     averages: Sequence[EmaConfig | SwaConfig] = ()
     evaluation_batch_of: Callable[[int], Any] | None = None
@@ -80,11 +83,6 @@ class Footprint:
         """The largest of all moments, by size of the micro-batch."""
         return {size: max(moments.values()) for size, moments in self.peaks.items()}
 
-    def moment(self, size: int) -> str:
-        """Returns the moment of the peak."""
-        moments = self.peaks[size]
-        return max(moments, key=moments.__getitem__)
-
 
 def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
     """Returns the number of replicas that share each micro-batch of a process."""
@@ -99,11 +97,8 @@ def replicas_of(strategy: StrategyConfig, device: torch.device) -> int:
 def fake_ranks(world_size: int) -> Iterator[None]:
     """Makes this process rank 0 of a process group without the other ranks: its collectives return at once.
 
-    A rank's memory doesn't depend on what the others send. With a world size of 1 there is no process group.
+    A rank's memory doesn't depend on what the others send.
     """
-    if world_size == 1:
-        yield
-        return
     assert not dist.is_initialized(), "there are real ranks already"
     # Here and not above: torch keeps it among its own tests' helpers, and it is needed for nothing else.
     with warnings.catch_warnings():
@@ -124,9 +119,6 @@ def measure(
     batch_of: Callable[[int], Any],
     sizes: Sequence[int],
     *,
-    device: torch.device,
-    precision: Precision,
-    clip_norm: float | None = 1.0,
     limit: float | None = None,
     has_ranks: bool = False,
 ) -> Footprint:
@@ -146,16 +138,16 @@ def measure(
     """
     # cuBLAS allocates workspaces at its first use, in the threads of forwards and of backwards, and keeps them. That
     # happens before anything is measured: every setting needs them, and only the first one would show them.
-    ones = torch.ones(8, 8, device=device, requires_grad=True)
+    ones = torch.ones(8, 8, device=setting.device, requires_grad=True)
     (nn.functional.linear(ones, ones, ones[0]) @ ones).sum().backward()  # type: ignore[no-untyped-call]
-    with nullcontext() if has_ranks else fake_ranks(setting.world_size), warnings.catch_warnings():
+    is_imitated = setting.world_size > 1 and not has_ranks
+    with fake_ranks(setting.world_size) if is_imitated else nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         warnings.filterwarnings(
             "ignore", message="`torch.jit.* is deprecated", category=DeprecationWarning
         )  # by torch's own ZeRO-1
-        has_ranks = has_ranks or setting.world_size == 1
-        with metered(device) as meter:
-            windows = _Windows(master, setting, task, meter, device, precision, clip_norm, has_ranks)
+        with metered(setting.device) as meter:
+            windows = _Windows(master, setting, task, meter, is_imitated)
             try:
                 footprint = _footprint(windows, batch_of, sizes, limit)
             finally:
@@ -197,30 +189,26 @@ class _Windows:
         setting: Setting,
         task: Callable[[nn.Module, Any], TaskOutput],
         meter: Meter,
-        device: torch.device,
-        precision: Precision,
-        clip_norm: float | None,
-        has_ranks: bool,
+        is_imitated: bool,
     ) -> None:
         module = copy.deepcopy(master)
         if setting.activation_checkpointing:
             checkpoint_blocks(module, setting.wrap)
         if setting.strategy.name == "dp":
             meter.watch_threads_of(module)
-        self._strategy: Strategy = place(module, setting.strategy, device, precision.name)
+        self._strategy: Strategy = place(module, setting.strategy, setting.device, setting.precision.name)
         parameters = self._strategy.model.parameters()
         shard = shards_optimizer(setting.strategy)
-        self._optimizer = build_optimizer(setting.optim, parameters, device, shard=shard)
+        self._optimizer = build_optimizer(setting.optim, parameters, setting.device, shard=shard)
         self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
         self._gradient_bytes = 0
         self._accumulator = Accumulator(
-            self._strategy.model, self._optimizer, clip_norm=clip_norm, strategy=self._strategy
+            self._strategy.model, self._optimizer, clip_norm=setting.clip_norm, strategy=self._strategy
         )
         self._task = task
-        self._evaluation_batch_of = setting.evaluation_batch_of
-        self._has_ranks = has_ranks
+        self._setting = setting
+        self._is_imitated = is_imitated
         self._meter = meter
-        self._autocast: Callable[[], AbstractContextManager[Any]] = precision.autocast
         # A fourth micro-step would be like the third: gradients are there, and it isn't the last.
         self._micro_steps = min(setting.accumulation_steps, 3)
         meter.lap()
@@ -237,7 +225,7 @@ class _Windows:
         with self._accumulator.window([batch] * self._micro_steps) as micro_batches:
             for number, micro_batch in enumerate(micro_batches, 1):
                 before = self._meter.now
-                with self._autocast():
+                with self._setting.precision.autocast():
                     output = checked_output(self._task(self._strategy.model, micro_batch))
                 kept = max(kept, self._meter.now - before)
                 lap("forward")
@@ -245,7 +233,7 @@ class _Windows:
                 del output
                 is_last = number == self._micro_steps
                 lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")
-        if not self._has_ranks:
+        if self._is_imitated:
             # Imitated ranks leave in the gradients whatever was in that memory before.
             torch._foreach_zero_(local_parts(self._gradients()))
         self._gradient_bytes = held_bytes(self._gradients())
@@ -257,12 +245,12 @@ class _Windows:
 
     def evaluate(self, size: int) -> dict[str, int]:
         """Returns the peak of an evaluation's forward, if there is an evaluation."""
-        if self._evaluation_batch_of is None:
+        if self._setting.evaluation_batch_of is None:
             return {}
         self._meter.lap()
         module = self._strategy.module
-        with evaluation_mode(module), torch.no_grad(), self._autocast():
-            self._task(module, self._evaluation_batch_of(size))
+        with evaluation_mode(module), torch.no_grad(), self._setting.precision.autocast():
+            self._task(module, self._setting.evaluation_batch_of(size))
         self._strategy.at_rest()
         return {EVALUATION: self._meter.lap()}
 

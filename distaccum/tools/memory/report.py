@@ -20,13 +20,13 @@ class Row:
     """The memory under one setting.
 
     Attributes:
-        label: the setting in words.
-        change: the overrides that turn the configured setting into this one.
+        setting: the setting in words.
+        overrides: those that turn the configured setting into this one.
         micro_batch: samples of a micro-batch.
     """
 
-    label: str
-    change: str
+    setting: str
+    overrides: str
     world_size: int
     accumulation_steps: int
     micro_batch: int
@@ -53,8 +53,9 @@ class Row:
     @property
     def moment(self) -> str:
         """The moment of the peak, at the nearest measured size."""
-        sizes = sorted(self.footprint.peaks, key=lambda size: abs(size - self.micro_batch))
-        return self.footprint.moment(sizes[0])
+        nearest = min(self.footprint.peaks, key=lambda size: abs(size - self.micro_batch))
+        moments = self.footprint.peaks[nearest]
+        return max(moments, key=moments.__getitem__)
 
 
 @dataclass(slots=True)
@@ -110,7 +111,9 @@ class Report:
             said.append("Not even a micro-batch of one sample fits.")
         if (row.micro_batch > most) and (fitting := [other for other in self.rows[1:] if other.peak <= self.usable]):
             best = min(fitting, key=lambda other: (other.world_size > row.world_size, other.peak))
-            said.append(f"With micro-batches of {best.micro_batch}, this fits: {best.change} ({byte_size(best.peak)}).")
+            said.append(
+                f"With micro-batches of {best.micro_batch}, this fits: {best.overrides} ({byte_size(best.peak)})."
+            )
         said.append(self._what_first())
         if self.left_out:
             said.append(f"Not measured: {'; '.join(self.left_out)}.")
@@ -126,7 +129,7 @@ class Report:
         if saved <= 0:
             return "None of the other settings measured needs less."
         return (
-            f"To save memory, change first: {best.change}, which saves {byte_size(saved)} "
+            f"To save memory, change first: {best.overrides}, which saves {byte_size(saved)} "
             f"({100 * saved / row.peak:.0f} % of the peak)."
         )
 
@@ -168,7 +171,7 @@ class Report:
         table = table_of("setting", "batch", "rest", "activ.", "peak", "largest")
         for row in self.rows:
             table.add_row(
-                Text(row.label),
+                Text(row.setting),
                 str(row.micro_batch),
                 byte_size(row.rest),
                 byte_size(row.activations),
@@ -178,21 +181,16 @@ class Report:
         return table
 
     def as_json(self) -> str:
-        rows = [
-            {
-                "setting": row.label,
-                "overrides": row.change,
-                "world_size": row.world_size,
-                "accumulation_steps": row.accumulation_steps,
-                "micro_batch": row.micro_batch,
+        rows = []
+        for row in self.rows:
+            derived = {
                 "peak": row.peak,
                 "moment": row.moment,
-                "activations": row.activations,
                 "activation_bytes_per_sample": row.activations / row.micro_batch,
                 "largest_micro_batch": self.largest(row),
-                **asdict(row.footprint),
             }
-            for row in self.rows
-        ]
+            plain = asdict(row)
+            footprint = plain.pop("footprint")
+            rows.append(plain | derived | footprint)
         head = {key: getattr(self, key) for key in ("model", "device", "precision", "limit", "usable", "fits")}
         return json.dumps({**head, "words": self.words(), "rows": rows}, indent=2)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
@@ -28,6 +27,7 @@ from distaccum.runtime.nested import to_device
 from distaccum.strategies import needs_equal_micro_steps
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
+from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.memory.lines import sizes_to_measure
 from distaccum.tools.memory.measuring import Setting, measure, replicas_of
 from distaccum.tools.memory.report import Report, Row
@@ -35,8 +35,6 @@ from distaccum.training.build import Parts
 from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
-
-GIB = 1 << 30
 
 _OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
     "strategy=ddp": DDPConfig(),
@@ -95,7 +93,7 @@ class _Examination:
     def __init__(self, config: MemoryConfig) -> None:
         self._config = config
         self._device = resolve_device(config.device)
-        world_size = _world_size(config)
+        world_size = _ranks(config) if isinstance(config.strategy, DDPConfig | FSDPConfig) else 1
         self._parts = Parts(config, self._device, world_size=world_size)
         is_checkpointed = take_back_checkpointing(self._parts.module)
         if isinstance(self._parts.task, CoupledTask):
@@ -112,11 +110,14 @@ class _Examination:
             accumulation_steps=steps,
             optim=config.optim,
             activation_checkpointing=is_checkpointed,
+            device=self._device,
+            precision=self._parts.precision,
+            clip_norm=config.train.clip_norm,
             wrap=getattr(config.strategy, "wrap", ()),
             averages=config.train.averages,
             evaluation_batch_of=self._evaluation_batches(),
         )
-        self._limit = config.memory.limit_gb * GIB if config.memory.limit_gb else _memory_of(self._device)
+        self._limit = config.memory.limit_gb * 2**30 if config.memory.limit_gb else _memory_of(self._device)
         self._usable = self._limit * (1 - config.memory.headroom)
         self._left_out: list[str] = []
 
@@ -140,13 +141,9 @@ class _Examination:
         if self._config.memory.alternatives:
             changes += self._alternatives()
         rows: list[Row] = []
-        console = Console(stderr=True)
-        is_silent = self._config.memory.json or not console.is_terminal
-        column = TextColumn("measuring: {task.description}")
-        with Progress(column, console=console, transient=True, disable=is_silent) as progress:
-            task = progress.add_task("", total=None)
+        with status_line("measuring", is_shown=not self._config.memory.json) as tell:
             for change in changes:
-                progress.update(task, description=change.label, refresh=True)
+                tell(change.label)
                 try:
                     rows.append(self._measured(change))
                 except Exception as error:
@@ -174,9 +171,6 @@ class _Examination:
                 self._parts.task,
                 self._batches(self._parts.train_data),
                 sizes,
-                device=self._device,
-                precision=self._parts.precision,
-                clip_norm=self._config.train.clip_norm,
                 limit=self._usable,
             )
         except Exception as error:
@@ -213,7 +207,7 @@ class _Examination:
             yield _Change(f"model.activation_checkpointing={str(on).lower()}", label, setting)
         ranks = configured.world_size
         if ranks == 1:
-            ranks = config.memory.world_size or max(2, torch.cuda.device_count())
+            ranks = _ranks(config)
         needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
         for overrides, strategy in _OTHER_PLACEMENTS.items():
             is_impossible = (
@@ -262,9 +256,8 @@ class _Examination:
         return lambda micro_batch: batch_of(min(fixed or micro_batch, len(data)))
 
 
-def _world_size(config: MemoryConfig) -> int:
-    if not isinstance(config.strategy, DDPConfig | FSDPConfig):
-        return 1
+def _ranks(config: MemoryConfig) -> int:
+    """Returns the number of ranks of placements that have several."""
     return config.memory.world_size or max(2, torch.cuda.device_count())
 
 

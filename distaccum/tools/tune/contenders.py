@@ -31,17 +31,15 @@ class Contender:
 
     Attributes:
         memory: peak in bytes of the process that used most.
+        prepared: the answer of its rank 0 to the command `prepare`.
         rounds: its turns, in order.
     """
 
     title: str
     setting: TuneSetting
     start: Callable[[], Session]
-    is_inexact: bool = False
     memory: int = 0
-    memory_kind: str = ""
-    device: str = ""
-    micro_batch_sizes: list[int] = field(default_factory=list)
+    prepared: dict[str, Any] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     session: Session | None = None
 
@@ -51,12 +49,9 @@ class Contender:
         Raises:
             PlacementFailedError: it can't run, or needs more memory than it may.
         """
-        self.session = self.start()
-        answers = self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
+        answers = self.ask("prepare", curve_updates=_UPDATES_BEFORE)
         self.memory = max(answer["peak_memory"] for answer in answers)
-        self.memory_kind = answers[0]["memory_kind"]
-        self.device = answers[0]["device"]
-        self.micro_batch_sizes = answers[0]["micro_batch_sizes"]
+        self.prepared = answers[0]
         if most_memory is not None and self.memory > most_memory:
             raise PlacementFailedError(
                 f"needs {self.memory / 2**30:.2f} GiB, more than tune.memory_gb={most_memory / 2**30:g}", "memory"
@@ -73,14 +68,13 @@ class Contender:
 
     def updates_for(self, seconds: float) -> int:
         """Returns the number of updates that take about this time."""
-        if not self.rounds:
-            self.time(1)
-            self.rounds.clear()
-            self.time(2)
-            first = self.rounds.pop().seconds
+        if self.rounds:
+            one = self.seconds
         else:
-            first = self.seconds
-        return max(2, min(_MOST_UPDATES, round(seconds / first)))
+            self.time(1)
+            one = self.time(2)
+            self.rounds.clear()
+        return max(2, min(_MOST_UPDATES, round(seconds / one)))
 
     @property
     def seconds(self) -> float:
@@ -99,13 +93,19 @@ class Contender:
         """Returns all ranks' answers to a request; ranks that are started for it are warmed up first."""
         if self.session is None:
             self.session = self.start()
-            self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
+            if do != "prepare":
+                self.session.ask("prepare", curve_updates=_UPDATES_BEFORE)
         return self.session.ask(do, **arguments)
 
     def stop(self) -> None:
         session, self.session = self.session, None
         if session is not None:
             session.close()
+
+
+def spread_of(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Returns the median, the first and the third quartile."""
+    return statistics.median(ratios), *middle_half(ratios)
 
 
 def verdict_of(ratios: Sequence[float], min_gain: float) -> Verdict:
@@ -116,8 +116,7 @@ def verdict_of(ratios: Sequence[float], min_gain: float) -> Verdict:
     >>> verdict_of([0.80, 0.85, 0.99], 0.03).value, verdict_of([0.90, 1.10, 0.95], 0.03).value
     ('faster', 'no clear difference')
     """
-    middle = statistics.median(ratios)
-    low, high = middle_half(ratios)
+    middle, low, high = spread_of(ratios)
     if middle < 1 - min_gain and high < 1:
         return Verdict.faster
     return Verdict.slower if middle > 1 and low > 1 else Verdict.alike

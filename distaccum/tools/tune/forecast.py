@@ -37,8 +37,8 @@ def forecast_of(
     window = config.batch.global_batch_size
     assert window is not None
     turn = best.rounds[-1]
-    sizes = best.micro_batch_sizes
-    steps = [count for count in _STEPS if count == 1 or count * best.seconds / len(sizes) < _SECONDS_PER_ROUND / 4]
+    micro_step = best.seconds / len(best.prepared["micro_batch_sizes"])
+    steps = [count for count in _STEPS if count == 1 or count * micro_step < _SECONDS_PER_ROUND / 4]
     measured, samples, seconds = _in_turns(best, steps)
     compute = fit_compute(measured)
     links = [] if world_size == 1 else [_measured_link(best, world_size)]

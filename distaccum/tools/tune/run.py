@@ -93,7 +93,7 @@ def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[TuneReport
         except PlacementFailedError as failure:
             raise UserError(f"the suggestion can't be confirmed: {failure}. Run the same command again.") from failure
         report.rows, report.not_tried = search.rows, search.not_tried
-        report.memory_kind = search.default.memory_kind
+        report.memory_kind = search.default.prepared["memory_kind"]
         setting = search.best.setting
         report.suggestion = overrides_of(setting)
         report.train_command = shlex.join(command_of(setting, redacted_arguments(sys.argv[1:]), world_size))

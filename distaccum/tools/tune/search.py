@@ -11,10 +11,9 @@ from distaccum.config import ByLengthBatchConfig, DDPConfig, TrainConfig
 from distaccum.config.enums import Compression
 from distaccum.config.tools import TuneConfig
 from distaccum.errors import UserError
-from distaccum.tools.bench.rounds import middle_half
 from distaccum.tools.bench.sessions import PlacementFailedError, Session
 from distaccum.tools.tune import settings as keys
-from distaccum.tools.tune.contenders import Contender, Verdict, verdict_of
+from distaccum.tools.tune.contenders import Contender, Verdict, spread_of, verdict_of
 from distaccum.tools.tune.report import Confirmation, TuneRow
 from distaccum.tools.tune.settings import (
     TuneSetting,
@@ -64,6 +63,7 @@ class Search:
         self._tell = tell
         self._deadline = 0.0
         self._ran_out_of_memory = False
+        self._is_on_gpu = False
         self._lengths_differ = False
         self.gradient_bytes = 0
         self.default = self._contender("as configured", {})
@@ -91,7 +91,7 @@ class Search:
         return applied(self.base, self.best.setting)
 
     def close(self) -> None:
-        for contender in {id(one): one for one in (self.default, self.best)}.values():
+        for contender in (self.default, self.best):
             contender.stop()
 
     # The settings to try
@@ -110,6 +110,7 @@ class Search:
             raise UserError(
                 f"the configuration can't be trained here as it is, so it can't be tuned: {failure}"
             ) from failure
+        self._is_on_gpu = self.default.prepared["device"] != "CPU"
         self._lengths_differ = bool(facts["lengths_differ"])
         self.gradient_bytes = int(facts["gradient_bytes"])
         row.samples_per_second = self.default.samples_per_second
@@ -201,28 +202,25 @@ class Search:
             self.not_tried.append(title)
             return None
         setting = merged(self.best.setting, changes)
-        contender = self._contender(title, setting, is_inexact=is_inexact)
+        contender = self._contender(title, setting)
         row = TuneRow(knob=knob, title=title, overrides=overrides_of(setting), is_inexact=is_inexact)
         verdict = None
         try:
             ratios = self._ratios(contender)
             verdict = verdict_of(ratios, self.section.min_gain)
-            low, high = middle_half(ratios)
-            row.ratio, row.low_ratio, row.high_ratio = statistics.median(ratios), low, high
+            row.ratio, row.low_ratio, row.high_ratio = spread_of(ratios)
             row.samples_per_second, row.memory = contender.samples_per_second, contender.memory
             row.verdict = verdict.value
             row.is_taken = verdict is Verdict.faster and (not is_inexact or self.section.accept_inexact)
         except PlacementFailedError as failure:
             self._ran_out_of_memory = self._ran_out_of_memory or failure.kind == "memory"
             row.verdict = str(failure)
-        except BaseException:
-            contender.stop()
-            raise
+        finally:
+            if not row.is_taken:
+                contender.stop()
         if row.is_taken:
             self.best.stop()
             self.best = contender
-        else:
-            contender.stop()
         self._add(row)
         return verdict
 
@@ -230,8 +228,7 @@ class Search:
         """Returns the times of a candidate divided by those of the best, turn by turn."""
         best = self.best
         limit = self.section.memory_gb
-        on_gpu = best.device != "CPU"
-        if on_gpu:
+        if self._is_on_gpu:
             best.stop()  # the candidate needs its memory
         self._tell(f"starting · {contender.title}", None)
         contender.prepare(limit * 2**30 if limit is not None else None)
@@ -239,7 +236,7 @@ class Search:
         ratios: list[float] = []
         for turn in range(self.section.rounds):
             self._tell(f"turn {turn + 1} · {contender.title}", None)
-            against = best.rounds[turn % len(best.rounds)].seconds if on_gpu else best.time(updates)
+            against = best.rounds[turn % len(best.rounds)].seconds if self._is_on_gpu else best.time(updates)
             ratios.append(contender.time(updates) / against)
             if ratios[0] > _HOPELESS:
                 break
@@ -253,28 +250,25 @@ class Search:
         """
         if self.best is self.default:
             return None
-        pairs: list[tuple[float, float]] = []
-        on_gpu = self.best.device != "CPU"
+        turns = self.section.confirm_rounds
         updates = self.best.updates_for(self.section.round_seconds)
-        if on_gpu:
+        if self._is_on_gpu:
             self.best.stop()  # the default needs its memory
-        for turn in range(self.section.confirm_rounds):
+        for turn in range(turns):
             self._tell(f"confirming · turn {turn + 1}", None)
-            found = []
             # Who is first in one turn is second in the next.
             for contender in (self.default, self.best) if turn % 2 == 0 else (self.best, self.default):
-                found.append((contender is self.best, contender.time(updates)))
-                if on_gpu:
+                contender.time(updates)
+                if self._is_on_gpu:
                     contender.stop()
-            seconds = dict(found)
-            pairs.append((seconds[False], seconds[True]))
-        ratios = [mine / default for default, mine in pairs]
-        low, high = middle_half(ratios)
+        default, mine = ([one.seconds for one in them.rounds[-turns:]] for them in (self.default, self.best))
+        ratios = [new / old for new, old in zip(mine, default, strict=True)]
+        ratio, low, high = spread_of(ratios)
         is_faster = verdict_of(ratios, 0.0) is Verdict.faster
         confirmation = Confirmation(
-            default_seconds=statistics.median([default for default, _ in pairs]),
-            seconds=statistics.median([mine for _, mine in pairs]),
-            ratio=statistics.median(ratios),
+            default_seconds=statistics.median(default),
+            seconds=statistics.median(mine),
+            ratio=ratio,
             low_ratio=low,
             high_ratio=high,
             is_faster=is_faster,
@@ -284,9 +278,9 @@ class Search:
             self.best = self.default
         return confirmation
 
-    def _contender(self, title: str, setting: TuneSetting, *, is_inexact: bool = False) -> Contender:
+    def _contender(self, title: str, setting: TuneSetting) -> Contender:
         name = "_".join(overrides_of(setting)).replace("/", "_") or "default"
-        return Contender(title, setting, lambda: self._start(applied(self.base, setting), name), is_inexact=is_inexact)
+        return Contender(title, setting, lambda: self._start(applied(self.base, setting), name))
 
     def _add(self, row: TuneRow) -> None:
         self.rows.append(row)

@@ -23,7 +23,7 @@ def test_it_is_never_below_what_is_held_beyond_the_measured_sizes_if_one_moment_
     rest, each = moments[0]
     line = PeakLine({n: rest + n * each for n in sizes_to_measure(size, 1000)})
     assert line.at(4 * size) == rest + 4 * size * each
-    assert line.per_sample == each
+    assert line.at(4 * size + 1) - line.at(4 * size) == each
 
 
 def test_sizes() -> None:

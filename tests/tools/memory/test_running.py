@@ -50,7 +50,7 @@ def test_what_is_at_rest(report: Any) -> None:
 
 
 def test_rows(report: Any) -> None:
-    rows = {row.label: row for row in report.rows}
+    rows = {row.setting: row for row in report.rows}
     configured = rows["configured"]
     assert (configured.accumulation_steps, configured.micro_batch) == (4, 4)
     assert rows["K = 1"].micro_batch == 16
@@ -69,7 +69,7 @@ def test_other_sizes_are_predicted(report: Any) -> None:
         points = dict(row.footprint.peak)
         largest = max(points)
         measured = points.pop(largest)
-        assert type(row.line)(points).at(largest) == pytest.approx(measured, rel=0.1), row.label
+        assert type(row.line)(points).at(largest) == pytest.approx(measured, rel=0.1), row.setting
 
 
 def test_in_words_and_as_json(report: Any) -> None:
@@ -119,13 +119,10 @@ def _measured(most: int) -> Any:
         accumulation_steps=1,
         optim=SGDConfig(),
         activation_checkpointing=False,
+        device=torch.device("cpu"),
+        precision=Precision(PrecisionName.fp32, "cpu"),
     )
-    cpu = torch.device("cpu")
-    precision = Precision(PrecisionName.fp32, "cpu")
-    task = OutOfMemoryAbove(most)
-    return measure(
-        nn.Linear(3, 2), setting, task, lambda n: torch.ones(n, 3), [1, 2, 4], device=cpu, precision=precision
-    )
+    return measure(nn.Linear(3, 2), setting, OutOfMemoryAbove(most), lambda n: torch.ones(n, 3), [1, 2, 4])
 
 
 def test_sizes_for_which_memory_runs_out_are_left_out() -> None:
@@ -176,7 +173,7 @@ def test_placements_that_a_model_cannot_have_are_left_out_and_evaluations_count(
     assert "Not measured: fsdp, 2 ranks (strategy=fsdp can't shard scale, a parameter of shape []);" in " ".join(
         report.words()
     )
-    assert {"configured", "ddp, 2 ranks"} <= {row.label for row in report.rows}
+    assert {"configured", "ddp, 2 ranks"} <= {row.setting for row in report.rows}
     small.train.eval_batch_size = None
     small.memory.alternatives = False
     assert examine(small).configured.moment != "evaluation"
@@ -215,7 +212,7 @@ def examined(*overrides: str) -> Any:
 def test_batchnorm_is_measured_with_two_samples_or_more() -> None:
     report = examined("batch.global_batch_size=4")
     assert sorted(report.configured.footprint.peaks) == [2, 4]
-    assert "ddp, 2 ranks" in {row.label for row in report.rows}
+    assert "ddp, 2 ranks" in {row.setting for row in report.rows}
 
 
 def test_batchnorm_with_one_sample_is_refused() -> None:
