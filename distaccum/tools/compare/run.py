@@ -153,7 +153,7 @@ class _Comparison:
         answers = contender.session.ask("prepare", curve_updates=self.section.curve_updates)
         add_preparation(row, answers)
         self.on_cuda = answers[0]["device"] != "CPU"
-        exact = contender.case.exact_updates(self.config)
+        exact = contender.case.exact_updates
         if self.section.exact_updates <= exact:
             row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
         elif self.reference is not None and self.reference.problem is None:
