@@ -16,7 +16,7 @@ from distaccum.tools.compare.terminal import cells, heads
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
 from distaccum.tools.pages.page import TIME_PARTS, Section, render, subject_of
 from distaccum.tools.pages.rows import Cell, Dot, Panel, Segment, row_chart
-from distaccum.tools.pages.svg import bytes_tick, nice_ticks
+from distaccum.tools.pages.svg import nice_ticks
 
 
 def page_of(report: CompareReport) -> str:
@@ -68,9 +68,8 @@ def _times(report: CompareReport) -> Section:
         Panel(
             title=f"Peak memory of a process ({kind})",
             share=0.38,
-            tick=bytes_tick,
             label_width=72,
-            binary=True,
+            is_bytes=True,
             cells=_cells(report, _memory),
         ),
     ]
@@ -111,7 +110,6 @@ def _errors(report: CompareReport) -> Section:
         Panel(
             title="Error of the update, relative",
             share=0.62,
-            tick=lambda value: "0" if value == 0 else f"1e{round(math.log10(value))}",
             label_width=30,
             is_log=True,
             cells=_cells(report, lambda row: _error(row, precision)),
@@ -120,9 +118,8 @@ def _errors(report: CompareReport) -> Section:
         Panel(
             title="Gradients sent per update and rank",
             share=0.38,
-            tick=bytes_tick,
             label_width=118,
-            binary=True,
+            is_bytes=True,
             cells=_cells(report, _traffic),
         ),
     ]

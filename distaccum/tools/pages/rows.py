@@ -9,7 +9,7 @@ from html import escape
 
 from markupsafe import Markup
 
-from distaccum.tools.pages.svg import line, nice_ticks, shortened, svg, text
+from distaccum.tools.pages.svg import bytes_tick, line, nice_ticks, shortened, svg, text
 
 ROW_HEIGHT = 27
 _BAR_HEIGHT = 13
@@ -58,10 +58,8 @@ class Panel:
     """Room for the labels behind the longest bar."""
     cells: Sequence[Cell]
     is_log: bool = False
-    tick: Callable[[float], str] = "{:g}".format
-    """How a tick's number is written."""
-    binary: bool = False
-    """Ticks at powers of two, for bytes."""
+    is_bytes: bool = False
+    """Ticks at powers of two."""
     limit: tuple[float, str] | None = None
     """A value to be marked by a line, and its name."""
 
@@ -106,10 +104,11 @@ def _panel(panel: Panel, left: float, room: float, top: float) -> list[str]:
     bottom = top + ROW_HEIGHT * len(panel.cells)
     parts = [text(left, 16, panel.title, "panel-title")]
     place, ticks = (_log_scale if panel.is_log else _linear_scale)(panel, left, room)
+    name = bytes_tick if panel.is_bytes else _power if panel.is_log else "{:g}".format
     for tick in ticks:
         x = place(tick)
         parts.append(line(x, top - 4, x, bottom, "grid" if tick else "axis"))
-        parts.append(text(x, bottom + 17, panel.tick(tick), "tick", "middle"))
+        parts.append(text(x, bottom + 17, name(tick), "tick", "middle"))
     if panel.limit is not None:
         x = place(panel.limit[0])
         parts += [line(x, top - 6, x, bottom, "limit"), text(x + 4, top - 8, panel.limit[1], "tick")]
@@ -122,6 +121,10 @@ def _panel(panel: Panel, left: float, room: float, top: float) -> list[str]:
             for dot in cell.dots
         ]
     return parts
+
+
+def _power(value: float) -> str:
+    return "0" if value == 0 else f"1e{round(math.log10(value))}"
 
 
 def _bar(cell: Cell, y: float, place: Callable[[float], float]) -> list[str]:
@@ -150,7 +153,7 @@ def _linear_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[flo
     ends += [cell.whisker[1] for cell in panel.cells if cell.whisker is not None]
     largest = max(ends) or 1.0
     length = room - panel.label_width
-    ticks = nice_ticks(largest, max(2, int(length / 62)), panel.binary)
+    ticks = nice_ticks(largest, max(2, int(length / 62)), panel.is_bytes)
     return lambda value: left + value / largest * length, ticks
 
 

@@ -12,7 +12,6 @@ from distaccum.observers.formatting import byte_size, number, words
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
 from distaccum.tools.pages.page import TIME_PARTS, Figure
 from distaccum.tools.pages.rows import Cell, Panel, Segment, row_chart
-from distaccum.tools.pages.svg import bytes_tick
 from distaccum.tools.pages.thinning import moving_median, thinned
 from distaccum.tools.report.runs import Run
 
@@ -240,14 +239,7 @@ class Charts:
         panels = [Panel(title="Mean time of an update, ms", share=0.6, label_width=84, cells=times)]
         if any(cell.bar for cell in memories):
             panels.append(
-                Panel(
-                    title="Peak memory of rank 0",
-                    share=0.4,
-                    tick=bytes_tick,
-                    label_width=84,
-                    binary=True,
-                    cells=memories,
-                )
+                Panel(title="Peak memory of rank 0", share=0.4, label_width=84, is_bytes=True, cells=memories)
             )
         names = [(run.name if len(run.name) <= 30 else f"…{run.name[-29:]}", "") for run in runs]
         each = "; ".join(f"{run.name} {cell.label}" for run, cell in zip(runs, times, strict=True))
