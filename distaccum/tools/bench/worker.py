@@ -28,7 +28,7 @@ def serve(address: str, config: TrainConfig, *, sync_every_step: bool, reference
     """
     hide(as_plain(config))
     measuring: Measuring | None = None
-    with Client(address, "AF_UNIX") as connection, joined_world() as world:
+    with joined_world() as world, Client(address, "AF_UNIX") as connection:
         connection.send(world.rank)
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
