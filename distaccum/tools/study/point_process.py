@@ -10,7 +10,6 @@ from pathlib import Path
 from distaccum.config import TrainConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED
 from distaccum.tools.bench.processes import Ranks
-from distaccum.tools.study.curves import Learning
 from distaccum.training.run import train
 
 _LOOK_SECONDS = 0.25
@@ -24,22 +23,13 @@ class PointFailedError(Exception):
     """A run ended with an error; the message is its own."""
 
 
-def run(
-    config: TrainConfig,
-    look: Callable[[], Learning],
-    is_enough: Callable[[Learning], bool],
-    *,
-    ranks: int,
-    threads: int,
-    log: Path,
-) -> Learning:
-    """Runs a training until it has learned enough or is at its end; returns how far it came.
+def run(config: TrainConfig, has_learned_enough: Callable[[], bool], *, ranks: int, threads: int, log: Path) -> None:
+    """Runs a training until it has learned enough or is at its end.
 
     It goes on from its checkpoint, if there is one. However this ends, no process is left, and the run has saved.
 
     Args:
-        look: reads how far it has come.
-        is_enough: whether it may stop there.
+        has_learned_enough: reads how far it has come, and returns whether it may stop there.
         log: the file for all output of the processes.
 
     Raises:
@@ -48,15 +38,14 @@ def run(
     assert config.run_dir is not None
     process = Ranks(partial(_train, config), num_processes=ranks, threads=threads, log=log)
     try:
-        has_learned_enough = _watch(process, look, is_enough)
+        is_stopped = _watch(process, has_learned_enough)
     finally:
         process.stop(_STOP_SECONDS)
-    if has_learned_enough:
+    if is_stopped:
         # It asks to be started again, but the study has what it needs of it.
         (Path(config.run_dir) / "unfinished.json").unlink(missing_ok=True)
     elif reason := process.failure():
         raise PointFailedError(reason)
-    return look()
 
 
 def _train(config: TrainConfig) -> int:
@@ -67,12 +56,12 @@ def _train(config: TrainConfig) -> int:
     return EXIT_INTERRUPTED if interrupted == "SIGINT" else EXIT_UNFINISHED
 
 
-def _watch(process: Ranks, look: Callable[[], Learning], is_enough: Callable[[Learning], bool]) -> bool:
+def _watch(process: Ranks, has_learned_enough: Callable[[], bool]) -> bool:
     """Waits until a run has learned enough, or has ended before that; returns whether it has learned enough."""
     pause = _LOOK_SECONDS
     while not process.has_ended(pause):
         began = time.monotonic()
-        if is_enough(look()):
+        if has_learned_enough():
             return True
         pause = max(_LOOK_SECONDS, (time.monotonic() - began) / _SHARE_OF_LOOKING)
     return False
