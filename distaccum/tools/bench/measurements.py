@@ -196,14 +196,12 @@ class Measuring:
         training = self._training = self._start(self.config)
         curve = [training.update()[1].loss for _ in range(min(curve_updates, training.total_updates))]
         peak, kind = peak_memory(self.device)
-        first_window = next(iter(training.loader.epoch(0)))
         return {
             "loss_curve": curve,
             "memory_before": before,
             "peak_memory": peak,
             "memory_kind": kind,
-            "micro_batch_sizes": list(first_window.sizes),
-            "window": first_window.num_samples,
+            "micro_batch_sizes": list(next(iter(training.loader.epoch(0))).sizes),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
         }
 
@@ -224,7 +222,7 @@ class Measuring:
         self.config = dataclasses.replace(self.config, compile=False)
         change = self._change(updates, PrecisionConfig(name=PrecisionName.fp64))
         torch.save(change, self.reference)
-        return {"parameters": change.numel(), "norm": float(change.norm())}
+        return {"parameters": change.numel()}
 
     def round(self, updates: int, warmup_updates: int) -> dict[str, Any]:
         """Times updates of full windows."""
@@ -249,13 +247,7 @@ class Measuring:
             timed["data_seconds"].append(update.data_seconds)
             timed["sync_seconds"].append(update.sync_seconds)
         assert result is not None
-        return {
-            **timed,
-            "samples": full,
-            "sync_calls": result.sync_calls,
-            "sync_bytes": result.sync_bytes,
-            "micro_steps": result.micro_steps,
-        }
+        return {**timed, "samples": full, "sync_calls": result.sync_calls, "sync_bytes": result.sync_bytes}
 
     def facts(self) -> dict[str, Any]:
         """Returns what tuning depends on: whether lengths differ, and how large the gradients are."""

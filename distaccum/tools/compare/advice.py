@@ -53,10 +53,10 @@ def choose(rows: list[CompareRow]) -> tuple[CompareRow, list[CompareRow]]:
     The fastest; but among those within the noise of the fastest, the one with clearly less memory, then with fewer
     processes, then the one that is simplest (the order of the table).
     """
-    fastest = min(rows, key=_seconds)
+    fastest = min(rows, key=lambda row: row.seconds)
     equals = [row for row in rows if row is fastest or is_within_noise(row, fastest)]
-    least = min((row.peak_memory or 0) for row in equals)
-    light = [row for row in equals if _CLEARLY_LESS_MEMORY * (row.peak_memory or 0) <= least]
+    least = min(row.peak_memory for row in equals)
+    light = [row for row in equals if _CLEARLY_LESS_MEMORY * row.peak_memory <= least]
     chosen = min(light, key=lambda row: (row.num_processes, rows.index(row)))
     return chosen, [row for row in equals if row is not chosen]
 
@@ -81,17 +81,17 @@ def _choice(chosen: CompareRow, rivals: list[CompareRow], tolerance: float) -> s
 
 
 def _speed(chosen: CompareRow, rows: list[CompareRow]) -> str:
-    text = f"It takes {milliseconds(_seconds(chosen))} an update, {rate(chosen.samples_per_second or 0.0)} samples/s"
+    text = f"It takes {milliseconds(chosen.seconds)} an update, {rate(chosen.samples_per_second)} samples/s"
     single = [
         row for row in rows if row.placement == PlacementName.single.value and row is not chosen and not row.is_uniform
     ]
     if single and chosen.speedup is not None:
-        best = min(single, key=_seconds)
+        best = min(single, key=lambda row: row.seconds)
         if is_within_noise(chosen, best):
             text += f", which is within the noise of {best.title}"
         else:
-            text += f": {_seconds(best) / _seconds(chosen):.2f} times as fast as {best.title}"
-    if chosen.sync_share is not None and chosen.num_processes > 1:
+            text += f": {best.seconds / chosen.seconds:.2f} times as fast as {best.title}"
+    if chosen.num_processes > 1:
         text += f". {chosen.sync_share:.0%} of its time goes into the sync"
     return f"{text}."
 
@@ -127,7 +127,7 @@ def _no_sync(rows: list[CompareRow]) -> str | None:
     cost = (
         "which takes the same time here, within the noise"
         if is_within_noise(every, once)
-        else f"and takes {_seconds(every) / _seconds(once):.2f} times as long"
+        else f"and takes {every.seconds / once.seconds:.2f} times as long"
     )
     return (
         f"Syncing in every micro-step sends {byte_size(every.sync_bytes or 0)} in {every.sync_calls} collectives where "
@@ -140,10 +140,10 @@ def _compression(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     lossy = [row for row in rows if row.is_lossy]
     if not lossy:
         return None
-    best = min(lossy, key=_seconds)
-    time = milliseconds(_seconds(best))
+    best = min(lossy, key=lambda row: row.seconds)
+    time = milliseconds(best.seconds)
     error = "" if best.error is None else f", and its update is off by {best.error:.1e}"
-    if _seconds(best) < _seconds(chosen) and not is_within_noise(best, chosen):
+    if best.seconds < chosen.seconds and not is_within_noise(best, chosen):
         return (
             f"Compression would be faster: {best.title} takes {time} an update{error}. Whether that is worth "
             "the error, these times don't say."
@@ -151,22 +151,18 @@ def _compression(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
     return f"Compression saves no time here: the fastest, {best.title}, takes {time} an update{error}."
 
 
-def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str | None:
-    sized = [row for row in rows if row.peak_memory]
-    if not sized or not chosen.peak_memory:
-        return None
-    least = min(sized, key=lambda row: row.peak_memory or 0)
-    assert least.peak_memory is not None
+def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str:
+    least = min(rows, key=lambda row: row.peak_memory)
     text = f"Its peak memory per process is {byte_size(chosen.peak_memory)} ({chosen.memory_kind})"
     if least.peak_memory < _CLEARLY_LESS_MEMORY * chosen.peak_memory:
         return (
             f"{text}. If that is too much: {least.title} needs {byte_size(least.peak_memory)}, at "
-            f"{milliseconds(_seconds(least))} an update."
+            f"{milliseconds(least.seconds)} an update."
         )
-    most = max(sized, key=lambda row: row.peak_memory or 0)
     if least is not chosen:
         return f"{text}; no exact placement needs clearly less."
-    return f"{text}, the least of all; the most is {byte_size(most.peak_memory or 0)} ({most.title})."
+    most = max(rows, key=lambda row: row.peak_memory)
+    return f"{text}, the least of all; the most is {byte_size(most.peak_memory)} ({most.title})."
 
 
 def _nothing_exact(report: CompareReport, tolerance: float) -> str:
@@ -182,13 +178,12 @@ def _nothing_exact(report: CompareReport, tolerance: float) -> str:
 
 
 def _left_out(report: CompareReport) -> str | None:
-    failed = [row for row in report.rows if row.reason is not None]
-    if not failed:
-        return None
     reasons: dict[str, dict[str, list[str]]] = {}
-    for row in failed:
-        of_placement = reasons.setdefault((row.reason or "").rstrip("."), {}).setdefault(row.placement, [])
-        of_placement.append(row.title)
+    for row in report.rows:
+        if row.reason is not None:
+            reasons.setdefault(row.reason.rstrip("."), {}).setdefault(row.placement, []).append(row.title)
+    if not reasons:
+        return None
     return "Not measured: " + "; ".join(f"{_briefly(titles)} ({reason})" for reason, titles in reasons.items()) + "."
 
 
@@ -200,11 +195,6 @@ def _briefly(titles: dict[str, list[str]]) -> str:
             for rows in titles.values()
         ]
     )
-
-
-def _seconds(row: CompareRow) -> float:
-    assert row.seconds is not None
-    return row.seconds
 
 
 def _listed(names: list[str]) -> str:

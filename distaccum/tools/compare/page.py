@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup
 
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
@@ -13,8 +15,8 @@ from distaccum.tools.compare.results import CompareReport, CompareRow
 from distaccum.tools.compare.terminal import cells, heads
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
 from distaccum.tools.pages.page import TIME_PARTS, Section, render, subject_of
-from distaccum.tools.pages.rows import Dot, Panel, Segment, row_chart
-from distaccum.tools.pages.svg import bytes_tick, nice_ticks
+from distaccum.tools.pages.rows import Cell, Dot, Panel, Segment, row_chart
+from distaccum.tools.pages.svg import nice_ticks
 
 
 def page_of(report: CompareReport) -> str:
@@ -50,109 +52,96 @@ def _facts(report: CompareReport) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _labels(report: CompareReport) -> list[tuple[str, str]]:
+def _drawn(name: str, report: CompareReport, reasons: Sequence[str | None], panels: Sequence[Panel]) -> Markup:
     parted = [row.title.partition(" · ") for row in report.rows]
-    return [(title, numbers) for title, _, numbers in parted]
+    return row_chart(name, [(title, numbers) for title, _, numbers in parted], reasons, panels)
 
 
-def _reasons(report: CompareReport) -> list[str | None]:
-    return [row.reason if row.reason is not None or row.seconds is not None else "not measured" for row in report.rows]
+def _cells(report: CompareReport, draw: Callable[[CompareRow], Cell]) -> list[Cell]:
+    return [draw(row) if row.is_measured else Cell() for row in report.rows]
 
 
 def _times(report: CompareReport) -> Section:
-    time = Panel(
-        title="Time per update, ms",
-        share=0.62,
-        label_width=150,
-        bars=[_time_bar(row) for row in report.rows],
-        whiskers=[_whisker(row) for row in report.rows],
-        labels=[_time_label(row) for row in report.rows],
-    )
     kind = next((row.memory_kind.removeprefix("of ") for row in report.rows if row.memory_kind), "")
-    memory = Panel(
-        title=f"Peak memory of a process ({kind})",
-        share=0.38,
-        tick=bytes_tick,
-        label_width=72,
-        binary=True,
-        bars=[_memory_bar(row) for row in report.rows],
-        labels=["" if row.peak_memory is None else byte_size(row.peak_memory) for row in report.rows],
-    )
+    panels = [
+        Panel(title="Time per update, ms", share=0.62, label_width=150, cells=_cells(report, _time)),
+        Panel(
+            title=f"Peak memory of a process ({kind})",
+            share=0.38,
+            label_width=72,
+            is_bytes=True,
+            cells=_cells(report, _memory),
+        ),
+    ]
     colours = TIME_PARTS | {"before": "Python and torch, before the model", "training": "the training"}
-    chart = row_chart("Time per update and peak memory", _labels(report), _reasons(report), [time, memory])
     note = (
         f"Medians of {report.config['compare']['rounds']} rounds, in which the placements took turns; the whisker "
         "spans the middle half of the rounds. × is the speed-up over accumulation in one process with as many steps."
     )
+    chart = _drawn("Time per update and peak memory", report, [row.reason for row in report.rows], panels)
     return Section(heading="Time and memory", key=list(colours.items()), wide=chart, note=note)
 
 
-def _whisker(row: CompareRow) -> tuple[float, float] | None:
-    if row.low_seconds is None or row.high_seconds is None:
-        return None
-    return row.low_seconds * 1e3, row.high_seconds * 1e3
-
-
-def _time_label(row: CompareRow) -> str:
-    if row.seconds is None:
-        return ""
-    return milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×")
-
-
-def _time_bar(row: CompareRow) -> list[Segment]:
-    if row.reason is not None or row.seconds is None:
-        return []
-    shares = {"data": row.data_share, "compute": row.compute_share, "sync": row.sync_share}
+def _time(row: CompareRow) -> Cell:
     segments = []
-    for part, share in shares.items():
-        seconds = row.seconds * (share or 0.0)
-        hint = f"{row.title}: {TIME_PARTS[part]} {milliseconds(seconds)} ({share or 0.0:.0%})"
+    for part, share in (("data", row.data_share), ("compute", row.compute_share), ("sync", row.sync_share)):
+        seconds = row.seconds * share
+        hint = f"{row.title}: {TIME_PARTS[part]} {milliseconds(seconds)} ({share:.0%})"
         segments.append(Segment(seconds * 1e3, part, hint))
-    return segments
+    return Cell(
+        bar=segments,
+        whisker=(row.low_seconds * 1e3, row.high_seconds * 1e3),
+        label=milliseconds(row.seconds) + ("" if row.speedup is None else f"  {row.speedup:.2f}×"),
+    )
 
 
-def _memory_bar(row: CompareRow) -> list[Segment]:
-    if row.reason is not None or row.peak_memory is None:
-        return []
+def _memory(row: CompareRow) -> Cell:
     before = min(max(row.memory_before), row.peak_memory)
     each = ", ".join(byte_size(value) for value in row.memory)
     hint = f"{row.title}: {each}; before the model {byte_size(before)}"
-    return [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
+    segments = [Segment(before, "before", hint), Segment(row.peak_memory - before, "training", hint)]
+    return Cell(bar=segments, label=byte_size(row.peak_memory))
 
 
 def _errors(report: CompareReport) -> Section:
     precision = str(report.config["precision"]["name"])
     tolerance = float(report.config["compare"]["tolerance"])
-    errors = Panel(
-        title="Error of the update, relative",
-        share=0.62,
-        tick=lambda value: "0" if value == 0 else f"1e{round(math.log10(value))}",
-        label_width=30,
-        dots=[_error_dots(row, precision) for row in report.rows],
-        limit=(tolerance, "exact to the left"),
-    )
-    traffic = Panel(
-        title="Gradients sent per update and rank",
-        share=0.38,
-        tick=bytes_tick,
-        label_width=118,
-        binary=True,
-        bars=[_traffic_bar(row) for row in report.rows],
-        labels=[
-            f"{byte_size(row.sync_bytes or 0)} in {row.sync_calls}" if row.sync_calls else "nothing"
-            for row in report.rows
-        ],
-    )
-    missing = [None if reason is None else "not measured" for reason in _reasons(report)]
+    panels = [
+        Panel(
+            title="Error of the update, relative",
+            share=0.62,
+            label_width=30,
+            is_log=True,
+            cells=_cells(report, lambda row: _error(row, precision)),
+            limit=(tolerance, "exact to the left"),
+        ),
+        Panel(
+            title="Gradients sent per update and rank",
+            share=0.38,
+            label_width=118,
+            is_bytes=True,
+            cells=_cells(report, _traffic),
+        ),
+    ]
     colours = [("dot64", "computed in float64"), ("dot", f"computed in {precision}")]
-    chart = row_chart("Error of the update and traffic", _labels(report), missing, [errors, traffic])
+    missing = [None if row.is_measured else "not measured" for row in report.rows]
+    chart = _drawn("Error of the update and traffic", report, missing, panels)
     return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
 
 
-def _traffic_bar(row: CompareRow) -> list[Segment]:
-    if row.reason is not None or row.sync_bytes is None:
-        return []
-    return [Segment(row.sync_bytes, "sent", f"{row.title}: {row.sync_calls} collectives")]
+def _error(row: CompareRow, precision: str) -> Cell:
+    dots = []
+    if row.error is not None:
+        dots.append(Dot(row.error, "dot", f"{row.title}, {precision}: {row.error:.2e}", 5.2))
+    if row.error_float64 is not None:
+        dots.append(Dot(row.error_float64, "dot64", f"{row.title}, float64: {row.error_float64:.2e}", 3.4))
+    return Cell(dots=dots)
+
+
+def _traffic(row: CompareRow) -> Cell:
+    sent = row.sync_bytes or 0
+    label = f"{byte_size(sent)} in {row.sync_calls}" if row.sync_calls else "nothing"
+    return Cell(bar=[Segment(sent, "sent", f"{row.title}: {row.sync_calls} collectives")], label=label)
 
 
 def _what_the_error_is(report: CompareReport) -> str:
@@ -166,24 +155,13 @@ def _what_the_error_is(report: CompareReport) -> str:
     )
 
 
-def _error_dots(row: CompareRow, precision: str) -> list[Dot]:
-    if row.reason is not None:
-        return []
-    dots = []
-    if row.error is not None:
-        dots.append(Dot(row.error, "dot", f"{row.title}, {precision}: {row.error:.2e}", 5.2))
-    if row.error_float64 is not None:
-        dots.append(Dot(row.error_float64, "dot64", f"{row.title}, float64: {row.error_float64:.2e}", 3.4))
-    return dots
-
-
 def _scaling(report: CompareReport) -> Section | None:
     """Shows samples per second over the number of ranks, with the steps that were fastest for each placement."""
     best: dict[str, dict[int, CompareRow]] = {}
     for row in report.measured:
         of_placement = best.setdefault(row.placement, {})
         other = of_placement.get(row.world_size)
-        if other is None or (row.samples_per_second or 0) > (other.samples_per_second or 0):
+        if other is None or row.samples_per_second > other.samples_per_second:
             of_placement[row.world_size] = row
     sizes = sorted({size for of_placement in best.values() for size in of_placement})
     single = best.pop(PlacementName.single.value, {}).get(1)
@@ -191,15 +169,14 @@ def _scaling(report: CompareReport) -> Section | None:
     if len(sizes) < 2 or not best:
         return None
     curves = []
-    if single is not None and single.samples_per_second is not None:
-        speed = single.samples_per_second
-        ideal = [(float(size), speed * size) for size in sizes]
+    if single is not None:
+        ideal = [(float(size), single.samples_per_second * size) for size in sizes]
         curves.append(Curve("c-ideal", ideal, "as many times as fast as there are ranks", is_dashed=True, name="ideal"))
     for name, of_placement in best.items():
         rows = [of_placement[size] for size in sorted(of_placement)]
         rows = [single, *rows] if single is not None and rows[0].world_size > 1 else rows
-        points = [(float(row.world_size), row.samples_per_second or 0.0) for row in rows]
-        hint = "; ".join(f"{row.title}: {rate(row.samples_per_second or 0.0)} samples/s" for row in rows)
+        points = [(float(row.world_size), row.samples_per_second) for row in rows]
+        hint = "; ".join(f"{row.title}: {rate(row.samples_per_second)} samples/s" for row in rows)
         title = PLACEMENTS[PlacementName[name]].title
         curves.append(Curve(f"c-{name}", points, hint, has_marks=True, name=title))
     chart = line_chart(
@@ -260,7 +237,7 @@ def coinciding(rows: Sequence[CompareRow]) -> list[list[CompareRow]]:
 def _rows(report: CompareReport) -> list[list[str]]:
     rows = []
     for row in report.rows:
-        rows.append([row.title, *(cells(row) or [row.reason or "not measured"])])
+        rows.append([row.title, *(cells(row) or [row.reason or ""])])
         rows += [["", note] for note in row.notes]
     return rows
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from distaccum.config import (
     BatchConfig,
@@ -16,59 +17,58 @@ from distaccum.config import (
     SingleConfig,
     StrategyConfig,
     TrainConfig,
+    as_plain,
 )
 from distaccum.config.enums import Compression
 from distaccum.config.tools import CompareConfig, PlacementName
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """One way to place a training, for any number of ranks and accumulation steps."""
 
     name: PlacementName
     title: str
     """Its usual name."""
-    overrides: str
-    """Its part of the command line of distaccum.train."""
-    is_single: bool = False
-    """One model on one device: there is nothing to vary but the accumulation steps."""
-    has_ranks: bool = True
-    """Started by torchrun; the others are one process."""
-    is_lossy: bool = False
-    """Not meant to be exact."""
+    strategy: type[StrategyConfig]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values of the strategy's keys; the others are as configured."""
     syncs_every_step: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one model on one device, where there is nothing to vary but the accumulation steps."""
+        return self.strategy is SingleConfig
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether it is started by torchrun; the others are one process."""
+        return self.strategy in (DDPConfig, FSDPConfig)
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether it is not meant to be exact."""
+        return self.settings.get("compression", Compression.none) is not Compression.none
 
 
 _P = PlacementName
+_EXACT: dict[str, Any] = {"compression": Compression.none, "shard_optimizer": False}
+# Compressing from the first update that PowerSGD allows: it is there to be measured.
+_POWERSGD = {**_EXACT, "compression": Compression.powersgd, "powersgd_start_update": 2}
 PLACEMENTS: dict[PlacementName, Placement] = {
     placement.name: placement
     for placement in (
-        Placement(name=_P.one_shot, title="one shot", overrides="strategy=single", is_single=True, has_ranks=False),
-        Placement(name=_P.single, title="accumulation", overrides="strategy=single", is_single=True, has_ranks=False),
-        Placement(name=_P.dp, title="DP", overrides="strategy=dp", has_ranks=False),
-        Placement(
-            name=_P.ddp_sync_every_step, title="DDP, sync every step", overrides="strategy=ddp", syncs_every_step=True
-        ),
-        Placement(name=_P.ddp, title="DDP, no_sync", overrides="strategy=ddp"),
-        Placement(
-            name=_P.ddp_bf16, title="DDP, bf16", overrides="strategy=ddp strategy.compression=bf16", is_lossy=True
-        ),
-        Placement(
-            name=_P.ddp_fp16, title="DDP, fp16", overrides="strategy=ddp strategy.compression=fp16", is_lossy=True
-        ),
-        Placement(
-            name=_P.ddp_powersgd,
-            title="DDP, PowerSGD",
-            overrides="strategy=ddp strategy.compression=powersgd",
-            is_lossy=True,
-        ),
-        Placement(name=_P.zero1, title="DDP, ZeRO-1", overrides="strategy=ddp strategy.shard_optimizer=true"),
-        Placement(name=_P.fsdp, title="FSDP", overrides="strategy=fsdp"),
-        Placement(
-            name=_P.fsdp_gathered,
-            title="FSDP, kept gathered",
-            overrides="strategy=fsdp strategy.reshard_in_window=false",
-        ),
+        Placement(_P.one_shot, "one shot", SingleConfig),
+        Placement(_P.single, "accumulation", SingleConfig),
+        Placement(_P.dp, "DP", DPConfig),
+        Placement(_P.ddp_sync_every_step, "DDP, sync every step", DDPConfig, _EXACT, syncs_every_step=True),
+        Placement(_P.ddp, "DDP, no_sync", DDPConfig, _EXACT),
+        Placement(_P.ddp_bf16, "DDP, bf16", DDPConfig, {**_EXACT, "compression": Compression.bf16}),
+        Placement(_P.ddp_fp16, "DDP, fp16", DDPConfig, {**_EXACT, "compression": Compression.fp16}),
+        Placement(_P.ddp_powersgd, "DDP, PowerSGD", DDPConfig, _POWERSGD),
+        Placement(_P.zero1, "DDP, ZeRO-1", DDPConfig, {**_EXACT, "shard_optimizer": True}),
+        Placement(_P.fsdp, "FSDP", FSDPConfig, {"reshard_in_window": True}),
+        Placement(_P.fsdp_gathered, "FSDP, kept gathered", FSDPConfig, {"reshard_in_window": False}),
     )
 }
 
@@ -121,7 +121,7 @@ class Case:
             overrides: the comparison's command line, of which all that belongs to the training is kept.
         """
         chosen = ["strategy", "batch.accumulation_steps", "batch.micro_batch_size", "run_dir"]
-        is_by_length = isinstance(config.batch, ByLengthBatchConfig) and not self.is_uniform
+        chosen += [f"strategy.{key}" for key in self._settings]
         if self.is_uniform:
             chosen += ["batch", "batch.max_tokens", "batch.measure_costs"]
         kept = [
@@ -129,18 +129,22 @@ class Case:
             for entry in overrides
             if entry.partition("=")[0].lstrip("+") not in chosen and not entry.lstrip("+").startswith("compare.")
         ]
-        placed = self._strategy(config.strategy)
-        if type(placed) is not type(config.strategy):
+        default = self.placement.strategy()
+        if not isinstance(config.strategy, self.placement.strategy):
             kept = [entry for entry in kept if not entry.startswith("strategy.")]
+        placed = [f"strategy={default.name}"]
+        placed += [
+            f"strategy.{key}={str(as_plain(value)).lower()}"
+            for key, value in self._settings.items()
+            if value != getattr(default, key)
+        ]
         # Of the three numbers, the global batch and the steps are given: the third follows.
         free = "" if config.batch.micro_batch_size is None else " batch.micro_batch_size=null"
         cut = f"batch.accumulation_steps={self.accumulation_steps}{free}"
-        if is_by_length:
+        if isinstance(config.batch, ByLengthBatchConfig) and not self.is_uniform:
             cut = f"batch.micro_batch_size={self._micro_batch_size(config.batch)}"
         launcher = f"torchrun --nproc_per_node={self.world_size}" if self.placement.has_ranks else "python"
-        replicas = f" strategy.replicas={self.world_size}" if self.placement.name is PlacementName.dp else ""
-        own = f"{shlex.join(kept)} " if kept else ""
-        return f"{launcher} -m distaccum.train {own}{self.placement.overrides}{replicas} {cut}"
+        return f"{launcher} -m distaccum.train {shlex.join([*kept, *placed])} {cut}"
 
     def configuration(self, config: CompareConfig) -> TrainConfig:
         """Returns the user's configuration with this placement and this cut."""
@@ -151,43 +155,24 @@ class Case:
             batch = dataclasses.replace(batch, micro_batch_size=self._micro_batch_size(batch))
         else:
             batch = dataclasses.replace(batch, micro_batch_size=None, accumulation_steps=self.accumulation_steps)
-        return dataclasses.replace(config, batch=batch, strategy=self._strategy(config.strategy))
+        given = config.strategy
+        base = given if isinstance(given, self.placement.strategy) else self.placement.strategy()
+        strategy = dataclasses.replace(base, **self._settings)
+        return dataclasses.replace(config, batch=batch, strategy=strategy)
 
-    def exact_updates(self, config: CompareConfig) -> int:
-        """Returns how many updates at the start are not compressed, although the later ones are."""
-        placed = self._strategy(config.strategy)
-        if isinstance(placed, DDPConfig) and placed.compression is Compression.powersgd:
-            return placed.powersgd_start_update
-        return 0
+    @property
+    def exact_updates(self) -> int:
+        """Updates at the start that are not compressed, although the later ones are."""
+        return int(self._settings.get("powersgd_start_update", 0))
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        replicas = {"replicas": self.world_size} if self.placement.strategy is DPConfig else {}
+        return self.placement.settings | replicas
 
     def _micro_batch_size(self, batch: BatchConfig) -> int:
         assert batch.global_batch_size is not None
-        ranks = self.world_size if self.placement.has_ranks else 1
-        return -(-batch.global_batch_size // (ranks * self.accumulation_steps))
-
-    def _strategy(self, given: StrategyConfig) -> StrategyConfig:
-        name = self.placement.name
-        if self.placement.is_single:
-            return SingleConfig()
-        if name is PlacementName.dp:
-            dp = given if isinstance(given, DPConfig) else DPConfig()
-            return dataclasses.replace(dp, replicas=self.world_size)
-        if name in (PlacementName.fsdp, PlacementName.fsdp_gathered):
-            fsdp = given if isinstance(given, FSDPConfig) else FSDPConfig()
-            return dataclasses.replace(fsdp, reshard_in_window=name is PlacementName.fsdp)
-        ddp = given if isinstance(given, DDPConfig) else DDPConfig()
-        compression = {
-            PlacementName.ddp_bf16: Compression.bf16,
-            PlacementName.ddp_fp16: Compression.fp16,
-            PlacementName.ddp_powersgd: Compression.powersgd,
-        }.get(name, Compression.none)
-        return dataclasses.replace(
-            ddp,
-            compression=compression,
-            shard_optimizer=name is PlacementName.zero1,
-            # Compressing from the first update that PowerSGD allows: it is there to be measured.
-            powersgd_start_update=2 if compression is Compression.powersgd else ddp.powersgd_start_update,
-        )
+        return -(-batch.global_batch_size // (self.num_processes * self.accumulation_steps))
 
 
 def cases_of(config: CompareConfig) -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from distaccum.tools.compare.placements import Case
 
 @dataclass(kw_only=True, slots=True)
 class CompareRow:
-    """The results of one placement with its numbers. What was not measured is None."""
+    """The results of one placement with its numbers. What was not measured is None or NaN."""
 
     key: str
     placement: str
@@ -38,19 +39,19 @@ class CompareRow:
     """The same, computed in the configured precision."""
     round_seconds: list[float] = field(default_factory=list)
     """The median seconds per update of each round."""
-    seconds: float | None = None
+    seconds: float = math.nan
     """Seconds per update of the full window's size: the median over the rounds."""
-    low_seconds: float | None = None
+    low_seconds: float = math.nan
     """First quartile over the rounds."""
-    high_seconds: float | None = None
+    high_seconds: float = math.nan
     """Third quartile over the rounds."""
-    samples_per_second: float | None = None
+    samples_per_second: float = math.nan
     speedup: float | None = None
     """Against single accumulation with as many steps, or else its fastest."""
-    data_share: float | None = None
+    data_share: float = math.nan
     """Share of the time that was spent waiting for micro-batches."""
-    compute_share: float | None = None
-    sync_share: float | None = None
+    compute_share: float = math.nan
+    sync_share: float = math.nan
     """Share that was spent waiting for the network and for other ranks."""
     sync_calls: int | None = None
     """Collectives that carried gradients, per update and rank."""
@@ -68,12 +69,12 @@ class CompareRow:
     @property
     def is_measured(self) -> bool:
         """Whether it was timed to the end."""
-        return self.reason is None and self.seconds is not None
+        return self.reason is None
 
     @property
-    def peak_memory(self) -> int | None:
+    def peak_memory(self) -> int:
         """Peak of the process that used most."""
-        return max(self.memory) if self.memory else None
+        return max(self.memory)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,10 +152,10 @@ def add_speedups(rows: Sequence[CompareRow]) -> None:
     baselines = {
         row.accumulation_steps: row.seconds
         for row in rows
-        if row.placement == PlacementName.single.value and row.seconds is not None and not row.is_uniform
+        if row.placement == PlacementName.single.value and row.is_measured and not row.is_uniform
     }
     for row in rows:
-        if row.seconds is not None and baselines:
+        if row.is_measured and baselines:
             row.speedup = baselines.get(row.accumulation_steps, min(baselines.values())) / row.seconds
 
 

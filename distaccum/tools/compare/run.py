@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +22,8 @@ from distaccum.runtime.files import write_result
 from distaccum.runtime.logs import console, logging_to
 from distaccum.runtime.memory import free_memory
 from distaccum.tools.bench.environment import as_json, environment, refuse_other_results
-from distaccum.tools.bench.portable import to_portable
 from distaccum.tools.bench.rounds import Round, round_of
-from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
+from distaccum.tools.bench.sessions import PlacementFailedError, Session
 from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import page_of
@@ -71,13 +70,8 @@ class _Contender:
 
     case: Case
     row: CompareRow
-    session: Session | None = None
+    session: Session
     rounds: list[Round] = field(default_factory=list)
-
-    def stop(self) -> None:
-        session, self.session = self.session, None
-        if session is not None:
-            session.close()
 
 
 class _Comparison:
@@ -93,13 +87,17 @@ class _Comparison:
 
     def run(self) -> CompareReport:
         contenders = [
-            _Contender(case, row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))))
+            _Contender(
+                case,
+                row_of(case, case.command(self.config, redacted_arguments(sys.argv[1:]))),
+                self._session(case, case.key),
+            )
             for case in cases_of(self.config)
         ]
         with ExitStack() as stack:
             stack.callback(self.reference_file.unlink, missing_ok=True)
             for contender in contenders:
-                stack.callback(contender.stop)
+                stack.callback(contender.session.close)
             progress = stack.enter_context(progress_bar(TextColumn("{task.completed}/{task.total}")))
             bar = progress.add_task("float64 reference", total=len(contenders) * self.section.rounds)
             self.reference = self._make_reference()
@@ -114,8 +112,7 @@ class _Comparison:
                     progress.advance(bar)
             progress.update(bar, description="ending")
             for contender in contenders:
-                if contender.session is not None:
-                    contender.session.dismiss()  # all at once, and then wait for each
+                contender.session.dismiss()  # all at once, and then wait for each
         rows = [contender.row for contender in contenders]
         for contender in contenders:
             add_rounds(contender.row, contender.rounds)
@@ -138,66 +135,60 @@ class _Comparison:
             step(contender)
         except PlacementFailedError as failure:
             contender.row.reason = str(failure)
-            contender.stop()
             logger.info("%s can't run: %s", contender.case.title, failure)
 
-    def _start(self, case: Case, name: str) -> Session:
-        job = Job(
-            config=to_portable(case.configuration(self.config)),
+    def _session(self, case: Case, name: str) -> Session:
+        return Session(
+            config=case.configuration(self.config),
             num_processes=case.num_processes,
             sync_every_step=case.placement.syncs_every_step,
             threads=self.section.threads_per_rank,
             reference=self.reference_file.absolute(),
             log=self.run_dir / "logs" / f"{name}.log",
+            timeout_seconds=self.section.timeout_seconds,
         )
-        return Session(job, self.section.timeout_seconds)
 
     def _prepare(self, contender: _Contender) -> None:
         row = contender.row
-        session = contender.session = self._start(contender.case, contender.case.key)
-        answers = session.ask("prepare", curve_updates=self.section.curve_updates)
+        answers = contender.session.ask("prepare", curve_updates=self.section.curve_updates)
         add_preparation(row, answers)
         self.on_cuda = answers[0]["device"] != "CPU"
-        exact = contender.case.exact_updates(self.config)
+        exact = contender.case.exact_updates
         if self.section.exact_updates <= exact:
             row.notes.append(f"no error: {exact} updates are not compressed yet; compare.exact_updates={exact + 1}")
         elif self.reference is not None and self.reference.problem is None:
             row.error = self._error_of(contender, None)
-            row.error_float64 = self._error_of(contender, "fp64") if contender.session is not None else None
+            row.error_float64 = self._error_of(contender, "fp64")
         logger.debug("%s: %s", row.title, row)
         if not console.is_terminal:  # where there is no progress bar
             logger.info("ready: %s", row.title)
-        if contender.session is not None and not self._may_stay(row):
-            contender.stop()
+        self._let_stay(contender)
 
     def _error_of(self, contender: _Contender, precision: str | None) -> float | None:
-        assert contender.session is not None
         try:
             answers = contender.session.ask("exactness", updates=self.section.exact_updates, precision=precision)
         except PlacementFailedError as failure:
             contender.row.notes.append(f"no error in {precision or 'the configured precision'}: {failure}")
-            if not failure.is_alive:
-                contender.stop()
             return None
         return float(answers[0]["error"])
 
     def _time(self, contender: _Contender) -> None:
-        if contender.session is None:
-            contender.session = self._start(contender.case, contender.case.key)
         answers = contender.session.ask(
             "round", updates=self.section.updates, warmup_updates=self.section.warmup_updates
         )
         contender.rounds.append(round_of(answers))
         logger.debug("%s: %s s per update", contender.case.title, number(contender.rounds[-1].seconds))
-        if not self._may_stay(contender.row):
-            contender.stop()
+        self._let_stay(contender)
 
-    def _may_stay(self, row: CompareRow) -> bool:
-        """Returns whether processes may be kept until their next turn."""
-        if self.section.keep_alive is not None:
-            return self.section.keep_alive
-        # What waits on a GPU takes up its memory, which the others are to have for themselves.
-        return not self.on_cuda and sum(row.memory) <= _KEPT_SHARE * free_memory(torch.device("cpu"))
+    def _let_stay(self, contender: _Contender) -> None:
+        """Keeps processes until their next turn where that is wanted, and ends them elsewhere."""
+        may_stay = self.section.keep_alive
+        if may_stay is None:
+            # What waits on a GPU takes up its memory, which the others are to have for themselves.
+            memory = sum(contender.row.memory)
+            may_stay = not self.on_cuda and memory <= _KEPT_SHARE * free_memory(torch.device("cpu"))
+        if not may_stay:
+            contender.session.close()
 
     def _make_reference(self) -> Reference:
         """Makes the float64 run, in one shot; where that doesn't fit, in as many micro-steps as are compared.
@@ -208,7 +199,7 @@ class _Comparison:
         problem = ""
         for steps in dict.fromkeys([1, max(self.section.accumulation_steps)]):
             try:
-                with self._start(reference_case(steps), "reference") as session:
+                with closing(self._session(reference_case(steps), "reference")) as session:
                     answer = session.ask("make_reference", updates=self.section.exact_updates)[0]
                 return Reference(accumulation_steps=steps, parameters=answer["parameters"])
             except PlacementFailedError as failure:

@@ -47,18 +47,17 @@ def heads(precision: str) -> list[str]:
 
 def cells(row: CompareRow) -> list[str]:
     """Returns a row's cells, without its name; none if it was not measured."""
-    if row.reason is not None or row.seconds is None or row.low_seconds is None or row.high_seconds is None:
+    if not row.is_measured:
         return []
     sizes = sorted(set(row.micro_batch_sizes))
-    shares = (row.data_share, row.compute_share, row.sync_share)
     return [
         "" if not sizes else str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}",
         milliseconds(row.seconds),
         f"{milliseconds(row.low_seconds)} – {milliseconds(row.high_seconds)}",
-        rate(row.samples_per_second or 0.0),
+        rate(row.samples_per_second),
         "—" if row.speedup is None else f"{row.speedup:.2f}×",
-        *("—" if share is None else f"{share:.0%}" for share in shares),
-        "—" if row.peak_memory is None else byte_size(row.peak_memory),
+        *(f"{share:.0%}" for share in (row.data_share, row.compute_share, row.sync_share)),
+        byte_size(row.peak_memory),
         str(row.sync_calls),
         byte_size(row.sync_bytes or 0),
         *("—" if error is None else "0" if error == 0 else f"{error:.1e}" for error in (row.error_float64, row.error)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from markupsafe import Markup
@@ -78,60 +78,53 @@ class Mark:
     is_vertical: bool = True
 
 
-@dataclass(kw_only=True, slots=True)
-class _Frame:
-    """Maps values to places in the chart."""
+class _Scale:
+    """Maps the values of an axis to places from `start` to `end`."""
 
-    x: Axis
-    y: Axis
-    left: float
-    right: float
-    top: float
-    bottom: float
-    low_x: float
-    high_x: float
-    low_y: float
-    high_y: float
-    parts: list[str] = field(default_factory=list)
+    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
+        self.axis, self.start, self.end = axis, start, end
+        self.low, self.high = _ends(axis, values)
 
-    def at_x(self, value: float) -> float:
-        low, high = self.x.place(self.low_x), self.x.place(self.high_x)
-        return self.left + (self.x.place(value) - low) / ((high - low) or 1.0) * (self.right - self.left)
-
-    def at_y(self, value: float) -> float:
-        low, high = self.y.place(self.low_y), self.y.place(self.high_y)
+    def at(self, value: float) -> float:
+        low, high = self.axis.place(self.low), self.axis.place(self.high)
         # What lies beyond an end that was set stays on the edge.
-        share = min(1.0, max(0.0, (self.y.place(value) - low) / ((high - low) or 1.0)))
-        return self.bottom - share * (self.bottom - self.top)
+        share = min(1.0, max(0.0, (self.axis.place(value) - low) / ((high - low) or 1.0)))
+        return self.start + share * (self.end - self.start)
 
-    def attributes(self) -> dict[str, str]:
+    def ticks(self) -> Sequence[float]:
+        return axis_ticks(self.low, self.high, 5, self.axis.is_log) if self.axis.ticks is None else self.axis.ticks
+
+    def for_script(self) -> str:
         """Returns where values are, for the page's script."""
-        sides = {
-            "data-x": (self.left, self.right, self.low_x, self.high_x, self.x.is_log),
-            "data-y": (self.bottom, self.top, self.low_y, self.high_y, self.y.is_log),
-        }
-        numbers = {name: ",".join(f"{float(value):.8g}" for value in values) for name, values in sides.items()}
-        return {**numbers, "data-at": self.x.title}
+        numbers = (self.start, self.end, self.low, self.high, self.axis.is_log)
+        return ",".join(f"{float(number):.8g}" for number in numbers)
+
+
+class _Drawing:
+    """The parts of a chart."""
+
+    def __init__(self, x: _Scale, y: _Scale) -> None:
+        self.x, self.y = x, y
+        self.left, self.right, self.bottom, self.top = x.start, x.end, y.start, y.end
+        self.parts: list[str] = []
 
     def draw_axes(self) -> None:
-        x_ticks = axis_ticks(self.low_x, self.high_x, 5, self.x.is_log) if self.x.ticks is None else self.x.ticks
-        y_ticks = axis_ticks(self.low_y, self.high_y, 5, self.y.is_log) if self.y.ticks is None else self.y.ticks
-        self.parts.append(text(0, 14, self.y.title, "panel-title"))
-        for tick in y_ticks:
-            y = self.at_y(tick)
+        self.parts.append(text(0, 14, self.y.axis.title, "panel-title"))
+        for tick in self.y.ticks():
+            y = self.y.at(tick)
             self.parts.append(line(self.left, y, self.right, y, "grid"))
-            self.parts.append(text(self.left - 8, y + 4, self.y.tick(tick), "tick", "end"))
-        for tick in x_ticks:
-            x = self.at_x(tick)
+            self.parts.append(text(self.left - 8, y + 4, self.y.axis.tick(tick), "tick", "end"))
+        for tick in self.x.ticks():
+            x = self.x.at(tick)
             self.parts.append(line(x, self.bottom, x, self.bottom + 4, "axis"))
-            self.parts.append(text(x, self.bottom + 18, self.x.tick(tick), "tick", "middle"))
+            self.parts.append(text(x, self.bottom + 18, self.x.axis.tick(tick), "tick", "middle"))
         self.parts.append(line(self.left, self.bottom, self.right, self.bottom, "axis"))
         middle = (self.left + self.right) / 2
-        self.parts.append(text(middle, self.bottom + 38, self.x.title, "tick", "middle"))
+        self.parts.append(text(middle, self.bottom + 38, self.x.axis.title, "tick", "middle"))
 
     def draw_band(self, band: Band) -> None:
-        upper = [(self.at_x(x), self.at_y(high)) for x, _, high in band.points]
-        lower = [(self.at_x(x), self.at_y(low)) for x, low, _ in reversed(band.points)]
+        upper = [(self.x.at(x), self.y.at(high)) for x, _, high in band.points]
+        lower = [(self.x.at(x), self.y.at(low)) for x, low, _ in reversed(band.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*upper, *lower))
         self.parts.append(
             f'<g class="band {band.style}"><title>{escape(band.hint)}</title><polygon points="{path}"/></g>'
@@ -139,13 +132,13 @@ class _Frame:
 
     def draw_mark(self, mark: Mark) -> None:
         if mark.is_vertical:
-            x = self.at_x(mark.value)
+            x = self.x.at(mark.value)
             is_right = x > (self.left + self.right) / 2
             self.parts.append(line(x, self.top - 4, x, self.bottom, "limit"))
             side, anchor = (x + 2, "end") if is_right else (x - 2, "start")
             self.parts.append(text(side, self.top - 7, mark.label, "tick", anchor))
         else:
-            y = self.at_y(mark.value)
+            y = self.y.at(mark.value)
             self.parts.append(line(self.left, y, self.right, y, "limit"))
             self.parts.append(text(self.left + 4, y - 5, mark.label, "tick on-grid"))
 
@@ -153,8 +146,8 @@ class _Frame:
         """Draws a curve; returns where it ends."""
         pieces: list[list[tuple[float, float]]] = [[]]
         for x, y in curve.points:
-            if self.x.has(x) and self.y.has(y):
-                pieces[-1].append((self.at_x(x), self.at_y(y)))
+            if self.x.axis.has(x) and self.y.axis.has(y):
+                pieces[-1].append((self.x.at(x), self.y.at(y)))
             elif pieces[-1]:
                 pieces.append([])
         pieces = [piece for piece in pieces if piece]
@@ -204,28 +197,26 @@ def line_chart(
     room = _LABEL_ROOM if size is None else 14.0
     points = [point for curve in curves for point in curve.points]
     points += [(at, value) for band in bands for at, *ends in band.points for value in ends]
-    low_x, high_x = _ends(x, [at for at, _ in points] + [mark.value for mark in marks if mark.is_vertical])
-    low_y, high_y = _ends(y, [value for _, value in points] + [mark.value for mark in marks if not mark.is_vertical])
-    frame = _Frame(
-        x=x, y=y, left=52.0, right=width - room, top=34.0, bottom=height - 44.0,
-        low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y,
-    )  # fmt: skip
-    frame.draw_axes()
+    xs = [at for at, _ in points] + [mark.value for mark in marks if mark.is_vertical]
+    ys = [value for _, value in points] + [mark.value for mark in marks if not mark.is_vertical]
+    drawing = _Drawing(_Scale(x, xs, 52.0, width - room), _Scale(y, ys, height - 44.0, 34.0))
+    drawing.draw_axes()
     for band in bands:
-        frame.draw_band(band)
-    drawn = [(frame.draw_curve(curve), curve) for curve in curves]
+        drawing.draw_band(band)
+    drawn = [(drawing.draw_curve(curve), curve) for curve in curves]
     ends = [(end, curve) for end, curve in drawn if end is not None and curve.name]
     for mark in marks:
-        frame.draw_mark(mark)
+        drawing.draw_mark(mark)
     if size is None:
-        heights = spread_labels([end[1] for end, _ in ends], frame.top - 6, frame.bottom + 4)
+        heights = spread_labels([end[1] for end, _ in ends], drawing.top - 6, drawing.bottom + 4)
         for (end, curve), height_of_name in zip(ends, heights, strict=True):
-            at = frame.right + 10
-            frame.parts.append(
+            at = drawing.right + 10
+            drawing.parts.append(
                 f'<g class="{curve.style}">{line(end[0] + 4, end[1], at - 2, height_of_name, "leader")}'
                 f"{text(at + 2, height_of_name + 4, curve.name, 'curve-name', hint=curve.hint)}</g>"
             )
-    return svg(width, height, name, frame.parts, frame.attributes())
+    attributes = {"data-x": drawing.x.for_script(), "data-y": drawing.y.for_script(), "data-at": x.title}
+    return svg(width, height, name, drawing.parts, attributes)
 
 
 def spread_labels(heights: Sequence[float], top: float, bottom: float) -> list[float]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from markupsafe import Markup
 
-from distaccum.tools.pages.svg import line, nice_ticks, shortened, svg, text
+from distaccum.tools.pages.svg import bytes_tick, line, nice_ticks, shortened, svg, text
 
 ROW_HEIGHT = 27
 _BAR_HEIGHT = 13
@@ -36,23 +36,30 @@ class Dot:
     radius: float
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One row's part of a panel."""
+
+    bar: Sequence[Segment] = ()
+    whisker: tuple[float, float] | None = None
+    label: str = ""
+    """Written behind the bar."""
+    dots: Sequence[Dot] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One measure of all rows. Bars start at zero; with `dots` the axis is logarithmic."""
+    """One measure of all rows. Bars start at zero, dots lie on a logarithmic axis."""
 
     title: str
     share: float
     """Part of the chart's width."""
     label_width: float
     """Room for the labels behind the longest bar."""
-    tick: Callable[[float], str] = "{:g}".format
-    """How a tick's number is written."""
-    bars: list[list[Segment]] = field(default_factory=list)
-    whiskers: list[tuple[float, float] | None] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    binary: bool = False
-    """Ticks at powers of two, for bytes."""
-    dots: list[list[Dot]] = field(default_factory=list)
+    cells: Sequence[Cell]
+    is_log: bool = False
+    is_bytes: bool = False
+    """Ticks at powers of two."""
     limit: tuple[float, str] | None = None
     """A value to be marked by a line, and its name."""
 
@@ -81,7 +88,7 @@ def row_chart(
     left = gutter
     for number, panel in enumerate(panels):
         room = (width - gutter) * panel.share - (gap if number < len(panels) - 1 else 0)
-        parts += _panel(panel, left, room, top, len(labels))
+        parts += _panel(panel, left, room, top)
         if number == 0:
             # Over the grid, and over the panel beside it, where these rows have nothing to show.
             for index, reason in enumerate(reasons):
@@ -93,33 +100,37 @@ def row_chart(
     return Markup(f'<div class="wide">{svg(width, height, name, [*parts, *notes])}</div>')
 
 
-def _panel(panel: Panel, left: float, room: float, top: float, num_rows: int) -> list[str]:
-    bottom = top + ROW_HEIGHT * num_rows
+def _panel(panel: Panel, left: float, room: float, top: float) -> list[str]:
+    bottom = top + ROW_HEIGHT * len(panel.cells)
     parts = [text(left, 16, panel.title, "panel-title")]
-    scale = _log_scale(panel, left, room) if panel.dots else _linear_scale(panel, left, room)
-    for tick, x in scale[1]:
+    place, ticks = (_log_scale if panel.is_log else _linear_scale)(panel, left, room)
+    name = bytes_tick if panel.is_bytes else _power if panel.is_log else "{:g}".format
+    for tick in ticks:
+        x = place(tick)
         parts.append(line(x, top - 4, x, bottom, "grid" if tick else "axis"))
-        parts.append(text(x, bottom + 17, panel.tick(tick), "tick", "middle"))
-    place = scale[0]
+        parts.append(text(x, bottom + 17, name(tick), "tick", "middle"))
     if panel.limit is not None:
         x = place(panel.limit[0])
         parts += [line(x, top - 6, x, bottom, "limit"), text(x + 4, top - 8, panel.limit[1], "tick")]
-    for index, segments in enumerate(panel.bars):
-        parts += _bar(panel, index, segments, top + ROW_HEIGHT * (index + 0.5), place)
-    for index, dots in enumerate(panel.dots):
+    for index, cell in enumerate(panel.cells):
         y = top + ROW_HEIGHT * (index + 0.5)
+        parts += _bar(cell, y, place)
         parts += [
             f'<circle cx="{place(dot.value):.1f}" cy="{y:.1f}" r="{dot.radius:g}" class="{dot.style}">'
             f"<title>{escape(dot.hint)}</title></circle>"
-            for dot in dots
+            for dot in cell.dots
         ]
     return parts
 
 
-def _bar(panel: Panel, index: int, segments: Sequence[Segment], y: float, place: Callable[[float], float]) -> list[str]:
+def _power(value: float) -> str:
+    return "0" if value == 0 else f"1e{round(math.log10(value))}"
+
+
+def _bar(cell: Cell, y: float, place: Callable[[float], float]) -> list[str]:
     parts = []
     start = 0.0
-    for segment in segments:
+    for segment in cell.bar:
         x1, x2 = place(start), place(start + segment.value)
         start += segment.value
         parts.append(
@@ -127,32 +138,27 @@ def _bar(panel: Panel, index: int, segments: Sequence[Segment], y: float, place:
             f'class="{segment.style}"><title>{escape(segment.hint)}</title></rect>'
         )
     end = place(start)
-    whisker = panel.whiskers[index] if panel.whiskers else None
-    if whisker is not None:
-        low, high = place(whisker[0]), place(whisker[1])
+    if cell.whisker is not None:
+        low, high = place(cell.whisker[0]), place(cell.whisker[1])
         parts += [line(low, y, high, y, "whisker")]
         parts += [line(x, y - 3.5, x, y + 3.5, "whisker") for x in (low, high)]
         end = max(end, high)
-    if panel.labels and segments:
-        parts.append(text(end + 7, y + 4, panel.labels[index], "value"))
+    if cell.label:
+        parts.append(text(end + 7, y + 4, cell.label, "value"))
     return parts
 
 
-def _linear_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[float], float], list[tuple[float, float]]]:
-    ends = [sum(segment.value for segment in segments) for segments in panel.bars]
-    ends += [whisker[1] for whisker in panel.whiskers if whisker is not None]
-    largest = max(ends, default=0.0) or 1.0
+def _linear_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[float], float], list[float]]:
+    ends = [sum(segment.value for segment in cell.bar) for cell in panel.cells]
+    ends += [cell.whisker[1] for cell in panel.cells if cell.whisker is not None]
+    largest = max(ends) or 1.0
     length = room - panel.label_width
-
-    def place(value: float) -> float:
-        return left + value / largest * length
-
-    count = max(2, int(length / 62))
-    return place, [(tick, place(tick)) for tick in nice_ticks(largest, count, panel.binary)]
+    ticks = nice_ticks(largest, max(2, int(length / 62)), panel.is_bytes)
+    return lambda value: left + value / largest * length, ticks
 
 
-def _log_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[float], float], list[tuple[float, float]]]:
-    values = [dot.value for dots in panel.dots for dot in dots if dot.value > 0]
+def _log_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[float], float], list[float]]:
+    values = [dot.value for cell in panel.cells for dot in cell.dots if dot.value > 0]
     if panel.limit is not None:
         values.append(panel.limit[0])
     low = math.floor(math.log10(min(values, default=1e-16)))
@@ -166,5 +172,4 @@ def _log_scale(panel: Panel, left: float, room: float) -> tuple[Callable[[float]
         return left + 2 * inset + (math.log10(value) - low) / (high - low) * (length - inset)
 
     step = max(1, math.ceil((high - low) / max(2, int(length / 58))))
-    ticks = [(10.0**exponent, place(10.0**exponent)) for exponent in range(low, high + 1, step)]
-    return place, [(0.0, left), *ticks]
+    return place, [0.0, *(10.0**exponent for exponent in range(low, high + 1, step))]

@@ -11,8 +11,7 @@ from markupsafe import Markup
 from distaccum.observers.formatting import byte_size, number, words
 from distaccum.tools.pages.lines import Axis, Band, Curve, Mark, line_chart
 from distaccum.tools.pages.page import TIME_PARTS, Figure
-from distaccum.tools.pages.rows import Panel, Segment, row_chart
-from distaccum.tools.pages.svg import bytes_tick
+from distaccum.tools.pages.rows import Cell, Panel, Segment, row_chart
 from distaccum.tools.pages.thinning import moving_median, thinned
 from distaccum.tools.report.runs import Run
 
@@ -227,29 +226,24 @@ class Charts:
         runs = [run for run in self._runs if run.shares is not None]
         if not runs:
             return None
-        bars, labels = [], []
+        times, memories = [], []
         for run in runs:
-            shares = run.shares
-            assert shares is not None
+            shares = run.shares or {}
             seconds = 1e3 * run.train_seconds / len(run.metrics.updates)
-            bars.append([Segment(seconds * s, n, f"{run.name}: {TIME_PARTS[n]} {s:.0%}") for n, s in shares.items()])
-            labels.append(f"{number(seconds, 2)} ms")
-        time = Panel(title="Mean time of an update, ms", share=0.6, label_width=84, bars=bars, labels=labels)
-        memory = Panel(
-            title="Peak memory of rank 0",
-            share=0.4,
-            tick=bytes_tick,
-            label_width=84,
-            binary=True,
-            bars=[[] if run.peak_memory is None else [Segment(run.peak_memory, "training", run.name)] for run in runs],
-            labels=["" if run.peak_memory is None else byte_size(run.peak_memory) for run in runs],
-        )
+            bar = [Segment(seconds * s, n, f"{run.name}: {TIME_PARTS[n]} {s:.0%}") for n, s in shares.items()]
+            times.append(Cell(bar=bar, label=f"{number(seconds, 2)} ms"))
+            peak = run.peak_memory
+            memories.append(
+                Cell(bar=[Segment(peak, "training", run.name)], label=byte_size(peak)) if peak is not None else Cell()
+            )
+        panels = [Panel(title="Mean time of an update, ms", share=0.6, label_width=84, cells=times)]
+        if any(cell.bar for cell in memories):
+            panels.append(
+                Panel(title="Peak memory of rank 0", share=0.4, label_width=84, is_bytes=True, cells=memories)
+            )
         names = [(run.name if len(run.name) <= 30 else f"…{run.name[-29:]}", "") for run in runs]
-        each = "; ".join(f"{run.name} {label}" for run, label in zip(runs, labels, strict=True))
-        has_memory = any(run.peak_memory is not None for run in runs)
-        chart = row_chart(
-            f"Time of an update: {each}", names, [None] * len(runs), [time, memory] if has_memory else [time]
-        )
+        each = "; ".join(f"{run.name} {cell.label}" for run, cell in zip(runs, times, strict=True))
+        chart = row_chart(f"Time of an update: {each}", names, [None] * len(runs), panels)
         return Figure(chart, key=list(TIME_PARTS.items()))
 
     def evaluations(self) -> list[Figure | None]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
-from distaccum.config import EmaConfig, SwaConfig, flat
+from distaccum.config import flat
 from distaccum.observers.formatting import duration, number, words
-from distaccum.tools.study.points import ema_of, swa_of
+from distaccum.tools.study.points import scaled_settings
 from distaccum.tools.study.results import DIVERGED, FAILED, LIMIT, MISSING, Result, Study
 
 _ALIKE = 1.15
@@ -201,36 +200,18 @@ def _caveats(study: Study) -> str:
 
 def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
     """Returns the command that trains as a run did, with all that followed from its batch size."""
-    followed = _followed(study.config, result.batch_size)
+    configured = flat(study.config)
+    scaled = scaled_settings(configured, result.batch_size)
+    followed = {key: value for key, value in scaled.items() if value != configured.get(key)}
     kept = [entry for entry in overrides if not _is_own(entry) and entry.partition("=")[0] not in followed]
     is_plain = study.config["schedule"]["name"] == "constant"
     if is_plain and not any(entry.startswith(("schedule=", "experiment=")) for entry in kept):
         kept.append("schedule=constant")  # what a study has by default, and a training has not
-    kept += [f"{key}={value}" for key, value in followed.items()]
+    kept += [f"{key}={value:.6g}" if key == "train.ema.decay" else f"{key}={value}" for key, value in followed.items()]
     own = f"{shlex.join(kept)} " if kept else ""
     ranks = study.config["study"]["ranks"]
     launcher = f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python"
     return f"{launcher} -m distaccum.train {own}batch.global_batch_size={result.batch_size} optim.lr={result.lr:.4g}"
-
-
-def _followed(config: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Returns the keys in which a run differed from the configuration because of its batch size."""
-    base, micro_batch_size = config["batch"]["global_batch_size"], config["batch"]["micro_batch_size"]
-    of_samples = base / batch_size
-    followed: dict[str, Any] = {}
-    if isinstance(micro_batch_size, int) and micro_batch_size > batch_size:
-        followed["batch.micro_batch_size"] = batch_size
-    for key in ("warmup_updates", "every_updates"):
-        if updates := config["schedule"].get(key):
-            followed[f"schedule.{key}"] = max(1, round(updates * of_samples))
-    averages = config["train"]["ema"], config["train"]["swa"]
-    ema, swa = ema_of(EmaConfig(**averages[0]), of_samples), swa_of(SwaConfig(**averages[1]), of_samples)
-    if ema.decay is not None:
-        followed |= {"train.ema.decay": float(f"{ema.decay:.6g}"), "train.ema.first_update": ema.first_update}
-    if swa.first_update is not None:
-        followed |= {"train.swa.first_update": swa.first_update, "train.swa.every_updates": swa.every_updates}
-    configured = flat(config)
-    return {key: value for key, value in followed.items() if value != configured.get(key)}
 
 
 def _is_own(override: str) -> bool:

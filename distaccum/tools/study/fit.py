@@ -73,7 +73,7 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     sizes = sorted({point.batch_size for point in usable})
     if len(sizes) < 2:
         return None
-    candidates = _between(sizes[0] / _BEYOND, sizes[-1] * _BEYOND)
+    candidates = between(sizes[0] / _BEYOND, sizes[-1] * _BEYOND)
     # The size of errors and the curve follow from each other.
     error = _LEAST_ERROR
     best = 0
@@ -84,7 +84,7 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     spare = len(usable) - 2
     rise = _LIKELY[spare - 1] if 0 < spare <= len(_LIKELY) and error > _LEAST_ERROR else _LIKELY_OF_MANY
     likely = [index for index, value in enumerate(sums) if value - sums[best] <= rise]
-    finer = _between(candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)], 41)
+    finer = between(candidates[max(0, best - 1)], candidates[min(best + 1, _STEPS - 1)], 41)
     critical = min(finer, key=lambda value: _loss_at(value, usable, error))
     log_updates = _log_min_updates(critical, usable, error)
     return Fit(
@@ -98,7 +98,8 @@ def fit(points: Sequence[Measured]) -> Fit | None:
     )
 
 
-def _between(low: float, high: float, steps: int = _STEPS) -> list[float]:
+def between(low: float, high: float, steps: int = _STEPS) -> list[float]:
+    """Returns numbers from `low` to `high`, equal factors apart."""
     return [low * (high / low) ** (index / (steps - 1)) for index in range(steps)]
 
 

@@ -12,10 +12,12 @@ from distaccum.tools.pages.svg import short
 from distaccum.tools.pages.thinning import thinned
 from distaccum.tools.study.advice import round_number, what_metric
 from distaccum.tools.study.curves import Spot
+from distaccum.tools.study.fit import between
 from distaccum.tools.study.results import Result, Study, measured
 from distaccum.tools.study.terminal import cells, heads
 
 _POINTS = 300
+_STEPS = 81
 _NUM_SHADES = 8
 _SIZE = (400.0, 280.0)
 
@@ -114,7 +116,7 @@ def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> Fi
     reached = [(result, measured(result)) for result in study.results if result.reached is not None]
     if fitted is not None:
         tried = [point.batch_size for _, point in reached]
-        sizes = _between(min(tried) / 1.5, max(tried) * 1.5)
+        sizes = between(min(tried) / 1.5, max(tried) * 1.5, _STEPS)
         curves.append(Curve("fit", [(fitted.samples(b), fitted.updates(b)) for b in sizes], "the fitted curve"))
         # A limit that the points do not show lies far outside the chart.
         if fitted.high < math.inf:
@@ -128,10 +130,6 @@ def _updates_over_samples(study: Study, size: tuple[float, float] = _SIZE) -> Fi
     xs, ys = _coordinates(curves)
     x, y = _log_axis("samples", xs), _log_axis("Updates against samples to the target", ys)
     return _drawn("Updates against samples to reach the target, by batch size", curves, x, y, marks, size)
-
-
-def _between(low: float, high: float) -> list[float]:
-    return [low * (high / low) ** (index / 80) for index in range(81)]
 
 
 def _over_batch_size(study: Study) -> list[Figure]:
@@ -163,7 +161,7 @@ def _over_size(
     sizes = [float(result.batch_size) for result in study.chosen]
     curves = []
     if of_fit is not None:
-        line = [(size, of_fit(size)) for size in _between(sizes[0] / 1.2, sizes[-1] * 1.2)]
+        line = [(size, of_fit(size)) for size in between(sizes[0] / 1.2, sizes[-1] * 1.2, _STEPS)]
         curves.append(Curve("fit", line, "the fitted curve"))
     elif len(sizes) > 1:
         line = [(float(result.batch_size), of_spot(result.reached)) for result in study.chosen if result.reached]

@@ -5,21 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from distaccum.config import (
-    BatchConfig,
-    ByLengthBatchConfig,
-    DDPConfig,
-    EmaConfig,
-    InsightConfig,
-    ScheduleConfig,
-    SingleConfig,
-    StepScheduleConfig,
-    StrategyConfig,
-    SwaConfig,
-    TrainConfig,
-)
+from distaccum.config import ByLengthBatchConfig, DDPConfig, SingleConfig, TrainConfig, as_plain, flat
 from distaccum.config.enums import Compression, LrRule
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import UserError
@@ -27,6 +15,8 @@ from distaccum.tasks import CoupledTask
 from distaccum.training.optim import LR_POWERS
 
 _FACTORS = (1 / 16, 1 / 4, 1.0, 4.0)
+_MEASUREMENTS = 16
+"""The least number of measurements of the noise scale in a run: large batches have few updates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,97 +125,62 @@ def configuration(
 ) -> TrainConfig:
     """Returns the training of a point: the user's, except for the batch size and what follows from it.
 
-    What the configuration counts in updates (warm-up, steps of the schedule, the weights' averages) takes the same
-    number of samples at each batch size. Every window has its full size.
+    Every window has its full size.
     """
-    of_samples = _base_size(config) / point.batch_size
     limit = max_samples(config, num_samples)
     updates = max(1, math.ceil(limit / point.batch_size))
     every = max(1, round(limit / config.study.evaluations / point.batch_size))
-    values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)}
+    # The schedule must be longer than its warm-up, and an average begins at the last update at the latest.
+    most = {"schedule.warmup_updates": max(0, updates - 1)}
+    most |= {"train.ema.first_update": updates, "train.swa.first_update": updates}
+    scaled = scaled_settings(flat(as_plain(config)), point.batch_size)
+    values: dict[str, Any] = {key: min(value, most.get(key, value)) for key, value in scaled.items()}
     values |= {
         "run_dir": run_dir,
         "resume": "auto",
-        "batch": _batch(config.batch, point.batch_size),
-        "insight": _insight(config.insight, noise_scale, updates),
-        "optim": _with_lr(config.optim, point.lr),
-        "schedule": _schedule(config.schedule, of_samples, updates),
-        "strategy": _strategy(config.strategy, config.study.ranks),
-        "train": dataclasses.replace(
-            config.train,
-            epochs=None,
-            ema=_not_after(updates, ema_of(config.train.ema, of_samples)),
-            swa=_not_after(updates, swa_of(config.train.swa, of_samples)),
-            max_updates=updates,
-            eval_every=every if config.data.evaluation is not None else None,
-        ),
+        "batch.global_batch_size": point.batch_size,
+        "batch.drop_last": True,
+        "insight.noise_scale": noise_scale or config.insight.noise_scale,
+        "insight.every_updates": min(config.insight.every_updates, max(1, updates // _MEASUREMENTS)),
+        "optim.lr": point.lr,
+        "train.epochs": None,
+        "train.max_updates": updates,
+        "train.eval_every": every if config.data.evaluation is not None else None,
     }
-    return TrainConfig(**values)
+    if config.study.ranks > 1 and isinstance(config.strategy, SingleConfig):
+        values["strategy"] = DDPConfig()
+    training = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
+    changed: TrainConfig = _changed(training, values)
+    return changed
 
 
-def _batch(batch: BatchConfig, size: int) -> BatchConfig:
-    micro = batch.micro_batch_size
-    return dataclasses.replace(
-        batch, global_batch_size=size, micro_batch_size=None if micro is None else min(micro, size), drop_last=True
-    )
-
-
-def _with_lr(optim: Any, lr: float) -> Any:
-    return {**optim, "lr": lr} if isinstance(optim, dict) else dataclasses.replace(optim, lr=lr)
-
-
-def _schedule(schedule: ScheduleConfig, of_samples: float, updates: int) -> ScheduleConfig:
-    changes: dict[str, Any] = {}
-    if schedule.warmup_updates:
-        # The schedule must be longer than its warm-up.
-        changes["warmup_updates"] = min(max(1, round(schedule.warmup_updates * of_samples)), max(0, updates - 1))
-    if isinstance(schedule, StepScheduleConfig):
-        changes["every_updates"] = max(1, round(schedule.every_updates * of_samples))
-    return dataclasses.replace(schedule, **changes)
-
-
-_MEASUREMENTS = 16
-"""The least number of measurements of the noise scale in a run: large batches have few updates."""
-
-
-def _insight(insight: InsightConfig, noise_scale: bool, updates: int) -> InsightConfig:
-    every = min(insight.every_updates, max(1, updates // _MEASUREMENTS))
-    return dataclasses.replace(insight, noise_scale=noise_scale or insight.noise_scale, every_updates=every)
-
-
-def ema_of(ema: EmaConfig, of_samples: float) -> EmaConfig:
-    """Returns the average with the same memory in samples.
+def scaled_settings(configured: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Returns the settings that follow from a batch size: what is counted in updates takes the same number of samples,
+    the weights' average remembers as many, and no micro-batch is larger than the window.
 
     Args:
-        of_samples: updates of this batch size for each of the configured one.
+        configured: the values of the configuration by their full keys.
     """
-    if ema.decay is None:
-        return ema
-    first = max(1, round(ema.first_update * of_samples))
-    return dataclasses.replace(ema, decay=ema.decay ** (1 / of_samples), first_update=first)
+    ratio = configured["batch.global_batch_size"] / batch_size
+    found: dict[str, Any] = {}
+    if micro_batch_size := configured["batch.micro_batch_size"]:
+        found["batch.micro_batch_size"] = min(micro_batch_size, batch_size)
+    counts = ["schedule.warmup_updates", "schedule.every_updates"]
+    if (decay := configured["train.ema.decay"]) is not None:
+        found["train.ema.decay"] = decay ** (1 / ratio)
+        counts.append("train.ema.first_update")
+    if configured["train.swa.first_update"] is not None:
+        counts += ["train.swa.first_update", "train.swa.every_updates"]
+    found |= {key: max(1, round(configured[key] * ratio)) for key in counts if configured.get(key)}
+    return found
 
 
-def swa_of(swa: SwaConfig, of_samples: float) -> SwaConfig:
-    """Returns the average of weights that are as many samples apart."""
-    if swa.first_update is None:
-        return swa
-    return dataclasses.replace(
-        swa,
-        first_update=max(1, round(swa.first_update * of_samples)),
-        every_updates=max(1, round(swa.every_updates * of_samples)),
-    )
-
-
-Average = TypeVar("Average", EmaConfig, SwaConfig)
-
-
-def _not_after(updates: int, average: Average) -> Average:
-    """Has an average begin at the last update of the run at the latest."""
-    if average.first_update is None:
-        return average
-    return dataclasses.replace(average, first_update=min(updates, average.first_update))
-
-
-def _strategy(strategy: StrategyConfig, ranks: int) -> StrategyConfig:
-    """Returns the configured strategy; DDP for several ranks that are given none."""
-    return DDPConfig() if ranks > 1 and isinstance(strategy, SingleConfig) else strategy
+def _changed(section: Any, changes: dict[str, Any]) -> Any:
+    """Returns a section, a dataclass or a dictionary, with other values by their keys (`ema.decay`), checked once."""
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        inner.setdefault(name, {})[rest] = value
+    entries = section if isinstance(section, dict) else {name: getattr(section, name) for name in inner}
+    values = {name: new[""] if "" in new else _changed(entries[name], new) for name, new in inner.items()}
+    return {**section, **values} if isinstance(section, dict) else dataclasses.replace(section, **values)

@@ -201,17 +201,17 @@ class _Study:
     def _run(self, point: Point, show_progress: Callable[[Learning], None]) -> None:
         run_dir = self._run_dir(point)
 
-        def is_enough(learning: Learning) -> bool:
+        def has_learned_enough() -> bool:
+            learning = self._learning(point)
             show_progress(learning)
             return self._has_reached(learning)
 
         if before := RunRecord.read(run_dir):
             replace(before, outcome=Outcome.running, reason=None).write(run_dir)
         try:
-            learning = run(
+            run(
                 configuration(point, self.config, self.num_samples, str(run_dir), noise_scale=self.noise_scale),
-                lambda: self._learning(point),
-                is_enough,
+                has_learned_enough,
                 ranks=self.section.ranks,
                 threads=self.section.threads_per_rank,
                 log=self.path / "logs" / f"{point.name}.log",
@@ -224,7 +224,7 @@ class _Study:
                 record.write(run_dir)
             logger.warning("%s: %s", point.title, record.reason)
             return
-        logger.info("%s: %s", point.title, self._in_words(learning))
+        logger.info("%s: %s", point.title, self._in_words(self._learning(point)))
 
     def _in_words(self, learning: Learning) -> str:
         amount = f"{learning.updates:,} updates, {learning.samples:,} samples, {duration(learning.seconds)}"

@@ -20,8 +20,7 @@ from distaccum.errors import UserError
 from distaccum.runtime.files import without_tilde, write_result, write_text
 from distaccum.runtime.logs import console, logging_to
 from distaccum.tools.bench.environment import as_json, environment, refuse_other_results
-from distaccum.tools.bench.portable import to_portable
-from distaccum.tools.bench.sessions import Job, PlacementFailedError, Session
+from distaccum.tools.bench.sessions import PlacementFailedError, Session
 from distaccum.tools.bench.terminal import progress_bar
 from distaccum.tools.tune.forecast import forecast_of, why_not
 from distaccum.tools.tune.report import TuneReport, TuneRow
@@ -75,15 +74,15 @@ def _run(config: TuneConfig, world_size: int, run_dir: Path) -> tuple[TuneReport
                 console.print(line_of(row), soft_wrap=True)
 
         def start(candidate: TrainConfig, name: str) -> Session:
-            job = Job(
-                config=to_portable(candidate),
+            return Session(
+                config=candidate,
                 num_processes=world_size,
                 sync_every_step=False,
                 threads=threads,
                 reference=run_dir / "unused",
                 log=run_dir / "logs" / f"{name}.log",
+                timeout_seconds=section.timeout_seconds,
             )
-            return Session(job, section.timeout_seconds)
 
         search = Search(config, base, world_size, start, tell)
         stack.callback(search.close)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
@@ -9,23 +7,7 @@ from distaccum.config.compose import compose
 from distaccum.config.enums import Compression
 from distaccum.config.tools import PlacementName
 from distaccum.errors import UserError
-from distaccum.tools.bench.portable import from_portable, to_portable
 from distaccum.tools.compare.placements import cases_of
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["experiment=text"],
-        ["precision=fp16", "optim=rmsprop", "schedule=step", "train.on_nonfinite=skip"],
-        ["model=custom", "model._target_=user_project.Line", "+model.inner={_target_: a.B, sizes: [1, 2]}"],
-    ],
-)
-def test_a_configuration_survives_the_way_to_another_process(overrides: list[str]) -> None:
-    config = compose(overrides, "compare")
-    there = json.loads(json.dumps(to_portable(config)))
-    assert from_portable(there) == config
 
 
 def test_every_row_has_the_strategy_and_the_cut_that_it_is_named_after() -> None:
