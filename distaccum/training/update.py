@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.gradient_caching import accumulate_coupled
 from distaccum.accumulation.result import UpdateResult
-from distaccum.errors import UserError
+from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders import Window
 from distaccum.runtime.compilation import CompileClock
 from distaccum.runtime.devices import Precision
@@ -96,6 +96,14 @@ class Updater:
                 f"the task asks the model for .{error.name}, and {type(strategy.model).__name__} has none: gradients "
                 "cross the network only where the model itself is called, as in model(inputs). Let its forward do that "
                 f"(an argument can ask for it); getattr(model, 'module', model).{error.name} is for settings."
+            ) from error
+        except ValueError as error:
+            if not is_one_value_per_channel(error):
+                raise
+            raise UserError(
+                "a micro-batch has one sample, and BatchNorm needs more than one value per channel in training. If it "
+                "is of an epoch's last, smaller window, set batch.drop_last=true; else give larger micro-batches "
+                "(batch.micro_batch_size, batch.global_batch_size), or use GroupNorm or LayerNorm."
             ) from error
         except RuntimeError as error:
             wanted = self.precision.parameter_dtype
