@@ -242,7 +242,7 @@ def test_what_does_not_belong_together_is_refused(overrides: list[str], message:
 def test_tools_for_windows_of_one_size_refuse_a_schedule(tool: type[TrainConfig]) -> None:
     config = compose(["batch.schedule=ramp", "batch.ramp_from=8", "batch.ramp_updates=4"])
     values = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
-    with pytest.raises(UserError, match=r"batch.schedule=ramp changes them: set batch.schedule=constant"):
+    with pytest.raises(UserError, match=r"batch.schedule=ramp changes it: set batch.schedule=constant"):
         tool(**values)
 
 
