@@ -59,6 +59,7 @@ class Heartbeat:
         self._store: Any = None
         self._holder_sign: Sign | None = None
         self._failed_at: float | None = None
+        self._is_said_here: Callable[[], bool] | None = None
         self._on_stuck: Callable[[BaseException], None] | None = None
         self._neighbours: list[Sign] | None = None  # not looked for yet
         self._log: TextIO | None = None
@@ -112,6 +113,7 @@ class Heartbeat:
         store: Any,
         timeout_seconds: float,
         *,
+        is_said_here: Callable[[], bool] | None = None,
         on_stuck: Callable[[BaseException], None] | None = None,
     ) -> None:
         """Begins to beat.
@@ -119,6 +121,7 @@ class Heartbeat:
         Args:
             store: a `torch.distributed.Store` in rank 0's process that all ranks share.
             timeout_seconds: how long ranks wait for each other.
+            is_said_here: whether a rank of this host has reported why the run failed; called when the store is gone.
             on_stuck: called from the background thread when this rank has waited for another in vain. For backends
                 whose waits don't end with an exception.
         """
@@ -126,7 +129,7 @@ class Heartbeat:
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
         self.timeout_seconds = timeout_seconds
-        self._on_stuck = on_stuck
+        self._is_said_here, self._on_stuck = is_said_here, on_stuck
         self._publish()
         self._thread = threading.Thread(target=self._run, name="distaccum-heartbeat", daemon=True)
         self._thread.start()
@@ -207,7 +210,10 @@ class Heartbeat:
     def _run(self) -> None:
         while True:
             is_last = self._over.is_set()
-            if not self.is_store_lost:
+            if self.is_store_lost:
+                if self._state is State.running and self._is_said_here is not None and self._is_said_here():
+                    self.someone_failed = True
+            else:
                 # Without the store nothing can be published; errors that follow are explained by explain().
                 with suppress(RuntimeError):
                     self._beat()

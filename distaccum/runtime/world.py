@@ -102,7 +102,8 @@ class World:
             raise UserError(_explain_connecting(error)) from error
         if self.world_size > 1:
             self._shared = self._own_store()
-            self.heartbeat.start(self._shared, timeout_seconds, on_stuck=self._end_stuck if on_cuda else None)
+            on_stuck = self._end_stuck if on_cuda else None
+            self.heartbeat.start(self._shared, timeout_seconds, is_said_here=_is_said_here, on_stuck=on_stuck)
 
     def _own_store(self) -> Any:
         """A store on rank 0: the launcher's ends with the launcher, and has what ranks wrote before a restart."""
@@ -183,7 +184,7 @@ class World:
         # A name that only one socket can have, and that nobody has to clean up: it goes with the process.
         word = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            word.bind(f"\0distaccum {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} {_attempt()}")
+            word.bind(_word_name())
         except OSError:
             word.close()
         else:
@@ -250,6 +251,10 @@ def _end_with_launcher() -> None:
         signal_when_parent_ends(signal.SIGTERM)
 
 
+def _word_name() -> str:
+    return f"\0distaccum {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} {_attempt()}"
+
+
 def _own_address() -> str:
     """The address at which all hosts reach this rank: that from which it connects to the launcher's store.
 
@@ -260,6 +265,11 @@ def _own_address() -> str:
         probe.connect(to[4])
         address: str = probe.getsockname()[0]
     return os.environ["MASTER_ADDR"] if ipaddress.ip_address(address).is_loopback else address
+
+
+def _is_said_here() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        return ear.connect_ex(_word_name()) == 0
 
 
 def _explain_connecting(error: Exception) -> str:
