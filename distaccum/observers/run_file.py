@@ -84,8 +84,10 @@ class RunFile(Observer):
         self._record = RunRecord()
 
     def on_start(self, start: RunStart) -> None:
-        resumed = [start.resumed_update] if start.resumed_update else []
-        before = RunRecord.read(self._run_dir) if resumed else None
+        before = RunRecord.read(self._run_dir) if start.resumed_update else None
+        was_finished = before is not None and before.outcome is Outcome.finished
+        has_nothing_to_do = was_finished and start.resumed_update >= start.total_updates
+        resumed = [start.resumed_update] if start.resumed_update and not has_nothing_to_do else []
         self._record = RunRecord(
             plan=start.plan,
             total_updates=start.total_updates,

@@ -199,12 +199,12 @@ def test_its_row_in_the_table_of_memory(monkeypatch: pytest.MonkeyPatch) -> None
     overrides = ["model=mlp", "model.hidden_sizes=[128]", "batch.micro_batch_size=64"]
     if optim.has_8bit():
         report = examine(compose(overrides, "memory"))  # type: ignore[arg-type]
-        configured, narrow = report.rows[0], next(row for row in report.rows if row.change == "optim=adamw8bit")
+        configured, narrow = report.rows[0], next(row for row in report.rows if row.overrides == "optim=adamw8bit")
         own = examine(compose([*overrides, "optim=adamw8bit"], "memory")).configured  # type: ignore[arg-type]
         assert narrow.footprint.optimizer == own.footprint.optimizer < 0.4 * configured.footprint.optimizer
         assert narrow.peak == own.peak
     monkeypatch.setattr("distaccum.tools.memory.run.has_8bit", lambda: False)
     report = examine(compose(overrides, "memory"))  # type: ignore[arg-type]
-    assert not any("adamw8bit" in row.change for row in report.rows)
+    assert not any("adamw8bit" in row.overrides for row in report.rows)
     assert any("pip install" in sentence for sentence in report.words())
     json.loads(report.as_json())
