@@ -27,7 +27,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TESTS = Path(__file__).parent
 
 LONG = ("launch", "faults", "distributed", "tools", "test_benchmarks.py")
-"""Where tests wait for processes, longest first: what is short comes last, and fills the gaps between two workers."""
+"""Where tests wait for processes, longest first: what is short comes last, and fills the gaps between workers."""
 
 
 def _is_alone(item: pytest.Item) -> bool:

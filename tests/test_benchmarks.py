@@ -77,18 +77,17 @@ def gpu(loops: Rows, memory: Rows) -> None:
 
 
 def slow_link(rows: Rows) -> None:
-    sent = {(row["link"], row["K"], row["sync"]): float(row["MB on the wire"]) for row in rows}
-    assert len(sent) == 2 * 2 * 4, "links, K, ways"
-    for link in ("100mbit", "1gbit"):
-        one = sent[link, "1", "no_sync"]
-        assert sent[link, "8", "no_sync"] == pytest.approx(one, rel=0.1)
-        assert sent[link, "8", "every micro-step"] == pytest.approx(8 * one, rel=0.1)
-        assert sent[link, "8", "no_sync, bf16"] == pytest.approx(one / 2, rel=0.15)
-        assert sent[link, "8", "no_sync, PowerSGD"] < one / 20
+    sent = {(row["K"], row["sync"]): float(row["MB on the wire"]) for row in rows}
+    assert len(sent) == 2 * 4, "K, ways"
+    one = sent["1", "no_sync"]
+    assert sent["8", "no_sync"] == pytest.approx(one, rel=0.1)
+    assert sent["8", "every micro-step"] == pytest.approx(8 * one, rel=0.1)
+    assert sent["8", "no_sync, bf16"] == pytest.approx(one / 2, rel=0.15)
+    assert sent["8", "no_sync, PowerSGD"] < one / 20
 
 
 def tuning(rows: Rows) -> None:
-    places = ["suggested against configured, on this machine", "2 hosts, 100mbit", "2 hosts, 1gbit"]
+    places = ["suggested against configured, on this machine", "2 hosts, 100mbit"]
     assert [row["what"] for row in rows] == places[: len(rows)]
     assert all(float(row["s/update"]) > 0 for row in rows)
 
@@ -107,7 +106,7 @@ def checkpoint(rows: Rows) -> None:
 
 def unequal_ranks(rows: Rows) -> None:
     cases = [(row["ranks"], row["3 x slower"], row["batch.balance"]) for row in rows]
-    assert cases == [("2", slowed, balance) for slowed in "01" for balance in ("even", "speed")]
+    assert cases == [("2", "1", balance) for balance in ("even", "speed")]
     assert {sum(map(int, row["shares"].split(" + "))) for row in rows} == {768}
 
 
