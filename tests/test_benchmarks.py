@@ -87,7 +87,7 @@ def slow_link(rows: Rows) -> None:
 
 
 def tuning(rows: Rows) -> None:
-    places = ["suggested against configured, on this machine", "2 hosts, 100mbit"]
+    places = ["suggested against configured, on this machine", "2 hosts, 1gbit"]
     assert [row["what"] for row in rows] == places[: len(rows)]
     assert all(float(row["s/update"]) > 0 for row in rows)
 
