@@ -16,8 +16,8 @@ import common
 import torch
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
-from distaccum.config.components import AdamConfig, AdamW8bitConfig
 from distaccum.config.enums import PrecisionName
+from distaccum.config.optimizers import AdamConfig, AdamW8bitConfig
 from distaccum.models import GPT
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.world import joined_world

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum import config
-from distaccum.config import components
+from distaccum.config import components, optimizers
 from distaccum.config import tools as tool_configs
 
 ROOT = Path(__file__).parent.parent
@@ -44,13 +44,13 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`task=language_modeling`", "task", components.LanguageModelingConfig),
     ("`task=segmentation`", "task", components.SegmentationConfig),
     ("`task=contrastive`", "task", components.ContrastiveConfig),
-    ("`optim=…`", "optim", components.TorchOptimConfig),
-    ("`optim=sgd`, `momentum`, `nesterov`", "optim", components.SGDConfig),
-    ("`optim=adam`, `amsgrad`, `adamw`", "optim", components.AdamConfig),
-    ("`optim=adamw8bit`", "optim", components.AdamW8bitConfig),
-    ("`optim=rmsprop`", "optim", components.RMSpropConfig),
-    ("`optim=adagrad`", "optim", components.AdagradConfig),
-    ("`optim=adadelta`", "optim", components.AdadeltaConfig),
+    ("`optim=…`", "optim", optimizers.TorchOptimConfig),
+    ("`optim=sgd`, `momentum`, `nesterov`", "optim", optimizers.SGDConfig),
+    ("`optim=adam`, `amsgrad`, `adamw`", "optim", optimizers.AdamConfig),
+    ("`optim=adamw8bit`", "optim", optimizers.AdamW8bitConfig),
+    ("`optim=rmsprop`", "optim", optimizers.RMSpropConfig),
+    ("`optim=adagrad`", "optim", optimizers.AdagradConfig),
+    ("`optim=adadelta`", "optim", optimizers.AdadeltaConfig),
     ("`schedule=…`", "schedule", config.ScheduleConfig),
     ("`schedule=linear`, `cosine`", "schedule", config.DecayScheduleConfig),
     ("`schedule=step`", "schedule", config.StepScheduleConfig),

@@ -1,4 +1,4 @@
-"""Typed sections of the built-in components, for `model`, `data`, `task` and `optim`.
+"""Typed sections of the built-in components, for `model`, `data` and `task`; those for `optim` are in `optimizers.py`.
 
 Each names its class by `_target_` and lists the arguments that the class takes, so that an unknown key or a wrong type
 is refused before torch is imported. `SCHEMAS` says which configuration group each belongs to.
@@ -18,14 +18,19 @@ from distaccum.config import (
     DPConfig,
     Fp16Config,
     FSDPConfig,
-    OptimConfig,
     PrecisionConfig,
     ScheduleConfig,
     SingleConfig,
     StepScheduleConfig,
 )
-from distaccum.config.enums import Implementation
-from distaccum.errors import UserError, require_at_least
+from distaccum.config.optimizers import (
+    AdadeltaConfig,
+    AdagradConfig,
+    AdamConfig,
+    AdamW8bitConfig,
+    RMSpropConfig,
+    SGDConfig,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,108 +214,6 @@ class SyntheticDataConfig(DataConfig):
     """Shape of one sample."""
     num_classes: int = 10
     """Number of classes."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TorchOptimConfig(OptimConfig):
-    """Keys that torch's optimizers share."""
-
-    weight_decay: float = 0.0
-    """Weight decay: decoupled in `adamw`, added to the gradient in all others."""
-    implementation: Implementation = Implementation.auto
-    """`fused`, `foreach` or `forloop`; `auto`: fused where torch supports it for the device and the parameters (under
-    FSDP, for Adam alone), else foreach."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SGDConfig(TorchOptimConfig):
-    """Stochastic gradient descent (`sgd`, `momentum`, `nesterov`)."""
-
-    _target_: str = "torch.optim.SGD"
-    lr: float = 0.1
-    momentum: float = 0.0
-    """Multiplies the velocity at each update."""
-    nesterov: bool = False
-    """Nesterov's look-ahead; needs momentum."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RMSpropConfig(TorchOptimConfig):
-    """RMSprop."""
-
-    _target_: str = "torch.optim.RMSprop"
-    lr: float = 1e-3
-    alpha: float = 0.99
-    """Decay of the mean square."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    momentum: float = 0.0
-    """Multiplies the velocity at each update."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AdagradConfig(TorchOptimConfig):
-    """Adagrad."""
-
-    _target_: str = "torch.optim.Adagrad"
-    lr: float = 1e-2
-    eps: float = 1e-10
-    """Added to the denominator."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AdadeltaConfig(TorchOptimConfig):
-    """Adadelta."""
-
-    _target_: str = "torch.optim.Adadelta"
-    lr: float = 1.0
-    rho: float = 0.9
-    """Decay of the mean squares."""
-    eps: float = 1e-6
-    """Added to the denominator."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AdamConfig(TorchOptimConfig):
-    """Adam (`adam`, `amsgrad`) and AdamW (`adamw`)."""
-
-    _target_: str = "torch.optim.Adam"
-    lr: float = 2e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of the first and the second moment."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    amsgrad: bool = False
-    """Divide by the largest second moment so far."""
-
-    def __post_init__(self) -> None:
-        _require_two_betas(self.betas)
-
-
-@dataclass(kw_only=True, slots=True)
-class AdamW8bitConfig(OptimConfig):
-    """AdamW of bitsandbytes (the extra `adam8bit`) with moments in 8 bits, in blocks of 256 numbers with a scale each
-    (Dettmers et al. 2022). Not supported with `strategy=fsdp`."""
-
-    _target_: str = "bitsandbytes.optim.AdamW8bit"
-    lr: float = 2e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """Decay of the first and the second moment."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    min_8bit_size: int = 4096
-    """Parameters with fewer numbers than this have moments in 32 bits."""
-
-    def __post_init__(self) -> None:
-        _require_two_betas(self.betas)
-        require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
-
-
-def _require_two_betas(betas: list[float]) -> None:
-    if len(betas) != 2:
-        raise UserError(f"optim.betas={betas} is impossible: it must be two numbers, as in [0.9,0.999].")
 
 
 SCHEMAS: dict[str, dict[str, type]] = {

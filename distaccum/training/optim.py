@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config import instantiate as targets
-from distaccum.config.components import AdamW8bitConfig, TorchOptimConfig
 from distaccum.config.enums import Implementation, LrRule
+from distaccum.config.optimizers import AdamW8bitConfig, TorchOptimConfig
 from distaccum.errors import UserError
 
 logger = logging.getLogger(__name__)

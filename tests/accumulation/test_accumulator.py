@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, UserError, WindowLoader
 from distaccum.config import SingleConfig
-from distaccum.config.components import AdamConfig, SGDConfig
 from distaccum.config.enums import PrecisionName
+from distaccum.config.optimizers import AdamConfig, SGDConfig
 from distaccum.strategies import SingleStrategy, place
 from distaccum.training.optim import build_optimizer
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from distaccum import Accumulator, Checkpointer, UserError
 from distaccum.checkpoints import newest_whole
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig
-from distaccum.config.components import AdadeltaConfig, AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.config.enums import Implementation
+from distaccum.config.optimizers import AdadeltaConfig, AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.runtime.world import World
 from distaccum.strategies import SingleStrategy, Strategy, shards_optimizer
 from distaccum.strategies.dp import DPStrategy, ThreadedReplicas

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
 from distaccum.config import DDPConfig, FSDPConfig
-from distaccum.config.components import AdamConfig
+from distaccum.config.optimizers import AdamConfig
 from distaccum.data.text import DocumentationText
 from distaccum.models import GPT
 from distaccum.runtime.world import World

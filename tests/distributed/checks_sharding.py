@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.config import DDPConfig, FSDPConfig
-from distaccum.config.components import AdamConfig
 from distaccum.config.enums import PrecisionName
+from distaccum.config.optimizers import AdamConfig
 from distaccum.models import GPT
 from distaccum.runtime.world import World
 from distaccum.strategies import place, strategy_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, TaskOutput, UpdateResult, WindowLoader, accumulate_coupled
 from distaccum.config import StrategyConfig
-from distaccum.config.components import AdamConfig
+from distaccum.config.optimizers import AdamConfig
 from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
 from distaccum.tasks import Contrastive
 from distaccum.training.optim import build_optimizer

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distaccum import Accumulator, UpdateResult, WindowLoader
 from distaccum.config import StrategyConfig
-from distaccum.config.components import AdamConfig
+from distaccum.config.optimizers import AdamConfig
 from distaccum.runtime.compilation import Compilation
 from distaccum.strategies import SingleStrategy, Strategy, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import LanguageModeling, TaskOutput

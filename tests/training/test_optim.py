@@ -8,8 +8,8 @@ from torch import nn
 
 from distaccum import Accumulator
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
-from distaccum.config.components import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.config.enums import Implementation
+from distaccum.config.optimizers import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
 from distaccum.errors import UserError
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
 

@@ -18,8 +18,8 @@ from torch import nn
 from distaccum import Accumulator
 from distaccum.checkpoints.folder import checkpoints_in
 from distaccum.checkpoints.optimizer_state import check_same_state
-from distaccum.config.components import AdamConfig, AdamW8bitConfig
 from distaccum.config.compose import compose
+from distaccum.config.optimizers import AdamConfig, AdamW8bitConfig
 from distaccum.errors import UserError
 from distaccum.runtime.memory import held_bytes
 from distaccum.tools.memory.run import examine

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.config.components import AdamConfig, AdamW8bitConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.config.launcher import launch
+from distaccum.config.optimizers import AdamConfig, AdamW8bitConfig
 from distaccum.config.tools import MemoryConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders.collate import PadCollate

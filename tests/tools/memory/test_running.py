@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from distaccum.config import SingleConfig
-from distaccum.config.components import SGDConfig
 from distaccum.config.compose import compose
 from distaccum.config.enums import PrecisionName
+from distaccum.config.optimizers import SGDConfig
 from distaccum.config.tools import MemoryConfig
 from distaccum.errors import UserError
 from distaccum.runtime.devices import Precision
