@@ -288,12 +288,12 @@ class Accumulator:
         raw_norm = self.strategy.total_norm(gradients)
         seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        *numbers, norm = torch.cat([*seen, totals, raw_norm.to(totals)[None]]).tolist()
+        numbers = torch.cat([raw_norm.to(totals)[None], *seen, totals]).cpu()
+        norm, *measured = numbers[: -len(totals)].tolist()
         if window.can_recover and not math.isfinite(norm) and window.is_lost_on_any_rank():
             window.put_back()
             return None
-        measured, numbers = (numbers[:4], numbers[4:]) if seen else ([], numbers)
-        read = self._sums.read(numbers, window, raw_norm.dtype)
+        read = self._sums.read(numbers[-len(totals) :], window, raw_norm.dtype)
         weight = read["weight"]
         self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.micro_gradients import MicroGradients
 from distaccum.accumulation.optimizer_step import Gradients
+from distaccum.accumulation.running_sum import RunningSum
 from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
@@ -49,7 +50,7 @@ class OpenWindow:
     awaiting_backward: bool = False
     loss_sums: list[Tensor] = field(default_factory=list)
     weights: list[Tensor | float] = field(default_factory=list)
-    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: dict[str, RunningSum] = field(default_factory=dict)
     totals: Callable[[], Tensor] | None = None
     backward_end: Any = None
     marks: list[tuple[Any, Any]] = field(default_factory=list)
@@ -86,7 +87,10 @@ class OpenWindow:
         self.loss_sums.append(loss_sum.detach())
         self.weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
         for name, value in sums.items():
-            self.sums.setdefault(name, []).append(value.detach())
+            if name in self.sums:
+                self.sums[name].add(value)
+            else:
+                self.sums[name] = RunningSum(value)
         return loss_sum
 
     def count_samples(self, num_samples: int | None) -> None:

@@ -57,10 +57,12 @@ class SumsOverRanks:
         # A negative weight would be hidden by the others in the sum; NaN is not.
         weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
         answers = self._answers(differs, window.norm_before)
-        return torch.cat([_added_up(window.loss_sums, device), weight, answers, *sums])
+        loss_sum = _stacked(window.loss_sums, device).sum(0, keepdim=True, dtype=torch.float64)
+        return torch.cat([loss_sum, weight, answers, *sums])
 
     def _own_sums(self, window: OpenWindow) -> list[Tensor]:
-        return [_added_up(window.sums[name], self._strategy.device) for name in sorted(window.sums)]
+        totals = (window.sums[name].total for name in sorted(window.sums))
+        return [total.to(self._strategy.device, non_blocking=True).reshape(-1) for total in totals]
 
     def _answers(self, differs: bool, norm_before: float) -> Tensor:
         """Vector of: whether the sums differ, the last norm, the flags, and the reports with a place for each rank."""
@@ -76,25 +78,27 @@ class SumsOverRanks:
                 vector[place].fill_(answer)  # copying the answers to a GPU would make the host wait
         return vector
 
-    def read(self, numbers: Sequence[float], window: OpenWindow, norm_dtype: torch.dtype) -> dict[str, Any]:
+    def read(self, numbers: Tensor, window: OpenWindow, norm_dtype: torch.dtype) -> dict[str, Any]:
         """Returns loss, weight, flags, reports and sums of `UpdateResult` from the ranks' sum of the vectors of `own`.
+
+        Args:
+            numbers: that sum, on the CPU.
 
         Raises:
             UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch; or
                 the gradient of the update before had another norm on this rank than on the average of all.
         """
-        loss_sum, weight, differing, norm_before, *rest = numbers
+        ranks = self._strategy.world_size
+        sums_at = 4 + len(self._flags) + ranks * len(self._reports)
+        loss_sum, weight, differing, norm_before, *answers = numbers[:sums_at].tolist()
+        flags, reports = answers[: len(self._flags)], answers[len(self._flags) :]
+        sums = numbers[sums_at:]
         if differing:
             self._agree(window)
-        flags, ranks = rest[: len(self._flags)], self._strategy.world_size
-        reports = rest[len(flags) : len(flags) + ranks * len(self._reports)]
-        sums = rest[len(flags) + len(reports) :]
-        if differing:
             mine = self._own_sums(window)
-            sums = summed_beside(torch.cat(mine), self._strategy.process_group)().tolist() if mine else []
+            sums = summed_beside(torch.cat(mine), self._strategy.process_group)().cpu() if mine else sums[:0]
         _require_same_norm(window, norm_before / ranks, norm_dtype)
-        sizes = [math.prod(shape) for _, shape in self.agreed]
-        parts = torch.split(torch.tensor(sums, dtype=torch.float64), sizes)
+        parts = torch.split(sums, [math.prod(shape) for _, shape in self.agreed])
         shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self.agreed, strict=True)}
         return {
             "loss": loss_sum / weight if weight else math.nan,
@@ -145,14 +149,14 @@ _NO_MICRO_BATCH = (
 
 def _layout(window: OpenWindow) -> Layout | str:
     """Returns the layout of a window's sums; or a sentence that says what is wrong with them."""
-    for name, parts in window.sums.items():
-        if len(parts) != window.micro_steps or any(part.shape != parts[0].shape for part in parts):
+    for name, added in window.sums.items():
+        if added.count != window.micro_steps or len(added.shapes) > 1:
             return (
-                f"sums[{name!r}] came in {len(parts)} of {window.micro_steps} micro-steps, with the shapes "
-                f"{sorted({tuple(part.shape) for part in parts})}. Give the same names and shapes in each micro-step, "
+                f"sums[{name!r}] came in {added.count} of {window.micro_steps} micro-steps, with the shapes "
+                f"{sorted(map(tuple, added.shapes))}. Give the same names and shapes in each micro-step, "
                 "zeros where there is nothing to add."
             )
-    named = [(name, tuple(window.sums[name][0].shape)) for name in sorted(window.sums)]
+    named = [(name, tuple(window.sums[name].total.shape)) for name in sorted(window.sums)]
     return named if window.micro_steps else _NO_MICRO_BATCH
 
 
@@ -161,11 +165,6 @@ def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
     if any(value.device != device or value.dtype != values[0].dtype for value in values):
         values = [value.to(device, torch.float64, non_blocking=True) for value in values]
     return torch.stack(values)
-
-
-def _added_up(values: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of tensors of one shape, as a vector of float64 on the device."""
-    return _stacked(values, device).sum(0, dtype=torch.float64).reshape(-1)
 
 
 def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:

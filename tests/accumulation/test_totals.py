@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,25 @@ def test_sums_are_the_same_in_each_micro_step(second: dict[str, Tensor], said: s
 
 def test_sums_keep_the_order_in_which_they_came() -> None:
     assert list(_update([(1, {"b": torch.ones(2), "a": torch.ones(0)})]).sums) == ["b", "a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_sums_are_added_up_as_they_come(dtype: torch.dtype) -> None:
+    """A window keeps none of the tensors it is given: neither their memory nor a view of it."""
+    model = nn.Linear(1, 1)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    given: list[weakref.ref[Tensor]] = []
+    reused = torch.zeros(3, dtype=dtype)
+    with accumulator.window(range(4)) as micro_batches:
+        for number in micro_batches:
+            assert all(tensor() is None for tensor in given)
+            value = torch.full((2, 2), number, dtype=dtype)
+            given.append(weakref.ref(value))
+            reused += 1
+            accumulator.backward(model(torch.ones(2, 1)).sum(), 1, {"own": value, "reused": reused})
+            del value
+    sums = accumulator.step().sums
+    assert sums["own"].tolist() == [[6.0, 6.0]] * 2
+    assert sums["reused"].tolist() == [1.0 + 2 + 3 + 4] * 3
+    assert reused.tolist() == [4] * 3, "the caller's tensor is as it was"
+    assert {value.dtype for value in sums.values()} == {torch.float64}
