@@ -627,7 +627,7 @@ def test_modules_that_can_not_be_replicated_are_refused() -> None:
         place(nn.Sequential(nn.LazyLinear(3)), DPConfig(), CPU)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_refused() -> None:
     with pytest.raises(UserError, match="can't replicate 0, a RecursiveScriptModule of TorchScript"):
         place(nn.Sequential(torch.jit.script(nn.Linear(3, 2))), DPConfig(), CPU)
