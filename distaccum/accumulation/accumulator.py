@@ -6,7 +6,7 @@ Both sums run over all micro-steps and all ranks. There is no division by the nu
 ragged windows, ranks with unequal work and sequences of unequal length are exact by construction.
 
 An update in the order of this file: `window` → `_micro_steps` → `_sync_context` (which of them synchronises) →
-`backward` → `_begin_sync` (of the last one) → `step` → `_update` (scale, clip, step).
+`backward` → `OpenWindow.begin_sync` (of the last one) → `step` → `_update` (scale, clip, step).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
-from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, said_of_memory
-from distaccum.accumulation.recovery import Recovery, Share, Tell, explained
+from distaccum.accumulation.optimizer_step import Gradients, ScaledStep
+from distaccum.accumulation.recovery import Recovery, Share, Tell, explaining_memory, micro_step
 from distaccum.accumulation.result import TaskOutput, UpdateResult
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
 from distaccum.errors import require, require_positive
@@ -149,6 +149,8 @@ class Accumulator:
             data_seconds=data_seconds,
             norm_before=self._norm_before,
             can_recover=share is not None,
+            stopwatch=self._stopwatch,
+            time_micro_steps=self.time_micro_steps,
             micro_gradients=watcher_of(micro_batches, self.updates, self.noise_scale, self._gradients),
         )
         self._gradients.begin()
@@ -180,8 +182,7 @@ class Accumulator:
             with self._sync_context(window):
                 window.micro_steps += 1
                 window.awaiting_backward = True
-                if self.time_micro_steps:
-                    window.micro_step_start = self._stopwatch.mark()
+                window.start_clock()
                 if window.is_last and window.can_recover:
                     window.last_gradient = self.strategy.last_gradient(self._gradients.of_optimizer())
                 yield micro_batch
@@ -191,7 +192,8 @@ class Accumulator:
     def _sync_context(self, window: OpenWindow) -> AbstractContextManager[None]:
         """Decides about the sync, here alone: every micro-step is inside `no_sync` but the window's last.
 
-        So is the last one where micro-steps can be taken again: `_begin_sync` then asks for the sync after its forward.
+        So is the last one where micro-steps can be taken again: `OpenWindow.begin_sync` asks for the sync after its
+        forward then.
         """
         return nullcontext() if window.is_last and not window.can_recover else self.strategy.no_sync()
 
@@ -221,7 +223,7 @@ class Accumulator:
         if self.noise_scale is not None:
             window.count_samples(num_samples)
         if window.is_last:
-            loss_sum = self._begin_sync(window, loss_sum)
+            loss_sum = window.begin_sync(loss_sum, self._sums.own(window))
         # A power of two, so that it changes no bit of the result; see loss_scale.
         if window.seed is None or window.seed.dtype != loss_sum.dtype:
             window.seed = torch.full_like(loss_sum, window.scale)
@@ -230,21 +232,7 @@ class Accumulator:
         if window.micro_gradients is not None and window.is_last:
             window.micro_gradients.start(window.scale, self.scaler)
         window.is_syncing = False
-        if window.is_last or self.time_micro_steps:
-            window.backward_end = self._stopwatch.mark()
-        if self.time_micro_steps:
-            window.marks.append((window.micro_step_start, window.backward_end))
-
-    def _begin_sync(self, window: OpenWindow, loss_sum: Tensor) -> Tensor:
-        """Prepares the backward that synchronises gradients and sums; returns the loss that it starts from."""
-        totals = self._sums.own(window)
-        if window.can_recover:
-            if window.last_gradient is not None:
-                loss_sum = loss_sum + window.last_gradient.to(loss_sum)
-            self.strategy.begin_sync(loss_sum)
-        window.is_syncing = True
-        window.totals = self.strategy.summed(totals)
-        return loss_sum
+        window.stop_clock()
 
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.
@@ -312,7 +300,7 @@ class Accumulator:
         if self.noise_scale is not None and measured and not skipped:
             whole = norm * self.strategy.sync_divisor / window.scale
             noise = self.noise_scale.update(Measurement(whole * whole, *measured))
-        return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(self._stopwatch), **read, **noise)
+        return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(), **read, **noise)
 
     def clear_gradients(self) -> None:
         """Forgets all gradients, and drops a window whose `step()` has not come. `step()` does so by itself."""
@@ -350,39 +338,14 @@ class Accumulator:
             window = self._open
             assert window is not None
             for batch in batches:
-                trouble = self._micro_step(window, batch, forward, tell)
+                trouble = micro_step(window, batch, forward, self.backward, tell, self.recovery)
                 if trouble is not None and share is not None:
                     del batch
                     share.take_again(window, *trouble)
                 tell("loading", window.micro_steps + 1, False)
         tell("step", window.micro_steps, True)
-        try:
+        with explaining_memory(window, self.recovery, "step"):
             return self._finished()
-        except Exception as error:
-            if (said := said_of_memory(error)) is None:
-                raise
-            raise explained(window, self.recovery, "step", said) from error
-
-    def _micro_step(
-        self, window: OpenWindow, batch: Any, forward: Callable[[Any], TaskOutput], tell: Tell
-    ) -> tuple[str, str] | None:
-        """Takes forward and backward; if memory runs out, returns in which of them, and the error's message."""
-        during = "forward"
-        try:
-            tell("forward", window.micro_steps, window.is_last)
-            output = forward(batch)
-            during = "backward"
-            tell("backward", window.micro_steps, window.is_last)
-            self.backward(output.loss_sum, output.weight, output.sums)
-            return None
-        except Exception as error:
-            said = said_of_memory(error)
-            if said is None:
-                raise
-            if not window.can_recover:
-                raise explained(window, self.recovery, during, said) from error
-        # Outside of the block above: the exception's traceback holds on to all that the forward has computed.
-        return during, said
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what updates depend on besides parameters, optimizer, scaler and windows. Called between windows."""

@@ -41,6 +41,8 @@ class OpenWindow:
     """Norm of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
     can_recover: bool
     """Whether micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
+    stopwatch: Stopwatch
+    time_micro_steps: bool
     micro_gradients: MicroGradients | None
     calls_before: int = field(init=False)
     bytes_before: int = field(init=False)
@@ -108,6 +110,32 @@ class OpenWindow:
         if self.micro_gradients is not None:
             self.micro_gradients.begin(num_samples)
 
+    def start_clock(self) -> None:
+        """Marks the start of a micro-step, if they are measured."""
+        if self.time_micro_steps:
+            self.micro_step_start = self.stopwatch.mark()
+
+    def stop_clock(self) -> None:
+        """Marks the end of a micro-step's backward, if they are measured or it is the last one."""
+        if self.is_last or self.time_micro_steps:
+            self.backward_end = self.stopwatch.mark()
+        if self.time_micro_steps:
+            self.marks.append((self.micro_step_start, self.backward_end))
+
+    def begin_sync(self, loss_sum: Tensor, totals: Tensor) -> Tensor:
+        """Prepares the backward that synchronises the gradients; returns the loss that it starts from.
+
+        Args:
+            totals: this rank's sums, to be added up over the ranks beside the gradients.
+        """
+        if self.can_recover:
+            if self.last_gradient is not None:
+                loss_sum = loss_sum + self.last_gradient.to(loss_sum)
+            self.strategy.begin_sync(loss_sum)
+        self.is_syncing = True
+        self.totals = self.strategy.summed(totals)
+        return loss_sum
+
     def require_sync(self) -> None:
         """Refuses a window that was left too early."""
         if self.totals is None:
@@ -143,7 +171,7 @@ class OpenWindow:
         self.gradients.take_back()
         self.strategy.load_state_tensors(self.remembered)
 
-    def measured(self, stopwatch: Stopwatch) -> dict[str, Any]:
+    def measured(self) -> dict[str, Any]:
         """Returns traffic and times of `UpdateResult`, once the host has waited for the device."""
         traffic = self.strategy.traffic
         launch = traffic.last_launch if traffic.calls > self.calls_before else None
@@ -153,11 +181,11 @@ class OpenWindow:
             "sync_bytes": traffic.bytes - self.bytes_before,
             "seconds": time.perf_counter() - self.started,
             "data_seconds": self.data_seconds,
-            "micro_seconds": self._micro_seconds(stopwatch, launch),
-            "sync_seconds": stopwatch.seconds(launch, self.backward_end) if launch is not None else 0.0,
+            "micro_seconds": self._micro_seconds(launch),
+            "sync_seconds": self.stopwatch.seconds(launch, self.backward_end) if launch is not None else 0.0,
         }
 
-    def _micro_seconds(self, stopwatch: Stopwatch, last_launch: Any) -> tuple[float, ...]:
+    def _micro_seconds(self, last_launch: Any) -> tuple[float, ...]:
         """Seconds of each micro-step; empty if they were not measured.
 
         Args:
@@ -167,7 +195,7 @@ class OpenWindow:
             return ()
         *marks, (start, end) = self.marks
         marks.append((start, end if last_launch is None else last_launch))
-        return tuple(stopwatch.seconds(begin, stop) for begin, stop in marks)
+        return tuple(self.stopwatch.seconds(begin, stop) for begin, stop in marks)
 
     def forget_micro_steps(self) -> None:
         """Resets the sums: nothing has been accumulated."""

@@ -16,10 +16,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from distaccum.accumulation.open_window import OpenWindow
+from distaccum.accumulation.optimizer_step import said_of_memory
+from distaccum.accumulation.result import TaskOutput
 from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.runtime.memory import free_cached_memory
@@ -147,6 +150,51 @@ class Share:
     def _put_first(self, pieces: Sequence[list[int]]) -> None:
         batches = self._load(pieces)
         self._left.extendleft((piece, batches) for piece in reversed(pieces))
+
+
+def micro_step(
+    window: OpenWindow,
+    batch: Any,
+    forward: Callable[[Any], TaskOutput],
+    backward: Callable[..., None],
+    tell: Tell,
+    recovery: Recovery | None,
+) -> tuple[str, str] | None:
+    """Takes forward and backward; if memory runs out, returns in which of them, and the error's message.
+
+    Args:
+        backward: the accumulator's.
+
+    Raises:
+        UserError: memory has run out, and the window can't be taken again.
+    """
+    during = "forward"
+    try:
+        tell("forward", window.micro_steps, window.is_last)
+        output = forward(batch)
+        during = "backward"
+        tell("backward", window.micro_steps, window.is_last)
+        backward(output.loss_sum, output.weight, output.sums)
+        return None
+    except Exception as error:
+        said = said_of_memory(error)
+        if said is None:
+            raise
+        if not window.can_recover:
+            raise explained(window, recovery, during, said) from error
+    # Outside of the block above: the exception's traceback holds on to all that the forward has computed.
+    return during, said
+
+
+@contextmanager
+def explaining_memory(window: OpenWindow, recovery: Recovery | None, during: str) -> Iterator[None]:
+    """Raises the error of `explained` in the place of torch's own, if memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if (said := said_of_memory(error)) is None:
+            raise
+        raise explained(window, recovery, during, said) from error
 
 
 def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: str) -> UserError:
