@@ -48,6 +48,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`optim=sgd`, `momentum`, `nesterov`", "optim", optimizers.SGDConfig),
     ("`optim=adam`, `amsgrad`, `adamw`", "optim", optimizers.AdamConfig),
     ("`optim=adamw8bit`", "optim", optimizers.AdamW8bitConfig),
+    ("`optim=lbfgs`", "optim", optimizers.LBFGSConfig),
     ("`optim=rmsprop`", "optim", optimizers.RMSpropConfig),
     ("`optim=adagrad`", "optim", optimizers.AdagradConfig),
     ("`optim=adadelta`", "optim", optimizers.AdadeltaConfig),

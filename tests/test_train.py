@@ -144,6 +144,37 @@ def test_what_the_noise_scale_cannot_be_had_with_is_refused(train: Train) -> Non
     assert "powersgd" in train(*NOISE, *ddp, "run_dir=run").message
 
 
+LBFGS = [*TINY, "optim=lbfgs", "train.clip_norm=null", "batch.global_batch_size=64", "schedule=constant"]
+"""Each window is the whole of the data."""
+
+
+def test_lbfgs_trains_and_goes_on_after_a_restart(train: Train) -> None:
+    layers_ = ["insight.layers=true", "insight.every_updates=2", "batch.micro_batch_size=16"]
+    for run_dir, limit in (("whole", 4), ("cut", 2), ("cut", 4)):
+        assert train(*LBFGS, *layers_, f"run_dir={run_dir}", f"train.max_updates={limit}").status == 0
+    numbers = ("loss", "evaluations", "layers", "micro_steps", "sync_calls")
+    whole, cut = ([[line.get(name) for name in numbers] for line in updates(Path(run))] for run in ("whole", "cut"))
+    assert cut == whole
+    losses, evaluations_, layers, micro_steps, _ = zip(*whole, strict=True)
+    assert losses[-1] < losses[0] / 10
+    assert min(evaluations_) > 1
+    assert set(micro_steps) == {4}
+    assert [entry is not None for entry in layers] == [False, True, False, True]
+    assert all(norms["grad_norm"] > 0 and norms["update_ratio"] > 0 for norms in layers[1].values())
+    assert len(layers[1]) > 1
+
+
+def test_other_optimizers_say_nothing_of_evaluations_and_layers(train: Train) -> None:
+    assert train(*TINY, "run_dir=run").status == 0
+    assert not {"evaluations", "layers"} & set().union(*updates(Path("run")))
+
+
+def test_what_lbfgs_cannot_be_had_with_is_refused(train: Train) -> None:
+    assert "train.clip_norm=null" in train(*LBFGS, "train.clip_norm=1", "run_dir=run").message
+    assert "batch.micro_batch_size=auto" in train(*LBFGS, "batch.micro_batch_size=auto", "run_dir=run").message
+    assert "must be strong_wolfe or null" in train(*LBFGS, "optim.line_search_fn=wolfe", "run_dir=run").message
+
+
 def test_early_stopping_stops(train: Train) -> None:
     stopping = ["train.early_stopping.metric=loss", "train.early_stopping.patience=2", "train.eval_every=1"]
     ended = train(*TINY, "run_dir=run", "train.max_updates=50", "optim.lr=0", *stopping)

@@ -15,16 +15,19 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from distaccum.accumulation.gradient_hook import OnGradients, show_gradients
 from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
 from distaccum.accumulation.optimizer_step import Gradients, ScaledStep
 from distaccum.accumulation.recovery import Recovery, Share, Tell, explaining_memory, micro_step
+from distaccum.accumulation.reevaluation import reevaluation_of
 from distaccum.accumulation.result import TaskOutput, UpdateResult
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
 from distaccum.errors import require, require_positive
@@ -55,7 +58,8 @@ class Accumulator:
 
     Args:
         model: what is called in the micro-steps: a plain module in one process, `DistributedDataParallel` in several.
-        optimizer: steps over the parameters; its `step` and `zero_grad` are called here and nowhere else.
+        optimizer: steps over the parameters; its `step` and `zero_grad` are called here and nowhere else. One that
+            evaluates the loss itself (the `closure` of its `step` has no default) needs `run`.
         clip_norm: largest norm of the window's mean gradient; None for no clipping.
         scaler: a `torch.amp.GradScaler`, for float16. It steps, skips and adapts once per update.
         skip_nonfinite: skip an update whose loss or gradient is NaN or infinite, instead of raising.
@@ -67,6 +71,9 @@ class Accumulator:
         time_micro_steps: measure each micro-step, which takes a few microseconds of it on a GPU.
         recovery: has `run` go on with smaller micro-batches when memory runs out. None: that ends with a `UserError`.
         noise_scale: measure how noisy gradients are, in each update for which it is due.
+        on_gradients: called with the mean gradients of the window by their parameters' names, the same on every rank,
+            before they are clipped; under FSDP they are this rank's shards (`DTensor`s). It may change them in place,
+            alike on all ranks; the norm is then taken again. May be set anew between windows.
 
     Raises:
         UserError: the model is a bare module although there are several ranks, it makes sparse gradients, `clip_norm`
@@ -87,6 +94,7 @@ class Accumulator:
         time_micro_steps: bool = False,
         recovery: Recovery | None = None,
         noise_scale: NoiseScale | None = None,
+        on_gradients: OnGradients | None = None,
     ) -> None:
         require_positive(clip_norm=clip_norm)
         self.optimizer = optimizer
@@ -99,6 +107,7 @@ class Accumulator:
         self.time_micro_steps = time_micro_steps
         self.recovery = recovery
         self.noise_scale = noise_scale
+        self.on_gradients = on_gradients
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -110,6 +119,9 @@ class Accumulator:
         self._stopwatch = Stopwatch(self.strategy.device)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
         self._scaled_step = ScaledStep(optimizer)
+        self._reevaluation = reevaluation_of(
+            optimizer, model, self.strategy, clip_norm, scaler, skip_nonfinite, recovery, noise_scale
+        )
         self._gradients.begin()
         self.clear_gradients()
 
@@ -137,6 +149,8 @@ class Accumulator:
         if self._open is not None:
             raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
         require(not self._is_out_of_step, _OUT_OF_STEP)
+        if self._reevaluation is not None:
+            self._reevaluation.require_running()
         require_equal_micro_steps(micro_batches, self.strategy)
         window = OpenWindow(
             number=self.updates + 1,
@@ -266,8 +280,10 @@ class Accumulator:
                 finally:
                     self.scaler.update(scale)
         finally:
-            self.clear_gradients()
-        if result is None:
+            self._open = None
+            if self._reevaluation is None:  # else they are the optimizer's, until it has made its step
+                self.clear_gradients()
+        if result is None or self._reevaluation is not None:
             self.updates -= 1
         return result
 
@@ -294,6 +310,10 @@ class Accumulator:
             window.buffers.put_back()
             self.strategy.drop_gradients()
         else:
+            if self.on_gradients is not None:
+                parameters = self._gradients.of_optimizer()
+                grad_norm = show_gradients(self.on_gradients, self.strategy, parameters, factor, grad_norm)
+                self._norm_before, factor = grad_norm, 1.0
             if self.clip_norm is not None:  # by the formula of torch.nn.utils.clip_grad_norm_
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             self._scaled_step(gradients, factor, self.scaler)
@@ -321,8 +341,14 @@ class Accumulator:
         Raises:
             UserError: as `step`; or memory has run out, and there is no going on.
         """
+        tell = tell or (lambda *_: None)
+        if self._reevaluation is not None:
+            attempt = partial(self._attempt, forward=forward, tell=tell, share=None)
+            made = self._reevaluation.run(micro_batches, attempt, self.clear_gradients, tell)
+            self.updates += 1
+            return made
         share = Share(micro_batches, self.recovery) if self.recovery and self.strategy.can_recover else None
-        while (result := self._attempt(micro_batches, forward, tell or (lambda *_: None), share)) is None:
+        while (result := self._attempt(micro_batches, forward, tell, share)) is None:
             assert share is not None
             share.begin_again_on_all_ranks(self.updates + 1)
         if share is not None:

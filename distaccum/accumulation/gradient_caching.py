@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.accumulator import Accumulator
 from distaccum.accumulation.open_window import require_equal_micro_steps
+from distaccum.accumulation.reevaluation import random_states
 from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.accumulation.totals import require_summable
 from distaccum.errors import UserError
@@ -34,6 +35,7 @@ from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.nested import gather_rows, leaves_of, number_of_rows, rebuilt
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.strategies import Strategy
+from distaccum.strategies.optimizers import refuse_closure
 from distaccum.strategies.placeholders import leaves_behind
 
 Embed = Callable[[Any], Any]
@@ -96,6 +98,7 @@ def accumulate_coupled(
             "the noise scale is not defined for a loss that couples the window's samples: their gradients are not "
             "drawn one by one. Leave insight.noise_scale out."
         )
+    refuse_closure(accumulator.optimizer, "gradient caching makes updates")
     require_equal_micro_steps(window, accumulator.strategy)
     coupled = _CoupledWindow(accumulator.strategy, embed, loss, between)
     # A window of one micro-batch in all needs no caching.
@@ -105,7 +108,7 @@ def accumulate_coupled(
         between(Stage.whole_window, len(coupled.batches))
         coupled.take_loss()
         torch.clear_autocast_cache()  # weights cast without a graph would be taken again, and get no gradient
-    after = _random_states(accumulator.strategy)
+    after = random_states(accumulator.strategy)
     held = window.over(coupled.batches) if isinstance(window, Window) else coupled.batches
     with accumulator.window(held, started=started, data_seconds=coupled.data_seconds) as micro_batches:
         for number, batch in enumerate(micro_batches):
@@ -156,7 +159,7 @@ class _CoupledWindow:
                 if batch is _END:
                     break
                 self.batches.append(batch)
-                self._states.append(_random_states(self._strategy))
+                self._states.append(random_states(self._strategy))
                 self._between(Stage.embedding, len(self.batches))
                 if embeds:
                     with torch.no_grad():
@@ -259,9 +262,3 @@ def _refuse_parameters(loss_sum: Tensor, embeddings: list[Tensor]) -> None:
                 "them by its root (as model=encoder does with model.learn_temperature=true), any other can be among "
                 "them, expanded to one row for each sample."
             )
-
-
-def _random_states(strategy: Strategy) -> GlobalStates:
-    """The states of all generators that a forward on this rank may draw from."""
-    model = strategy.model
-    return GlobalStates.now(*(model.device_ids if isinstance(model, nn.DataParallel) else [strategy.device]))

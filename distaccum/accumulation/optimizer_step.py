@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distaccum.errors import UserError, require
 from distaccum.runtime.memory import is_out_of_memory
 from distaccum.strategies import Strategy, local_parts
-from distaccum.strategies.optimizers import check_steps, in_parameter_format
+from distaccum.strategies.optimizers import check_steps, in_parameter_format, takes_closure
 
 _SPARSE = (
     "sparse gradients are not supported: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
@@ -137,7 +137,8 @@ class ScaledStep:
 
     torch's fused kernels divide the gradients by a number on the way, which saves a pass over all of them. It is a
     float32 number, so gradients in other formats are multiplied beforehand, as are those of other optimizers, and all
-    of them if the optimizer has hooks that see the gradients before the step.
+    of them if the optimizer has hooks that see the gradients before the step. For an optimizer that evaluates the loss
+    itself, gradients are multiplied alone: it is in the middle of its step.
 
     Raises:
         UserError: the optimizer can't step so (see `check_steps`).
@@ -146,6 +147,7 @@ class ScaledStep:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         check_steps(optimizer)
         self._optimizer = optimizer
+        self._is_stepping = takes_closure(optimizer)
         self._divisors: dict[torch.device, Tensor] = {}
 
     def __call__(self, gradients: list[Tensor], factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -156,6 +158,8 @@ class ScaledStep:
         """
         if scaler is not None or not self._takes_divisor(gradients):
             torch._foreach_mul_(local_parts(gradients), factor)
+            if self._is_stepping:
+                return
             with in_parameter_format(self._optimizer):
                 if scaler is None:
                     self._optimizer.step()
@@ -174,7 +178,7 @@ class ScaledStep:
 
     def _takes_divisor(self, gradients: list[Tensor]) -> bool:
         optimizer = self._optimizer
-        return (
+        return not self._is_stepping and (
             type(optimizer).__module__.startswith("torch.optim.")
             and all(group.get("fused") for group in optimizer.param_groups)
             and getattr(optimizer, "_step_supports_amp_scaling", False)

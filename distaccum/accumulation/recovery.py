@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Tell = Callable[[str, int, bool], None]
 """Called with what begins ("loading", "forward", "backward", "step"), in which micro-step (from 1), and whether that is
-the last one."""
+the last one. With "evaluation" and its number (from 2), where an optimizer has the window taken once more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -103,6 +103,9 @@ class UpdateResult:
     sync_seconds: float
     """Part of it between the launch of the last gradient bucket and the end of the backward: what of the communication
     (and of waiting for slower ranks) was not hidden behind computing."""
+    evaluations: int = 1
+    """How often the window was taken: more than once where the optimizer evaluates the loss itself (L-BFGS, SAM). Loss,
+    gradient norm, sums and micro-steps are then those of the first evaluation, seconds and traffic those of all."""
     noise_scale: float | None = None
     """In samples, smoothed; infinite while the gradient doesn't stand out from noise. None where it wasn't measured."""
     noise_scale_error: float | None = None

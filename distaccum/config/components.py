@@ -28,6 +28,7 @@ from distaccum.config.optimizers import (
     AdagradConfig,
     AdamConfig,
     AdamW8bitConfig,
+    LBFGSConfig,
     RMSpropConfig,
     SGDConfig,
 )
@@ -239,6 +240,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adadelta": AdadeltaConfig,
         "adam": AdamConfig,
         "adamw8bit": AdamW8bitConfig,
+        "lbfgs": LBFGSConfig,
     },
     "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
     "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},

@@ -203,6 +203,10 @@ class CheckpointConfig:
 class InsightConfig:
     """Measurements of the gradients during a run; the training stays the same bit for bit, unless stated."""
 
+    layers: bool = False
+    """Measure the norm of the gradient, before clipping, and of the update relative to the weights, of each block of
+    the model (of those that FSDP shards). A measured update scales its gradient before it is clipped, which changes
+    rounding, and holds a copy of the weights."""
     noise_scale: bool = False
     """Measure the gradient noise scale (McCandlish et al. 2018), with its error, and the coherence of the
     micro-gradients. Where a window is one micro-batch on one rank, measured windows are cut in two, which changes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from distaccum.config.enums import Implementation
 from distaccum.config.loop import OptimConfig
-from distaccum.errors import UserError, require_at_least
+from distaccum.errors import UserError, require, require_at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +66,36 @@ class AdadeltaConfig(TorchOptimConfig):
     """Decay of the mean squares."""
     eps: float = 1e-6
     """Added to the denominator."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LBFGSConfig(OptimConfig):
+    """L-BFGS (Nocedal 1980). It evaluates each window several times, so windows should be the whole data set. Needs
+    `train.clip_norm=null`. Not supported with `fsdp`, `strategy.shard_optimizer`, `precision=fp16` or `bf16_params`,
+    `batch.micro_batch_size=auto`, `train.on_nonfinite=skip` or `insight.noise_scale`."""
+
+    _target_: str = "torch.optim.LBFGS"
+    lr: float = 1.0
+    max_iter: int = 20
+    """Most iterations in an update."""
+    max_eval: int | None = None
+    """Most evaluations of the window in an update, the line search's included. `null`: 1.25 × `max_iter`."""
+    history_size: int = 10
+    """Differences of gradients, and of parameters, to remember; each takes the memory of the parameters."""
+    tolerance_grad: float = 1e-7
+    """An update ends when no number of the gradient is larger."""
+    tolerance_change: float = 1e-9
+    """An update ends when neither the loss nor any parameter changes by more."""
+    line_search_fn: str | None = "strong_wolfe"
+    """`strong_wolfe`: search for each step's length, with more evaluations. `null`: take `lr`."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, optim__max_iter=self.max_iter, optim__max_eval=self.max_eval)
+        require_at_least(1, optim__history_size=self.history_size)
+        require(
+            self.line_search_fn in (None, "strong_wolfe"),
+            f"optim.line_search_fn={self.line_search_fn} is impossible: it must be strong_wolfe or null.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -61,6 +61,9 @@ class UpdateRecord:
     """Learning rate of the first parameter group."""
     metrics: dict[str, float]
     """The task's metrics over the window (`accuracy`, …)."""
+    layers: dict[str, dict[str, float]] | None = None
+    """`grad_norm` and `update_ratio` of each block of the model, by its name (`insight.layers`); None in updates in
+    which they are not measured."""
     compile_seconds: float = 0.0
     """Part of `update_seconds` that rank 0 spent compiling."""
     peak_memory_bytes: int | None = None
@@ -83,6 +86,8 @@ class UpdateRecord:
     """Part of `update_seconds` spent waiting for micro-batches."""
     sync_seconds = _OfResult[float]()
     """Part of `update_seconds` spent waiting for the network and for the other ranks."""
+    evaluations = _OfResult[int]()
+    """How often the optimizer has had the window evaluated: once, unless it evaluates the loss itself."""
     noise_scale = _OfResult[float | None]()
     """Gradient noise scale in samples, smoothed; infinite while the gradient can't be distinguished from noise. None in
     updates in which it is not measured, as the two after it."""
@@ -109,9 +114,10 @@ class UpdateRecord:
         return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
 
     def known(self) -> dict[str, Any]:
-        """Returns all that is recorded of the update (`RECORDED`) and is not None, by name."""
+        """Returns all that is recorded of the update (`RECORDED`) by name, without what is None, or one evaluation."""
         values = {name: getattr(self, name) for name in RECORDED}
-        return {name: value for name, value in values.items() if value is not None}
+        is_plain = values["evaluations"] == 1  # as for all optimizers but a few
+        return {name: v for name, v in values.items() if v is not None and not (is_plain and name == "evaluations")}
 
 
 RECORDED = (

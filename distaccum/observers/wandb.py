@@ -143,6 +143,8 @@ class Wandb(Observer):
     def on_update(self, record: UpdateRecord) -> None:
         values = record.known()
         metrics = values.pop("metrics")
+        for block, norms in values.pop("layers", {}).items():
+            values |= {f"layers/{block}/{name}": value for name, value in norms.items()}
         del values["update"], values["compile_seconds"]
         own = {"compute_seconds": record.compute_seconds, "skipped": int(record.skipped)}
         self._log("train", record.update, {**metrics, **values, **own})

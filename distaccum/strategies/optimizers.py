@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) ->
     probe.grad = torch.zeros_like(probe)
     try:
         twin: torch.optim.Optimizer = _twin(optimizer, optimizer.param_groups[0], probe)
-        twin.step()
+        _step(twin)
     except Exception as error:
         logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)
         return None
@@ -73,31 +74,62 @@ def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn
     return type(optimizer)([parameter], **settings)
 
 
+def takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer evaluates the loss itself: the `closure` of its `step` has no default, as L-BFGS's."""
+    closure = inspect.signature(own_optimizer(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer, what: str) -> None:
+    """Refuses an optimizer that evaluates the loss itself, in a tool that looks at updates of one gradient.
+
+    Args:
+        what: says what the tool does, as a sentence's beginning.
+
+    Raises:
+        UserError: it is one.
+    """
+    if takes_closure(optimizer):
+        raise UserError(
+            f"{what} of one gradient, and {type(own_optimizer(optimizer)).__name__} evaluates the loss as often as it "
+            "likes. Set another optim here, sgd for instance."
+        )
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    """Steps with the gradients that are there, whatever the parameters."""
+    if takes_closure(optimizer):
+        optimizer.step(lambda: torch.zeros((), dtype=torch.float64))  # type: ignore[arg-type, return-value]
+    else:
+        optimizer.step()
+
+
 def check_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Refuses optimizers that can't step with a window's gradient. All ranks call it.
+    """Refuses optimizers whose steps would depend on how state or parameters are sharded. All ranks call it.
 
     With sharded parameters, steps of a small sharded one are compared with those of a whole one: an optimizer that uses
     more than one number at a time (norms of a tensor, factored moments) may compute with the shard alone.
 
     Raises:
-        UserError: it evaluates the loss itself, or its steps of sharded parameters differ from those of whole ones.
+        UserError: its steps of sharded parameters differ from those of whole ones; or it evaluates the loss itself, and
+            each rank's part would see a part of the gradient alone.
     """
+    mend = "Set strategy=ddp strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters,"
+    if takes_closure(optimizer):
+        mend = "Set strategy=ddp"
+        if own_optimizer(optimizer) is not optimizer:
+            raise UserError(
+                f"strategy.shard_optimizer=true (ZeroRedundancyOptimizer) does not support "
+                f"{type(own_optimizer(optimizer)).__name__}, which evaluates the loss itself: each rank's part would "
+                "step by a part of the gradient, and the loss be evaluated at parameters that differ between ranks. "
+                "Leave strategy.shard_optimizer out."
+            )
     optimizer = own_optimizer(optimizer)
     name = type(optimizer).__name__
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise UserError(
-            f"{name} evaluates the loss itself, as often as it likes, and an update here has one gradient, that of its "
-            "window. Take another optimizer."
-        )
     groups = {parameter.ndim: (group, parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for group, parameter in groups.values():
         if isinstance(parameter, DTensor) and (difference := _sharded_difference(optimizer, group, parameter)):
-            raise UserError(
-                f"strategy=fsdp does not support {name}: {difference}. Set strategy=ddp "
-                "strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters, or take "
-                "another optimizer."
-            )
+            raise UserError(f"strategy=fsdp does not support {name}: {difference}. {mend} or take another optimizer.")
 
 
 def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: DTensor) -> str:
@@ -109,16 +141,20 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
         return distribute_tensor(tensor.clone(), mesh, [Shard(0)], src_data_rank=None)
 
     ends: list[Any] = []
+    evaluates = takes_closure(optimizer)
     for place in (torch.clone, sharded):
         probe = nn.Parameter(place(start))
         try:
             twin = _twin(optimizer, group, probe)
         except Exception:  # a user's class may take arguments that are not in its groups
-            return ""
+            return "no other one can be made from its groups, to try its steps of shards" if evaluates else ""
         try:
             for times in (1, 2):
                 probe.grad = place(start.cos() * times)
-                twin.step()
+                if evaluates:
+                    twin.step(partial(_loss_around_two, probe, place(start.cos())))
+                else:
+                    twin.step()
         except Exception as error:
             return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         ends.append(probe.detach())
@@ -126,6 +162,14 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
     part = (difference / (ends[0] - start).norm()).double()
     dist.all_reduce(part, dist.ReduceOp.MAX, group=mesh.get_group())
     return f"its steps of shards differ from those of the whole by {float(part):.1e} of them" if part > 1e-5 else ""
+
+
+def _loss_around_two(probe: Tensor, weight: Tensor) -> Tensor:
+    """Returns Σ weight · (probe - 2)² / 2, and leaves its gradient in `probe.grad`."""
+    distance = probe.detach() - 2
+    probe.grad = weight * distance
+    losses = weight * distance.square() / 2
+    return (losses.full_tensor() if isinstance(losses, DTensor) else losses).sum()
 
 
 def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

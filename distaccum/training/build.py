@@ -41,6 +41,7 @@ from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.data import build_evaluation, build_window_loader, loader_options
 from distaccum.training.evaluation import Evaluator
+from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model, into_training_mode, options_of
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
@@ -64,6 +65,7 @@ class Parts:
 
     Attributes:
         module: on the CPU, in the precision's parameter format.
+        blocks: name of each parameter's block, where blocks are measured.
         woken: names of its parts that were built in evaluation mode and have been put into training mode.
 
     Raises:
@@ -103,6 +105,9 @@ class Parts:
         module = _built_model(config, self.train_data)
         self.woken = into_training_mode(module) if not config.train.keep_modes else []
         self.module = cast(module, self.precision.parameter_dtype)
+        self.blocks: dict[str, str] = {}
+        if config.insight.layers:
+            self.blocks = blocks_by_parameter(self.module, getattr(config.strategy, "wrap", ()))
         if initial := options_of(config.model)[1].get("init_from"):
             load_exported(self.module, str(initial), "model.init_from")
             logger.info("model.init_from: the weights come from %s", initial)
@@ -226,6 +231,10 @@ class _Placed:
             noise_scale=tuning.noise_scale,
         )
 
+    def layer_norms(self, accumulator: Accumulator) -> LayerNorms | None:
+        insight = self.config.insight
+        return LayerNorms(accumulator, self.parts.blocks, insight.every_updates) if insight.layers else None
+
     def evaluator(self, supervision: Supervision, averages: list[WeightAverage]) -> Evaluator | None:
         if self.parts.evaluation_loader is None:
             return None
@@ -261,8 +270,7 @@ def build_trainer(
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
-    parameters = strategy.model.parameters()
-    optimizer = build_optimizer(config.optim, parameters, device, shard=shards_optimizer(config.strategy))
+    optimizer = _built_optimizer(config, strategy)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
@@ -288,6 +296,7 @@ def build_trainer(
             supervision=supervision,
             memory_line=MemoryLine(strategy, optimizer, averages, is_compiled=compilation is not None),
             compile_clock=compile_clock,
+            layer_norms=placed.layer_norms(accumulator),
         ),
         loader=parts.loader,
         loop=config.train,
@@ -300,6 +309,11 @@ def build_trainer(
         run_dir=folder.path,
         config=redacted(plain),
     )
+
+
+def _built_optimizer(config: TrainConfig, strategy: Strategy) -> torch.optim.Optimizer:
+    shard = shards_optimizer(config.strategy)
+    return build_optimizer(config.optim, strategy.model.parameters(), strategy.device, shard=shard)
 
 
 def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Implementation, LrRule
-from distaccum.config.optimizers import AdamW8bitConfig, TorchOptimConfig
+from distaccum.config.optimizers import AdamW8bitConfig, LBFGSConfig, TorchOptimConfig
 from distaccum.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -72,13 +72,13 @@ def _learning_rate(config: Any) -> float:
 
 
 def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    if not isinstance(config, AdamW8bitConfig | TorchOptimConfig):
+    if not isinstance(config, AdamW8bitConfig | LBFGSConfig | TorchOptimConfig):
         return _build_own(config, trainable)
     arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
     target = arguments[targets.TARGET]
     if isinstance(config, AdamW8bitConfig):
         _check_8bit(trainable, device)
-    else:
+    elif isinstance(config, TorchOptimConfig):
         arguments |= _implementation_arguments(target, config.implementation, device, trainable)
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])

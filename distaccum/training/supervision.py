@@ -90,7 +90,7 @@ class Supervision:
             ]
 
     def begin_phase(self, phase: str, micro_step: int, is_last: bool) -> None:
-        """Begins a phase of a micro-step (from 1), as `Accumulator.run` names it.
+        """Begins a phase of a micro-step (from 1), or an evaluation, as `Accumulator.run` names it.
 
         Raises:
             DroppedError: a signal has come, there is not enough time left to finish the window, and the ranks
@@ -99,6 +99,9 @@ class Supervision:
         doing = self.heartbeat.doing
         if phase == "step":
             doing("step", update=self._update, waits=True)
+        elif phase == "evaluation":
+            self._undo = []  # the optimizer has moved the parameters: the window can't be dropped any more
+            doing(f"evaluation {micro_step} of the window", update=self._update)
         elif phase == "loading":
             doing("loading of a micro-batch", update=self._update, micro_step=micro_step)
         elif phase == "forward":

@@ -181,6 +181,7 @@ class Trainer:
             window_samples=window.num_samples,
             metrics=metrics_of(self.updater.task, result.sums, result.weight),
             lr=lr,
+            layers=self.updater.layers,
             compile_seconds=compile_seconds,
             peak_memory_bytes=peak_memory(self.strategy.device)[0] if has_memory else None,
         )

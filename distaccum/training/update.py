@@ -20,6 +20,7 @@ from distaccum.runtime.compilation import CompileClock
 from distaccum.runtime.devices import Precision
 from distaccum.runtime.nested import tensors_of
 from distaccum.tasks import CoupledTask, TaskOutput, checked_output
+from distaccum.training.layer_norms import LayerNorms
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.optim import Schedule
 from distaccum.training.supervision import DroppedError, Supervision
@@ -39,6 +40,8 @@ class Updater:
         supervision: reports what this rank is doing; drops the window if a signal leaves no time to finish it.
         memory_line: measures the activations of the first forward.
         compile_clock: counts the seconds spent compiling; None if nothing is compiled.
+        layer_norms: measures the blocks of the model; None for not at all.
+        layers: what it has measured in the last update; None if that wasn't measured.
     """
 
     task: Callable[[nn.Module, Any], TaskOutput]
@@ -48,6 +51,8 @@ class Updater:
     supervision: Supervision
     memory_line: MemoryLine
     compile_clock: CompileClock | None = None
+    layer_norms: LayerNorms | None = None
+    layers: dict[str, dict[str, float]] | None = None
 
     def update(self, number: int, window: Window, size_ratio: float = 1.0) -> tuple[UpdateResult, float]:
         """Makes the update of a window; returns its result and its learning rate.
@@ -63,6 +68,8 @@ class Updater:
         with self.compile_clock.counting() if self.compile_clock is not None else nullcontext():
             lr = self.schedule.apply(number, size_ratio)
             self.supervision.begin_window(number, len(window))
+            if self.layer_norms is not None:
+                self.layer_norms.begin(number)
             try:
                 if isinstance(self.task, CoupledTask):
                     result = self._coupled(self.task, window)
@@ -72,6 +79,7 @@ class Updater:
                 self.supervision.put_back()
                 logger.info("update %d: no time is left to finish its window, which is dropped", number)
                 raise
+            self.layers = self.layer_norms.end() if self.layer_norms is not None else None
             self.supervision.end_window(result.flags)
             return result, lr
 

@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 
 def by_the_allocator(run: Callable[[], object]) -> int:
     """The peak that torch's own CPU allocator tells its profiler of."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0

@@ -28,7 +28,8 @@ from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
-from distaccum.tasks import CoupledTask, checked_output
+from distaccum.strategies.optimizers import takes_closure
+from distaccum.tasks import CoupledTask, TaskOutput, checked_output
 from distaccum.tools.bench.network import time_all_reduces
 from distaccum.training.build import Parts, build_scaler, compilation_of
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
@@ -133,19 +134,28 @@ class Training:
         """Makes an update of a window, or of any micro-batches."""
         # A tool may go on for longer than the training would: at the learning rate of its last update.
         self.schedule.apply(min(self.accumulator.updates + 1, self.total_updates))
+        if takes_closure(self.accumulator.optimizer):
+            result = self.accumulator.run(window, self._output)
+        else:
+            result = self._accumulated(window)
+        if self.syncing is not None:
+            waited = self.syncing.take_waited_seconds()
+            result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
+        return result
+
+    def _accumulated(self, window: Iterable[Any]) -> UpdateResult:
         if isinstance(self.task, CoupledTask):
             accumulate_coupled(self.accumulator, window, embed=self._embed, loss=self.task.window_loss)
         else:
             with self.accumulator.window(window) as micro_batches:
                 for batch in micro_batches:
-                    with self.precision.autocast():
-                        output = checked_output(self.task(self.strategy.model, batch))
+                    output = self._output(batch)
                     self.accumulator.backward(output.loss_sum, output.weight, output.sums)
-        result = self.accumulator.step()
-        if self.syncing is not None:
-            waited = self.syncing.take_waited_seconds()
-            result = dataclasses.replace(result, sync_seconds=result.sync_seconds + waited)
-        return result
+        return self.accumulator.step()
+
+    def _output(self, batch: Any) -> TaskOutput:
+        with self.precision.autocast():
+            return checked_output(self.task(self.strategy.model, batch))
 
     def _embed(self, batch: Any) -> Any:
         with self.precision.autocast():

@@ -16,6 +16,7 @@ from distaccum.accumulation.gradient_caching import accumulate_coupled
 from distaccum.config import DDPConfig, Fp16Config
 from distaccum.config.enums import PrecisionName
 from distaccum.strategies import SingleStrategy, Strategy, place
+from distaccum.strategies.optimizers import refuse_closure
 from distaccum.tasks import CoupledTask
 from distaccum.tools.check.report import Difference
 from distaccum.tools.check.subject import Subject
@@ -69,6 +70,7 @@ def _measure_once(
 ) -> Update:
     model = strategy.module
     optimizer = build_optimizer(subject.config.optim, model.parameters(), subject.device)
+    refuse_closure(optimizer, "how a task accumulates doesn't depend on the optimizer, and is proved by updates")
     scaler = None if loss_scale is None else torch.amp.GradScaler(subject.device.type, init_scale=loss_scale)
     # Without clipping: it would hide a gradient that is wrong by a factor.
     accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, skip_nonfinite=True, scaler=scaler)

@@ -22,7 +22,7 @@ from distaccum.runtime.memory import Meter, held_bytes, is_out_of_memory, metere
 from distaccum.runtime.nested import tensors_of
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
-from distaccum.strategies.optimizers import own_optimizer
+from distaccum.strategies.optimizers import own_optimizer, refuse_closure
 from distaccum.tasks import TaskOutput, checked_output
 from distaccum.training.model import checkpoint_blocks, evaluation_mode
 from distaccum.training.optim import build_optimizer
@@ -200,6 +200,7 @@ class _Windows:
         parameters = self._strategy.model.parameters()
         shard = shards_optimizer(setting.strategy)
         self._optimizer = build_optimizer(setting.optim, parameters, setting.device, shard=shard)
+        refuse_closure(self._optimizer, "memory is measured in updates")
         self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
         self._gradient_bytes = 0
         self._accumulator = Accumulator(
