@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -59,16 +60,21 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
 def register_schemas() -> None:
     """Registers the schemas and resolvers with Hydra."""
     launch()  # refuses variables of a launcher that defaults depend on
+    _store_schemas()
+    OmegaConf.register_new_resolver(
+        "distaccum.default_strategy", lambda: "ddp" if launch().world_size > 1 else "single", replace=True
+    )
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+@functools.cache  # a tenth of a second each time
+def _store_schemas() -> None:
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(group=f"schema/{name}", name=name, node=root)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
-    OmegaConf.register_new_resolver(
-        "distaccum.default_strategy", lambda: "ddp" if launch().world_size > 1 else "single", replace=True
-    )
-    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def typed(composed: DictConfig) -> TrainConfig:

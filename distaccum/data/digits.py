@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, check_split
-from distaccum.errors import not_importable
+from distaccum.errors import UserError, not_importable
 
 _EVALUATION_EVERY = 5
 """Of each class, one sample in this many is held out."""
@@ -29,13 +33,14 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 
     A sample is an image, float32 `[1, 8, 8]` in [0, 1], and its digit, int64 `[]`.
 
-    Source: scikit-learn's `load_digits`, the test part of the UCI "Optical Recognition of Handwritten Digits".
+    Source: the file behind scikit-learn's `load_digits`, the test part of the UCI "Optical Recognition of Handwritten
+    Digits". It is read without importing scikit-learn, which would take each rank more than a second.
 
     Args:
         split: `train` or `evaluation`.
 
     Raises:
-        UserError: another split, or scikit-learn is not installed.
+        UserError: another split, or scikit-learn is not installed, or does not hold the digits.
     """
 
     num_classes = 10
@@ -43,17 +48,13 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, split: str) -> None:
         check_split(split, type(self).__name__)
-        try:
-            from sklearn.datasets import load_digits
-        except (ImportError, MemoryError) as error:
-            raise not_importable("Digits", "scikit-learn", error) from error
-        source = load_digits()
-        labels = torch.as_tensor(source.target, dtype=torch.int64)
+        source = _source()
+        labels = source[:, -1].long()
         held_out = torch.zeros(len(labels), dtype=torch.bool)
         for label in range(self.num_classes):
             held_out[(labels == label).nonzero().flatten()[::_EVALUATION_EVERY]] = True
         chosen = held_out if split == EVALUATION else ~held_out
-        pixels = torch.as_tensor(source.images, dtype=torch.float32).unsqueeze(1) / 16  # grey levels are 0 … 16
+        pixels = source[:, :-1].view(-1, *self.input_shape) / 16  # grey levels are 0 … 16
         self.images = pixels[chosen]
         self.labels = labels[chosen]
 
@@ -76,7 +77,7 @@ class DigitViews(Dataset[tuple[Tensor, Tensor]]):
         split: `train` or `evaluation`.
 
     Raises:
-        UserError: another split, or scikit-learn is not installed.
+        UserError: another split, or scikit-learn is not installed, or does not hold the digits.
     """
 
     input_shape = Digits.input_shape
@@ -91,6 +92,29 @@ class DigitViews(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, label = self._digits[index]
         return random_views(image, 2), label
+
+
+def _source() -> Tensor:
+    """Returns a row of 64 grey levels and the digit for each image, float32 `[1797, 65]`, in the order of scikit-learn.
+
+    Raises:
+        UserError: scikit-learn is not installed, or does not hold the digits where it always has.
+    """
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise not_importable("Digits", "scikit-learn", ModuleNotFoundError("No module named 'sklearn'"))
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    try:
+        with gzip.open(file, "rt", encoding="ascii") as lines:
+            values = torch.tensor([[float(entry) for entry in line.split(",")] for line in lines])
+        if values.shape != (1797, 65):
+            raise ValueError(f"its table is {list(values.shape)}, not [1797, 65]")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(
+            f"Digits reads scikit-learn's file {file}, which can't be read: {error}. Install scikit-learn again, "
+            "1.5 or later."
+        ) from error
+    return values
 
 
 def random_views(image: Tensor, count: int) -> Tensor:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sklearn.datasets  # noqa: F401  # here, because it sets environment variables when first imported
 import torch
 
 from distaccum import WindowLoader

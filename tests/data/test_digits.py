@@ -1,4 +1,7 @@
+import gzip
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,10 +31,17 @@ def test_the_splits_are_stratified_and_lose_nothing() -> None:
     assert ((share - 0.2).abs() < 0.005).all()
 
 
-def test_the_splits_are_disjoint() -> None:
-    source = load_digits().data / 16
-    both = torch.cat([Digits("train").images, Digits("evaluation").images]).flatten(1)
-    assert torch.equal(both.double().sort(dim=0).values, torch.as_tensor(source).sort(dim=0).values)
+def test_the_samples_are_those_of_scikit_learn() -> None:
+    source = load_digits()
+    pixels, labels = torch.as_tensor(source.images).float().unsqueeze(1) / 16, torch.as_tensor(source.target)
+    for split in ("train", "evaluation"):
+        digits = Digits(split)
+        places = [place for label in range(10) for place in (labels == label).nonzero().flatten()[::5].tolist()]
+        is_held_out = torch.zeros(len(labels), dtype=torch.bool)
+        is_held_out[places] = True
+        chosen = is_held_out if split == "evaluation" else ~is_held_out
+        assert torch.equal(digits.images, pixels[chosen])
+        assert torch.equal(digits.labels, labels[chosen])
 
 
 def test_the_split_is_fixed() -> None:
@@ -47,6 +57,34 @@ def test_another_split() -> None:
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r"needs scikit-learn.*pip install 'distaccum\[examples\]'"):
         Digits("train")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        (b"1,2", "Not a gzipped file"),
+        (gzip.compress(b"1,2\n3\n"), "expected sequence of length 2"),
+        (gzip.compress(b"1,2\n3,4\n"), r"its table is \[2, 2\], not \[1797, 65\]"),
+    ],
+)
+def test_a_scikit_learn_without_the_digits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    folder = tmp_path / "sklearn" / "datasets" / "data"
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / "digits.csv.gz").write_bytes(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "sklearn" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "sklearn")
+    with pytest.raises(UserError, match=f"{said}.*Install scikit-learn again"):
+        Digits("train")
+
+
+def test_scikit_learn_is_not_imported() -> None:
+    code = "import sys; from distaccum.data import Digits; Digits('train'); assert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

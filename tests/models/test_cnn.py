@@ -1,7 +1,6 @@
 from typing import Any
 
 import pytest
-import sklearn.datasets  # noqa: F401  # here, because it sets environment variables when first imported
 import torch
 import torch.nn.functional as F
 from torch import nn
