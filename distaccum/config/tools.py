@@ -217,7 +217,7 @@ class StudySection:
     """Measure the gradient noise scale in the runs, for comparison with the critical batch size. `null`: wherever
     `insight.noise_scale` is supported."""
     ranks: int = 1
-    """Ranks of each run, started by torchrun."""
+    """Ranks of each run."""
     threads_per_rank: int = 1
     """CPU threads of each rank."""
     point: int | None = None

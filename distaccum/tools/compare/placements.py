@@ -42,7 +42,7 @@ class Placement:
 
     @property
     def has_ranks(self) -> bool:
-        """Whether it is started by torchrun; the others are one process."""
+        """Whether it has a process for each rank, as under torchrun; the others are one process."""
         return self.strategy in (DDPConfig, FSDPConfig)
 
     @property
