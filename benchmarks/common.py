@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -14,10 +15,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from distaccum.tools.bench.processes import Forked
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NUMBER_WIDTH, TEXT_WIDTH = 9, 21
@@ -137,10 +141,45 @@ def torchrun(world_size: int, *command: str) -> list[str]:
     ]
 
 
-def on_ranks(world_size: int, script: str, *words: str) -> Iterator[Row]:
-    """Runs `script rank WORDS…` on several ranks, or in one process without a launcher; returns the rows it sends."""
+def on_ranks(world_size: int, script: str, *words: str, imports: Sequence[str] = ()) -> Iterator[Row]:
+    """Runs `script rank WORDS…` on several ranks, or in one process without a launcher; returns the rows it sends.
+
+    Ranks are forked from a process that has imported the script.
+
+    Args:
+        imports: modules that the script imports later: forked ranks have them from the start.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
     command = [script, "rank", *words]
-    yield from rows_of(torchrun(world_size, *command) if world_size > 1 else [sys.executable, *command])
+    read, write = os.pipe()
+    with open(read, encoding="utf-8") as lines:
+        try:
+            ranks = Forked(
+                partial(_run_script, command),
+                num_processes=world_size,
+                threads=1,
+                output=write,
+                errors=sys.stderr.fileno(),
+                imports=(Path(script).stem, *imports),
+            )
+        finally:
+            os.close(write)
+        try:
+            yield from _rows(lines)
+            while not ranks.has_ended(1.0):
+                pass
+        finally:
+            ranks.stop(10.0)
+    if ranks.status:
+        raise SystemExit(f"exit status {ranks.status} of: {' '.join(command)}")
+
+
+def _run_script(command: list[str]) -> int:
+    sys.argv = command
+    importlib.import_module(Path(command[0]).stem).main()
+    return 0
 
 
 def rank_words() -> list[str] | None:
@@ -167,8 +206,7 @@ def rows_of(*commands: Sequence[str]) -> Iterator[Row]:
             process = subprocess.Popen(command, stdout=output, text=True, env=ENVIRONMENT)
             processes.append(stack.enter_context(process))
         try:
-            # Other lines are what libraries print.
-            yield from (json.loads(line) for line in processes[0].stdout or () if line.startswith('{"'))
+            yield from _rows(processes[0].stdout or ())
         except BaseException:
             for process in processes:
                 process.terminate()
@@ -176,6 +214,11 @@ def rows_of(*commands: Sequence[str]) -> Iterator[Row]:
     for command, process in zip(commands, processes, strict=True):
         if process.returncode:
             raise SystemExit(f"exit status {process.returncode} of: {' '.join(command)}")
+
+
+def _rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Returns what `send` has written; other lines are what libraries print."""
+    return (json.loads(line) for line in lines if line.startswith('{"'))
 
 
 def _is_rank_0() -> bool:

@@ -9,7 +9,7 @@ measurement is of real windows on real ranks: on a GPU by CUDA's allocator, on a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import common
@@ -42,7 +42,7 @@ if not has_8bit():
     PLACEMENTS = {name: placement for name, placement in PLACEMENTS.items() if "8-bit" not in name}
 STEPS = (1, 4)
 SIZES = (8, 16, 32)
-"""With --quick, the first one alone."""
+"""With --quick, the first one alone, and half the layers."""
 KNOWN = (2, 4)
 """Samples of the micro-batches that the prediction is made from; of each replica under DP."""
 
@@ -52,9 +52,9 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if enough else torch.device("cpu")
 
 
-def model() -> GPT:
+def model(layers: int) -> GPT:
     torch.manual_seed(0)
-    return GPT(vocab_size=256, max_length=LENGTH, num_layers=4, num_heads=4, width=96)
+    return GPT(vocab_size=256, max_length=LENGTH, num_layers=layers, num_heads=4, width=96)
 
 
 def batch_of(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,25 +75,25 @@ def setting(name: str, steps: int) -> Setting:
     )
 
 
-def measured(name: str, sizes: list[int]) -> dict[str, dict[str, int]]:
+def measured(name: str, layers: int, sizes: Sequence[int]) -> dict[str, dict[str, int]]:
     """Measures one placement on the ranks that are here; returns this rank's peaks by micro-steps and micro-batch."""
     found: dict[str, dict[str, int]] = {}
     for steps in STEPS:
         common.progress(f"{name}: {steps} micro-steps measured")
-        footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True)
+        footprint = measure(model(layers), setting(name, steps), LanguageModeling(), batch_of, sizes, has_ranks=True)
         found[str(steps)] = {str(size): peak for size, peak in footprint.peak.items()}
     return found
 
 
-def rows(sizes: list[int]) -> Iterator[common.Row]:
+def rows(layers: int, sizes: Sequence[int]) -> Iterator[common.Row]:
     """Measures and predicts the peaks, placement by placement."""
-    together = common.on_ranks(2, __file__, *map(str, sizes))
+    together = common.on_ranks(2, __file__, str(layers), *map(str, sizes))
     for name, (strategy, ranks) in PLACEMENTS.items():
-        found = measured(name, sizes) if ranks == 1 else next(together)
+        found = measured(name, layers, sizes) if ranks == 1 else next(together)
         for steps in STEPS:
             common.progress(f"{name}: {steps} micro-steps predicted")
             known = [size * replicas_of(strategy, device()) for size in KNOWN]
-            footprint = measure(model(), setting(name, steps), LanguageModeling(), batch_of, known)
+            footprint = measure(model(layers), setting(name, steps), LanguageModeling(), batch_of, known)
             for size in sizes:
                 peak, predicted = found[str(steps)][str(size)], PeakLine(footprint.peak).at(size)
                 yield {
@@ -109,23 +109,23 @@ def rows(sizes: list[int]) -> Iterator[common.Row]:
         raise AssertionError("the ranks have measured more placements than were asked for")
 
 
-def on_a_rank(sizes: list[int]) -> None:
+def on_a_rank(layers: int, sizes: Sequence[int]) -> None:
     with joined_world() as world:
         if device().type == "cuda":
             torch.cuda.set_device(world.local_rank)
         world.init_process_group(device())
         for name, (_, ranks) in PLACEMENTS.items():
             if ranks > 1:
-                common.send(measured(name, sizes))
+                common.send(measured(name, layers, sizes))
 
 
 def main() -> None:
     if words := common.rank_words():
-        on_a_rank([int(size) for size in words])
+        on_a_rank(int(words[0]), [int(size) for size in words[1:]])
         return
     options = common.begin(common.arguments(__doc__, quick="40 seconds", full="2 minutes"))
     torch.set_num_threads(1)  # as on ranks
-    table = common.show("Peak memory of rank 0", rows(list(SIZES[:1] if options.quick else SIZES)))
+    table = common.show("Peak memory of rank 0", rows(*((2, SIZES[:1]) if options.quick else (4, SIZES))))
     worst = max(abs(row["error %"]) for row in table)
     print(f"largest error of a prediction from micro-batches of 2 and 4: {worst:.1f} %")
     if options.write:

@@ -282,7 +282,7 @@ def main() -> None:
     extent = "quick" if options.quick else "full"
     rows = common.show(
         f"Windows of {WINDOW} documentation paragraphs under a GPT of 2 layers",
-        (row for ranks in (1, 2) for row in common.on_ranks(ranks, __file__, str(ranks), extent)),
+        (row for n in (1, 2) for row in common.on_ranks(n, __file__, str(n), extent, imports=["transformers.trainer"])),
     )
     if options.write:
         common.write(__doc__, rows)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from peers_contenders import (
     CONTENDERS,
     IGNORE_INDEX,
+    PEERS,
     Sequences,
     TokenClassifier,
     Training,
@@ -208,7 +209,7 @@ def main() -> None:
     words = ["quick" if options.quick else "full", *sizes]
     rows = common.show(
         f"Updates of {ACCUMULATION_STEPS} micro-steps of {MICRO_BATCH_SIZE} × {MAX_LENGTH} tokens",
-        (row for ranks in options.ranks for row in common.on_ranks(ranks, __file__, str(ranks), *words)),
+        (row for n in options.ranks for row in common.on_ranks(n, __file__, str(n), *words, imports=PEERS)),
     )
     if options.write:
         common.write(__doc__, rows)
