@@ -167,6 +167,20 @@ def test_an_own_loop_imports_nothing_of_the_trainer() -> None:
     assert set(done.stdout.split()) <= set(LAYERS[: LAYERS.index("checkpoints")]), done.stdout
 
 
+def test_an_own_loop_imports_little_beyond_torch() -> None:
+    """`torch.distributed.tensor` alone, which brings sympy, would take longer than all else together."""
+    code = (
+        "import sys, torch; before = set(sys.modules); from distaccum import Accumulator; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = ("torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.fx")
+    heavy += ("torch._dynamo", "torch._inductor", "sympy", "mpmath", "safetensors", "PIL", "sklearn")
+    new = done.stdout.split()
+    assert "distaccum.accumulation.accumulator" in new
+    assert not [name for name in new if name.startswith(heavy)]
+
+
 def test_entry_points_are_short() -> None:
     for name in ("train", "compare", "check", "memory", "report", "study", "tune"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100

@@ -6,8 +6,12 @@ size alone. A *cut* deals a window out to ranks and micro-steps. Nothing here kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import eq, itemgetter
+from typing import overload
 
 from distaccum.errors import UserError
 
@@ -32,14 +36,53 @@ def split_by_speed(total: int, speeds: Sequence[float]) -> list[int]:
     return sizes
 
 
-def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = False) -> list[tuple[int, int]]:
+class WindowBounds(Sequence[tuple[int, int]]):
+    """The first position and the position after the last of each window of an epoch, computed when asked for.
+
+    Takes memory for each run of windows of one size, and none for each window.
+
+    Args:
+        runs: of windows of one size, one after the other: position, size, number of windows.
+        num_samples: of the epoch; the last window ends there if it is smaller than its size.
+    """
+
+    def __init__(self, runs: Iterable[tuple[int, int, int]], num_samples: int) -> None:
+        self._runs = [run for run in runs if run[2]]
+        self._firsts = [0, *accumulate(count for _, _, count in self._runs)]
+        self._num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        run = bisect_right(self._firsts, place) - 1
+        position, size, _ = self._runs[run]
+        start = position + (place - self._firsts[run]) * size
+        return start, min(start + size, self._num_samples)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def starting_before(self, position: int) -> int:
+        """Returns the number of windows that begin before a position."""
+        return bisect_left(self, position, key=itemgetter(0))
+
+
+def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = False) -> WindowBounds:
     """Returns the first position and the position after the last of each window of an epoch."""
-    bounds = [
-        (start, min(start + global_batch_size, num_samples)) for start in range(0, num_samples, global_batch_size)
-    ]
-    if drop_last and bounds and bounds[-1][1] - bounds[-1][0] < global_batch_size:
-        bounds.pop()
-    return bounds
+    count = num_samples // global_batch_size if drop_last else -(-num_samples // global_batch_size)
+    return WindowBounds([(0, global_batch_size, count)], num_samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +161,7 @@ class BatchPlan:
         Args:
             how: describes a rank's part, if it is not cut evenly.
         """
-        windows = window_bounds(num_samples, self.global_batch_size, drop_last) if num_samples else []
+        windows = window_bounds(num_samples or 0, self.global_batch_size, drop_last)
         full = min(self.global_batch_size, num_samples) if num_samples else self.global_batch_size
         cut = self.cut(full)
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"

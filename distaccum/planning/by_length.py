@@ -7,6 +7,7 @@ Integers in, integers out: nothing here knows a device or a model.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from distaccum.errors import UserError
 from distaccum.planning.batch_plan import BatchPlan
+from distaccum.planning.dealing import Dealer, Part
 
 _MOST_BLOCKS = 512
 """Windows of more samples than this are grouped in blocks of several, which bounds the time that it takes."""
@@ -33,7 +35,11 @@ class CostModel:
     overhead: float = 0.0
 
     def cost(self, count: NDArray[np.float64], length: NDArray[np.float64]) -> NDArray[np.float64]:
-        return count * length * (1.0 + self.quadratic * length) + self.overhead
+        return count * self.of_sample(length) + self.overhead
+
+    def of_sample(self, length: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns what one more sample adds to a micro-batch that is padded to a length."""
+        return length * (1.0 + self.quadratic * length)
 
 
 def cut_by_length(
@@ -48,8 +54,8 @@ def cut_by_length(
     """Groups the samples of a window by length and deals the groups out to ranks.
 
     The grouping is the cheapest there is among those that keep the samples in the order of their lengths (dynamic
-    programming over where to cut). Groups go to ranks largest first, each to the rank that has least so far (Graham
-    1969); then, as long as that helps the rank that has most, its largest group is split.
+    programming over where to cut). Groups are dealt as `Dealer` says, which splits them where that helps the rank that
+    takes longest.
 
     Args:
         lengths: of the window's samples, by their position in it; at least 1 each.
@@ -63,19 +69,20 @@ def cut_by_length(
     """
     costs = costs or CostModel()
     order = np.argsort(-lengths, kind="stable")
-    groups = _cheapest_groups(order, lengths, max_tokens, costs)
-    ranks = _dealt(groups, lengths, speeds or [1.0] * world_size, costs)
+    longest_first = lengths[order].astype(np.float64)
+    groups = _cheapest_groups(longest_first, max_tokens, costs)
+    dealer = Dealer(costs.of_sample(longest_first).tolist(), costs.overhead, speeds or [1.0] * world_size)
+    ranks = dealer.deal(groups)
     if equal_micro_steps:
         most = max(map(len, ranks))
         for rank in ranks:
-            while len(rank) < most and _split_largest(rank, lengths, costs):
+            while len(rank) < most and _split_largest(rank, dealer):
                 pass
-        # A split may have made one rank's list the longest.
-        most = max(map(len, ranks))
-        ranks = [[*rank, *([np.empty(0, np.int64)] * (most - len(rank)))] for rank in ranks]
+    most = max(map(len, ranks)) if equal_micro_steps else 1
+    samples = order.tolist()
     # The costliest micro-step comes last: its backward is what the gradient sync hides behind.
     return tuple(
-        tuple(tuple(group.tolist()) for group in sorted(rank, key=lambda group: _cost(group, lengths, costs))) or ((),)
+        ((),) * (most - len(rank)) + tuple(tuple(samples[start:stop]) for _, start, stop in reversed(rank))
         for rank in ranks
     )
 
@@ -86,68 +93,43 @@ def _cost(group: NDArray[np.int64], lengths: NDArray[np.int64], costs: CostModel
     return float(costs.cost(np.float64(len(group)), np.float64(lengths[group].max())))  # type: ignore[arg-type]
 
 
-def _cheapest_groups(
-    order: NDArray[np.int64], lengths: NDArray[np.int64], max_tokens: int, costs: CostModel
-) -> list[NDArray[np.int64]]:
-    """Cuts the samples, longest first, where the sum of costs is least and no group is over the budget."""
-    block = -(-len(order) // _MOST_BLOCKS)
-    starts = np.arange(0, len(order), block)
-    longest = lengths[order[starts]].astype(np.float64)  # of a group that begins with the block
-    ends = np.append(starts[1:], len(order))
-    best = np.full(len(starts) + 1, np.inf)
-    best[0] = 0.0
-    came_from = np.zeros(len(starts) + 1, np.int64)
+def _cheapest_groups(longest_first: NDArray[np.float64], max_tokens: int, costs: CostModel) -> list[tuple[int, int]]:
+    """Cuts the samples where the sum of costs is least and no group is over the budget; returns bounds of groups."""
+    count = len(longest_first)
+    starts = np.arange(0, count, -(-count // _MOST_BLOCKS))
+    ends = np.append(starts[1:], count)
+    longest = longest_first[starts]  # of a group that begins with the block
+    # Of groups from a block (column) to a block (row). What is above the diagonal is no group, and not looked at.
+    counts = (ends[:, None] - starts).astype(np.float64)
+    group_costs = counts * costs.of_sample(longest) + costs.overhead
+    is_too_large = counts * longest > max_tokens
+    np.fill_diagonal(is_too_large, False)  # a single block is always allowed: it is cut further below
+    group_costs[is_too_large] = np.inf
+    best = np.zeros(len(starts) + 1)
+    came_from = []
     for stop in range(1, len(starts) + 1):
-        counts = (ends[stop - 1] - starts[:stop]).astype(np.float64)
-        total = best[:stop] + costs.cost(counts, longest[:stop])
-        # A single block is always allowed: it is cut further below.
-        total[(counts * longest[:stop] > max_tokens) & (np.arange(stop) < stop - 1)] = np.inf
-        came_from[stop] = int(np.argmin(total))
-        best[stop] = total[came_from[stop]]
-    groups: list[NDArray[np.int64]] = []
-    stop = len(starts)
-    while stop:
-        start = int(came_from[stop])
-        group = order[starts[start] : ends[stop - 1]]
-        fits = max(1, max_tokens // int(lengths[group[0]]))
-        groups += [group[first : first + fits] for first in range(0, len(group), fits)]
-        stop = start
+        total = best[:stop] + group_costs[stop - 1, :stop]
+        came_from.append(int(total.argmin()))
+        best[stop] = total[came_from[-1]]
+    groups: list[tuple[int, int]] = []
+    block = len(starts)
+    while block:
+        first, stop = int(starts[came_from[block - 1]]), int(ends[block - 1])
+        fits = max(1, max_tokens // int(longest_first[first]))
+        groups += [(start, min(start + fits, stop)) for start in range(first, stop, fits)]
+        block = came_from[block - 1]
     return groups
 
 
-def _dealt(
-    groups: list[NDArray[np.int64]], lengths: NDArray[np.int64], speeds: Sequence[float], costs: CostModel
-) -> list[list[NDArray[np.int64]]]:
-    """Deals groups to ranks, so that the rank that takes longest takes little longer than the others."""
-    speeds = [speed / max(speeds) for speed in speeds]
-    while True:
-        ranks: list[list[NDArray[np.int64]]] = [[] for _ in speeds]
-        times = [0.0] * len(speeds)
-        for group in sorted(groups, key=lambda group: -_cost(group, lengths, costs)):
-            cost = _cost(group, lengths, costs)
-            after = [time + cost / speed for time, speed in zip(times, speeds, strict=True)]
-            rank = after.index(min(after))
-            ranks[rank].append(group)
-            times[rank] = after[rank]
-        most = times.index(max(times))
-        largest = max(ranks[most], key=lambda group: _cost(group, lengths, costs))
-        # Splitting the largest group moves at most half of it; not worth its overhead if that is about the spread.
-        movable = _cost(largest, lengths, costs) / speeds[most]
-        gain = min(max(times) - min(times), movable) / 2 - costs.overhead / speeds[most]
-        if len(speeds) == 1 or len(largest) < 2 or gain <= 0.02 * max(times):
-            return ranks
-        half = len(largest) // 2
-        groups = [*(group for group in groups if group is not largest), largest[:half], largest[half:]]
-
-
-def _split_largest(rank: list[NDArray[np.int64]], lengths: NDArray[np.int64], costs: CostModel) -> bool:
+def _split_largest(rank: list[Part], dealer: Dealer) -> bool:
     """Makes two micro-steps of a rank's largest one that can be split; False if none can."""
-    splittable = [number for number, group in enumerate(rank) if len(group) > 1]
-    if not splittable:
+    part = next((part for part in rank if part[2] - part[1] > 1), None)
+    if part is None:
         return False
-    number = max(splittable, key=lambda number: _cost(rank[number], lengths, costs))
-    group = rank.pop(number)
-    rank += [group[: len(group) // 2], group[len(group) // 2 :]]
+    rank.remove(part)
+    middle = (part[1] + part[2]) // 2
+    for bounds in ((part[1], middle), (middle, part[2])):
+        insort(rank, dealer.part(*bounds))
     return True
 
 
@@ -159,13 +141,19 @@ class Grouping:
         plan: global batch, ranks, micro-batch.
         num_samples: samples of the dataset.
         max_tokens: most tokens in a micro-batch, padding included. None: `micro_batch_size` times the longest sample.
+        windows_ahead: most windows that may have begun to load before the one in use is done.
 
     Raises:
         UserError: the lengths can't be those of the dataset.
     """
 
     def __init__(
-        self, lengths: Sequence[int] | NDArray[np.int64], plan: BatchPlan, num_samples: int, max_tokens: int | None
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        plan: BatchPlan,
+        num_samples: int,
+        max_tokens: int | None,
+        windows_ahead: int = 0,
     ) -> None:
         self.lengths = _checked_lengths(lengths, num_samples)
         self._plan = plan
@@ -174,6 +162,7 @@ class Grouping:
                 f"accumulation_steps={plan.accumulation_steps} can't be given with lengths: the number of micro-steps "
                 "follows from them. Give micro_batch_size or max_tokens."
             )
+        self._most_known = windows_ahead + 4  # the one in use, its neighbours, and those that are being loaded ahead
         self._known: dict[int, tuple[tuple[tuple[int, ...], ...], ...]] = {}
         self.set_max_tokens(max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max()))
 
@@ -195,7 +184,7 @@ class Grouping:
             speeds: of the ranks, in force for the window.
         """
         if number not in self._known:
-            if len(self._known) >= 4:  # the one in use, and those that are being loaded ahead
+            if len(self._known) >= self._most_known:
                 self._known.pop(next(iter(self._known)))
             self._known[number] = cut_by_length(
                 self.lengths[samples],

@@ -75,7 +75,9 @@ class CutSchedule:
             f"{plan.global_batch_size}: give both the same.",
         )
         self.sizes.check(plan.world_size)
-        self._grouping = Grouping(lengths, plan, num_samples, max_tokens) if lengths is not None else None
+        self._grouping = None
+        if lengths is not None:
+            self._grouping = Grouping(lengths, plan, num_samples, max_tokens, windows_ahead)
         self.lengths = self._grouping.lengths if self._grouping is not None else None
         self.found_sizes: tuple[int, ...] | None = None
         self.limits: tuple[int | None, ...] = (None,) * plan.world_size

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from distaccum.errors import UserError, require
+from distaccum.planning.batch_plan import WindowBounds
 
 _WORTH_A_CHANGE = 1.2
 """Sizes that follow the noise scale stay as they are unless they would change by this factor at least."""
@@ -202,16 +203,12 @@ class BatchSizes:
     def is_constant(self) -> bool:
         return isinstance(self.rule, ConstantSize)
 
-    def bounds(self, epoch: int) -> list[tuple[int, int]]:
+    def bounds(self, epoch: int) -> WindowBounds:
         """Returns the first position and the position after the last of each window of an epoch."""
         return self._kept_bounds(0 if self.is_constant else epoch)
 
-    def _bounds(self, epoch: int) -> list[tuple[int, int]]:
-        return [
-            (start, min(start + size, self.num_samples))
-            for begin, size, count in self._runs(epoch, self.first_number(epoch))
-            for start in range(begin, begin + count * size, size)
-        ]
+    def _bounds(self, epoch: int) -> WindowBounds:
+        return WindowBounds(self._runs(epoch, self.first_number(epoch)), self.num_samples)
 
     def count(self, epoch: int) -> int:
         """Returns the number of windows in an epoch."""

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from distaccum.errors import UserError, listed
+from distaccum.runtime.sharded import is_sharded
 from distaccum.strategies.placeholders import with_zero_gradients
 from distaccum.strategies.scalar_sync import summed_beside
 
@@ -44,7 +44,7 @@ class Traffic:
 
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns this rank's shards of sharded tensors, and other tensors as they are. They share memory."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def refuse_unsynced(strategy: Strategy, calls_before: int, lost: Sequence[Tensor]) -> None:

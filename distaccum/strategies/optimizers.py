@@ -8,14 +8,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from distaccum.errors import UserError
+from distaccum.runtime.sharded import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +131,13 @@ def check_steps(optimizer: torch.optim.Optimizer) -> None:
     name = type(optimizer).__name__
     groups = {parameter.ndim: (group, parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for group, parameter in groups.values():
-        if isinstance(parameter, DTensor) and (difference := _sharded_difference(optimizer, group, parameter)):
+        if is_sharded(parameter) and (difference := _sharded_difference(optimizer, group, parameter)):
             raise UserError(f"strategy=fsdp does not support {name}: {difference}. {mend} or take another optimizer.")
 
 
 def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: DTensor) -> str:
+    from torch.distributed.tensor import Shard, distribute_tensor  # takes 0.75 s, and is in use where this is called
+
     mesh = like.device_mesh
     shape = (2 * mesh.size() + 1, *[3] * (like.ndim - 1))  # shards of unequal size
     start = torch.linspace(-1, 1, math.prod(shape), dtype=like.dtype, device=mesh.device_type).reshape(shape)
@@ -169,7 +174,7 @@ def _loss_around_two(probe: Tensor, weight: Tensor) -> Tensor:
     distance = probe.detach() - 2
     probe.grad = weight * distance
     losses = weight * distance.square() / 2
-    return (losses.full_tensor() if isinstance(losses, DTensor) else losses).sum()
+    return (losses.full_tensor() if is_sharded(losses) else losses).sum()
 
 
 def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -315,4 +315,4 @@ def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
     if not _different_windows(progress["windows"], loader):
         return index
     done = progress.get("position", index * progress["windows"]["batch.global_batch_size"])
-    return sum(start < done for start, _ in loader.sizes.bounds(progress["epoch"]))
+    return loader.sizes.bounds(progress["epoch"]).starting_before(done)

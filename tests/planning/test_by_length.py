@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from distaccum.errors import UserError
-from distaccum.planning import resolve_batch
+from distaccum.planning import by_length, resolve_batch
 from distaccum.planning.by_length import CostFit, CostModel, Grouping, cut_by_length
+from distaccum.planning.dealing import Dealer
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=80).map(lambda found: np.array(found, dtype=np.int64))
 COSTS = st.builds(CostModel, quadratic=st.sampled_from([0.0, 0.01]), overhead=st.sampled_from([0.0, 20.0, 500.0]))
@@ -84,6 +85,79 @@ def test_large_windows_take_little_time() -> None:
     assert sorted(position for rank in cut for step in rank for position in step) == list(range(20_000))
     padded = sum(len(step) * lengths[list(step)].max() for rank in cut for step in rank)
     assert padded / lengths.sum() < 1.1
+
+
+def dealt_by_halving(
+    groups: list[tuple[int, int]], lengths: NDArray[np.int64], speeds: list[float], costs: CostModel
+) -> float:
+    """The longest time by a simpler rule: the slowest rank's largest group is halved, and all are dealt anew."""
+
+    def cost(group: tuple[int, int]) -> float:
+        longest = float(lengths[group[0]])
+        return (group[1] - group[0]) * longest * (1 + costs.quadratic * longest) + costs.overhead
+
+    while True:
+        ranks: list[list[tuple[int, int]]] = [[] for _ in speeds]
+        times = [0.0] * len(speeds)
+        for group in sorted(groups, key=cost, reverse=True):
+            after = [time + cost(group) / speed for time, speed in zip(times, speeds, strict=True)]
+            rank = after.index(min(after))
+            ranks[rank].append(group)
+            times[rank] = after[rank]
+        slowest = times.index(max(times))
+        start, stop = max(ranks[slowest], key=cost)
+        movable = cost((start, stop)) / speeds[slowest]
+        gain = min(max(times) - min(times), movable) / 2 - costs.overhead / speeds[slowest]
+        if len(speeds) == 1 or stop - start < 2 or gain <= 0.02 * max(times):
+            return max(times)
+        groups = [*(group for group in groups if group != (start, stop)), (start, (start + stop) // 2)]
+        groups.append(((start + stop) // 2, stop))
+
+
+def test_ranks_finish_sooner_than_when_groups_are_halved() -> None:
+    generator = np.random.default_rng(6)
+    ratios = []
+    for number in range(150):
+        lengths = np.clip(generator.lognormal(4.7, 0.9, int(generator.integers(1, 250))), 1, 512).astype(np.int64)
+        lengths = np.sort(lengths)[::-1].copy()
+        world_size = int(generator.choice([1, 2, 3, 8, 16]))
+        speeds = generator.uniform(0.3, 1, world_size).tolist() if number % 2 else [1.0] * world_size
+        max_tokens = int(generator.choice([1, 4, 16])) * 512
+        costs = CostModel(
+            quadratic=float(generator.choice([0, 0.003])), overhead=max_tokens * float(generator.choice([0, 0.02, 0.2]))
+        )
+        cut = cut_by_length(lengths, world_size=world_size, max_tokens=max_tokens, costs=costs, speeds=speeds)
+        speeds = [speed / max(speeds) for speed in speeds]
+        longest = max(load / speed for load, speed in zip(loads(cut, lengths, costs), speeds, strict=True))
+        groups = by_length._cheapest_groups(lengths.astype(np.float64), max_tokens, costs)
+        ratios.append(longest / dealt_by_halving(groups, lengths, speeds, costs))
+    assert np.mean(ratios) < 0.99
+    assert max(ratios) < 1.05
+    assert np.mean(np.array(ratios) > 1 + 1e-9) < 0.05
+
+
+def test_hundreds_of_ranks_take_no_longer_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is counted, not timed: groups dealt in all tries, and moves."""
+    lengths = np.clip(np.random.default_rng(7).lognormal(4.7, 0.9, 4096), 1, 512).astype(np.int64)
+    counts = {"dealt": 0, "moves": 0}
+    dealt, move = Dealer._largest_first, Dealer._move
+
+    def counted_deal(self: Dealer, parts: Any) -> Any:
+        counts["dealt"] += len(parts)
+        return dealt(self, parts)
+
+    def counted_move(self: Dealer, *args: Any) -> Any:
+        counts["moves"] += 1
+        return move(self, *args)
+
+    monkeypatch.setattr(Dealer, "_largest_first", counted_deal)
+    monkeypatch.setattr(Dealer, "_move", counted_move)
+    cut = cut_by_length(lengths, world_size=256, max_tokens=8192, costs=CostModel(overhead=128.0))
+    assert sorted(position for rank in cut for step in rank for position in step) == list(range(4096))
+    found = loads(cut, lengths, CostModel(overhead=128.0))
+    assert max(found) < 1.1 * np.mean(found)
+    assert counts["dealt"] < 4000
+    assert counts["moves"] < 3000
 
 
 # Costs

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distaccum.planning import CutSchedule, resolve_batch
+import pytest
+
+from distaccum.planning import CutSchedule, by_length, resolve_batch
 from distaccum.planning.by_length import CostModel
 from distaccum.planning.window_sizes import NoiseSizes
 
@@ -74,3 +76,25 @@ def test_a_state_of_earlier_versions_is_loaded() -> None:
     assert (schedule.found_sizes, schedule.limit, schedule.shares) == ((90, 80), 50, (0.75, 0.25))
     assert rule.changes == [(0, 8), (4, 16)]
     assert json.loads(json.dumps(schedule.state_dict())) == state
+
+
+@pytest.mark.parametrize("windows_ahead", [0, 2, 20])
+def test_a_window_is_cut_once_however_far_ahead_it_is_loaded(
+    windows_ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, cut_sizes = by_length.cut_by_length, []
+
+    def counted(lengths: Any, **options: Any) -> Any:
+        cut_sizes.append(len(lengths))
+        return cut(lengths, **options)
+
+    monkeypatch.setattr(by_length, "cut_by_length", counted)
+    plan = resolve_batch(world_size=2, global_batch_size=2, micro_batch_size=1)
+    schedule = CutSchedule(plan, 64, lengths=LENGTHS, windows_ahead=windows_ahead)
+    for index in range(32 + windows_ahead):
+        if index < 32:
+            schedule.micro_batches(0, index)  # asked of the workers
+        if index >= windows_ahead:
+            schedule.micro_batch_sizes(0, index - windows_ahead)  # in use
+            schedule.micro_batches(0, index - windows_ahead)
+    assert len(cut_sizes) == 32

@@ -16,7 +16,7 @@ from distaccum.config.compose import compose
 from distaccum.config.tools import CompareConfig, StudyConfig, TuneConfig
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
-from distaccum.planning import window_bounds
+from distaccum.planning import resolve_batch, window_bounds
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, NoiseSizes, SizeRamp, SizeRule, SizeTable
 from distaccum.training.data import size_rule
 from distaccum.training.progress import total_updates
@@ -252,3 +252,28 @@ def test_what_a_configuration_says_is_built() -> None:
     noise = compose([*NOISE, "insight.noise_scale=true", "schedule=cosine", "train.max_updates=9"]).batch
     assert str(size_rule(noise)) == "noise scale between 16 and 512, beginning with 256"
     assert size_rule(compose([]).batch) is None
+
+
+@given(st.integers(0, 60), st.integers(1, 12), st.booleans(), st.integers(-5, 70))
+def test_bounds_are_a_sequence_without_a_list(num_samples: int, size: int, drop_last: bool, place: int) -> None:
+    bounds = window_bounds(num_samples, size, drop_last)
+    listed = list(bounds)
+    assert bounds == listed
+    assert bounds != [*listed, (0, 1)]
+    assert [bounds[-number] for number in range(1, len(bounds) + 1)] == listed[::-1]
+    assert bounds[1:place:2] == listed[1:place:2]
+    assert bounds.starting_before(place) == sum(start < place for start, _ in listed)
+    with pytest.raises(IndexError):
+        bounds[len(bounds)]
+
+
+@pytest.mark.parametrize("rule", [ConstantSize(1), SizeTable(1, {1000: 2})])
+def test_an_epoch_of_any_length_takes_no_time_or_memory(rule: SizeRule) -> None:
+    """10¹⁵ windows of one sample: as a list they would fit into no memory, one by one they would take days."""
+    sizes = BatchSizes(rule, 10**15)
+    sizes.check(1)
+    assert sizes.bounds(2)[-1][1] == 10**15
+    assert sizes.bounds(0).starting_before(500) == 500
+    assert sizes.number(3, sizes.count(3) - 1) == sizes.first_number(4) - 1
+    plan = resolve_batch(world_size=1, global_batch_size=1, micro_batch_size=1)
+    assert f"; {10**15} windows an epoch" in plan.explain(10**15)

@@ -221,9 +221,10 @@ class Subject:
 def window_samples(subject: Subject) -> list[list[int]]:
     """Returns the dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
     loader, section = subject.loader, subject.config.check
-    bounds = loader.sizes.bounds(0)
-    if len(bounds) > section.windows:
-        bounds = [*bounds[: section.windows - 1], bounds[-1]] if section.windows > 1 else bounds[:1]
+    all_bounds = loader.sizes.bounds(0)
+    bounds = all_bounds[: section.windows]
+    if 1 < section.windows < len(all_bounds):
+        bounds[-1] = all_bounds[-1]
     return [
         planning.shuffled(range(start, stop), loader.num_samples, loader.seed, 0).tolist()[: section.samples]
         for start, stop in bounds
