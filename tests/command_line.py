@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import forking
 
 TESTS = Path(__file__).parent
 
@@ -43,17 +43,15 @@ class Ended:
         return self.err.removeprefix("error: ").removesuffix("\n")
 
 
-def start(*arguments: str, timeout: float = 120) -> Ended:
-    """Runs `python -m distaccum.train` in a process of its own, in the current folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "distaccum.train", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+def start(*arguments: str, tool: str = "train", folder: Path | None = None, **variables: str) -> Ended:
+    """Runs `python -m distaccum.TOOL` in a process of its own, forked from one that has imported everything.
+
+    Args:
+        folder: the current one, unless it is the caller's.
+        variables: of the environment, beside the caller's.
+    """
+    done = forking.run("-m", f"distaccum.{tool}", *arguments, folder=folder, **variables)
+    return Ended(done.status, done.out, done.err)
 
 
 def message_of_ranks(done: subprocess.CompletedProcess[str]) -> str:

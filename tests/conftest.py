@@ -26,8 +26,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TESTS = Path(__file__).parent
 
-LONG = ("launch", "faults", "distributed", "tools", "test_benchmarks.py")
-"""Where tests wait for processes, longest first: what is short comes last, and fills the gaps between workers."""
+LONG = (
+    *("launch", "faults", "distributed", "tools", "test_benchmarks.py"),
+    *("test_train.py", "test_docs.py", "test_packaging.py", "loaders", "observers"),
+)
+"""What takes long in one worker, longest first: what is short comes last, and fills the gaps between workers."""
 
 
 def _is_alone(item: pytest.Item) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forking
 from documents import block_run_by
-from launching import ROOT
 
 BLOCK = block_run_by("checkpoints/test_resumed_loop.py")
 
@@ -27,16 +24,8 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
     def run(script: Path, folder: str) -> tuple[int, list[str]]:
         (tmp_path / folder).mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            cwd=tmp_path / folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.returncode, done.stdout.splitlines()
+        done = forking.run(str(script), folder=tmp_path / folder)
+        return done.status, done.out.splitlines()
 
     status, wanted = run(loop, "whole")
     assert (status, len(wanted)) == (0, 44)

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from distaccum.errors import OtherRankFailedError, UserError
 from distaccum.runtime import heartbeat
@@ -29,7 +31,7 @@ def sleeps_with_the_gil() -> None:
 
 def stops() -> None:
     # A stopped process can't be ended by the launcher before 30 s have passed.
-    subprocess.Popen(["sh", "-c", f"sleep 8; kill -9 {os.getpid()}"], start_new_session=True)
+    subprocess.Popen(["sh", "-c", f"sleep 12; kill -9 {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -89,7 +91,11 @@ def _main(folder: str, fault: str, rank: str, timeout_seconds: str) -> None:
         heartbeat.SECONDS_TO_GIVE_UP = 4.0
     try:
         with joined_world() as world:
-            world.init_process_group(torch.device("cpu"), float(timeout_seconds))
+            # While they start, a busy machine may keep some of them waiting for longer than the timeout.
+            world.init_process_group(torch.device("cpu"), 60.0)
+            dist.barrier()
+            _set_pg_timeout(timedelta(seconds=float(timeout_seconds)))
+            world.heartbeat.timeout_seconds = float(timeout_seconds)
             world.heartbeat.log_to(Path(folder, f"rank{world.rank}.log"))
             began = time.monotonic()
             _work(world, fault, int(rank))

@@ -7,23 +7,21 @@ world_sizes)` makes a pytest parameter of each, and `outcome` starts the ranks w
 from __future__ import annotations
 
 import ast
-import atexit
 import functools
 import importlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = forking.ROOT
 
 
 def names_of_checks(module: str) -> list[str]:
@@ -43,50 +41,37 @@ def cases(module: str, world_sizes: tuple[int, ...] = (2, 4)) -> Any:
 
 
 def torchrun(
-    world_size: int, *command: str, timeout: float = 240, **environment: str
+    world_size: int, *command: str, cold: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command line under torchrun; returns the finished process with its output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    """Runs a command line under torchrun; returns the finished process with its output.
+
+    Args:
+        cold: as users start it, so that each process imports all it needs. Otherwise all are forked from one that has.
+    """
+    options = ("--standalone", f"--nproc_per_node={world_size}", *command)
+    if not cold:
+        ended = forking.run(*forking.torchrun(*options), **environment)
+        return subprocess.CompletedProcess(options, ended.status, ended.out, ended.err)
     return subprocess.run(
-        [*launcher, *command],
+        [sys.executable, "-m", "torch.distributed.run", *options],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=240,
         check=False,
-        env=_environment(environment),
+        env=forking.environment(**environment),
     )
-
-
-def _environment(more: dict[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": path, **more}
 
 
 def forked(
     world_size: int, *command: str, launched: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Does what `torchrun` does, without torchrun and far sooner: ranks are forked from a process that has imported
-    everything. For whatever is not about the launcher itself: here rank 0 holds the store.
+    """Does what `torchrun` does, without torchrun. For whatever is not about the launcher: here rank 0 holds the store.
 
     Args:
         launched: tell the ranks which ones they are; False for a process that nobody launches.
     """
-    with tempfile.TemporaryDirectory() as outputs:
-        started = _starter().start_command(
-            *command, ranks=world_size, outputs=outputs, launched=launched, **_environment(environment)
-        )
-        ended = started.ended()
-    status = next((status for status in ended.statuses if status), 0)
-    return subprocess.CompletedProcess(command, status, ended.out, ended.err)
-
-
-@functools.cache
-def _starter() -> Any:
-    from starting import starter  # not above: ranks import this module too
-
-    stack = ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(starter())
+    ended = forking.run(*command, ranks=world_size, launched=launched, **environment)
+    return subprocess.CompletedProcess(command, ended.status, ended.out, ended.err)
 
 
 @functools.cache

@@ -17,7 +17,10 @@ from launching import HERE, torchrun
 pytestmark = pytest.mark.alone
 
 TIMEOUT_SECONDS = 4.0
-LOOKING_SECONDS = 5.0
+"""What a rank waits for one that hangs. Where ranks die or fail, all must end without it, and a busy machine mustn't
+reach it: those scenarios have a long one."""
+LONG_TIMEOUT_SECONDS = 60.0
+LOOKING_SECONDS = 10.0
 """Two beats, and what a busy machine adds."""
 FORWARD = "the forward of micro-step 2 of update 3"
 SYNC = "the gradient sync of update 3"
@@ -36,6 +39,8 @@ class Scenario:
     """As a run does that saves before it leaves."""
     several_agents: bool = False
     """As if the ranks had been started by more than one torchrun."""
+    times_out: bool = False
+    """Ends by a rank's timeout."""
     options: tuple[str, ...] = ()
 
     def run(self, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -46,14 +51,15 @@ class Scenario:
             environment["OUTLIVES_SIGTERM"] = "1"
         if self.several_agents:
             environment["SEVERAL_AGENTS"] = "1"
-        arguments = (str(folder), self.fault, str(self.rank), str(TIMEOUT_SECONDS))
+        seconds = TIMEOUT_SECONDS if self.times_out else LONG_TIMEOUT_SECONDS
+        arguments = (str(folder), self.fault, str(self.rank), str(seconds))
         command = (*self.options, str(HERE / "hanging.py"), *arguments)
-        return torchrun(self.world_size, *command, timeout=120, **environment)
+        return torchrun(self.world_size, *command, **environment)
 
 
-HANGS = Scenario(world_size=4, fault="sleeps_in_forward", rank=1, outlives_sigterm=True)
-HANGS_LOCKED = Scenario(world_size=2, fault="sleeps_with_the_gil", rank=1)
-STOPS = Scenario(world_size=2, fault="stops", rank=0)
+HANGS = Scenario(world_size=4, fault="sleeps_in_forward", rank=1, outlives_sigterm=True, times_out=True)
+HANGS_LOCKED = Scenario(world_size=2, fault="sleeps_with_the_gil", rank=1, times_out=True)
+STOPS = Scenario(world_size=2, fault="stops", rank=0, times_out=True)
 KILLED = (
     # The launcher's signal, which follows at once, must not end another rank before the one that speaks looks around.
     Scenario(world_size=4, fault="is_killed", rank=1, outlives_sigterm=True),
@@ -61,7 +67,7 @@ KILLED = (
     Scenario(world_size=2, fault="is_killed", rank=0),
     Scenario(world_size=4, fault="is_killed", rank=0, torch_store_on_rank_0=True, busy_survivors=True),
 )
-CROSSED = Scenario(world_size=2, fault="comes_to_another_collective", rank=1)
+CROSSED = Scenario(world_size=2, fault="comes_to_another_collective", rank=1, times_out=True)
 BAD_INPUT = Scenario(world_size=2, fault="has_bad_input", rank=0, busy_survivors=True)
 RESTARTED = Scenario(world_size=2, fault="is_killed_then_has_a_bug", rank=1, options=("--max-restarts=1",))
 RESTARTED_BY_SEVERAL = dataclasses.replace(RESTARTED, several_agents=True)
@@ -69,13 +75,13 @@ RESTARTED_BY_SEVERAL = dataclasses.replace(RESTARTED, several_agents=True)
 
 @functools.cache
 def _all_runs() -> tuple[tempfile.TemporaryDirectory[str], dict[Scenario, subprocess.CompletedProcess[str]]]:
-    """All scenarios, some at a time: they spend most of it waiting."""
+    """All scenarios, at once: they spend most of it waiting."""
     scenarios = (HANGS, HANGS_LOCKED, STOPS, *KILLED, CROSSED, BAD_INPUT, RESTARTED, RESTARTED_BY_SEVERAL)
     holder = tempfile.TemporaryDirectory()
     folders = [Path(holder.name, str(number)) for number in range(len(scenarios))]
     for folder in folders:
         folder.mkdir()
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(len(scenarios)) as pool:
         done = pool.map(Scenario.run, scenarios, folders)
         return holder, dict(zip(scenarios, done, strict=True))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command_line import start, updates
-from launching import torchrun
+from launching import forked
 
 DIGITS = [
     "data=digits",
@@ -45,7 +45,7 @@ def run(ranks: int, run_dir: str, max_updates: int, *overrides: str) -> str:
         ended = start(*arguments)
         assert ended.status == 0, ended.out + ended.err
         return ended.out
-    done = torchrun(ranks, "-m", "distaccum.train", *arguments)
+    done = forked(ranks, "-m", "distaccum.train", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

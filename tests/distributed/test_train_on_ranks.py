@@ -31,7 +31,7 @@ def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_a_run_of_two_ranks_leaves_one_folder() -> None:
-    done = torchrun(2, "-m", "distaccum.train", *TINY)
+    done = torchrun(2, "-m", "distaccum.train", *TINY, cold=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (run_dir,) = Path("runs").iterdir()
     shards = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from zygote import HERE, ROOT, free_port
+import forking
+from zygote import free_port
 
 PATIENCE_SECONDS = 240.0
 
@@ -28,22 +27,12 @@ class Agent:
 
     def __init__(self, *command: str, folder: Path, name: str = "output", shares_store: bool = False) -> None:
         self._said = folder / name
-        path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
-        with self._said.open("a") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *command],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",
-                    "PYTHONPATH": path,
-                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(not shares_store)),
-                },
-            )
+        self.process = forking.start(
+            *forking.torchrun(*command),
+            folder=folder,
+            said=self._said,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shares_store)),
+        )
 
     @property
     def output(self) -> str:
@@ -54,8 +43,9 @@ class Agent:
         found = {}
         for pid in _children(self.process.pid):
             with suppress(OSError):
-                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                found |= {int(entry[5:]): pid for entry in environment if entry.startswith(b"RANK=")}
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if name.startswith("rank"):
+                    found[int(name.removeprefix("rank"))] = pid
         return found
 
     def kill_all(self) -> None:
@@ -67,10 +57,12 @@ class Agent:
 
 
 def _children(parent: int) -> list[int]:
+    """Those that have not ended."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+            state, its_parent, *_ = status.read_text().rpartition(")")[2].split()
+            if int(its_parent) == parent and state != "Z":
                 found.append(int(status.parent.name))
     return found
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from starting import Starter, starter
+from starting import Starter
 from zygote import Zygote, zygote
 
 
@@ -15,10 +15,9 @@ def processes() -> Iterator[Zygote]:
 
 
 @pytest.fixture(scope="session")
-def runs() -> Iterator[Starter]:
+def runs() -> Starter:
     """Starts training processes that are troubled in other ways than by `kill -9`."""
-    with starter() as found:
-        yield found
+    return Starter()
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forking import environment
 from outcomes import leftovers, outcome, saved_updates, undisturbed
-from starting import RUN, STEPS, Starter, environment
+from starting import RUN, STEPS, Starter
 from troubles import trouble
 
 from distaccum.checkpoints import checkpoints_in

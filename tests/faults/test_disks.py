@@ -14,8 +14,9 @@ from pathlib import Path
 
 import disks
 import pytest
+from forking import environment
 from outcomes import leftovers, outcome, saved_updates, undisturbed
-from starting import RUN, STEPS, Starter, environment
+from starting import RUN, STEPS, Starter
 from troubles import trouble
 
 pytestmark = pytest.mark.usefixtures("here")

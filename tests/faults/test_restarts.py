@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 from agents import Agent, elastic_options, wait_for
+from forking import Running
 from runs import RUN, assert_each_update_once, lines_of, results, undisturbed
 from zygote import Zygote
 
@@ -37,7 +37,7 @@ def test_a_run_whose_rank_and_torchrun_are_killed_comes_to_the_same_bits(process
         before = agent.workers()
         os.kill(before[1], signal.SIGKILL)
         wait_for(lambda: not before.items() & (now := agent.workers()).items() and len(now) == 2, [agent])
-        assert "rank 1 is gone: killed" in agent.output
+        wait_for(lambda: "rank 1 is gone: killed" in agent.output, [agent])
         wait_for(lambda: len(lines_of(folder)) >= 30, [agent])
         for number, kill in enumerate((killed, asked_again_and_again), 1):
             ranks = agent.workers()
@@ -58,12 +58,12 @@ def test_a_run_whose_rank_and_torchrun_are_killed_comes_to_the_same_bits(process
     assert same_weights == weights
 
 
-def killed(launcher: subprocess.Popen[bytes]) -> None:
+def killed(launcher: Running) -> None:
     launcher.kill()
     launcher.wait()
 
 
-def asked_again_and_again(launcher: subprocess.Popen[bytes]) -> None:
+def asked_again_and_again(launcher: Running) -> None:
     while launcher.poll() is None:
         launcher.terminate()
         time.sleep(0.02)

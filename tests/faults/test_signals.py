@@ -8,16 +8,15 @@ import pty
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from outcomes import leftovers, outcome, saved_updates, undisturbed
-from starting import RUN, STEPS, Starter, environment
+from starting import RUN, STEPS, Starter
 from troubles import trouble
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -140,12 +139,12 @@ def test_a_signal_during_an_evaluation(runs: Starter, ranks: int) -> None:
 @pytest.mark.alone
 def test_a_signal_during_an_evaluation_that_takes_too_long(runs: Starter) -> None:
     grace = "checkpoint.grace_seconds=1"
-    slow = [trouble("forward of an evaluation", "sleep", nth=nth, seconds=0.5) for nth in range(1, 21)]
+    slow = [trouble("forward of an evaluation", "sleep", nth=nth, seconds=1) for nth in range(1, 21)]
     began = time.monotonic()
     ended = runs.run(
         *RUN, grace, "train.eval_batch_size=1", troubles=[trouble("forward of an evaluation", "SIGTERM", nth=2), *slow]
     )
-    assert time.monotonic() - began < 5, "it would take 10 s"
+    assert time.monotonic() - began < 15, "it would take 20 s"
     assert ended.statuses == [75], ended
     assert "evaluation after update 3 (epoch 0)" not in ended.out
     assert_stopped(ended.out, 3, "SIGTERM")
@@ -206,54 +205,44 @@ def test_a_second_ctrl_c_leaves_at_once(runs: Starter) -> None:
     began = time.monotonic()
     os.killpg(started.pids[0], signal.SIGINT)
     ended = started.ended()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     assert ended.statuses == [-signal.SIGINT]
     assert saved_updates() == [2]
     assert not UNFINISHED.exists()
     goes_on(runs)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = forking.torchrun("--standalone", "--nproc_per_node=2", "-m", "distaccum.train", *RUN)
 
 
 def test_torchrun_hands_a_signal_on(runs: Starter) -> None:
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "distaccum.train", *RUN],
-        env=environment(TROUBLES=json.dumps([trouble("forward", "agent SIGTERM", nth=in_update(4, 1, 2))])),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode != 0, done
+    done = forking.run(*TORCHRUN, TROUBLES=json.dumps([trouble("forward", "agent SIGTERM", nth=in_update(4, 1, 2))]))
+    assert done.status != 0, done
     update = saved_updates()[0]
     assert 4 <= update < 8
-    assert_stopped(done.stdout, update, "SIGTERM")
+    assert_stopped(done.out, update, "SIGTERM")
     goes_on(runs, ranks=2)
 
 
 def test_ctrl_c_on_the_terminal_of_torchrun(runs: Starter) -> None:
     there = trouble("forward", "touch", nth=in_update(3, 1, 2), path="there")
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        ["setsid", "--ctty", *TORCHRUN, "-m", "distaccum.train", *RUN],
-        env=environment(TROUBLES=json.dumps([there]), SECONDS_PER_FORWARD="0.1"),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        wait_for(Path("there").exists)
-        os.write(ours, b"\x03")
-        said = b""
-        while select.select([ours], [], [], 60)[0]:
-            try:
-                said += os.read(ours, 65536)
-            except OSError:  # nobody has the terminal open any more
-                break
+    started = forking.start(
+        *TORCHRUN, terminal=os.ttyname(theirs), TROUBLES=json.dumps([there]), SECONDS_PER_FORWARD="0.1"
+    )
+    os.close(theirs)
+    wait_for(Path("there").exists)
+    os.write(ours, b"\x03")
+    said = b""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            said += os.read(ours, 65536)
+        except OSError:  # nobody has the terminal open any more
+            break
+    status = started.wait()
     os.close(ours)
     out = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode()).replace("\r", "")
-    assert process.returncode != 0, out
+    assert status != 0, out
     assert_stopped(out, saved_updates()[0], "SIGINT", in_words="Ctrl-C")
     assert saved_updates()[0] < 8
     goes_on(runs, ranks=2)

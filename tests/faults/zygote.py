@@ -41,7 +41,7 @@ ROOT = HERE.parent.parent
 _SECONDS_FOR_OTHERS = 0.1
 """Between the death of a rank and that of the others, if they are not left to find out by themselves."""
 
-_LIMIT_SECONDS = 60.0
+_LIMIT_SECONDS = 120.0
 """What a start may take, before its ranks are aborted."""
 
 _IMPORTED = (

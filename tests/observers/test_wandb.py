@@ -111,7 +111,8 @@ def _offline(run_dir: Path, name: str | None = None) -> Wandb:
 
 
 def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = set(threading.enumerate()), _children(), dict(os.environ), sys.exit, sys.excepthook
+    before = _children(), dict(os.environ), sys.exit, sys.excepthook
+    threads = set(threading.enumerate())
     run_dir = tmp_path / "the-run"
     run_dir.mkdir()
     observer = _offline(run_dir)
@@ -122,9 +123,8 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
     observer.on_end(records.end(run_dir))
     observer.close()
     observer.close()
-    after = set(threading.enumerate()), _children(), dict(os.environ), sys.exit, sys.excepthook
-
-    assert after == before
+    assert (_children(), dict(os.environ), sys.exit, sys.excepthook) == before
+    assert set(threading.enumerate()) <= threads, "another test's may have ended meanwhile"
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in run_dir.iterdir()] == ["wandb"]
     logged = _read(run_dir)
@@ -308,7 +308,7 @@ def test_a_background_process_that_is_killed_or_stopped_is_left_behind_with_one_
     for number in range(1, 30):
         observer.on_update(records.update(number))
     observer.on_end(records.end(tmp_path))
-    assert time.monotonic() - started < 1, "the training is not held up"
+    assert time.monotonic() - started < 2, "the training is not held up"
     observer.close()
     assert [record.levelname for record in caplog.records if record.name.startswith("distaccum")] == ["WARNING"]
     assert "wandb has failed (" in caplog.text

@@ -11,25 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Ended, message_of_ranks
+from command_line import Ended, message_of_ranks, start
 from examining import POINTS
 from launching import ROOT, torchrun
 
 HERE = Path(__file__).parent
+PATH = os.pathsep.join([str(ROOT), str(HERE)])
 SMALL = ["batch.global_batch_size=12", "batch.micro_batch_size=4", "device=cpu", "model=custom"]
 
 
 def check(*arguments: str, cwd: Path) -> Ended:
-    done = subprocess.run(
-        [sys.executable, "-m", "distaccum.check", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])},
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return start(*arguments, tool="check", folder=cwd, PYTHONPATH=PATH)
 
 
 def test_equal(tmp_path: Path) -> None:
@@ -85,7 +77,7 @@ def test_a_terminal_shows_what_is_being_done(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=theirs,
         cwd=tmp_path,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": PATH},
     )
     os.close(theirs)
     shown = b""
@@ -100,8 +92,7 @@ def test_a_terminal_shows_what_is_being_done(tmp_path: Path) -> None:
 
 
 def on_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), str(HERE)])
-    return torchrun(2, "-m", "distaccum.check", *POINTS, *SMALL, "--json", *arguments, PYTHONPATH=path)
+    return torchrun(2, "-m", "distaccum.check", *POINTS, *SMALL, "--json", *arguments, PYTHONPATH=PATH)
 
 
 def test_a_healthy_model_on_two_ranks() -> None:
