@@ -94,7 +94,7 @@ def refuse_closure(optimizer: torch.optim.Optimizer, what: str) -> None:
     """
     if takes_closure(optimizer):
         raise UserError(
-            f"{what} of one gradient, and {type(own_optimizer(optimizer)).__name__} evaluates the loss as often as it "
+            f"{what} of one gradient; {type(own_optimizer(optimizer)).__name__} evaluates the loss as often as it "
             "likes. Set another optim here, sgd for instance."
         )
 

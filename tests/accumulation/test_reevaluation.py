@@ -132,7 +132,7 @@ def test_a_window_opened_by_hand_is_refused() -> None:
     accumulator, _, forward = _made()
     with pytest.raises(UserError, match=r"Twice evaluates the loss of a window itself.*accumulator\.run\(window, forw"):
         accumulator.window(WINDOW).__enter__()
-    with pytest.raises(UserError, match=r"gradient caching makes updates of one gradient, and Twice evaluates"):
+    with pytest.raises(UserError, match=r"gradient caching makes updates of one gradient; Twice evaluates"):
         accumulate_coupled(accumulator, WINDOW, embed=accumulator.strategy.model, loss=forward)
     assert accumulator.run(WINDOW, forward).evaluations == 2
 

@@ -172,7 +172,8 @@ def _nothing_exact(report: CompareReport, tolerance: float) -> str:
     found = f"from {min(errors):.1e} to {max(errors):.1e}" if errors else "unknown"
     return (
         f"No placement gives the large batch's update to {tolerance:g} in float64: errors are {found}. Then the model "
-        "or the loss itself depends on how a window is cut: dropout, BatchNorm, or a loss that couples samples. "
+        "or the loss itself depends on how a window is cut: dropout, BatchNorm, or a loss that couples samples; "
+        "or the optimizer amplifies rounding, as L-BFGS does from iteration to iteration. "
         "`python -m distaccum.check` with the same overrides finds out which."
     )
 
