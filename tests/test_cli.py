@@ -151,7 +151,7 @@ TRAIN_HAS = _has("train", LoopConfig)
         ),
         pytest.param(
             ["model=custom", "model._target_=a.B", "model.width=3"],
-            "there is no key model.width. model has: _target_, activation_checkpointing, freeze, init_from. "
+            "there is no key model.width. model has: _target_, activation_checkpointing, freeze, init_from, unfreeze. "
             "To add a key to model, write +model.width=….",
             id="key of an open section",
         ),

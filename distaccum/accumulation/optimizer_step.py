@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distaccum.errors import UserError, require
 from distaccum.runtime.memory import is_out_of_memory
 from distaccum.strategies import Strategy, local_parts
-from distaccum.strategies.optimizers import check_steps, in_parameter_format, takes_closure
+from distaccum.strategies.optimizers import check_steps, complete_momenta, in_parameter_format, takes_closure
 
 _SPARSE = (
     "sparse gradients are not supported: they have no norm, and DDP can't leave rows out. Give embeddings sparse=False."
@@ -77,6 +77,7 @@ class Gradients:
         for parameter in self.of_optimizer():
             if not parameter.requires_grad:
                 parameter.grad = None  # has stayed in DDP's buckets, where the optimizer would still see it
+                self._checked.discard(id(parameter))  # when it is unfrozen, the sync may not know it
                 continue
             if parameter.grad is None:
                 if id(parameter) not in self._seen and not self._optimizer.state.get(parameter):
@@ -149,6 +150,7 @@ class ScaledStep:
         self._optimizer = optimizer
         self._is_stepping = takes_closure(optimizer)
         self._divisors: dict[torch.device, Tensor] = {}
+        self._stepped = 0
 
     def __call__(self, gradients: list[Tensor], factor: float, scaler: torch.amp.GradScaler | None = None) -> None:
         """Multiplies the gradients of the optimizer's parameters by a factor, and steps.
@@ -156,6 +158,9 @@ class ScaledStep:
         Args:
             scaler: has unscaled the gradients, and steps in the optimizer's place.
         """
+        if len(gradients) != self._stepped:  # the first time, and when another parameter gets a gradient
+            self._stepped = len(gradients)
+            complete_momenta(self._optimizer)
         if scaler is not None or not self._takes_divisor(gradients):
             torch._foreach_mul_(local_parts(gradients), factor)
             if self._is_stepping:

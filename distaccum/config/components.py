@@ -7,6 +7,7 @@ is refused before torch is imported. `SCHEMAS` says which configuration group ea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from distaccum.config import (
     MISSING,
@@ -48,6 +49,9 @@ class ModelConfig:
     init_from: str | None = None
     """Begin with the weights of a safetensors file, or of a finished run's folder (`model.safetensors`); names and
     shapes must be the model's. Updates, optimizer and schedule begin anew; `resume` restores those too."""
+    unfreeze: Any = None  # a dict[int, list[str]], which OmegaConf can't replace as a whole where it is typed
+    """Patterns of the names of parameters by update, as in `{100:[blocks.1.*],200:[blocks.*]}`: frozen from the run's
+    start, and trained from that update on (counted from 1, as in the log)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -42,6 +42,21 @@ def require_whole_sync(model: DistributedDataParallel) -> None:
     model.reducer._check_reducer_finalized()
 
 
+def rebuild_reducer(model: DistributedDataParallel) -> None:
+    """Makes a new reducer for the parameters that require a gradient now, with the same communication hooks.
+
+    What DDP does when it is unpickled; no rank waits for another one.
+    """
+    hooks = list(model._comm_hooks)
+    model.reducer._remove_autograd_hooks()
+    parameters, are_sparse = model._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    names = model._build_debug_param_to_name_mapping(parameters)  # type: ignore[no-untyped-call]
+    model._ddp_init_helper(parameters, are_sparse, names, model.static_graph)  # type: ignore[no-untyped-call]
+    model._comm_hooks.clear()
+    for hook, state in hooks:
+        model.register_comm_hook(state, hook)
+
+
 def own_group(device: torch.device) -> dist.ProcessGroup:
     """A new group of all ranks with the timeout of the first one, and not torch's default."""
     assert dist.group.WORLD is not None

@@ -63,7 +63,7 @@ def refuse_unsynced(strategy: Strategy, calls_before: int, lost: Sequence[Tensor
         raise UserError(
             f"parameters whose gradients never cross the network would differ between ranks: {listed(what)}. All that "
             f"the optimizer steps must be in the {kind} (those of a loss too), and require a gradient when it is made: "
-            "unfreeze them before, or wrap the module anew."
+            "unfreeze them before, or call strategy.rebuild() afterwards (accumulator.strategy is the strategy)."
         )
 
 
@@ -180,6 +180,16 @@ class Strategy(Protocol):
 
     def at_rest(self) -> None:
         """Brings parameters into the form that optimizer and checkpoints see. Called between windows."""
+        return
+
+    def rebuild(self) -> None:
+        """Follows a change of parameters' `requires_grad`: what is unfrozen takes part in the sync from now on.
+
+        Called by all ranks alike, between windows, after the change. Under FSDP call `at_rest()` before the change.
+
+        Raises:
+            UserError: the strategy can't.
+        """
         return
 
     def warm_up(self, forward: Callable[[], Tensor]) -> None:

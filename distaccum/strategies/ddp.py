@@ -21,6 +21,7 @@ from distaccum.strategies._ddp_internals import (
     hook_of,
     own_group,
     powersgd_memories,
+    rebuild_reducer,
     require_whole_sync,
     start_sync,
     start_window,
@@ -67,7 +68,6 @@ class DDPStrategy(Strategy):
         self._state = _hook_state_of(model, config) or self._registered(config or DDPConfig())
         self.traffic, self._scalars = self._state.traffic, self._state.scalars
         self._powersgd = self._state.powersgd_state
-        self._names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     def _registered(self, config: DDPConfig) -> HookState:
         compression, is_on_cpu = config.compression, self.device.type == "cpu"
@@ -84,10 +84,14 @@ class DDPStrategy(Strategy):
             scalars=FirstBucketScalars(group) if is_on_cpu and not has_powersgd else None,
             compression=compression,
             graph_is_known=not self.model.static_graph,
+            names=self._trained_names(),
         )
         hook = powersgd_hook(state, config) if has_powersgd else communication_hook(compression)
         self.model.register_comm_hook(state, hook)
         return state
+
+    def _trained_names(self) -> list[str]:
+        return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     @property
     def sync_divisor(self) -> int:
@@ -128,15 +132,21 @@ class DDPStrategy(Strategy):
             require_whole_sync(self.model)
         except RuntimeError as error:
             numbers = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
-            names = [self._names[int(number)] for number in numbers[1].split()] if numbers else ["some parameters"]
+            names = (
+                [self._state.names[int(number)] for number in numbers[1].split()] if numbers else ["some parameters"]
+            )
             how = "Set strategy.find_unused_parameters=true (DistributedDataParallel has it too)"
             how = "Leave static_graph out" if self.model.static_graph else how
             raise UserError(
                 f"the loss of the window's last micro-step doesn't reach {listed(names)} on rank {dist.get_rank()}, "
                 f"and DDP waits for their gradients. {how}; or freeze what is never used before the model is wrapped."
             ) from error
-        self._state.is_learning = False  # a whole sync has been seen
-        refuse_unsynced(self, calls_before, [entry for entry in parameters if id(entry) not in self._state.synced])
+        if self._state.is_learning:
+            self._state.is_learning = False  # a whole sync has been seen
+            # Of a reducer made anew: also those that had a gradient before, and are not in it.
+            parameters = [*parameters, *(entry for entry in self.module.parameters() if entry.grad is not None)]
+        lost = {id(entry): entry for entry in parameters if id(entry) not in self._state.synced}
+        refuse_unsynced(self, calls_before, list(lost.values()))
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         if self._powersgd is not None:
@@ -166,6 +176,18 @@ class DDPStrategy(Strategy):
         if self.model.broadcast_buffers:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, group_src=0, group=self.process_group)
+
+    def rebuild(self) -> None:
+        reason = "PowerSGD keeps a state of each of DDP's buckets, which become others" if self._powersgd else None
+        reason = "static_graph=true fixes which parameters have gradients" if self.model.static_graph else reason
+        if reason is not None:
+            raise UserError(f"parameters can't be frozen or unfrozen on the way here: {reason}. Leave one of them out.")
+        for parameter in self.module.parameters():
+            parameter.grad = None  # a view of buckets that are going
+        rebuild_reducer(self.model)
+        self._state.names = self._trained_names()
+        self._state.synced.clear()
+        self._state.is_learning = True
 
     def warm_up(self, forward: Callable[[], Tensor]) -> None:
         if self.world_size == 1 or (self.model.find_unused_parameters and not self.model.static_graph):

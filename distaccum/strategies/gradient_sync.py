@@ -41,6 +41,8 @@ class HookState:
     synced: set[int] = field(default_factory=set)
     """Ids of the parameters in DDP's buckets, which DDP shows to its hook alone."""
     is_learning: bool = True
+    names: list[str] = field(default_factory=list)
+    """Names of DDP's parameters, by its numbers."""
 
     def learn(self, bucket: GradBucket) -> None:
         if self.is_learning:

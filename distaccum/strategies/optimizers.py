@@ -183,3 +183,31 @@ def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     inner = optimizer.optim if type(optimizer).__name__ == "ZeroRedundancyOptimizer" else optimizer  # type: ignore[attr-defined]
     assert isinstance(inner, torch.optim.Optimizer)
     return inner
+
+
+def accept_changed_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Tells a `ZeroRedundancyOptimizer` that parameters have been frozen or unfrozen, of which it warns otherwise.
+
+    Which rank steps which of them stays as it is.
+    """
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        sharded: Any = optimizer
+        sharded._is_trainable_mask = sharded._get_is_trainable_mask()
+
+
+def complete_momenta(optimizer: torch.optim.Optimizer) -> None:
+    """Gives fused SGD a momentum of zero for parameters whose first gradient comes later than that of others.
+
+    torch's fused kernel takes momenta of all parameters or of none. From zero it makes the gradient the momentum, as in
+    a first step; not with dampening, which is left as it is.
+    """
+    optimizer = own_optimizer(optimizer)
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or not group["momentum"] or group["dampening"]:
+            continue
+        stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+        new = [p for p in stepped if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+        for parameter in new if len(new) < len(stepped) else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -49,6 +49,7 @@ from distaccum.training.progress import COMPILED, total_updates, updates_ahead
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
 from distaccum.training.supervision import Supervision
 from distaccum.training.trainer import Trainer
+from distaccum.training.unfreezing import Unfreezing, require_within_run, unfreeze_updates
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
@@ -266,7 +267,11 @@ def build_trainer(
     """
     with world.together():
         parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
-        factor = schedule_factor(config.schedule, _scheduled_updates(config, parts.loader, checkpoint))
+        last = _scheduled_updates(config, parts.loader, checkpoint)
+        factor = schedule_factor(config.schedule, last)
+        unfrozen = unfreeze_updates(options_of(config.model)[1].get("unfreeze") or {})
+        if config.batch.schedule is not BatchSchedule.noise or config.train.max_updates is not None:
+            require_within_run(unfrozen, last)  # else it is not known
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
@@ -304,6 +309,7 @@ def build_trainer(
         evaluator=placed.evaluator(supervision, averages),
         early_stopping=early_stopping,
         averages=averages,
+        unfreezing=Unfreezing(strategy, optimizer, unfrozen) if unfrozen else None,
         checkpointer=checkpointer,
         observers=observers,
         run_dir=folder.path,

@@ -44,6 +44,10 @@ class MemoryLine:
         self._kept = KeptForBackward([*self.strategy.model.parameters(), *self.strategy.model.buffers()])
         return self._kept
 
+    def measure_again(self) -> None:
+        """Has the next micro-step measured too, and a line logged after its update: what is trained has changed."""
+        self._kept, self._is_logged = None, False
+
     def log_once(self) -> None:
         """Logs the line at the first call."""
         if self._is_logged:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
 
@@ -19,14 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from distaccum.config import instantiate as targets
 from distaccum.errors import UserError, listed
 from distaccum.strategies.blocks import blocks_of
+from distaccum.training.patterns import parameters_like
+from distaccum.training.unfreezing import make_trainable, unfreeze_updates
 
 logger = logging.getLogger(__name__)
 
-_KEYS = ("activation_checkpointing", "freeze", "init_from")
+_KEYS = ("activation_checkpointing", "freeze", "init_from", "unfreeze")
 
 
 def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.Module:
     """Builds the model of a section `model`, and applies `freeze` and `activation_checkpointing`.
+
+    What `unfreeze` lists can be trained: `Unfreezing` freezes it, in a run.
 
     A key that the model's constructor takes itself under the same name is the constructor's.
 
@@ -51,6 +53,8 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise UserError(f"model.freeze={patterns!r} must be a list of patterns, as in model.freeze=[embedding.*].")
         freeze(module, patterns)
+    if unfrozen := options.get("unfreeze"):
+        make_trainable(module, unfreeze_updates(unfrozen), patterns or ())
     if wanted := options.get("activation_checkpointing"):
         if wanted is not True:
             raise UserError(f"model.activation_checkpointing={wanted!r} must be true or false.")
@@ -123,18 +127,8 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         UserError: a pattern matches nothing, or all is frozen.
     """
-    # A tied parameter has several names, any of which may be meant.
-    named = list(module.named_parameters(remove_duplicate=False))
     for pattern in patterns:
-        found = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
-        if not found:
-            names = [name for name, _ in named]
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-            raise UserError(
-                f"model.freeze: no parameter has a name like {pattern}. Near it are {', '.join(near)}; a pattern must "
-                "match the whole name, and * stands for anything."
-            )
-        for parameter in found:
+        for parameter in parameters_like(module, pattern, "model.freeze"):
             parameter.requires_grad_(False)
     every = list(module.parameters())
     frozen = [parameter for parameter in every if not parameter.requires_grad]

@@ -24,6 +24,7 @@ from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.model import remarks
 from distaccum.training.progress import RunProgress
 from distaccum.training.supervision import DroppedError
+from distaccum.training.unfreezing import Unfreezing
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
 
@@ -47,6 +48,7 @@ class Trainer:
         evaluator: None for no evaluations.
         early_stopping: ends the run when evaluations no longer get better.
         averages: of the weights, taken after each update.
+        unfreezing: unfreezes parameters on the way; None if there is nothing to unfreeze.
         checkpointer: saves the run; None for no checkpoints. What belongs to the run besides model, optimizer and
             generators is added to its `states` and `tensors`.
         observers: get what happens on this rank; rank 0 has them all, the others none.
@@ -61,6 +63,7 @@ class Trainer:
     evaluator: Evaluator | None = None
     early_stopping: EarlyStopping | None = None
     averages: Sequence[WeightAverage] = ()
+    unfreezing: Unfreezing | None = None
     checkpointer: Checkpointer | None = None
     observers: Sequence[Observer] = ()
     run_dir: Path | None = None
@@ -150,6 +153,9 @@ class Trainer:
 
     def _update(self, window: Window) -> UpdateResult:
         number = self._progress.updates + 1
+        if self.unfreezing is not None and self.unfreezing.is_due(number):
+            self.unfreezing.go_to(number)
+            self.updater.memory_line.measure_again()
         result, lr = self.updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
         if not result.skipped:
             for average in self.averages:
@@ -218,7 +224,10 @@ class Trainer:
         """
         assert self.checkpointer is not None, "a trainer without checkpoints has nothing to go on from"
         self._progress.go_on_from(checkpoint, override=override)
-        if self._progress.updates:
+        if self.unfreezing is not None:
+            self.unfreezing.go_to(self._progress.updates + 1)
+        is_new = self.unfreezing is not None and self.unfreezing.is_due(self._progress.updates + 1)
+        if self._progress.updates and not is_new:  # else the unbroken run too has had no backward since the change
             self.strategy.warm_up(self._loss_of_next_window)
         self.checkpointer.restore(checkpoint)
         for average in self.averages:

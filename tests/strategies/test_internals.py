@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,23 @@ def test_what_is_used_of_ddp(group: Any) -> None:
     model = DistributedDataParallel(nn.Linear(2, 2))
     require(model, "_comm_hooks", "_sync_buffers", "will_sync_module_buffers", "require_forward_param_sync", "reducer")
     require(model.reducer, "_rebuild_buckets", "_check_reducer_finalized", "prepare_for_backward")
+    rebuilt = {"_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper"}
+    require(model, *rebuilt)
+    require(model.reducer, "_remove_autograd_hooks")
     require(group, "_get_backend", "allreduce_coalesced")
     require(group._get_backend(torch.device("cpu")).options, "_timeout")
     known = {"_comm_hooks", "_sync_buffers", "_rebuild_buckets", "_check_reducer_finalized", "_get_backend", "_timeout"}
-    assert private_names(_ddp_internals) == known
+    assert private_names(_ddp_internals) == known | rebuilt | {"_remove_autograd_hooks"}
     arguments = inspect.signature(DistributedDataParallel).parameters
     assert arguments.keys() & {"forward_sync_buffers", "broadcast_buffers"}
     assert _ddp_internals.buffer_arguments(False).keys() <= arguments.keys()
+
+
+def test_what_is_used_of_zero(group: Any) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    optimizer = ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.SGD, lr=0.1)
+    require(optimizer, "_is_trainable_mask", "_get_is_trainable_mask", "optim")
 
 
 def test_what_is_used_of_powersgd(group: Any) -> None:
