@@ -20,7 +20,7 @@ from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
 from distaccum.checkpoints import Checkpoint, Checkpointer, load_exported
-from distaccum.config import ByLengthBatchConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.config import ByLengthBatchConfig, EarlyStoppingConfig, Fp16Config, PrecisionConfig, TrainConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMode
 from distaccum.config.launcher import launch
@@ -267,11 +267,7 @@ def build_trainer(
     """
     with world.together():
         parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
-        last = _scheduled_updates(config, parts.loader, checkpoint)
-        factor = schedule_factor(config.schedule, last)
-        unfrozen = unfreeze_updates(options_of(config.model)[1].get("unfreeze") or {})
-        if config.batch.schedule is not BatchSchedule.noise or config.train.max_updates is not None:
-            require_within_run(unfrozen, last)  # else it is not known
+        factor, unfrozen = _by_update(config, parts.loader, checkpoint)
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
@@ -290,8 +286,7 @@ def build_trainer(
         flags[COMPILED] = compile_clock.has_news
     tuning = placed.tuning(recovers=recovery is not None)
     accumulator = placed.accumulator(flags, tuning, recovery)
-    stopping = config.train.early_stopping
-    early_stopping = EarlyStopping(stopping.metric, stopping.patience, stopping.goal) if stopping.metric else None
+    early_stopping = _early_stopping(config.train.early_stopping)
     return Trainer(
         updater=Updater(
             task=parts.task,
@@ -320,6 +315,21 @@ def build_trainer(
 def _built_optimizer(config: TrainConfig, strategy: Strategy) -> torch.optim.Optimizer:
     shard = shards_optimizer(config.strategy)
     return build_optimizer(config.optim, strategy.model.parameters(), strategy.device, shard=shard)
+
+
+def _early_stopping(config: EarlyStoppingConfig) -> EarlyStopping | None:
+    return EarlyStopping(config.metric, config.patience, config.goal) if config.metric else None
+
+
+def _by_update(
+    config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None
+) -> tuple[Callable[[int], float], dict[int, list[str]]]:
+    """Returns the learning rate's factor as a function of the update, and what is unfrozen before which update."""
+    last = _scheduled_updates(config, loader, checkpoint)
+    unfrozen = unfreeze_updates(options_of(config.model)[1].get("unfreeze") or {})
+    if config.batch.schedule is not BatchSchedule.noise or config.train.max_updates is not None:
+        require_within_run(unfrozen, last)  # else it is not known
+    return schedule_factor(config.schedule, last), unfrozen
 
 
 def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:

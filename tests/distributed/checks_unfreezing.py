@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distaccum import Accumulator, WindowLoader
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.config.components import AdamConfig, SGDConfig
 from distaccum.config.enums import Compression
+from distaccum.config.optimizers import AdamConfig, SGDConfig
 from distaccum.errors import UserError
 from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.world import World
