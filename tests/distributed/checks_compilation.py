@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from checks_unfreezing import Loop, assert_same, in_one_shot
 from examples import RaggedTokens, curves, distance, train_tokens
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.world import World
+from distaccum.training.unfreezing import Unfreezing
 
 
 def _compare(world: World, config: StrategyConfig) -> None:
@@ -39,3 +41,11 @@ def check_ddp(world: World) -> None:
 
 def check_fsdp(world: World) -> None:
     _compare(world, FSDPConfig())
+
+
+def check_parameters_are_unfrozen_on_the_way(world: World) -> None:
+    wanted = in_one_shot("momentum", {"hidden": 2}, updates=3)
+    for config in (DDPConfig(), FSDPConfig()):
+        loop = Loop(world, config, "momentum", compilation=Compilation("aot_eager", dynamic=True))
+        unfreezing = Unfreezing(loop.strategy, loop.optimizer, {2: ["hidden.*"]})
+        assert_same(loop.train(unfreezing.go_to, updates=3), wanted, config)

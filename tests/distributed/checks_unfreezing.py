@@ -15,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import Accumulator, WindowLoader
 from distaccum.accumulation.noise_scale import NoiseScale
-from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
+from distaccum.config import DDPConfig, StrategyConfig
 from distaccum.config.enums import Compression
 from distaccum.config.optimizers import AdamConfig, SGDConfig
 from distaccum.errors import UserError
-from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.world import World
 from distaccum.strategies import DDPStrategy, needs_equal_micro_steps, shards_optimizer
 from distaccum.training.optim import build_optimizer
@@ -163,13 +162,3 @@ def check_strategies_of_one_model_follow_together(world: World) -> None:
     model(torch.zeros(2, 3, dtype=torch.int64)).sum().backward()
     with pytest.raises(UserError, match=r"doesn't reach out\.weight, out\.bias on rank"):
         first.require_sync(-1, ())
-
-
-def check_compiled_models_unfreeze(world: World) -> None:
-    if world.world_size > 2:
-        return
-    wanted = in_one_shot("momentum", {"hidden": 2}, updates=3)
-    for config in (DDPConfig(), FSDPConfig()):
-        loop = Loop(world, config, "momentum", compilation=Compilation("aot_eager", dynamic=True))
-        unfreezing = Unfreezing(loop.strategy, loop.optimizer, {2: ["hidden.*"]})
-        assert_same(loop.train(unfreezing.go_to, updates=3), wanted, config)
