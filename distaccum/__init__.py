@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distaccum.accumulation.gradient_caching import accumulate_coupled
     from distaccum.accumulation.noise_scale import NoiseScale
     from distaccum.accumulation.recovery import Recovery
-    from distaccum.accumulation.result import UpdateResult
+    from distaccum.accumulation.result import LossTerm, UpdateResult
     from distaccum.checkpoints import Checkpointer
     from distaccum.config import CheckpointConfig
     from distaccum.errors import UserError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distaccum.training.trainer import Trainer
 
 _NAMES = {
-    "accumulation": "Accumulator NoiseScale Recovery UpdateResult accumulate_coupled",
+    "accumulation": "Accumulator LossTerm NoiseScale Recovery UpdateResult accumulate_coupled",
     "checkpoints": "Checkpointer",
     "config": "CheckpointConfig",
     "errors": "UserError",
@@ -52,6 +52,7 @@ __all__ = [
     "Ensemble",
     "EvaluationLoader",
     "LoaderOptions",
+    "LossTerm",
     "NoiseScale",
     "Observer",
     "Recovery",

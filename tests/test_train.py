@@ -96,6 +96,26 @@ def test_metrics_have_one_line_for_each_update_and_evaluation(train: Train) -> N
     found = evaluations(Path("run"))
     assert [line["update"] for line in found] == [4, 6], "at the end of each epoch and of the run"
     assert all(set(line["eval"]) == {"loss", "accuracy"} for line in found)
+    assert not any("terms" in line for line in lines)
+
+
+def test_a_task_of_two_losses(train: Train) -> None:
+    """With micro-batches of a size that is found, weight averages and evaluations."""
+    ended = train(
+        *POINTS,
+        "task._target_=user_project.TwoLosses",
+        "data.evaluation={_target_:user_project.Points,num_points:10}",
+        "batch.micro_batch_size=auto",
+        "train.ema.decay=0.5",
+    )
+    assert (ended.status, ended.err) == (0, "")
+    for line in updates(Path("run")):
+        assert list(line["terms"]) == ["main", "positive"]
+        assert line["loss"] == pytest.approx(line["terms"]["main"] + 0.5 * line["terms"]["positive"], rel=1e-6)
+    (found,) = [line["eval"] for line in evaluations(Path("run"))]
+    assert {"loss", "loss/main", "loss/positive", "ema/loss", "ema/loss/positive"} <= set(found)
+    assert found["loss"] == pytest.approx(found["loss/main"] + 0.5 * found["loss/positive"], rel=1e-6)
+    assert "positive 0." in ended.out
 
 
 @pytest.mark.parametrize(

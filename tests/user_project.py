@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from distaccum import Observer, TaskOutput
+from distaccum import LossTerm, Observer, TaskOutput
 from distaccum.observers import EvaluationRecord, RunEnd, RunStart, UpdateRecord
 
 
@@ -90,6 +90,19 @@ class SquaredDistance:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
         errors = model(batch["x"]) - batch["y"]
         return TaskOutput(errors.square().sum(), len(errors), {"absolute_error": errors.detach().abs().sum()})
+
+
+class TwoLosses(SquaredDistance):
+    """A further loss of the points with a positive coordinate."""
+
+    def weights(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {"main": len(batch["x"]), "positive": (batch["x"] > 0).sum()}
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> TaskOutput:
+        outputs = model(batch["x"])
+        errors, positive = outputs - batch["y"], batch["x"][:, 0] > 0
+        terms = {"positive": LossTerm(outputs[positive].square().sum(), positive.sum(), 0.5)}
+        return TaskOutput(errors.square().sum(), len(errors), terms=terms)
 
 
 class EncodedDistance:

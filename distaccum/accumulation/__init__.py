@@ -6,6 +6,6 @@ from distaccum.accumulation.accumulator import Accumulator
 from distaccum.accumulation.gradient_caching import accumulate_coupled
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
-from distaccum.accumulation.result import UpdateResult
+from distaccum.accumulation.result import LossTerm, UpdateResult
 
-__all__ = ["Accumulator", "NoiseScale", "Recovery", "UpdateResult", "accumulate_coupled"]
+__all__ = ["Accumulator", "LossTerm", "NoiseScale", "Recovery", "UpdateResult", "accumulate_coupled"]

@@ -22,20 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_hook import OnGradients, show_gradients
+from distaccum.accumulation.micro_batches import require_equal_micro_steps, with_last
 from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
-from distaccum.accumulation.open_window import OpenWindow, require_equal_micro_steps, with_last
-from distaccum.accumulation.optimizer_step import Gradients, ScaledStep
+from distaccum.accumulation.open_window import OpenWindow
+from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, unscaled
 from distaccum.accumulation.recovery import Recovery, Share, Tell, explaining_memory, micro_step
 from distaccum.accumulation.reevaluation import reevaluation_of
-from distaccum.accumulation.result import TaskOutput, UpdateResult
+from distaccum.accumulation.result import LossTerm, TaskOutput, UpdateResult
+from distaccum.accumulation.terms import Denominators, TermCounter, Weights, WindowTerms, checked_terms
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
 from distaccum.errors import require, require_positive
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy, strategy_of
 
 Batch = TypeVar("Batch")
-_NO_BACKWARD = "micro-step {} ended without accumulator.backward(loss_sum, weight)"
 _OUT_OF_STEP = "a gradient sync has failed, so ranks may be out of step. Start all ranks again, from a checkpoint."
 
 
@@ -74,6 +75,8 @@ class Accumulator:
         on_gradients: called with the mean gradients of the window by their parameters' names, the same on every rank,
             before they are clipped; under FSDP they are this rank's shards (`DTensor`s). It may change them in place,
             alike on all ranks; the norm is then taken again. May be set anew between windows.
+        weights: counts the elements of each loss in a micro-batch, by name (`main` and the terms that micro-steps
+            give), where there are several: see `accumulation.terms`. Called as a window opens, with each micro-batch.
 
     Raises:
         UserError: the model is a bare module although there are several ranks, it makes sparse gradients, `clip_norm`
@@ -95,6 +98,7 @@ class Accumulator:
         recovery: Recovery | None = None,
         noise_scale: NoiseScale | None = None,
         on_gradients: OnGradients | None = None,
+        weights: Weights | None = None,
     ) -> None:
         require_positive(clip_norm=clip_norm)
         self.optimizer = optimizer
@@ -108,6 +112,7 @@ class Accumulator:
         self.recovery = recovery
         self.noise_scale = noise_scale
         self.on_gradients = on_gradients
+        self.weights = weights
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
         self._model = model
@@ -117,6 +122,7 @@ class Accumulator:
         self._last_weight: float | None = None
         self._norm_before = 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
+        self._terms = TermCounter(self.strategy, weights)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
         self._scaled_step = ScaledStep(optimizer)
         self._reevaluation = reevaluation_of(
@@ -133,6 +139,7 @@ class Accumulator:
         started: float | None = None,
         data_seconds: float = 0.0,
         share: Share | None = None,
+        denominators: Denominators | None = None,
     ) -> Iterator[Iterator[Batch]]:
         """Opens a window; gives an iterator over its micro-batches.
 
@@ -144,14 +151,13 @@ class Accumulator:
             micro_batches: a `Window`, a list, or any iterable; each item must be followed by one `backward`.
             started, data_seconds: when work on the window began (`time.perf_counter()`) and how long it has waited for
                 data, if that was before this call.
-            share: takes the place of `micro_batches` in `run`, whose micro-steps may be taken again.
+            share, denominators: `run`'s own, whose micro-steps may be taken again.
         """
-        if self._open is not None:
-            raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
-        require(not self._is_out_of_step, _OUT_OF_STEP)
+        started = time.perf_counter() if started is None else started
         if self._reevaluation is not None:
             self._reevaluation.require_running()
-        require_equal_micro_steps(micro_batches, self.strategy)
+        if denominators is None:
+            micro_batches, denominators = self._opening(micro_batches)
         window = OpenWindow(
             number=self.updates + 1,
             strategy=self.strategy,
@@ -159,12 +165,13 @@ class Accumulator:
             scale=loss_scale(micro_batches, self._last_weight),
             source=micro_batches,
             sizes=share.sizes if share is not None else None,
-            started=time.perf_counter() if started is None else started,
-            data_seconds=data_seconds,
+            started=started,
+            data_seconds=data_seconds + (denominators.seconds if denominators is not None else 0.0),
             norm_before=self._norm_before,
             can_recover=share is not None,
             stopwatch=self._stopwatch,
             time_micro_steps=self.time_micro_steps,
+            terms=WindowTerms(denominators, self.strategy) if denominators is not None else None,
             micro_gradients=watcher_of(micro_batches, self.updates, self.noise_scale, self._gradients),
         )
         self._gradients.begin()
@@ -184,6 +191,16 @@ class Accumulator:
             self.clear_gradients()
             raise
 
+    def _opening(
+        self, micro_batches: Iterable[Any], tell: Tell = lambda *_: None
+    ) -> tuple[Iterable[Any], Denominators | None]:
+        """Returns the micro-batches of a window that may be opened, and what its losses are divided by, if counted."""
+        if self._open is not None:
+            raise RuntimeError("the window before was neither ended by step() nor dropped by clear_gradients()")
+        require(not self._is_out_of_step, _OUT_OF_STEP)
+        require_equal_micro_steps(micro_batches, self.strategy)
+        return self._terms.count(micro_batches, tell)
+
     def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Any, bool]]) -> Generator[Any, None, None]:
         """Yields each micro-batch inside `_sync_context`; `items` say of each whether it is the window's last."""
         while True:
@@ -194,14 +211,9 @@ class Accumulator:
                 return
             micro_batch, window.is_last = item
             with self._sync_context(window):
-                window.micro_steps += 1
-                window.awaiting_backward = True
-                window.start_clock()
-                if window.is_last and window.can_recover:
-                    window.last_gradient = self.strategy.last_gradient(self._gradients.of_optimizer())
+                window.begin_micro_step()
                 yield micro_batch
-                if window.awaiting_backward:
-                    raise RuntimeError(_NO_BACKWARD.format(window.micro_steps))
+                window.require_backward()
 
     def _sync_context(self, window: OpenWindow) -> AbstractContextManager[None]:
         """Decides about the sync, here alone: every micro-step is inside `no_sync` but the window's last.
@@ -217,6 +229,7 @@ class Accumulator:
         weight: Tensor | float,
         sums: Mapping[str, Tensor] | None = None,
         num_samples: int | None = None,
+        terms: Mapping[str, LossTerm] | None = None,
     ) -> None:
         """Back-propagates one micro-batch. On the window's last one, gradients are synchronised on the way.
 
@@ -228,21 +241,20 @@ class Accumulator:
             sums: further sums to be added up over micro-steps and ranks, of any shape; the same names and shapes in
                 each micro-step and on each rank.
             num_samples: samples of the micro-batch: the noise scale needs it where windows aren't a `WindowLoader`'s.
+            terms: further losses by name, which `weights` has counted; those that the micro-batch has nothing of may
+                be missing.
         """
         window = self._open
         if window is None or not window.awaiting_backward:
             raise RuntimeError("backward() is called once for each micro-batch that accumulator.window() hands out")
         require_summable(loss_sum, weight)
-        loss_sum = window.add(loss_sum, weight, sums or {})
+        loss_sum = window.add(loss_sum, weight, sums or {}, checked_terms(terms))
         if self.noise_scale is not None:
             window.count_samples(num_samples)
         if window.is_last:
             loss_sum = window.begin_sync(loss_sum, self._sums.own(window))
-        # A power of two, so that it changes no bit of the result; see loss_scale.
-        if window.seed is None or window.seed.dtype != loss_sum.dtype:
-            window.seed = torch.full_like(loss_sum, window.scale)
         scaled = loss_sum if self.scaler is None else self.scaler.scale(loss_sum)
-        scaled.backward(gradient=window.seed)  # type: ignore[no-untyped-call]
+        scaled.backward(gradient=window.seed_of(loss_sum))  # type: ignore[no-untyped-call]
         if window.micro_gradients is not None and window.is_last:
             window.micro_gradients.start(window.scale, self.scaler)
         window.is_syncing = False
@@ -267,18 +279,12 @@ class Accumulator:
         if window is None or window.totals is None:
             raise RuntimeError("step() comes after a whole window: with accumulator.window(…) as micro_batches: …")
         self.updates += 1
-        result, scale = None, None
+        result = None
         try:
             gradients = self._gradients.of_window(window.calls_before)
-            if self.scaler is None:
+            with unscaled(self.scaler, self.optimizer) as scaling:
                 result = self._update(window, window.totals(), gradients)
-            else:
-                self.scaler.unscale_(self.optimizer)
-                try:
-                    result = self._update(window, window.totals(), gradients)
-                    scale = self.scaler.get_scale() if result is None else None  # it has not seen this window
-                finally:
-                    self.scaler.update(scale)
+                scaling.stays = result is None
         finally:
             self._open = None
             if self._reevaluation is None:  # else they are the optimizer's, until it has made its step
@@ -298,7 +304,7 @@ class Accumulator:
             window.put_back()
             return None
         read = self._sums.read(numbers[-len(totals) :], window, raw_norm.dtype)
-        weight = read["weight"]
+        weight = window.divisor(read["weight"])
         self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
@@ -341,14 +347,16 @@ class Accumulator:
         Raises:
             UserError: as `step`; or memory has run out, and there is no going on.
         """
-        tell = tell or (lambda *_: None)
+        tell, started = tell or (lambda *_: None), time.perf_counter()
         if self._reevaluation is not None:
             attempt = partial(self._attempt, forward=forward, tell=tell, share=None)
             made = self._reevaluation.run(micro_batches, attempt, self.clear_gradients, tell)
             self.updates += 1
             return made
+        micro_batches, counted = self._opening(micro_batches, tell)
         share = Share(micro_batches, self.recovery) if self.recovery and self.strategy.can_recover else None
-        while (result := self._attempt(micro_batches, forward, tell, share)) is None:
+        opening = {"share": share, "denominators": counted, "started": started}
+        while (result := self._attempt(micro_batches, forward, tell, **opening)) is None:
             assert share is not None
             share.begin_again_on_all_ranks(self.updates + 1)
         if share is not None:
@@ -356,11 +364,12 @@ class Accumulator:
         return result
 
     def _attempt(
-        self, micro_batches: Iterable[Any], forward: Callable[[Any], TaskOutput], tell: Tell, share: Share | None
+        self, micro_batches: Iterable[Any], forward: Callable[[Any], TaskOutput], tell: Tell, **opening: Any
     ) -> UpdateResult | None:
         """Returns None if a rank was out of memory in its last backward; then nothing has changed."""
         tell("loading", 1, False)
-        with self.window(micro_batches, share=share) as batches:
+        share = opening["share"]
+        with self.window(micro_batches, **opening) as batches:
             window = self._open
             assert window is not None
             for batch in batches:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation.accumulator import Accumulator
-from distaccum.accumulation.open_window import require_equal_micro_steps
+from distaccum.accumulation.micro_batches import require_equal_micro_steps
 from distaccum.accumulation.reevaluation import random_states
 from distaccum.accumulation.result import TaskOutput, checked_output
 from distaccum.accumulation.totals import require_summable
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.nested import gather_rows, leaves_of, number_of_rows, rebuilt
@@ -99,6 +99,7 @@ def accumulate_coupled(
             "drawn one by one. Leave insight.noise_scale out."
         )
     refuse_closure(accumulator.optimizer, "gradient caching makes updates")
+    require(accumulator.weights is None, _NO_TERMS)
     require_equal_micro_steps(window, accumulator.strategy)
     coupled = _CoupledWindow(accumulator.strategy, embed, loss, between)
     # A window of one micro-batch in all needs no caching.
@@ -186,6 +187,7 @@ class _CoupledWindow:
         with torch.enable_grad():
             output = checked_output(self._loss(rebuilt(self._form, leaves)), "the loss of the whole window")
         require_summable(output.loss_sum, output.weight)
+        require(not output.terms, _NO_TERMS)
         self._output = output
         _refuse_parameters(output.loss_sum, leaves)
         # Total loss and weight are those of the whole window, so one micro-step of all ranks reports them.
@@ -236,6 +238,11 @@ class _CoupledWindow:
 
 
 _END = object()
+_NO_TERMS = (
+    "gradient caching does not support terms: the loss of the whole window sees all of its samples, so it can divide "
+    "each part by what belongs to it. Return loss_sum + coefficient * weight * (mean of the further loss) as loss_sum, "
+    "and leave terms and weights out."
+)
 
 
 class _ValueOf(torch.autograd.Function):

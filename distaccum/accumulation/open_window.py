@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.micro_gradients import MicroGradients
 from distaccum.accumulation.optimizer_step import Gradients
+from distaccum.accumulation.result import LossTerm
 from distaccum.accumulation.running_sum import RunningSum
+from distaccum.accumulation.terms import WindowTerms, without_denominators
 from distaccum.errors import UserError
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy
-
-Batch = TypeVar("Batch")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,6 +34,7 @@ class OpenWindow:
     source: Iterable[Any]
     """The micro-batches that it was opened over."""
     scale: float
+    """What every loss is multiplied by: a power of two, so that it changes no bit of the result; see `loss_scale`."""
     sizes: Sequence[int] | None
     started: float
     data_seconds: float
@@ -44,6 +45,8 @@ class OpenWindow:
     stopwatch: Stopwatch
     time_micro_steps: bool
     micro_gradients: MicroGradients | None
+    terms: WindowTerms | None
+    """Its losses; None if there is only one."""
     calls_before: int = field(init=False)
     bytes_before: int = field(init=False)
     micro_steps: int = 0
@@ -80,12 +83,26 @@ class OpenWindow:
         if self.can_recover or may_be_skipped:
             self.buffers = KeptBuffers(model)
 
-    def add(self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor]) -> Tensor:
-        """Notes the sums of a micro-step; returns the loss to back-propagate."""
+    def add(
+        self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor], terms: Mapping[str, LossTerm]
+    ) -> Tensor:
+        """Notes the sums of a micro-step; returns the loss to back-propagate, of all terms together.
+
+        Raises:
+            UserError: a term was not counted, or its coefficient has changed within the window.
+        """
         self.awaiting_backward = False
+        if self.terms is None:
+            without_denominators(terms)
+            joined = loss_sum
+        else:
+            joined = self.terms.joined(loss_sum, terms)
         if self.sizes is not None and self.sizes[self.micro_steps - 1] == 0:  # a placeholder
-            loss_sum, weight = self.strategy.placeholder_loss(loss_sum), 0.0
+            joined, weight, terms = self.strategy.placeholder_loss(joined), 0.0, {}
+            loss_sum = joined
             sums = {name: torch.zeros_like(value) for name, value in sums.items()}
+        if self.terms is not None:
+            self.terms.add(terms)
         self.loss_sums.append(loss_sum.detach())
         self.weights.append(weight.detach() if isinstance(weight, Tensor) else weight)
         for name, value in sums.items():
@@ -93,7 +110,7 @@ class OpenWindow:
                 self.sums[name].add(value)
             else:
                 self.sums[name] = RunningSum(value)
-        return loss_sum
+        return joined
 
     def count_samples(self, num_samples: int | None) -> None:
         """Notes the size of a micro-step, for the noise scale.
@@ -110,10 +127,29 @@ class OpenWindow:
         if self.micro_gradients is not None:
             self.micro_gradients.begin(num_samples)
 
-    def start_clock(self) -> None:
-        """Marks the start of a micro-step, if they are measured."""
+    def divisor(self, weight: float) -> float:
+        """Returns what the gradient is divided by, given the total weight of the main loss."""
+        return weight if self.terms is None else self.terms.divisor(weight)
+
+    def begin_micro_step(self) -> None:
+        """Prepares for the forward and backward of the next micro-step."""
+        self.micro_steps += 1
+        self.awaiting_backward = True
         if self.time_micro_steps:
             self.micro_step_start = self.stopwatch.mark()
+        if self.is_last and self.can_recover:
+            self.last_gradient = self.strategy.last_gradient(self.gradients.of_optimizer())
+
+    def require_backward(self) -> None:
+        """Refuses a micro-step that has ended without a backward."""
+        if self.awaiting_backward:
+            raise RuntimeError(f"micro-step {self.micro_steps} ended without accumulator.backward(loss_sum, weight)")
+
+    def seed_of(self, loss_sum: Tensor) -> Tensor:
+        """Returns what the backward of a micro-step starts from: `scale`, in the loss's format."""
+        if self.seed is None or self.seed.dtype != loss_sum.dtype:
+            self.seed = torch.full_like(loss_sum, self.scale)
+        return self.seed
 
     def stop_clock(self) -> None:
         """Marks the end of a micro-step's backward, if they are measured or it is the last one."""
@@ -204,49 +240,10 @@ class OpenWindow:
         self.loss_sums.clear()
         self.weights.clear()
         self.sums.clear()
+        if self.terms is not None:
+            self.terms.forget()
         self.marks.clear()
         self.totals = None
         self.is_syncing = False
         if self.micro_gradients is not None:
             self.micro_gradients.forget()
-
-
-def require_equal_micro_steps(micro_batches: Iterable[Any], strategy: Strategy) -> None:
-    """Refuses a window whose ranks may take unequally many micro-steps, if the strategy's hold collectives.
-
-    Raises:
-        UserError: it is one; the ranks would wait for each other for ever.
-    """
-    if isinstance(micro_batches, Window) and strategy.equal_micro_steps and not micro_batches.equal_micro_steps:
-        raise UserError(
-            "all ranks must take equally many micro-steps here (FSDP, a static graph and SyncBatchNorm have "
-            "collectives in each of them), and this window doesn't promise that. Give WindowLoader "
-            "equal_micro_steps=True."
-        )
-
-
-def with_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Yields each item and whether it is the last one. Looks ahead by one item only where the length is not known.
-
-    Raises:
-        UserError: there are more items than their `len()`, or fewer.
-    """
-    if isinstance(items, Sized):
-        count, number = len(items), 0
-        for number, item in enumerate(items, 1):
-            if number > count:
-                break
-            yield item, number == count
-        if number != count:
-            raise UserError(
-                f"the micro-batches (a {type(items).__name__}) have the len() {count}, and there are "
-                f"{'more' if number > count else number}. Give a list, or a generator, which has no len()."
-            )
-        return
-    iterator = iter(items)
-    for item in iterator:
-        current = item
-        for following in iterator:
-            yield current, False
-            current = following
-        yield current, True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -192,6 +194,31 @@ class ScaledStep:
             and all(type(gradient) is Tensor and gradient.dtype is torch.float32 for gradient in gradients)
             and len({gradient.device for gradient in gradients}) == 1
         )
+
+
+@dataclass(slots=True)
+class Scaling:
+    """Says whether a scaler adapts its scale after an update.
+
+    Attributes:
+        stays: it stays what it is, as the scaler has not seen this window, which is taken again.
+    """
+
+    stays: bool = False
+
+
+@contextmanager
+def unscaled(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> Iterator[Scaling]:
+    """Unscales the gradients of an optimizer's parameters for its step, and adapts the scale afterwards."""
+    scaling = Scaling()
+    if scaler is None:
+        yield scaling
+        return
+    scaler.unscale_(optimizer)
+    try:
+        yield scaling
+    finally:
+        scaler.update(scaler.get_scale() if scaling.stays else None)
 
 
 def said_of_memory(error: Exception) -> str | None:

@@ -30,8 +30,9 @@ from distaccum.runtime.memory import free_cached_memory
 logger = logging.getLogger(__name__)
 
 Tell = Callable[[str, int, bool], None]
-"""Called with what begins ("loading", "forward", "backward", "step"), in which micro-step (from 1), and whether that is
-the last one. With "evaluation" and its number (from 2), where an optimizer has the window taken once more."""
+"""Called with what begins ("loading", "counting" of the terms' weights over the ranks, "forward", "backward", "step"),
+in which micro-step (from 1), and whether that is the last one. With "evaluation" and its number (from 2), where an
+optimizer has the window taken once more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +175,7 @@ def micro_step(
         output = forward(batch)
         during = "backward"
         tell("backward", window.micro_steps, window.is_last)
-        backward(output.loss_sum, output.weight, output.sums)
+        backward(output.loss_sum, output.weight, output.sums, terms=output.terms)
         return None
     except Exception as error:
         said = said_of_memory(error)

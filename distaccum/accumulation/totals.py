@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.open_window import OpenWindow
+from distaccum.accumulation.scalars import added_up, added_weights
 from distaccum.errors import NonfiniteError, UserError
 from distaccum.loaders import Window
 from distaccum.runtime.nested import gather_objects
@@ -49,16 +50,10 @@ class SumsOverRanks:
         differs = layout != self.agreed
         room = sum(math.prod(shape) for _, shape in self.agreed)
         sums = [torch.zeros(room, dtype=torch.float64, device=device)] if differs else self._own_sums(window)
-        tensors = [value for value in window.weights if isinstance(value, Tensor)]
-        if len(tensors) < len(window.weights):
-            numbers = math.fsum(value for value in window.weights if not isinstance(value, Tensor))
-            tensors.append(torch.full((), numbers, dtype=torch.float64, device=device))
-        weights = _stacked(tensors, device).double()
-        # A negative weight would be hidden by the others in the sum; NaN is not.
-        weight = weights.masked_fill_(weights < 0, math.nan).sum(0, keepdim=True)
+        weight = added_weights(window.weights, device)
         answers = self._answers(differs, window.norm_before)
-        loss_sum = _stacked(window.loss_sums, device).sum(0, keepdim=True, dtype=torch.float64)
-        return torch.cat([loss_sum, weight, answers, *sums])
+        terms = [window.terms.own()] if window.terms is not None else []
+        return torch.cat([added_up(window.loss_sums, device), weight, answers, *terms, *sums])
 
     def _own_sums(self, window: OpenWindow) -> list[Tensor]:
         totals = (window.sums[name].total for name in sorted(window.sums))
@@ -79,20 +74,23 @@ class SumsOverRanks:
         return vector
 
     def read(self, numbers: Tensor, window: OpenWindow, norm_dtype: torch.dtype) -> dict[str, Any]:
-        """Returns loss, weight, flags, reports and sums of `UpdateResult` from the ranks' sum of the vectors of `own`.
+        """Returns what `UpdateResult` has of losses, weight, flags, reports and sums, from the sum of all ranks' `own`.
 
         Args:
             numbers: that sum, on the CPU.
 
         Raises:
-            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch; or
-                the gradient of the update before had another norm on this rank than on the average of all.
+            UserError: sums differ in names or shapes, between micro-steps or ranks, or a rank had no micro-batch; a
+                term's weight is not what was counted when the window opened; or the gradient of the update before had
+                another norm on this rank than on the average of all.
         """
         ranks = self._strategy.world_size
         sums_at = 4 + len(self._flags) + ranks * len(self._reports)
         loss_sum, weight, differing, norm_before, *answers = numbers[:sums_at].tolist()
         flags, reports = answers[: len(self._flags)], answers[len(self._flags) :]
-        sums = numbers[sums_at:]
+        terms, sums = numbers[sums_at:], numbers[sums_at:]
+        if window.terms is not None:
+            terms, sums = numbers[sums_at:].tensor_split([window.terms.count])
         if differing:
             self._agree(window)
             mine = self._own_sums(window)
@@ -100,8 +98,10 @@ class SumsOverRanks:
         _require_same_norm(window, norm_before / ranks, norm_dtype)
         parts = torch.split(sums, [math.prod(shape) for _, shape in self.agreed])
         shaped = {name: part.reshape(shape) for part, (name, shape) in zip(parts, self.agreed, strict=True)}
-        return {
-            "loss": loss_sum / weight if weight else math.nan,
+        of_loss: dict[str, Any] = {"loss": loss_sum / weight if weight else math.nan}
+        if window.terms is not None:
+            of_loss = window.terms.read(terms.tolist(), loss_sum, weight, window.number)
+        return of_loss | {
             "weight": weight,
             "flags": frozenset(name for name, raised in zip(self._flags, flags, strict=True) if raised),
             "reports": {name: tuple(reports[n * ranks : (n + 1) * ranks]) for n, name in enumerate(self._reports)},
@@ -158,13 +158,6 @@ def _layout(window: OpenWindow) -> Layout | str:
             )
     named = [(name, tuple(window.sums[name].total.shape)) for name in sorted(window.sums)]
     return named if window.micro_steps else _NO_MICRO_BATCH
-
-
-def _stacked(values: list[Tensor], device: torch.device) -> Tensor:
-    """Stacks scalars on the device; in float64 where formats differ, as float32 would round large whole numbers."""
-    if any(value.device != device or value.dtype != values[0].dtype for value in values):
-        values = [value.to(device, torch.float64, non_blocking=True) for value in values]
-    return torch.stack(values)
 
 
 def require_summable(loss_sum: Tensor, weight: Tensor | float) -> None:
@@ -238,7 +231,8 @@ def is_to_be_made(
     elif weight <= 0:
         what = f"the total weight of the window is {weight:g}, so there is nothing to take the mean of"
     elif not math.isfinite(loss):
-        what = f"the loss is {loss}{_where(window.loss_sums, math.isfinite, window.strategy)}"
+        of_term = window.terms.said_of_nonfinite() if window.terms is not None else ""
+        what = f"the loss is {loss}{of_term}{_where(window.loss_sums, math.isfinite, window.strategy)}"
     else:
         what = f"the loss is {loss:.6g}, but the norm of the gradient is {grad_norm}"
     raise NonfiniteError(

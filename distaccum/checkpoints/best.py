@@ -41,7 +41,7 @@ class BestEvaluations:
 
     @property
     def _goal(self) -> Goal:
-        is_loss = self._config.best_metric.rpartition("/")[2] == "loss"
+        is_loss = "loss" in self._config.best_metric.split("/")  # loss/NAME is a term of it
         return self._config.best_goal or (Goal.min if is_loss else Goal.max)
 
     @property

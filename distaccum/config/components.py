@@ -24,6 +24,7 @@ from distaccum.config import (
     SingleConfig,
     StepScheduleConfig,
 )
+from distaccum.config.enums import Normalize
 from distaccum.config.optimizers import (
     AdadeltaConfig,
     AdagradConfig,
@@ -149,9 +150,13 @@ class ClassificationConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LanguageModelingConfig:
-    """Cross-entropy over the next token; weight: valid tokens; metric: accuracy."""
+    """Cross-entropy over the next token; weight: valid tokens, or as `normalize` says; metric: accuracy of tokens."""
 
     _target_: str = "distaccum.tasks.LanguageModeling"
+    normalize: Normalize = Normalize.tokens
+    """Mean over the window's `tokens` (each token counts alike, so long samples count more), over its `sequences` (each
+    sample's mean over its own tokens counts alike), or over its `samples` (the sum over a sample's tokens, the negative
+    log-likelihood of the whole sample, divided by the number of samples)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -183,7 +183,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """Number of checkpoints of the best evaluations to keep as well; each is saved right after its evaluation."""
     best_metric: str = "loss"
-    """Metric of the evaluations by which `keep_best` chooses: `loss`, `accuracy`, `ema/loss`, …"""
+    """Metric of the evaluations by which `keep_best` chooses: `loss`, `accuracy`, `ema/loss`, `loss/NAME` of one of
+    several losses, …"""
     best_goal: Goal | None = None
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
     async_save: bool = True

@@ -55,6 +55,11 @@ class LoaderOptions:
         return self.num_workers * (self.prefetch_factor or 2) + 2
 
     @property
+    def copies_ahead(self) -> bool:
+        """Whether a micro-batch is copied to the device while the one before it computes."""
+        return self.device is not None and self.device.type == "cuda" and self.non_blocking
+
+    @property
     def waits_for_loading(self) -> bool:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
         on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
@@ -65,7 +70,7 @@ def on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:
     """Yields micro-batches on the device, in their final floating-point format."""
     if options.device is None:
         return batches
-    if options.device.type == "cuda" and options.non_blocking:
+    if options.copies_ahead:
         return _copied_ahead(batches, options.device, options.float_dtype)
     device, float_dtype = options.device, options.float_dtype
     return (to_device(batch, device, float_dtype=float_dtype) for batch in batches)

@@ -33,6 +33,7 @@ class Window:
         load: loads micro-batches of given dataset indices to the device, exactly as they were in the window.
 
     Args:
+        shown: returns the micro-batches as they are before their copy to the device.
         together: load small micro-batches several at a time. Loading and computing drive each other's code and data out
             of the processor's caches, which costs a tenth of the time of a micro-step of half a millisecond.
     """
@@ -50,6 +51,7 @@ class Window:
         equal_micro_steps: bool = False,
         cuts: CutSchedule | None = None,
         load: Callable[[Sequence[Sequence[int]]], Iterator[Any]] | None = None,
+        shown: Callable[[], list[Any]] | None = None,
         together: bool = False,
     ) -> None:
         self.epoch = epoch
@@ -65,6 +67,7 @@ class Window:
         self._left = len(sizes)
         self._loaded: deque[Any] = deque()
         self._most_together = _MOST_TOGETHER if together else 1
+        self._shown = shown
         self._sample_indices = sample_indices
 
     def __len__(self) -> int:
@@ -75,6 +78,18 @@ class Window:
             if not self._loaded:
                 self._load_next()
             yield self._loaded.popleft()
+
+    def on_host(self) -> list[Any]:
+        """Returns the micro-batches before their copy to the device, and leaves them to be iterated over.
+
+        All of them are loaded, and wait in the host's memory. Called before the iteration.
+        """
+        if self._shown is not None:
+            return self._shown()
+        while self._left:  # they are not a loader's, and where they were made
+            self._left -= 1
+            self._loaded.append(next(self._batches))
+        return list(self._loaded)
 
     def _load_next(self) -> None:
         """Loads the next micro-batch; with it those after it, as long as they are small."""
@@ -104,6 +119,7 @@ class Window:
         """Returns the same window once more, of micro-batches that have been loaded."""
         again = copy.copy(self)
         again._batches, again._left, again._loaded = iter(batches), len(self.sizes), deque()
+        again._shown = None
         return again
 
     def skip_rest(self) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from distaccum import planning
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
+from distaccum.loaders.look_ahead import LookAhead
 from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
 from distaccum.loaders.window import Window
 from distaccum.planning.window_sizes import BatchSizes, SizeRule
@@ -117,21 +118,27 @@ class WindowLoader:
 
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
         """Yields the windows of one epoch, from `first_window` on."""
-        batches = on_device(self._source.batches(lambda: self._requests(epoch, first_window)), self._options)
+        source = LookAhead(
+            self._source.batches(lambda: self._requests(epoch, first_window)), int(self._options.copies_ahead)
+        )
+        batches, passed = on_device(source, self._options), 0
         for index in self._indices(epoch, first_window):
+            sizes = self.cuts.micro_batch_sizes(epoch, index)
             window = Window(
                 epoch=epoch,
                 index=index,
                 number=self.sizes.number(epoch, index),
                 num_samples=self.sizes.size(epoch, index),
-                sizes=self.cuts.micro_batch_sizes(epoch, index),
+                sizes=sizes,
                 batches=batches,
                 equal_micro_steps=self.plan.equal_micro_steps or self.plan.world_size == 1,
                 sample_indices=partial(self.cuts.micro_batches, epoch, index),
                 cuts=self.cuts,
                 load=partial(self.load, epoch, index),
+                shown=partial(source.shown, passed, len(sizes)),
                 together=self._loads_together,
             )
+            passed += len(sizes)
             yield window
             window.skip_rest()
 

@@ -71,7 +71,10 @@ class UpdateRecord:
     and each hundredth; None at the others."""
 
     loss = _OfResult[float]()
-    """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks."""
+    """Mean loss over the window: Σ loss_sum / Σ weight over all micro-steps and ranks; with terms, Σ coefficient · mean
+    over all of them."""
+    terms = _OfResult[dict[str, float]]()
+    """Mean of each loss, where a task has several; else empty."""
     grad_norm = _OfResult[float]()
     """Norm of the window's mean gradient before clipping, over all parameters together."""
     micro_steps = _OfResult[int]()
@@ -136,7 +139,8 @@ class EvaluationRecord:
     """Updates done when the evaluation was made."""
     epoch: int
     metrics: dict[str, float]
-    """`loss` and the task's metrics, exact over the whole evaluation set."""
+    """`loss` and the task's metrics, exact over the whole evaluation set; `loss/NAME` of each loss, if there are
+    several."""
     references: dict[str, float] = field(default_factory=dict)
     """Losses to compare with, named by the dataset (the text's unigram entropy, say)."""
     seconds: float

@@ -28,7 +28,7 @@ class EarlyStopping:
         """`goal` None: less is better for a `loss`, more for everything else."""
         self.metric = metric
         self.patience = patience
-        self.goal = goal or (Goal.min if metric.rpartition("/")[2] == "loss" else Goal.max)
+        self.goal = goal or (Goal.min if "loss" in metric.split("/") else Goal.max)
         self.best: float | None = None
         self.best_evaluation = 0
         self.evaluations = 0

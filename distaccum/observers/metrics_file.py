@@ -92,7 +92,7 @@ class MetricsFile(Observer):
 
     def on_update(self, record: UpdateRecord) -> None:
         line = record.known()
-        for key in ("skipped", "compile_seconds"):
+        for key in ("skipped", "compile_seconds", "terms"):
             if not line[key]:
                 del line[key]
         self._write(line)

@@ -135,7 +135,7 @@ class Progress(Observer):
             "epoch": (f"epoch {record.epoch}",) * 2,
             "loss": (f"loss {number(record.loss)}",) * 2,
         }
-        for index, (name, value) in enumerate(record.metrics.items()):
+        for index, (name, value) in enumerate([*record.metrics.items(), *record.terms.items()]):
             texts[f"metric{index}"] = (f"{words(name)} {number(value, decimals=3)}",) * 2
         if self._skipped_updates:
             texts["skipped"] = (f"{self._skipped_updates:,} skipped",) * 2

@@ -142,7 +142,7 @@ class Wandb(Observer):
 
     def on_update(self, record: UpdateRecord) -> None:
         values = record.known()
-        metrics = values.pop("metrics")
+        metrics = values.pop("metrics") | {f"loss/{name}": mean for name, mean in values.pop("terms").items()}
         for block, norms in values.pop("layers", {}).items():
             values |= {f"layers/{block}/{name}": value for name, value in norms.items()}
         del values["update"], values["compile_seconds"]

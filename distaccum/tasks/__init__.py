@@ -1,7 +1,7 @@
 """Tasks: a loss as a sum, what it is averaged over, and metrics. Any callable of the same form can take their place."""
 
-from distaccum.accumulation.result import TaskOutput, as_number, checked_output
-from distaccum.tasks.base import CoupledTask, Task
+from distaccum.accumulation.result import LossTerm, TaskOutput, as_number, checked_output
+from distaccum.tasks.base import CoupledTask, Task, weights_of
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.cross_entropy import Classification, LanguageModeling, Segmentation
 
@@ -10,9 +10,11 @@ __all__ = [
     "Contrastive",
     "CoupledTask",
     "LanguageModeling",
+    "LossTerm",
     "Segmentation",
     "Task",
     "TaskOutput",
     "as_number",
     "checked_output",
+    "weights_of",
 ]

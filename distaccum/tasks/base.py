@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from distaccum.accumulation.result import TaskOutput, as_number
+from distaccum.accumulation.terms import Weights
 
 
 class Task(ABC):
@@ -23,6 +25,17 @@ class Task(ABC):
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
         """Runs the model on one micro-batch. Must not make the host wait for the device (`.item()`, `print`)."""
 
+    def weights(self, batch: Any) -> Mapping[str, Tensor | float]:
+        """Counts the elements of each loss in a micro-batch. To be overridden by a task whose outputs have `terms`.
+
+        It is called on the host with each micro-batch of a window, before the window's first forward. What it counts
+        must be what the outputs give as weights.
+
+        Returns:
+            Numbers or scalar tensors by name, the same names each time: `main`, and those of the terms.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one loss, so nothing is counted beforehand")
+
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         """Makes metrics of sums over all micro-batches and ranks. By default each sum is divided by the weight.
 
@@ -31,6 +44,12 @@ class Task(ABC):
             weight: the added-up `TaskOutput.weight`.
         """
         return {name: as_number(value, f"the task's metric {name}") / weight for name, value in sums.items()}
+
+
+def weights_of(task: Any) -> Weights | None:
+    """Returns what counts the elements of a task's losses; None if it has one loss alone."""
+    found: Weights | None = getattr(task, "weights", None)
+    return None if getattr(found, "__func__", None) is Task.weights else found
 
 
 class CoupledTask(Task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.accumulation.result import TaskOutput
+from distaccum.config.enums import Normalize
 from distaccum.errors import UserError
 from distaccum.tasks.base import Task
 
@@ -23,8 +25,12 @@ class _CrossEntropy(Task):
     _logits_form: tuple[str, ...]
     _targets_form: tuple[str, ...]
 
-    def _computed(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Returns the summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, number of classes."""
+    def _computed(self, model: nn.Module, batch: Any, reduction: str = "sum") -> tuple[Tensor, Tensor, Tensor, int]:
+        """Returns the summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, number of classes.
+
+        Args:
+            reduction: `none` for the loss of each target `[N]` in place of the sum.
+        """
         name = type(self).__name__
         inputs, targets = _inputs_and_targets(batch, name)
         logits = model(inputs)
@@ -40,7 +46,7 @@ class _CrossEntropy(Task):
             rows = rows.float()  # a sum over many elements overflows float16 and loses digits in bfloat16
         try:
             loss_sum = F.cross_entropy(
-                rows, flat, reduction="sum", ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+                rows, flat, reduction=reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
             )
         except IndexError as error:  # on CUDA it is the device that stops: looking at targets would make the host wait
             raise UserError(
@@ -75,30 +81,51 @@ class Classification(_CrossEntropy):
 
 
 class LanguageModeling(_CrossEntropy):
-    """Cross-entropy over the next token. Weight: valid targets. Metric: `accuracy`.
+    """Cross-entropy over the next token. Metric: `accuracy`, the share of valid targets predicted.
 
     A micro-batch is `(inputs, targets)`, both integers `[B, T]`, the targets already one token ahead; the model's
     logits are `[B, T, V]`.
 
     Args:
         ignore_index: the target of padding, which counts neither in the loss nor in the weight.
+        normalize: what the loss is a mean over, in the whole window.
+            `tokens`: valid targets, each of which counts alike; a long sample counts more than a short one.
+            `sequences`: samples that have a valid target, each with the mean over its own valid targets.
+            `samples`: all samples, each with the sum over its valid targets, which is the negative log-likelihood of
+            the whole sample.
 
     Raises:
-        UserError: from a call, a micro-batch or logits of another form.
+        UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
 
     class_dim = -1
     _logits_form, _targets_form = ("samples", "length", "tokens"), ("samples", "length")
 
-    def __init__(self, ignore_index: int = -100) -> None:
+    def __init__(self, ignore_index: int = -100, normalize: str = "tokens") -> None:
+        if normalize not in list(Normalize):
+            raise UserError(f"task.normalize={normalize} is none of {', '.join(Normalize)}.")
         self.ignore_index = ignore_index
+        self.normalize = Normalize(normalize)
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        loss_sum, predicted, targets, _ = self._computed(model, batch)
+        by_sequence = self.normalize is Normalize.sequences
+        loss, predicted, targets, _ = self._computed(model, batch, "none" if by_sequence else "sum")
         valid = targets != self.ignore_index
         correct = (valid & (predicted == targets)).sum()
         # The number of valid targets stays on the device: reading it here would make the host wait.
-        return TaskOutput(loss_sum=loss_sum, weight=valid.sum(), sums={"accuracy": correct})
+        tokens = valid.sum()
+        if self.normalize is Normalize.tokens:
+            return TaskOutput(loss_sum=loss, weight=tokens, sums={"accuracy": correct})
+        sums = {"accuracy": correct, "tokens": tokens}
+        if not by_sequence:
+            return TaskOutput(loss_sum=loss, weight=len(batch[1]), sums=sums)
+        lengths = valid.reshape(batch[1].shape).sum(1)
+        loss_sum = (loss.reshape(batch[1].shape).sum(1) / lengths.clamp(min=1)).sum()
+        return TaskOutput(loss_sum=loss_sum, weight=(lengths > 0).sum(), sums=sums)
+
+    def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
+        tokens = float(sums["tokens"]) if "tokens" in sums else weight
+        return {"accuracy": float(sums["accuracy"]) / tokens if tokens else math.nan}
 
 
 class Segmentation(_CrossEntropy):

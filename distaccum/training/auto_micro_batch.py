@@ -126,7 +126,7 @@ class Fitting:
 
     def _micro_step(self, sample: int, size: int) -> None:
         (batch,) = self.loader.load(0, 0, [[sample] * size])
-        self.forward(self.strategy.module, batch).loss_sum.backward()  # type: ignore[no-untyped-call]
+        self.forward(self.strategy.module, batch).joined().backward()  # type: ignore[no-untyped-call]
 
     def _fits(self, sample: int, size: int) -> bool:
         """Tries a size. Gradients of the tries before stay, as they do within a window."""

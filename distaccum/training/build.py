@@ -36,7 +36,7 @@ from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.runtime.stop_signals import Interruption
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, place, shards_optimizer
-from distaccum.tasks import CoupledTask, checked_output
+from distaccum.tasks import CoupledTask, checked_output, weights_of
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.data import build_evaluation, build_window_loader, loader_options
@@ -230,6 +230,7 @@ class _Placed:
             time_micro_steps=tuning.needs_times,
             recovery=recovery,
             noise_scale=tuning.noise_scale,
+            weights=weights_of(self.parts.task),
         )
 
     def layer_norms(self, accumulator: Accumulator) -> LayerNorms | None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_caching import in_float32
-from distaccum.accumulation.result import TaskOutput, checked_output
+from distaccum.accumulation.result import MAIN, TaskOutput, checked_output
 from distaccum.errors import UserError
 from distaccum.loaders import EvaluationLoader
 from distaccum.observers import EvaluationRecord
@@ -59,11 +59,41 @@ def evaluate_model(
             ends the evaluation.
 
     Returns:
-        The mean loss, the total weight, and the sums (float64 on the CPU). The same on every rank.
+        The mean loss (with terms, Σ coefficient · mean over all of them), the weight of the main loss, and the sums
+        (float64 on the CPU). The same on every rank. `evaluated` returns the terms too.
 
     Raises:
         UserError: the total weight is zero, or memory has run out and batches can't be smaller.
     """
+    found = evaluated(model, task, batches, device=device, autocast=autocast, heartbeat=heartbeat, between=between)
+    return found.loss, found.weight, found.sums
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluated:
+    """Result of an evaluation, the same on every rank."""
+
+    loss: float
+    """Mean loss; with terms, Σ coefficient · mean over all of them."""
+    weight: float
+    """Total weight of the main loss."""
+    sums: dict[str, Tensor]
+    """Float64, on the CPU."""
+    terms: dict[str, float]
+    """Mean of each loss by name, `main` first; 0 of one that nothing contributed to. Empty without terms."""
+
+
+def evaluated(
+    model: nn.Module,
+    task: Callable[[nn.Module, Any], TaskOutput],
+    batches: Iterable[Any],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    heartbeat: Heartbeat | None = None,
+    between: Callable[[bool], None] = lambda is_over: None,
+) -> Evaluated:
+    """Makes the evaluation of `evaluate_model`, and returns the mean of each loss too."""
     doing = (heartbeat or Heartbeat(0, 1)).doing
     while True:
         evaluation = _CoupledEvaluation(task, device) if isinstance(task, CoupledTask) else _Evaluation(task, device)
@@ -88,11 +118,26 @@ def evaluate_model(
     doing("end of an evaluation", waits=True)
     totals = evaluation.totals_over_ranks()
     doing("time after an evaluation")
-    weight = float(totals.pop("weight", 0.0))
-    if weight <= 0:
+    return _means(totals)
+
+
+def _means(totals: dict[str, Tensor]) -> Evaluated:
+    """Divides the sums of each loss by its weight.
+
+    Raises:
+        UserError: there is nothing to take a mean of.
+    """
+    weight = float(totals.get("weight", 0.0))
+    of_terms = {name.removeprefix("term/"): value.tolist() for name, value in totals.items() if name[:5] == "term/"}
+    if weight <= 0 and not any(term_weight > 0 for _, term_weight, _ in of_terms.values()):
         raise UserError(f"the evaluation has a total weight of {weight:g}: there is nothing to take the mean of.")
-    loss = float(totals.pop("loss")) / weight
-    return loss, weight, {name.removeprefix("sum/"): value for name, value in totals.items()}
+    loss = float(totals["loss"]) / (weight or 1.0)
+    terms = {MAIN: loss} if of_terms else {}
+    for name, (loss_sum, term_weight, scaled_sum) in of_terms.items():
+        terms[name] = loss_sum / (term_weight or 1.0)
+        loss += scaled_sum / (term_weight or 1.0)
+    sums = {name.removeprefix("sum/"): value for name, value in totals.items() if name[:4] == "sum/"}
+    return Evaluated(loss=loss, weight=weight, sums=sums, terms=terms)
 
 
 @dataclass
@@ -110,6 +155,10 @@ class _Evaluation:
         output = checked_output(output)
         sums = {f"sum/{name}": value for name, value in output.sums.items()}  # one may be named loss or weight too
         parts = {"loss": output.loss_sum, "weight": torch.as_tensor(output.weight, dtype=torch.float64), **sums}
+        for name, term in output.terms.items():
+            loss_sum = term.loss_sum.to(self.device, torch.float64)
+            term_weight = torch.as_tensor(term.weight, dtype=torch.float64, device=self.device)
+            parts[f"term/{name}"] = torch.stack([loss_sum, term_weight, term.coefficient * loss_sum])
         for name, value in parts.items():
             value = value.detach().to(device=self.device, dtype=torch.float64)
             self.totals[name] = self.totals[name] + value if name in self.totals else value
@@ -117,6 +166,8 @@ class _Evaluation:
     def totals_over_ranks(self) -> dict[str, Tensor]:
         # A rank without a batch doesn't know the shapes of the task's sums, so those are exchanged first.
         shapes = gather_objects({name: tuple(value.shape) for name, value in self.totals.items()}, dist.group.WORLD)
+        terms = {name: shape for names in shapes for name, shape in names.items() if name.startswith("term/")}
+        shapes = [{**names, **terms} if names else names for names in shapes]  # a rank may have nothing of a term
         known = max(shapes, key=len)
         if other := [names for names in shapes if names and names != known]:
             raise UserError(
@@ -218,7 +269,7 @@ class Evaluator:
 
     def _metrics(self, update: int) -> dict[str, float]:
         self.strategy.share_buffers()
-        loss, weight, sums = evaluate_model(
+        found = evaluated(
             self.strategy.module,
             self.task,
             self.loader,
@@ -227,7 +278,17 @@ class Evaluator:
             heartbeat=self.supervision.heartbeat,
             between=lambda is_over: self.supervision.check_evaluation(update, is_over=is_over),
         )
-        return {"loss": loss, **metrics_of(self.task, sums, weight)}
+        return evaluation_metrics(self.task, found)
+
+
+def evaluation_metrics(task: Any, found: Evaluated) -> dict[str, float]:
+    """Returns the metrics of an evaluation by name: `loss`, `loss/NAME` of each loss if there are several, the task's.
+
+    Raises:
+        UserError: as `metrics_of`.
+    """
+    terms = {f"loss/{name}": mean for name, mean in found.terms.items()}
+    return {"loss": found.loss, **terms, **metrics_of(task, found.sums, found.weight)}
 
 
 def metrics_of(task: Any, sums: dict[str, Tensor], weight: float) -> dict[str, float]:

@@ -104,6 +104,8 @@ class Supervision:
             doing(f"evaluation {micro_step} of the window", update=self._update)
         elif phase == "loading":
             doing("loading of a micro-batch", update=self._update, micro_step=micro_step)
+        elif phase == "counting":
+            doing("count of the losses' weights", update=self._update, micro_step=micro_step, waits=True)
         elif phase == "forward":
             self._check_window(micro_step, is_last=is_last)
             doing("forward", update=self._update, micro_step=micro_step)

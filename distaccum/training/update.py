@@ -86,7 +86,7 @@ class Updater:
     def loss(self, batch: Any) -> Tensor:
         """Returns the loss sum of a micro-batch that belongs to no update."""
         with self.precision.autocast():
-            return self.task(self.accumulator.strategy.model, batch).loss_sum
+            return checked_output(self.task(self.accumulator.strategy.model, batch)).joined()
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
         with self.memory_line.watching(window.sizes[0]):

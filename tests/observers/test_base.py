@@ -12,7 +12,7 @@ from distaccum.observers.base import RECORDED
 ATTRIBUTES = {
     *("update", "epoch", "samples", "window_samples", "loss", "grad_norm", "lr", "micro_steps", "weight"),
     *("update_seconds", "samples_per_second", "sync_calls", "sync_bytes", "metrics", "data_seconds", "sync_seconds"),
-    *("noise_scale", "noise_scale_error", "coherence", "skipped", "compile_seconds", "peak_memory_bytes"),
+    *("noise_scale", "noise_scale_error", "coherence", "skipped", "compile_seconds", "peak_memory_bytes", "terms"),
     *("evaluations", "layers"),
 }
 """What observers of users may read."""

@@ -118,7 +118,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
     observer = _offline(run_dir)
     observer.on_start(records.start(run_dir))
     observer.on_update(records.update(1))
-    observer.on_update(records.update(2, loss=math.nan, skipped=True, peak_memory_bytes=123_456))
+    observer.on_update(records.update(2, loss=math.nan, skipped=True, peak_memory_bytes=123_456, terms={"aux": 0.25}))
     observer.on_evaluation(records.evaluation(2, references={"unigram_entropy": 3.2}))
     observer.on_end(records.end(run_dir))
     observer.close()
@@ -155,6 +155,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
     }
     assert (second["train/skipped"], second["train/peak_memory_bytes"]) == (1, 123_456)
     assert math.isnan(float(second["train/loss"]))
+    assert second["train/loss/aux"] == 0.25
     assert evaluation == {
         "update": 2,
         "eval/loss": 0.1234,

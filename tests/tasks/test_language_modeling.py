@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distaccum.config.components import LanguageModelingConfig
+from distaccum.config.enums import Normalize
 from distaccum.config.instantiate import build
 from distaccum.errors import UserError
 from distaccum.tasks import LanguageModeling
@@ -109,5 +110,37 @@ def test_batches_of_another_form() -> None:
         LanguageModeling()(Table(), (inputs[:, 0], targets[:, 0]))
 
 
+@pytest.mark.parametrize("normalize", list(Normalize))
+def test_what_the_loss_is_a_mean_over(normalize: Normalize) -> None:
+    """Against sums in a loop, of any cut; a sample without a valid target is among them."""
+    lengths = [5, 0, 1, 3]
+    inputs, targets = padded(lengths, 5)
+    model, task = Table(), LanguageModeling(normalize=normalize.value)
+    parts = [task(model, (inputs[rows], targets[rows])) for rows in (slice(0, 1), slice(1, 4))]
+    losses = [
+        F.cross_entropy(model(inputs)[row, :valid], targets[row, :valid], reduction="none")
+        for row, valid in enumerate(lengths)
+    ]
+    wanted = {
+        Normalize.tokens: torch.cat(losses).mean(),
+        Normalize.sequences: torch.stack([loss.mean() for loss in losses if len(loss)]).mean(),
+        Normalize.samples: torch.stack([loss.sum() for loss in losses]).mean(),
+    }
+    loss_sum = torch.stack([part.loss_sum for part in parts]).sum()
+    weight = float(sum(float(part.weight) for part in parts))
+    assert float((loss_sum / weight).detach()) == pytest.approx(float(wanted.pop(normalize).detach()), rel=1e-12)
+    assert all(abs(float((loss_sum / weight - other).detach())) > 1e-3 for other in wanted.values())
+    sums = {name: parts[0].sums[name] + parts[1].sums[name] for name in parts[0].sums}
+    hits = (model(inputs).argmax(-1) == targets).sum()
+    assert task.metrics(sums, weight) == {"accuracy": pytest.approx(float(hits) / 9)}
+
+
+def test_an_unknown_normalization() -> None:
+    with pytest.raises(UserError, match=r"task\.normalize=words is none of tokens, sequences, samples"):
+        LanguageModeling(normalize="words")
+
+
 def test_the_configured_section_fits() -> None:
     assert isinstance(build(LanguageModelingConfig(), "task"), LanguageModeling)
+    task = build(LanguageModelingConfig(normalize=Normalize.sequences), "task")
+    assert task.normalize is Normalize.sequences

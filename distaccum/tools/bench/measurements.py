@@ -29,7 +29,7 @@ from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.strategies import DDPStrategy, Strategy, place, shards_optimizer
 from distaccum.strategies.ddp import place_ddp
 from distaccum.strategies.optimizers import takes_closure
-from distaccum.tasks import CoupledTask, TaskOutput, checked_output
+from distaccum.tasks import CoupledTask, TaskOutput, checked_output, weights_of
 from distaccum.tools.bench.network import time_all_reduces
 from distaccum.training.build import Parts, build_scaler, compilation_of
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
@@ -118,6 +118,7 @@ class Training:
             scaler=build_scaler(config.precision, device),
             skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,
+            weights=weights_of(self.task),
         )
         self._windows = self._all_windows()
 
@@ -150,7 +151,7 @@ class Training:
             with self.accumulator.window(window) as micro_batches:
                 for batch in micro_batches:
                     output = self._output(batch)
-                    self.accumulator.backward(output.loss_sum, output.weight, output.sums)
+                    self.accumulator.backward(output.loss_sum, output.weight, output.sums, terms=output.terms)
         return self.accumulator.step()
 
     def _output(self, batch: Any) -> TaskOutput:

@@ -21,6 +21,17 @@ def weight_not_positive(update: Update) -> Finding:
     )
 
 
+def miscounted(update: Update, task: str) -> Finding:
+    return Finding(
+        kind="miscounted_term",
+        because="a loss is divided by something else than the number of its elements",
+        what=update.failure,
+        where=f"weights(batch) of the {task}, or the weight that it returns",
+        remedy="Count the same elements in both, and sum just these in loss_sum: valid tokens for a sum over tokens, "
+        "sequences for a sum over sequences.",
+    )
+
+
 def find_on_ranks(
     report: CheckReport, strategy: StrategyConfig, measured: DDPConfig, calls: Mapping[str, int]
 ) -> Iterator[Finding]:

@@ -26,6 +26,11 @@ from distaccum.tools.check.recording import (
 from distaccum.tools.check.report import Finding
 from distaccum.tools.check.subject import RowsOfOne, Subject
 
+NOT_OF_A_LOSS = {
+    *("mixes_samples", "padding_dependence", "batch_size_dependence", "nonfinite"),
+    *("collate_couples_samples", "random_collate"),
+}
+"""Kinds of findings that all losses of a task would have in common."""
 _SIZE = 4
 """Samples in the micro-batch of A, B and their company."""
 _OTHERS = (0, 2, 3)
@@ -48,6 +53,8 @@ def choose_trio(subject: Subject, windows: Sequence[Sequence[int]]) -> Trio | No
     """Chooses samples for the experiments from the first windows and, if those are small, from the rest of the data."""
     pool = list(dict.fromkeys([index for window in windows for index in window]))[:64]
     pool += [index for index in range(min(subject.loader.num_samples, 64)) if index not in pool]
+    if subject.term:
+        pool = [index for index in pool if subject.probe([index], record=False).loss != 0]
     if len(pool) < 5:
         return None
     by_size = sorted(pool[:64], key=subject.samples.size)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.gradient_caching import accumulate_coupled
+from distaccum.accumulation.terms import TermError
 from distaccum.config import DDPConfig, Fp16Config
 from distaccum.config.enums import PrecisionName
 from distaccum.strategies import SingleStrategy, Strategy, place
 from distaccum.strategies.optimizers import refuse_closure
-from distaccum.tasks import CoupledTask
+from distaccum.tasks import CoupledTask, weights_of
 from distaccum.tools.check.report import Difference
 from distaccum.tools.check.subject import Subject
 from distaccum.training.optim import build_optimizer
@@ -44,6 +45,8 @@ class Update:
     weight: float = math.nan
     sync_calls: int = 0
     failure: str = ""
+    is_miscounted: bool = False
+    """The failure is that a term's weights don't add up to what was counted beforehand."""
 
 
 def measure(subject: Subject, micro_batches: Sequence[Sequence[int]], *, ddp: DDPConfig | None = None) -> Update:
@@ -73,7 +76,16 @@ def _measure_once(
     refuse_closure(optimizer, "how a task accumulates doesn't depend on the optimizer, and is proved by updates")
     scaler = None if loss_scale is None else torch.amp.GradScaler(subject.device.type, init_scale=loss_scale)
     # Without clipping: it would hide a gradient that is wrong by a factor.
-    accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, skip_nonfinite=True, scaler=scaler)
+    task = subject.fresh_task()
+    count = weights_of(task)
+    accumulator = Accumulator(
+        strategy.model,
+        optimizer,
+        strategy=strategy,
+        skip_nonfinite=True,
+        scaler=scaler,
+        weights=None if count is None else lambda indices: count(subject.batch(indices)),
+    )
     update = Update()
 
     def capture(*_: object) -> None:
@@ -84,7 +96,6 @@ def _measure_once(
         }
 
     hook = optimizer.register_step_pre_hook(capture)
-    task = subject.fresh_task()
     is_one_shot = strategy.world_size == 1 and len(micro_batches) == 1
     if isinstance(task, CoupledTask) and not is_one_shot:
         _accumulate_coupled(subject, accumulator, task, micro_batches)
@@ -93,12 +104,16 @@ def _measure_once(
             for indices in cut:
                 output = subject.output(strategy.model, task, subject.batch(indices))
                 with subject.stillness():
-                    accumulator.backward(output.loss_sum, output.weight)
+                    accumulator.backward(output.loss_sum, output.weight, terms=output.terms)
     update.without_gradient = [
         name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-    result = accumulator.step()
-    hook.remove()
+    try:
+        result = accumulator.step()
+    except TermError as error:
+        return Update(failure=str(error), is_miscounted=True)
+    finally:
+        hook.remove()
     update.loss, update.weight, update.sync_calls = result.loss, result.weight, result.sync_calls
     if not update.gradients:
         if not result.weight > 0:

@@ -42,7 +42,7 @@ def find_nonfinite(subject: Subject, window: Sequence[int]) -> Finding:
         what = f"The model's outputs are finite, and the loss is {probe.loss}."
         return _nonfinite(subject.task_name, what, digits)
     model = subject.fresh_model()
-    subject.backward(subject.output(model, subject.fresh_task(), subject.batch(window)).loss_sum)
+    subject.backward(subject.output(model, subject.fresh_task(), subject.batch(window)).joined())
     # The backward runs from the last parameter to the first, so the last one is where it began.
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not _all_finite([parameter.grad]):
@@ -101,7 +101,7 @@ def _unreached(subject: Subject, indices: Sequence[int]) -> list[str]:
     for index in indices:
         model = subject.fresh_model()
         try:
-            subject.backward(subject.output(model, subject.fresh_task(), subject.batch([index])).loss_sum)
+            subject.backward(subject.output(model, subject.fresh_task(), subject.batch([index])).joined())
         except (ValueError, RuntimeError):
             continue  # the model refuses micro-batches of one, which the cuts show
         found |= dict.fromkeys(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
@@ -203,4 +203,4 @@ class _Slopes:
         return (analytic, numeric[-1]) if has_converged else None
 
     def _loss(self, model: nn.Module) -> Tensor:
-        return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).loss_sum
+        return self._subject.output(model, self._subject.fresh_task(), self._subject.batch(self._indices)).joined()

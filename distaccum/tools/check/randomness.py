@@ -50,7 +50,7 @@ def _in_float64(subject: Subject, indices: Sequence[int]) -> tuple[Recording, st
         with WideCasts() as casts:
             probe = subject.probe(indices)
             batch = subject.batch(indices)
-            subject.backward(subject.output(subject.fresh_model(), subject.fresh_task(), batch).loss_sum)
+            subject.backward(subject.output(subject.fresh_model(), subject.fresh_task(), batch).joined())
         subject.widens = casts.has_widened
         return probe, ""
     except Exception:
@@ -185,7 +185,7 @@ def _gradient_norms(subject: Subject, indices: Sequence[int]) -> tuple[float, fl
     model, task, norms = subject.fresh_model(), subject.fresh_task(), []
     for _ in range(2):
         model.zero_grad()
-        loss_sum = subject.output(model, task, subject.batch(indices)).loss_sum
+        loss_sum = subject.output(model, task, subject.batch(indices)).joined()
         if loss_sum.requires_grad:
             subject.backward(loss_sum)
         gradients = [parameter.grad.double() for parameter in model.parameters() if parameter.grad is not None]

@@ -35,6 +35,7 @@ class Recording:
         calls: those of the model's modules, in the order in which they ended: submodules come before their module.
         drawing_modules: names of the modules that drew random numbers.
         loss, dtype, weight: sum of the losses, its format, and its weight, if a task was computed.
+        terms: names of the further losses.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Recording:
     loss: float = math.nan
     dtype: torch.dtype = torch.float64
     weight: float = math.nan
+    terms: frozenset[str] = frozenset()
 
 
 @contextmanager

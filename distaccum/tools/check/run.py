@@ -140,7 +140,19 @@ class _Examination:
         trio = coupling.choose_trio(subject, windows)
         if trio is not None:
             findings += coupling.find_coupling(subject, trio)
+        self._examine_terms(windows)
         findings += numerics.find_wrong_gradient(subject, few[:2], self._tell)
+
+    def _examine_terms(self, windows: list[list[int]]) -> None:
+        """Finds what is wrong with one of several losses, unless something is wrong that they have in common."""
+        findings = self.report.findings
+        for name in sorted(self.subject.probe(windows[0], record=False).terms):
+            if any(finding.kind in coupling.NOT_OF_A_LOSS for finding in findings):
+                return
+            subject = self.subject.replaced(term=name)
+            trio = coupling.choose_trio(subject, windows)
+            if trio is not None:
+                findings += coupling.find_coupling(subject, trio)
 
     def _has(self, kind: str) -> bool:
         return any(finding.kind == kind for finding in self.report.findings)
@@ -174,6 +186,10 @@ class _Examination:
             self._add(subject, number, name, [cut], update)
 
     def _explain_failure(self, subject: Subject, window: list[int], update: Update) -> None:
+        if update.is_miscounted:
+            if not self._has("miscounted_term"):
+                self.report.findings.append(conclusions.miscounted(update, subject.task_name))
+            return
         is_weight = "weight" in update.failure
         if not self._has("wrong_weight" if is_weight else "nonfinite"):
             self.report.findings.append(

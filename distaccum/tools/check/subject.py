@@ -107,6 +107,7 @@ class Subject:
         widens: True once it is known that it casts to lower formats, which are then taken as float64.
         noise: the largest relative difference that counts as rounding.
         has_unused: True once it is known that the loss doesn't depend on some parameters.
+        term: the name of the further loss that probes give loss and weight of; empty for the main loss.
         in_float64: whether it is computed in float64, as far as the model can be, or in the configured precision.
     """
 
@@ -124,6 +125,7 @@ class Subject:
         self.noise = NOISE
         self.has_unused = False
         self.in_float64 = True
+        self.term = ""
         self.model = parts.module.to(device)
         self._seed = derived_seed(config.seed, "check", "forward")
         self.fresh_model()  # which may refuse
@@ -162,7 +164,8 @@ class Subject:
 
     @property
     def task_name(self) -> str:
-        return f"task ({type(self.task).__name__})"
+        task = f"task ({type(self.task).__name__})"
+        return f"term {self.term} of the {task}" if self.term else task
 
     def fresh_task(self) -> Any:
         try:
@@ -209,6 +212,11 @@ class Subject:
             output = self.output(model, self.fresh_task(), batch, seed=seed)
         recorded.loss, recorded.dtype = float(output.loss_sum.detach()), output.loss_sum.dtype
         recorded.weight = float(output.weight)
+        recorded.terms = frozenset(output.terms)
+        if self.term:
+            term = output.terms.get(self.term)
+            recorded.loss = float(term.loss_sum.detach()) if term is not None else 0.0
+            recorded.weight = float(term.weight) if term is not None else 0.0
         return recorded
 
     def close(self, one: float, other: float, *scale: float) -> bool:

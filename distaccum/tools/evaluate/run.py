@@ -31,7 +31,7 @@ from distaccum.tasks import CoupledTask
 from distaccum.tools.bench.terminal import print_table, table_of
 from distaccum.tools.evaluate.members import Member, find_members, load_weights
 from distaccum.training.data import collate_fn, loader_options
-from distaccum.training.evaluation import evaluate_model, metrics_of
+from distaccum.training.evaluation import evaluated, evaluation_metrics
 from distaccum.training.model import build_model
 
 
@@ -161,10 +161,8 @@ class _Examination:
         return rows
 
     def _metrics(self, model: nn.Module) -> dict[str, float]:
-        loss, weight, sums = evaluate_model(
-            model, self.task, self.loader, device=self.device, autocast=self.precision.autocast
-        )
-        return {"loss": loss, **metrics_of(self.task, sums, weight)}
+        found = evaluated(model, self.task, self.loader, device=self.device, autocast=self.precision.autocast)
+        return evaluation_metrics(self.task, found)
 
 
 Schema = TypeVar("Schema")

@@ -23,7 +23,7 @@ from distaccum.runtime.nested import tensors_of
 from distaccum.strategies import Strategy, local_parts, place, shards_optimizer
 from distaccum.strategies.dp import DEFAULT_REPLICAS_ON_CPU
 from distaccum.strategies.optimizers import own_optimizer, refuse_closure
-from distaccum.tasks import TaskOutput, checked_output
+from distaccum.tasks import TaskOutput, checked_output, weights_of
 from distaccum.training.model import checkpoint_blocks, evaluation_mode
 from distaccum.training.optim import build_optimizer
 from distaccum.training.weight_average import WeightAverage
@@ -204,7 +204,11 @@ class _Windows:
         self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
         self._gradient_bytes = 0
         self._accumulator = Accumulator(
-            self._strategy.model, self._optimizer, clip_norm=setting.clip_norm, strategy=self._strategy
+            self._strategy.model,
+            self._optimizer,
+            clip_norm=setting.clip_norm,
+            strategy=self._strategy,
+            weights=weights_of(task),
         )
         self._task = task
         self._setting = setting
@@ -230,7 +234,7 @@ class _Windows:
                     output = checked_output(self._task(self._strategy.model, micro_batch))
                 kept = max(kept, self._meter.now - before)
                 lap("forward")
-                self._accumulator.backward(output.loss_sum, output.weight, output.sums)
+                self._accumulator.backward(output.loss_sum, output.weight, output.sums, terms=output.terms)
                 del output
                 is_last = number == self._micro_steps
                 lap("backward with the sync" if is_last and self._strategy.world_size > 1 else "backward")

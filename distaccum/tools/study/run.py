@@ -140,7 +140,7 @@ class _Study:
         assert self.section.metric is not None
         self.metric = self.section.metric
         name = self.metric.rpartition("/")[2]
-        self.goal = self.section.goal or (Goal.min if name == "loss" else Goal.max)
+        self.goal = self.section.goal or (Goal.min if "loss" in name.split("/") else Goal.max)
         self.smoothing_samples = max(1, self.section.smoothing * self.limit // self.section.evaluations)
 
     def make(self, wanted: list[Point]) -> int:

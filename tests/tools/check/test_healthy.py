@@ -36,6 +36,7 @@ HEALTHY: list[tuple[str, dict[str, Any], list[str], set[str]]] = [
     ("checkpointed dropout", {"model": "Checkpointed"}, [], {"random_forward"}),
     ("noise added by hand", {"model": "AddsNoise"}, [], {"random_forward"}),
     ("outputs in an object", {"model": "ReturnsAnObject", "task": "OfAnObject"}, [], set()),
+    ("two losses", {"task": "WithTerm"}, [], set()),
     ("a loss in float32", {"task": "LossInFloat32"}, [], set()),
     ("checkpointed norms in float32", {"model": "NormsInFloat32", "sequences": True}, ["precision=bf16"], set()),
     ("unused parameters", {"model": "PartlyUnused"}, [], {"no_gradient"}),

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distaccum import TaskOutput, tasks
+from distaccum import LossTerm, TaskOutput, tasks
 from distaccum.tasks import Classification, LanguageModeling
 
 CLASSES = 3
@@ -719,6 +719,48 @@ class Squeezes(Classification):
         inputs, targets = batch
         errors = model(inputs).squeeze() - F.one_hot(targets, CLASSES).squeeze()
         return TaskOutput((errors**2).sum() if errors.ndim == 2 else errors.abs().sum(), len(targets))
+
+
+class WithTerm:
+    """A further loss of the samples whose first feature is positive, right in all."""
+
+    def weights(self, batch: Any) -> dict[str, Any]:
+        return {"main": len(batch[0]), "positive": self._positive(batch[0]).sum()}
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        inputs, targets = batch
+        logits = model(inputs)
+        chosen = logits[self._positive(inputs)]
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+        return TaskOutput(loss_sum, len(targets), terms={"positive": self._term(chosen)})
+
+    def _positive(self, inputs: Tensor) -> Tensor:
+        return inputs[:, 0] > 0
+
+    def _term(self, chosen: Tensor) -> LossTerm:
+        return LossTerm(chosen.square().sum(), len(chosen), coefficient=0.3)
+
+
+class TermIsAMean(WithTerm):
+    def _term(self, chosen: Tensor) -> LossTerm:
+        return LossTerm(chosen.square().mean(1).mean() if len(chosen) else chosen.sum(), len(chosen))
+
+
+class TermPerMicroBatch(WithTerm):
+    """Each micro-batch's mean counts alike, whatever its size."""
+
+    def weights(self, batch: Any) -> dict[str, Any]:
+        return {"main": len(batch[0]), "positive": 1}
+
+    def _term(self, chosen: Tensor) -> LossTerm:
+        return LossTerm(chosen.square().sum(), 1)
+
+
+class TermOfAnotherUnit(WithTerm):
+    """Samples are counted beforehand, and numbers afterwards."""
+
+    def _term(self, chosen: Tensor) -> LossTerm:
+        return LossTerm(chosen.square().sum(), chosen.numel())
 
 
 class CoupledBatchNorm(nn.Module):

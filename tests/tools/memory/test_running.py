@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from distaccum.config import SingleConfig
+from distaccum.config import DDPConfig, SingleConfig
 from distaccum.config.compose import compose
 from distaccum.config.enums import PrecisionName
 from distaccum.config.optimizers import SGDConfig
 from distaccum.config.tools import MemoryConfig
 from distaccum.errors import UserError
 from distaccum.runtime.devices import Precision
-from distaccum.tasks import TaskOutput
+from distaccum.tasks import LossTerm, TaskOutput
 from distaccum.tools.memory.measuring import Setting, measure
 from distaccum.tools.memory.run import examine, memory
 
@@ -123,6 +123,42 @@ def _measured(most: int) -> Any:
         precision=Precision(PrecisionName.fp32, "cpu"),
     )
     return measure(nn.Linear(3, 2), setting, OutOfMemoryAbove(most), lambda n: torch.ones(n, 3), [1, 2, 4])
+
+
+class TwoTerms:
+    """Two losses of one output; with `apart=False` as one loss."""
+
+    def __init__(self, *, apart: bool) -> None:
+        self._apart = apart
+        if apart:
+            self.weights = lambda batch: {"main": len(batch), "other": len(batch)}
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> TaskOutput:
+        outputs = model(batch)
+        main, other = outputs.sum(), outputs.square().sum()
+        if not self._apart:
+            return TaskOutput(main + other, len(batch))
+        return TaskOutput(main, len(batch), terms={"other": LossTerm(other, len(batch))})
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [(SingleConfig(), 1), (DDPConfig(), 2)])
+def test_terms_take_no_second_buffer_of_gradients(strategy: Any, world_size: int) -> None:
+    setting = Setting(
+        strategy=strategy,
+        world_size=world_size,
+        accumulation_steps=3,
+        optim=SGDConfig(),
+        activation_checkpointing=False,
+        device=torch.device("cpu"),
+        precision=Precision(PrecisionName.fp32, "cpu"),
+    )
+    found = [
+        measure(nn.Linear(1000, 500), setting, TwoTerms(apart=apart), lambda n: torch.ones(n, 1000), [1])
+        for apart in (False, True)
+    ]
+    one, two = (footprint.peak[1] for footprint in found)
+    assert one > 2 * found[0].gradients
+    assert two - one < 0.01 * found[0].gradients
 
 
 def test_sizes_for_which_memory_runs_out_are_left_out() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distaccum import UserError
-from distaccum.accumulation.open_window import with_last
+from distaccum.accumulation.micro_batches import with_last
 
 
 class Batches:
