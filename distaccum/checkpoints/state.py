@@ -176,7 +176,7 @@ def read_tensors(checkpoint: Checkpoint, targets: dict[str, Tensor], group: dist
 def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = None) -> None:
     """Puts a checkpoint's weights and buffers into a plain module, on its device and in its formats.
 
-    Each process that calls it reads by itself.
+    Each process that calls it reads by itself. Of a schedule-free optimizer's run they are the weights to evaluate.
 
     Args:
         average: `ema` or `swa`, to take those weights where there are any; frozen parameters have none.
@@ -193,8 +193,30 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
         path = f"also/{average}/{name}"
         targets[path if average is not None and path in stored else f"model/{name}"] = tensor
     read_tensors(checkpoint, targets, None)
+    if average is None:
+        with putting_back(checkpoint, "optimizer"):
+            _leave_training_mode(checkpoint, module)
     with putting_back(checkpoint, "model"):
         set_extra_states(module, checkpoint.state["extra"])
+
+
+def _leave_training_mode(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Puts the weights x of a schedule-free optimizer in the place of y = (1 − β) z + β x, which it trains with.
+
+    As its eval() does: x = y + (1 − 1/β) (z − y) (Defazio et al. 2024).
+    """
+    groups = checkpoint.state["optimizer"]["settings"]
+    if not groups or not all(group.get("train_mode") is True for group in groups):
+        return
+    betas = {float(decoded(group["betas"])[0] if "betas" in group else group["momentum"]) for group in groups}
+    if len(betas) > 1:
+        raise ValueError(f"its groups have several betas, {sorted(betas)}")
+    stored, path = checkpoint.manifest["tensors"], "optimizer/{}/z".format
+    parameters = {name: p.detach() for name, p in module.named_parameters() if path(name) in stored}
+    ends = {path(name): torch.empty_like(parameter) for name, parameter in parameters.items()}
+    read_tensors(checkpoint, ends, None)
+    for name, parameter in parameters.items():
+        parameter.lerp_(ends[path(name)], 1 - 1 / betas.copy().pop())
 
 
 def averaged_weights(checkpoint: Checkpoint, average: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from distaccum.config.enums import Implementation
 from distaccum.config.loop import OptimConfig
@@ -14,7 +15,7 @@ class TorchOptimConfig(OptimConfig):
     """Keys that torch's optimizers share."""
 
     weight_decay: float = 0.0
-    """Weight decay: decoupled in `adamw`, added to the gradient in all others."""
+    """Weight decay: decoupled in `adamw` and `adafactor`, and where an option says so; else added to the gradient."""
     implementation: Implementation = Implementation.auto
     """`fused`, `foreach` or `forloop`; `auto`: fused where torch supports it for the device and the parameters (under
     FSDP, for Adam alone), else foreach."""
@@ -112,7 +113,173 @@ class AdamConfig(TorchOptimConfig):
     """Divide by the largest second moment so far."""
 
     def __post_init__(self) -> None:
-        _require_two_betas(self.betas)
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class RAdamConfig(TorchOptimConfig):
+    """RAdam (Liu et al. 2020): Adam whose step is corrected for the variance of its first second moments."""
+
+    _target_: str = "torch.optim.RAdam"
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    decoupled_weight_decay: bool = False
+    """Decoupled weight decay, as in AdamW."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class NAdamConfig(TorchOptimConfig):
+    """NAdam (Dozat 2016): Adam with Nesterov's momentum."""
+
+    _target_: str = "torch.optim.NAdam"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and the second moment."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    momentum_decay: float = 4e-3
+    """How fast the momentum rises to the first of `betas`."""
+    decoupled_weight_decay: bool = False
+    """Decoupled weight decay, as in AdamW."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class AdamaxConfig(TorchOptimConfig):
+    """Adamax (Kingma and Ba 2015): Adam with the maximum norm in place of the second moment."""
+
+    _target_: str = "torch.optim.Adamax"
+    lr: float = 2e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first moment and of the maximum."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class ASGDConfig(TorchOptimConfig):
+    """SGD with the step size lr / (1 + lambd · lr · t)^alpha (Polyak and Juditsky 1992). torch computes that of an
+    update at the end of the one before, so a schedule takes effect an update later. The average that torch keeps is not
+    evaluated or exported: `train.swa` keeps one that is."""
+
+    _target_: str = "torch.optim.ASGD"
+    lr: float = 1e-2
+    lambd: float = 1e-4
+    """Pulls parameters towards zero, and lowers the step size."""
+    alpha: float = 0.75
+    """Power of the step size's decay."""
+    t0: float = 1e6
+    """Steps before torch begins to average."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AdafactorConfig(TorchOptimConfig):
+    """Adafactor (Shazeer and Stern 2018): a second moment of rows and columns alone, and no first moment. Weight decay
+    is decoupled. Needs whole matrices, so `strategy=fsdp` does not support it."""
+
+    _target_: str = "torch.optim.Adafactor"
+    lr: float = 1e-2
+    """Largest relative step size; a step is relative to the root mean square of its parameter."""
+    beta2_decay: float = -0.8
+    """Power of the step's number by which the second moment's decay approaches 1."""
+    eps: list[float | None] = field(default_factory=lambda: [None, 1e-3])
+    """Added to the squared gradient (`null`: the format's own), and the least root mean square of a parameter."""
+    d: float = 1.0
+    """Largest root mean square of an update before the step size."""
+
+    def __post_init__(self) -> None:
+        _require_two("eps", self.eps)
+
+
+@dataclass(kw_only=True, slots=True)
+class RpropConfig(OptimConfig):
+    """Resilient backpropagation (Riedmiller and Braun 1993): steps by signs of gradients, for windows that are the
+    whole data. A step size for each number begins at `lr` and then follows its gradient's sign alone, so `schedule`
+    must be constant. `strategy=fsdp` does not support it."""
+
+    _target_: str = "torch.optim.Rprop"
+    lr: float = 1e-2
+    """Step size of the first update."""
+    etas: list[float] = field(default_factory=lambda: [0.5, 1.2])
+    """Multiply a step size where the gradient's sign has changed, and where it has not."""
+    step_sizes: list[float] = field(default_factory=lambda: [1e-6, 50.0])
+    """Least and largest step size."""
+    implementation: Implementation = Implementation.auto
+    """`foreach` or `forloop`; `auto`: foreach."""
+
+    def __post_init__(self) -> None:
+        _require_two("etas", self.etas)
+        _require_two("step_sizes", self.step_sizes)
+
+
+@dataclass(kw_only=True, slots=True)
+class LionConfig(OptimConfig):
+    """Lion (Chen et al. 2023): steps by the sign of a mix of momentum and gradient, with one moment of state. Its
+    learning rate should be 3 to 10 times lower than AdamW's, and its weight decay as much higher."""
+
+    _target_: str = "distaccum.training.lion.Lion"
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Part of the momentum in the step's direction, and the momentum's decay."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleFreeConfig(OptimConfig):
+    """AdamW without a schedule (`schedule_free`; Defazio et al. 2024), of the package `schedulefree` (the extra
+    `schedulefree`). Evaluated, averaged and exported are its averaged weights. A warm-up (`schedule.warmup_updates`) is
+    its only schedule. Not supported with `strategy.shard_optimizer=true`."""
+
+    _target_: str = "schedulefree.AdamWScheduleFree"
+    lr: float = 2.5e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Part of the average in the weights that gradients are taken at, and the second moment's decay."""
+    eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.0
+    """Weight decay of the weights that gradients are taken at."""
+    r: float = 0.0
+    """Power of the update's number that weighs it in the average."""
+    weight_lr_power: float = 2.0
+    """Power of the largest learning rate so far that weighs an update in the average."""
+    foreach: bool = True
+    """Step all parameters together."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleFreeSGDConfig(OptimConfig):
+    """SGD without a schedule (`schedule_free_sgd`), as `schedule_free`."""
+
+    _target_: str = "schedulefree.SGDScheduleFree"
+    lr: float = 1.0
+    momentum: float = 0.9
+    """Part of the average in the weights that gradients are taken at."""
+    weight_decay: float = 0.0
+    """Weight decay of the weights that gradients are taken at."""
+    r: float = 0.0
+    """Power of the update's number that weighs it in the average."""
+    weight_lr_power: float = 2.0
+    """Power of the largest learning rate so far that weighs an update in the average."""
+    foreach: bool = True
+    """Step all parameters together."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,10 +299,10 @@ class AdamW8bitConfig(OptimConfig):
     """Parameters with fewer numbers than this have moments in 32 bits."""
 
     def __post_init__(self) -> None:
-        _require_two_betas(self.betas)
+        _require_two("betas", self.betas)
         require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
 
 
-def _require_two_betas(betas: list[float]) -> None:
-    if len(betas) != 2:
-        raise UserError(f"optim.betas={betas} is impossible: it must be two numbers, as in [0.9,0.999].")
+def _require_two(key: str, value: list[Any]) -> None:
+    if len(value) != 2:
+        raise UserError(f"optim.{key}={value} is impossible: it must be two numbers, as in [0.9,0.999].")

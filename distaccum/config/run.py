@@ -8,8 +8,9 @@ from typing import Any
 
 from distaccum.config.basics import MISSING
 from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
-from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, WandbMode
+from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, LrRule, WandbMode
 from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, InsightConfig, LoopConfig, ScheduleConfig
+from distaccum.config.optimizers import RpropConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
 from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig
 from distaccum.errors import require, require_at_least, require_positive
 
@@ -81,6 +82,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)
+        self._check_step_size()
         if self.batch.schedule is BatchSchedule.noise:
             require(
                 self.insight.noise_scale,
@@ -102,6 +104,23 @@ class TrainConfig:
                 not (isinstance(self.strategy, DDPConfig) and self.strategy.compression is Compression.powersgd),
                 "insight.noise_scale=true is not supported with strategy.compression=powersgd, whose sum of gradients "
                 "can't be compared with its parts. Leave one of them out.",
+            )
+
+    def _check_step_size(self) -> None:
+        if isinstance(self.optim, RpropConfig):
+            is_constant = type(self.schedule) is ScheduleConfig and not self.schedule.warmup_updates
+            require(
+                is_constant and self.batch.lr_rule is LrRule.none,
+                "optim=rprop takes optim.lr for its first step alone, and then has step sizes of its own: a schedule, "
+                "a warm-up or a rule for the learning rate would do nothing. Set schedule=constant "
+                "schedule.warmup_updates=0 batch.lr_rule=none.",
+            )
+        if isinstance(self.optim, ScheduleFreeConfig | ScheduleFreeSGDConfig):
+            require(
+                type(self.schedule) is ScheduleConfig,
+                f"optim=schedule_free averages its weights in the place of a decaying learning rate, and schedule="
+                f"{getattr(self.schedule, 'name', None)} would make that average one of its early weights. Set "
+                "schedule=constant; schedule.warmup_updates may stay.",
             )
 
 

@@ -74,7 +74,15 @@ def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) ->
 def _twin(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> Any:
     known = inspect.signature(type(optimizer)).parameters
     settings = {key: value for key, value in group.items() if key in known and key != "params"}
-    return type(optimizer)([parameter], **settings)
+    twin = type(optimizer)([parameter], **settings)
+    if has_two_modes(twin):
+        twin.train()  # type: ignore[attr-defined]
+    return twin
+
+
+def has_two_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it trains with other weights than those to evaluate, which its train() and eval() exchange."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 def takes_closure(optimizer: torch.optim.Optimizer) -> bool:

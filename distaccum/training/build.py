@@ -40,6 +40,7 @@ from distaccum.tasks import CoupledTask, checked_output, weights_of
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.data import build_evaluation, build_window_loader, loader_options
+from distaccum.training.evaluated_weights import check_statistics
 from distaccum.training.evaluation import Evaluator
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
@@ -273,6 +274,7 @@ def build_trainer(
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     optimizer = _built_optimizer(config, strategy)
+    check_statistics(strategy.module, optimizer)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
+from distaccum.config import DecayScheduleConfig, OptimConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Implementation, LrRule
-from distaccum.config.optimizers import AdamW8bitConfig, LBFGSConfig, TorchOptimConfig
+from distaccum.config.optimizers import AdamW8bitConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
 from distaccum.errors import UserError
+from distaccum.strategies.optimizers import has_two_modes
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ def build_optimizer(
             # A rank may be left without a parameter, and optimizers want one to look at.
             own = groups[0]["params"] or [nn.Parameter(trainable[0].detach().new_empty((0,) * trainable[0].ndim))]
             optimizer = _build(config, own, device)
+            if has_two_modes(optimizer):
+                raise UserError(
+                    f"strategy.shard_optimizer=true does not support {type(optimizer).__name__}: a rank could compute "
+                    "the weights to evaluate for its own part alone. Leave it out, or set strategy=fsdp."
+                )
             if len(optimizer.param_groups) > 1:
                 raise UserError(
                     f"optim makes {len(optimizer.param_groups)} parameter groups, and strategy.shard_optimizer=true "
@@ -64,7 +70,10 @@ def build_optimizer(
 
         # The learning rate is named so that it stands in the parameter groups, where the schedule sets it.
         return ZeroRedundancyOptimizer(trainable, optimizer_class=of_a_shard, lr=_learning_rate(config))  # type: ignore[arg-type]
-    return _build(config, trainable, device)
+    optimizer = _build(config, trainable, device)
+    if has_two_modes(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
 def _learning_rate(config: Any) -> float:
@@ -72,16 +81,21 @@ def _learning_rate(config: Any) -> float:
 
 
 def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    if not isinstance(config, AdamW8bitConfig | LBFGSConfig | TorchOptimConfig):
+    if not isinstance(config, OptimConfig):
         return _build_own(config, trainable)
     arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
     target = arguments[targets.TARGET]
     if isinstance(config, AdamW8bitConfig):
         _check_8bit(trainable, device)
-    elif isinstance(config, TorchOptimConfig):
-        arguments |= _implementation_arguments(target, config.implementation, device, trainable)
-    if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])
+    elif isinstance(config, ScheduleFreeConfig | ScheduleFreeSGDConfig):
+        if importlib.util.find_spec("schedulefree") is None:
+            raise UserError(
+                "optim=schedule_free needs the package schedulefree, which is not installed: pip install "
+                '"distaccum[schedulefree]".'
+            )
+    elif (implementation := getattr(config, "implementation", None)) is not None:
+        arguments |= _implementation_arguments(target, implementation, device, trainable)
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     try:
         optimizer = targets.build(arguments, "optim", trainable)
     except (ValueError, RuntimeError) as error:  # they check the ranges of their own arguments
@@ -94,11 +108,6 @@ def _build_own(config: Any, trainable: list[nn.Parameter]) -> torch.optim.Optimi
     optimizer = targets.build(config, "optim", trainable)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
-    if hasattr(optimizer, "train") and hasattr(optimizer, "eval"):  # schedule-free ones
-        raise UserError(
-            f"optim={type(optimizer).__name__} has two sets of weights, which train() and eval() exchange, and a "
-            "run evaluates, saves and exports one. Take another optimizer, and train.ema or train.swa beside it."
-        )
     return optimizer
 
 

@@ -20,6 +20,7 @@ from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart, Updat
 from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
+from distaccum.training.evaluated_weights import evaluated_weights
 from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.model import remarks
 from distaccum.training.progress import RunProgress
@@ -157,9 +158,10 @@ class Trainer:
             self.unfreezing.go_to(number)
             self.updater.memory_line.measure_again()
         result, lr = self.updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
-        if not result.skipped:
-            for average in self.averages:
-                average.after_update(number)
+        if self.averages and not result.skipped:
+            with evaluated_weights(self.strategy, self.accumulator.optimizer):
+                for average in self.averages:
+                    average.after_update(number)
         self._report_update(window, result, lr)
         self.updater.memory_line.log_once()
         if self.tuning is not None:
@@ -197,7 +199,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluates; returns whether it is one of the best so far, to be saved. All ranks see the same metrics."""
         assert self.evaluator is not None
-        evaluation = self.evaluator.evaluate(self._progress.updates, self._progress.epoch)
+        with evaluated_weights(self.strategy, self.accumulator.optimizer):
+            evaluation = self.evaluator.evaluate(self._progress.updates, self._progress.epoch)
         for observer in self.observers:
             observer.on_evaluation(evaluation)
         self._progress.evaluation, self._progress.owes_evaluation = evaluation, False
@@ -262,7 +265,8 @@ class Trainer:
             )
         if is_finished and self.run_dir is not None:
             is_main = self.checkpointer.rank == 0
-            export_model(self.strategy, self.run_dir, is_main=is_main)
+            with evaluated_weights(self.strategy, self.accumulator.optimizer):
+                export_model(self.strategy, self.run_dir, is_main=is_main)
             for average in self.averages:
                 if average.has_begun:
                     with average.in_the_model():

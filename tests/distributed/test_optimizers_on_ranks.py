@@ -3,6 +3,6 @@ from __future__ import annotations
 from launching import assert_passed, cases
 
 
-@cases("checks_optimizers", world_sizes=(2,))
+@cases("checks_optimizers", world_sizes=(2, 4))
 def test_optimizers(module: str, world_size: int, check: str) -> None:
     assert_passed(module, world_size, check)

@@ -8,7 +8,7 @@ from torch import nn
 
 from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config.enums import Implementation
-from distaccum.config.optimizers import AdagradConfig, AdamConfig, RMSpropConfig, SGDConfig
+from distaccum.config.optimizers import AdagradConfig, AdamConfig, LionConfig, RMSpropConfig, SGDConfig
 from distaccum.errors import UserError
 from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
 
@@ -45,6 +45,14 @@ def test_optimizers_do_what_torch_does(config: Any, reference: Any, implementati
     assert not torch.equal(mine[0], torch.ones(3, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"lr": -1.0}, {"weight_decay": -0.1}])
+def test_lion_refuses_what_has_no_meaning(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"Lion refuses its arguments: .*must be at least 0"):
+        build_optimizer(LionConfig(**wrong), _parameters(), CPU)
+    with pytest.raises(UserError, match="complex numbers have no sign"):
+        build_optimizer(LionConfig(), [nn.Parameter(torch.ones(2, dtype=torch.complex64))], CPU)
+
+
 def test_fused_is_taken_where_torch_has_it() -> None:
     assert build_optimizer(AdamConfig(), _parameters(), CPU).defaults["fused"]
     assert build_optimizer(RMSpropConfig(), _parameters(), CPU).defaults["foreach"]
@@ -62,17 +70,6 @@ def test_anybodys_own_optimizer() -> None:
     assert optimizer.defaults["momentum_decay"] == 0.1
     with pytest.raises(UserError, match="optim built a list"):
         build_optimizer({"_target_": "builtins.list"}, _parameters(), CPU)
-
-
-class ScheduleFree(torch.optim.SGD):
-    def train(self) -> None: ...
-    def eval(self) -> None: ...
-
-
-def test_optimizers_with_two_sets_of_weights_are_refused() -> None:
-    model = nn.Linear(2, 1)
-    with pytest.raises(UserError, match="optim=ScheduleFree has two sets of weights"):
-        build_optimizer({"_target_": f"{__name__}.ScheduleFree", "lr": 0.1}, model.parameters(), CPU)
 
 
 def test_what_cannot_be_optimized_is_refused() -> None:
