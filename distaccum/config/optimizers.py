@@ -303,6 +303,12 @@ class AdamW8bitConfig(OptimConfig):
         require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
 
 
+NEED_WHOLE_PARAMETERS = (AdamW8bitConfig, AdafactorConfig, RpropConfig)
+"""Sections of optimizers that `strategy=fsdp` does not support."""
+NEED_ALL_STATE = (ScheduleFreeConfig, ScheduleFreeSGDConfig)
+"""Sections of optimizers that `strategy.shard_optimizer=true` does not support."""
+
+
 def _require_two(key: str, value: list[Any]) -> None:
     if len(value) != 2:
         raise UserError(f"optim.{key}={value} is impossible: it must be two numbers, as in [0.9,0.999].")

@@ -19,6 +19,7 @@ from distaccum.config.compose import compose
 from distaccum.config.optimizers import ScheduleFreeConfig
 from distaccum.models import MLP
 from distaccum.strategies import SingleStrategy
+from distaccum.tools.memory.run import examine
 from distaccum.training.evaluated_weights import check_statistics, evaluated_weights
 from distaccum.training.optim import build_optimizer
 
@@ -97,3 +98,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"the running statistics of 1 \(BatchNorm1d\) would be those of the latter"):
         check_statistics(module, optimizer)
     check_statistics(module, torch.optim.SGD(module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"), [("schedule_free", "strategy.shard_optimizer=true"), ("adafactor", "strategy=fsdp")]
+)
+def test_memory_leaves_out_placements_that_do_not_support_it(option: str, missing: str) -> None:
+    overrides = [f"optim={option}", "schedule=constant", "model=mlp", "model.hidden_sizes=[8]"]
+    report = examine(compose([*overrides, "batch.micro_batch_size=64"], "memory"))  # type: ignore[arg-type]
+    assert not any(missing in row.overrides for row in report.rows)
+    assert any("strategy=ddp" in row.overrides for row in report.rows)

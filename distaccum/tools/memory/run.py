@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
 from distaccum.config.enums import Compression, PrecisionName
 from distaccum.config.launcher import launch
-from distaccum.config.optimizers import AdamConfig, AdamW8bitConfig
+from distaccum.config.optimizers import NEED_ALL_STATE, NEED_WHOLE_PARAMETERS, AdamConfig, AdamW8bitConfig
 from distaccum.config.tools import MemoryConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders.collate import PadCollate
@@ -24,7 +24,7 @@ from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.logs import print_error
 from distaccum.runtime.memory import is_out_of_memory
 from distaccum.runtime.nested import to_device
-from distaccum.strategies import needs_equal_micro_steps
+from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
 from distaccum.tools.bench.terminal import status_line
@@ -208,11 +208,12 @@ class _Examination:
         ranks = configured.world_size
         if ranks == 1:
             ranks = _ranks(config)
-        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, AdamW8bitConfig)
+        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, NEED_WHOLE_PARAMETERS)
         for overrides, strategy in _OTHER_PLACEMENTS.items():
             is_impossible = (
                 needs_whole if isinstance(strategy, FSDPConfig) else config.precision.name is PrecisionName.bf16_params
             )
+            is_impossible |= shards_optimizer(strategy) and isinstance(config.optim, NEED_ALL_STATE)
             if strategy == configured.strategy or is_impossible:
                 continue
             label = f"{overrides.replace('strategy.', '').replace('strategy=', '')}, {ranks} ranks"
