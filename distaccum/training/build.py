@@ -274,7 +274,6 @@ def build_trainer(
         observers = _observers(config, folder, checkpoint) if world.is_main else []
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     optimizer = _built_optimizer(config, strategy)
-    check_statistics(strategy.module, optimizer)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
     # Until here all ranks drew the same numbers, so that they built the same model; dropout must differ.
@@ -317,7 +316,9 @@ def build_trainer(
 
 def _built_optimizer(config: TrainConfig, strategy: Strategy) -> torch.optim.Optimizer:
     shard = shards_optimizer(config.strategy)
-    return build_optimizer(config.optim, strategy.model.parameters(), strategy.device, shard=shard)
+    optimizer = build_optimizer(config.optim, strategy.model.parameters(), strategy.device, shard=shard)
+    check_statistics(strategy.module, optimizer)
+    return optimizer
 
 
 def _early_stopping(config: EarlyStoppingConfig) -> EarlyStopping | None:
