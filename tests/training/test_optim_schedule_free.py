@@ -88,7 +88,7 @@ def test_a_run_evaluates_and_exports_the_average(train: Callable[..., Ended]) ->
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="schedule=cosine would make that average one of its early weights"):
         compose(["optim=schedule_free", "schedule=cosine"])
-    assert compose([*DIGITS, "schedule.warmup_updates=3"]).schedule.warmup_updates == 3
+    assert compose([*DIGITS, "train.max_updates=9", "schedule.warmup_updates=3"]).schedule.warmup_updates == 3
     constant = "schedule=constant"
     for more in ([constant, "schedule.warmup_updates=3"], ["schedule=step"], [constant, "batch.lr_rule=sqrt"]):
         with pytest.raises(UserError, match=r"optim=rprop takes optim\.lr for its first step alone"):
