@@ -90,7 +90,8 @@ def test_what_does_not_fit_is_refused() -> None:
         compose(["optim=schedule_free", "schedule=cosine"])
     assert compose([*DIGITS, "train.max_updates=9", "schedule.warmup_updates=3"]).schedule.warmup_updates == 3
     constant = "schedule=constant"
-    for more in ([constant, "schedule.warmup_updates=3"], ["schedule=step"], [constant, "batch.lr_rule=sqrt"]):
+    sqrt = ["batch.lr_rule=sqrt", "batch.schedule=table", "batch.table=[[2,64]]"]
+    for more in ([constant, "schedule.warmup_updates=3"], ["schedule=step"], [constant, *sqrt]):
         with pytest.raises(UserError, match=r"optim=rprop takes optim\.lr for its first step alone"):
             compose(["optim=rprop", *more])
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
