@@ -61,8 +61,8 @@ class BatchConfig:
     """How the learning rate follows the samples per update: in proportion (`linear`), to their square root (`sqrt`), or
     not at all (`none`). At `global_batch_size` it is that of the optimizer and its schedule."""
     weight_decay_rule: LrRule = LrRule.none
-    """The same for weight decay: `sqrt` with `lr_rule=sqrt`, and `linear` with `lr_rule=none`, keep AdamW's time scale
-    in samples (Wang and Aitchison 2024)."""
+    """The same for weight decay: `sqrt` with `batch.lr_rule=sqrt`, and `linear` with `batch.lr_rule=none`, keep AdamW's
+    time scale in samples (Wang and Aitchison 2024)."""
 
     def __post_init__(self) -> None:
         size = self.micro_batch_size
