@@ -88,3 +88,14 @@ def require_positive(**values: float | None) -> None:
     for name, value in values.items():
         key = name.replace("__", ".")
         require(value is None or value > 0, f"{key}={value} is impossible: it must be greater than 0.")
+
+
+def require_one_clipping(**values: float | None) -> None:
+    """Refuses `clip_norm` beside `clip_value`, and either if it is not above 0; named like `require_positive`'s."""
+    require_positive(**values)
+    given = [f"{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
+    require(
+        len(given) < 2,
+        f"{' and '.join(given)} would clip the gradient twice, and the result depend on their order. Set one of them "
+        "to null.",
+    )

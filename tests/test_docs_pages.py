@@ -1,4 +1,4 @@
-"""The programs and classes on the pages about batches, data and observers run as they are shown."""
+"""The programs and classes on the pages about batches, optimizers, data and observers run as they are shown."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def test_the_loop_with_growing_windows(capsys: pytest.CaptureFixture[str]) -> No
     assert sizes[:4] == [32, 54, 76, 99]
     assert max(sizes) == 256
     assert losses[-1] < losses[0]
+
+
+def test_the_factory_of_groups() -> None:
+    exec(_block("optimizers.md"), {})
 
 
 def test_the_dataset_and_the_observer_are_found_by_name(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_hook import OnGradients, show_gradients
+from distaccum.accumulation.gradient_norms import by_group, gradient_norms
 from distaccum.accumulation.micro_batches import require_equal_micro_steps, with_last
 from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
@@ -32,7 +33,7 @@ from distaccum.accumulation.reevaluation import reevaluation_of
 from distaccum.accumulation.result import LossTerm, TaskOutput, UpdateResult
 from distaccum.accumulation.terms import Denominators, TermCounter, Weights, WindowTerms, checked_terms
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
-from distaccum.errors import require, require_positive
+from distaccum.errors import require, require_one_clipping
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy, strategy_of
 
@@ -61,7 +62,8 @@ class Accumulator:
         model: what is called in the micro-steps: a plain module in one process, `DistributedDataParallel` in several.
         optimizer: steps over the parameters; its `step` and `zero_grad` are called here and nowhere else. One that
             evaluates the loss itself (the `closure` of its `step` has no default) needs `run`.
-        clip_norm: largest norm of the window's mean gradient; None for no clipping.
+        clip_norm: largest norm of the window's mean gradient; None for no such clipping.
+        clip_value: largest absolute value of each number of it, in the place of `clip_norm`.
         scaler: a `torch.amp.GradScaler`, for float16. It steps, skips and adapts once per update.
         skip_nonfinite: skip an update whose loss or gradient is NaN or infinite, instead of raising.
         strategy: how the model is placed. Default: what the model shows.
@@ -79,8 +81,8 @@ class Accumulator:
             give), where there are several: see `accumulation.terms`. Called as a window opens, with each micro-batch.
 
     Raises:
-        UserError: the model is a bare module although there are several ranks, it makes sparse gradients, `clip_norm`
-            is not above 0, or another accumulator of some of the same parameters has a window open.
+        UserError: the model is a bare module although there are several ranks, it makes sparse gradients, a limit is
+            not above 0 or both are given, or another accumulator of some of the same parameters has a window open.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Accumulator:
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         skip_nonfinite: bool = False,
         strategy: Strategy | None = None,
@@ -100,7 +103,7 @@ class Accumulator:
         on_gradients: OnGradients | None = None,
         weights: Weights | None = None,
     ) -> None:
-        require_positive(clip_norm=clip_norm)
+        require_one_clipping(clip_norm=clip_norm, clip_value=clip_value)
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.scaler = scaler
@@ -118,15 +121,14 @@ class Accumulator:
         self._model = model
         self._gradients = Gradients(optimizer, model, self.strategy)
         self._open: OpenWindow | None = None
-        self._is_out_of_step = False
         self._last_weight: float | None = None
-        self._norm_before = 0.0
+        self._is_out_of_step, self._norm_before = False, 0.0
         self._stopwatch = Stopwatch(self.strategy.device)
         self._terms = TermCounter(self.strategy, weights)
         self._sums = SumsOverRanks(self.strategy, self.flags, self.reports)
-        self._scaled_step = ScaledStep(optimizer)
+        self._scaled_step = ScaledStep(optimizer, clip_value)
         self._reevaluation = reevaluation_of(
-            optimizer, model, self.strategy, clip_norm, scaler, skip_nonfinite, recovery, noise_scale
+            optimizer, model, self.strategy, clip_norm or clip_value, scaler, skip_nonfinite, recovery, noise_scale
         )
         self._gradients.begin()
         self.clear_gradients()
@@ -295,22 +297,22 @@ class Accumulator:
 
     def _update(self, window: OpenWindow, totals: Tensor, gradients: list[Tensor]) -> UpdateResult | None:
         """Scales the gradients to the window's mean, clips them and steps; None as in `_finished`."""
-        raw_norm = self.strategy.total_norm(gradients)
+        norms = gradient_norms(self.optimizer, self.strategy)
         seen = (window.micro_gradients.seen(),) if window.micro_gradients is not None else ()
         # The one wait for the device in an update: everything that the host wants to know, in one copy.
-        numbers = torch.cat([raw_norm.to(totals)[None], *seen, totals]).cpu()
-        norm, *measured = numbers[: -len(totals)].tolist()
+        numbers = torch.cat([norms.to(totals), *seen, totals]).cpu()
+        *of_groups, norm = numbers[: len(norms)].tolist()
         if window.can_recover and not math.isfinite(norm) and window.is_lost_on_any_rank():
             window.put_back()
             return None
-        read = self._sums.read(numbers[-len(totals) :], window, raw_norm.dtype)
+        read = self._sums.read(numbers[-len(totals) :], window, norms.dtype)
         weight = window.divisor(read["weight"])
         self._last_weight, self._norm_before = weight, norm if math.isfinite(norm) else 0.0
         # The sync has added up the ranks' sums, each multiplied by the scale.
         factor = self.strategy.sync_divisor / (weight * window.scale) if weight else math.nan
-        grad_norm = norm * factor
+        grad_norm, group_norms = norm * factor, by_group(self.optimizer, (value * factor for value in of_groups))
         skipped = not is_to_be_made(window, read["loss"], weight, grad_norm, self.skip_nonfinite, self.scaler)
-        noise: dict[str, Any] = {}
+        more: dict[str, Any] = read | {"group_norms": group_norms}
         if skipped:
             # A NaN that the forwards have left in BatchNorm's statistics would stay for good.
             window.buffers.put_back()
@@ -323,10 +325,10 @@ class Accumulator:
             if self.clip_norm is not None:  # by the formula of torch.nn.utils.clip_grad_norm_
                 factor *= min(1.0, self.clip_norm / (grad_norm + 1e-6))
             self._scaled_step(gradients, factor, self.scaler)
-        if self.noise_scale is not None and measured and not skipped:
+        if self.noise_scale is not None and seen and not skipped:
             whole = norm * self.strategy.sync_divisor / window.scale
-            noise = self.noise_scale.update(Measurement(whole * whole, *measured))
-        return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(), **read, **noise)
+            more |= self.noise_scale.update(Measurement(whole * whole, *numbers[len(norms) : len(norms) + 4].tolist()))
+        return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(), **more)
 
     def clear_gradients(self) -> None:
         """Forgets all gradients, and drops a window whose `step()` has not come. `step()` does so by itself."""

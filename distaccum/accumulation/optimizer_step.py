@@ -143,14 +143,18 @@ class ScaledStep:
     of them if the optimizer has hooks that see the gradients before the step. For an optimizer that evaluates the loss
     itself, gradients are multiplied alone: it is in the middle of its step.
 
+    Args:
+        clip_value: the largest absolute value of a number of the multiplied gradients; None for no limit.
+
     Raises:
         UserError: the optimizer can't step so (see `check_steps`).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, clip_value: float | None = None) -> None:
         check_steps(optimizer)
         self._optimizer = optimizer
         self._is_stepping = takes_closure(optimizer)
+        self._clip_value = clip_value
         self._divisors: dict[torch.device, Tensor] = {}
         self._stepped = 0
 
@@ -164,7 +168,11 @@ class ScaledStep:
             self._stepped = len(gradients)
             complete_momenta(self._optimizer)
         if scaler is not None or not self._takes_divisor(gradients):
-            torch._foreach_mul_(local_parts(gradients), factor)
+            parts = local_parts(gradients)
+            torch._foreach_mul_(parts, factor)
+            if self._clip_value is not None:
+                torch._foreach_clamp_max_(parts, self._clip_value)
+                torch._foreach_clamp_min_(parts, -self._clip_value)
             if self._is_stepping:
                 return
             with in_parameter_format(self._optimizer):
@@ -185,8 +193,10 @@ class ScaledStep:
 
     def _takes_divisor(self, gradients: list[Tensor]) -> bool:
         optimizer = self._optimizer
-        return not self._is_stepping and (
-            type(optimizer).__module__.startswith("torch.optim.")
+        return (
+            not self._is_stepping
+            and self._clip_value is None
+            and type(optimizer).__module__.startswith("torch.optim.")
             and all(group.get("fused") for group in optimizer.param_groups)
             and getattr(optimizer, "_step_supports_amp_scaling", False)
             and not optimizer._optimizer_step_pre_hooks

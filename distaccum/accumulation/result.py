@@ -142,6 +142,8 @@ class UpdateResult:
     """Each rank's values of the accumulator's `reports`, in the order of the ranks."""
     grad_norm: float
     """Norm of the window's mean gradient before clipping, over all parameters of the optimizer together."""
+    group_norms: dict[str, float] = field(default_factory=dict)
+    """The same of each parameter group, by its `name` or else its number; empty if there is one group."""
     skipped: bool
     """True when the optimizer did not step."""
     micro_steps: int

@@ -151,11 +151,17 @@ def adopt_group_settings(
 ) -> None:
     """Restores settings, except those that this run has been started with other values of than the saved run.
 
+    Groups that all have names are those of the same name; others are those of the same number.
+
     Args:
         at_start: settings at the start of this run.
         saved: `settings` and `settings_at_start` of the saved run.
     """
-    before = saved["settings_at_start"]
+    before, ends = saved["settings_at_start"], saved["settings"]
+    if (names := _names_of_groups(at_start)) and (names_before := _names_of_groups(ends)):
+        orders = [dict(zip(names_before, groups, strict=True)) for groups in (before, ends)]
+        # A group that is new has nothing to restore.
+        before, ends = ([order.get(name, {}) for name in names] for order in orders)
 
     def text(groups: list[dict[str, Any]], number: int, key: str) -> str | None:
         # Lists and tuples are the same here.
@@ -164,7 +170,7 @@ def adopt_group_settings(
 
     # ZeRO-1 copies the settings of the outer optimizer into that of its shard at each step.
     for groups in (own_optimizer(optimizer).param_groups, optimizer.param_groups):
-        for number, (group, end) in enumerate(zip(groups, saved["settings"], strict=True)):
+        for number, (group, end) in enumerate(zip(groups, ends, strict=True)):
             is_new = number >= min(len(at_start), len(before))
             for key, value in end.items():
                 if not is_new and text(at_start, number, key) != text(before, number, key):
@@ -174,6 +180,13 @@ def adopt_group_settings(
                     was.copy_(torch.as_tensor(value))
                 else:
                     group[key] = tuple(value) if isinstance(was, tuple) else value
+
+
+def _names_of_groups(groups: list[dict[str, Any]]) -> list[str]:
+    """Returns the names of groups, of which a single one is the default; empty if they don't all have names."""
+    names = [group.get("name", "default" if len(groups) == 1 else None) for group in groups]
+    found = [name for name in names if isinstance(name, str)]
+    return found if len(set(found)) == len(groups) else []
 
 
 def optimizer_targets(
@@ -221,7 +234,8 @@ def check_same_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, ch
             f"the checkpoint {checkpoint.path} holds the state of {saved['name']}, and the optimizer is "
             f"{name}. Configure the same, or begin anew with resume=none and another run_dir."
         )
-    if (before := len(saved["settings"])) != (now := len(own.param_groups)):
+    have_names = _names_of_groups(own.param_groups) and _names_of_groups(saved["settings"])
+    if (before := len(saved["settings"])) != (now := len(own.param_groups)) and not have_names:
         raise UserError(
             f"the checkpoint {checkpoint.path} holds {before} parameter groups of the optimizer, which has {now}. "
             "Give it as many; those that add_param_group adds on the way must be there before restoring."
@@ -245,6 +259,7 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
     Raises:
         UserError: names what is missing.
     """
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     optimizer = own_optimizer(optimizer)
     kept: dict[str, set[str]] = {}
     for path in stored:
@@ -254,14 +269,15 @@ def check_same_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored
     _check_same_bits(module, optimizer, kept)
     if not type(optimizer).__module__.startswith("torch.optim."):
         return
-    needed: dict[int, set[str]] = {}
+    needed: dict[tuple[int, int], set[str]] = {}
     for name, parameter in module.named_parameters():
         if name not in kept:
             continue
-        if parameter.ndim not in needed:
-            found = probe_state(optimizer, (2,) * parameter.ndim) or {}
-            needed[parameter.ndim] = {key for key, value in found.items() if value is not None}
-        if missing := sorted(needed[parameter.ndim] - kept[name]):
+        group = group_of.get(id(parameter), optimizer.param_groups[0])
+        if (kind := (parameter.ndim, id(group))) not in needed:
+            found = probe_state(optimizer, (2,) * parameter.ndim, group) or {}
+            needed[kind] = {key for key, value in found.items() if value is not None}
+        if missing := sorted(needed[kind] - kept[name]):
             raise UserError(
                 f"the checkpoint has no {missing[0]} of {name}, which {type(optimizer).__name__} needs with its "
                 "settings now. Configure the optimizer as it was, or begin anew with resume=none and another run_dir."

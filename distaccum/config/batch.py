@@ -13,9 +13,9 @@ AUTO = "auto"
 
 _KEYS_OF_SCHEDULES: dict[BatchSchedule, tuple[tuple[str, ...], tuple[str, ...]]] = {
     BatchSchedule.constant: ((), ()),
-    BatchSchedule.table: (("table",), ("table_unit", "lr_rule")),
-    BatchSchedule.ramp: (("ramp_from", "ramp_updates"), ("lr_rule",)),
-    BatchSchedule.noise: (("min_size", "max_size"), ("lr_rule",)),
+    BatchSchedule.table: (("table",), ("table_unit", "lr_rule", "weight_decay_rule")),
+    BatchSchedule.ramp: (("ramp_from", "ramp_updates"), ("lr_rule", "weight_decay_rule")),
+    BatchSchedule.noise: (("min_size", "max_size"), ("lr_rule", "weight_decay_rule")),
 }
 """By schedule: the keys that it needs, and those that it may have."""
 
@@ -60,6 +60,9 @@ class BatchConfig:
     lr_rule: LrRule = LrRule.none
     """How the learning rate follows the samples per update: in proportion (`linear`), to their square root (`sqrt`), or
     not at all (`none`). At `global_batch_size` it is that of the optimizer and its schedule."""
+    weight_decay_rule: LrRule = LrRule.none
+    """The same for weight decay: `sqrt` with `batch.lr_rule=sqrt`, and `linear` with `batch.lr_rule=none`, keep AdamW's
+    time scale in samples (Wang and Aitchison 2024)."""
 
     def __post_init__(self) -> None:
         size = self.micro_batch_size
@@ -93,7 +96,17 @@ class BatchConfig:
     def _check_schedule(self) -> None:
         needed, optional = _KEYS_OF_SCHEDULES[self.schedule]
         name = self.schedule.name
-        for key in ("table", "table_unit", "ramp_from", "ramp_updates", "min_size", "max_size", "lr_rule"):
+        keys = (
+            "table",
+            "table_unit",
+            "ramp_from",
+            "ramp_updates",
+            "min_size",
+            "max_size",
+            "lr_rule",
+            "weight_decay_rule",
+        )
+        for key in keys:
             value = getattr(self, key)
             is_given = value not in (None, [], TableUnit.update, LrRule.none)
             require(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from distaccum.config.basics import MISSING, require_name
 from distaccum.config.enums import Goal, OnNonfinite
-from distaccum.errors import require, require_at_least, require_positive
+from distaccum.errors import require, require_at_least, require_one_clipping, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,6 +18,13 @@ class OptimConfig:
     """Import path of the optimizer."""
     lr: float = MISSING
     """Peak learning rate; `schedule` multiplies it by a factor for each update."""
+    groups: list[Any] = field(default_factory=list)
+    """Parameters with options of their own: `[{match: [head.*], lr: 0.01}, …]`, with patterns of their names, any
+    option of the optimizer, and a `name` for the log. The first match wins."""
+    no_weight_decay: list[str] = field(default_factory=list)
+    """Kinds of parameters without weight decay: `bias`, `norm` (all of normalization layers), `embedding`."""
+    layer_decay: float | None = None
+    """Multiplies the learning rate once for each layer above a parameter: lowest for embeddings, 1 for the head."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,6 +138,9 @@ class LoopConfig:
     clip_norm: float | None = 1.0
     """Largest norm of the window's mean gradient, over all parameters together; a longer one is scaled down to it.
     `null`: no clipping."""
+    clip_value: float | None = None
+    """Largest absolute value of each number of the window's mean gradient; needs `clip_norm=null`. `null`: no such
+    limit."""
     eval_every: int | None = None
     """Updates from one evaluation to the next. `null`: one at the end of each epoch. The run ends with one in any
     case."""
@@ -154,7 +164,7 @@ class LoopConfig:
         )
         require_at_least(1, train__epochs=self.epochs, train__max_updates=self.max_updates)
         require_at_least(1, train__eval_every=self.eval_every, train__eval_batch_size=self.eval_batch_size)
-        require_positive(train__clip_norm=self.clip_norm)
+        require_one_clipping(train__clip_norm=self.clip_norm, train__clip_value=self.clip_value)
 
     @property
     def averages(self) -> list[EmaConfig | SwaConfig]:

@@ -58,7 +58,9 @@ class UpdateRecord:
     window_samples: int
     """Samples of this window, over all ranks."""
     lr: float
-    """Learning rate of the first parameter group."""
+    """Learning rate of the first parameter group: of all parameters that no other group has, if there are any."""
+    group_lrs: dict[str, float] = field(default_factory=dict)
+    """Learning rate of each parameter group by its name; empty if there is one group."""
     metrics: dict[str, float]
     """The task's metrics over the window (`accuracy`, …)."""
     layers: dict[str, dict[str, float]] | None = None
@@ -77,6 +79,8 @@ class UpdateRecord:
     """Mean of each loss, where a task has several; else empty."""
     grad_norm = _OfResult[float]()
     """Norm of the window's mean gradient before clipping, over all parameters together."""
+    group_norms = _OfResult[dict[str, float]]()
+    """The same of each parameter group by its name; empty if there is one group."""
     micro_steps = _OfResult[int]()
     """Micro-steps of this rank; rank 0 never has fewer than another."""
     weight = _OfResult[float]()
@@ -117,15 +121,20 @@ class UpdateRecord:
         return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
 
     def known(self) -> dict[str, Any]:
-        """Returns all that is recorded of the update (`RECORDED`) by name, without what is None, or one evaluation."""
+        """Returns all that is recorded of the update (`RECORDED`) by name, without what is None, or one evaluation.
+
+        What is of a parameter group is named `lr/GROUP` and `grad_norm/GROUP`.
+        """
         values = {name: getattr(self, name) for name in RECORDED}
+        values |= {f"lr/{name}": value for name, value in self.group_lrs.items()}
+        values |= {f"grad_norm/{name}": value for name, value in self.group_norms.items()}
         is_plain = values["evaluations"] == 1  # as for all optimizers but a few
         return {name: v for name, v in values.items() if v is not None and not (is_plain and name == "evaluations")}
 
 
 RECORDED = (
-    *(entry.name for entry in fields(UpdateRecord) if entry.name != "result"),
-    *(name for name, value in vars(UpdateRecord).items() if isinstance(value, _OfResult)),
+    *(entry.name for entry in fields(UpdateRecord) if entry.name not in ("result", "group_lrs")),
+    *(name for name, value in vars(UpdateRecord).items() if isinstance(value, _OfResult) and name != "group_norms"),
     *("update_seconds", "samples_per_second"),
 )
 """Names of what is recorded of each update. A task's metrics have other ones."""

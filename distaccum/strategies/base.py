@@ -145,6 +145,11 @@ class Strategy(Protocol):
         """Returns the norm of all gradients together, the same on every rank: a scalar on the device."""
         return get_total_norm(gradients)
 
+    def group_norms(self, groups: Sequence[list[Tensor]]) -> Tensor:
+        """Returns the norm of each of several groups of gradients, some of them empty: a vector on the device."""
+        none = torch.zeros((), device=self.device)
+        return torch.stack([self.total_norm(group) if group else none for group in groups])
+
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the tensors whose hooks see this rank's own gradients of a micro-step, before the sync.
 

@@ -99,9 +99,14 @@ class FSDPStrategy(Strategy):
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         # Each rank holds a shard of every gradient: squares are added up over the ranks.
-        square = get_total_norm(local_parts(gradients)).double().square()
-        dist.all_reduce(square, group=self.process_group)
-        return square.sqrt()
+        return self.group_norms([gradients])[0]
+
+    def group_norms(self, groups: Sequence[list[Tensor]]) -> Tensor:
+        parts = [local_parts(group) for group in groups]
+        none = torch.zeros((), device=self.device)
+        squares = torch.stack([(get_total_norm(part) if part else none).double().square() for part in parts])
+        dist.all_reduce(squares, group=self.process_group)
+        return squares.sqrt()
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         return gathered_parameters(self.model, [parameter for parameter in parameters if parameter.requires_grad])

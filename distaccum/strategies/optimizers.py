@@ -49,21 +49,26 @@ def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def probe_state(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> dict[str, Any] | None:
+def probe_state(
+    optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,), group: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Returns the state that an optimizer of the same class and settings has for a parameter of a shape after a step.
 
-    None if no other one can be made: a user's class may take arguments that are not in its groups.
+    The settings are those of a group, by default of the first one. None if no other one can be made: a user's class
+    may take arguments that are not in its groups.
     """
-    twin = twin_of(optimizer, shape)
+    twin = twin_of(optimizer, shape, group)
     return dict(twin.state[twin.param_groups[0]["params"][0]]) if twin is not None else None
 
 
-def twin_of(optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,)) -> torch.optim.Optimizer | None:
+def twin_of(
+    optimizer: torch.optim.Optimizer, shape: Sequence[int] = (1024,), group: dict[str, Any] | None = None
+) -> torch.optim.Optimizer | None:
     """Returns an optimizer of the same class and settings that has stepped one parameter; None as in `probe_state`."""
     probe = nn.Parameter(torch.zeros(tuple(shape)))
     probe.grad = torch.zeros_like(probe)
     try:
-        twin: torch.optim.Optimizer = _twin(optimizer, optimizer.param_groups[0], probe)
+        twin: torch.optim.Optimizer = _twin(optimizer, group or optimizer.param_groups[0], probe)
         _step(twin)
     except Exception as error:
         logger.debug("another %s can't be made: %s", type(optimizer).__name__, error)

@@ -223,6 +223,7 @@ class _Placed:
             self.strategy.model,
             self.optimizer,
             clip_norm=self.config.train.clip_norm,
+            clip_value=self.config.train.clip_value,
             scaler=build_scaler(self.config.precision, self.strategy.device),
             skip_nonfinite=self.config.train.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,
@@ -293,7 +294,7 @@ def build_trainer(
         updater=Updater(
             task=parts.task,
             accumulator=accumulator,
-            schedule=Schedule(optimizer, factor, config.batch.lr_rule),
+            schedule=Schedule(optimizer, factor, config.batch.lr_rule, config.batch.weight_decay_rule),
             precision=parts.precision,
             supervision=supervision,
             memory_line=MemoryLine(strategy, optimizer, averages, is_compiled=compilation is not None),
@@ -316,7 +317,7 @@ def build_trainer(
 
 def _built_optimizer(config: TrainConfig, strategy: Strategy) -> torch.optim.Optimizer:
     shard = shards_optimizer(config.strategy)
-    optimizer = build_optimizer(config.optim, strategy.model.parameters(), strategy.device, shard=shard)
+    optimizer = build_optimizer(config.optim, strategy.module, strategy.device, shard=shard)
     check_statistics(strategy.module, optimizer)
     return optimizer
 

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distaccum.accumulation.gradient_norms import by_group
 from distaccum.config import DecayScheduleConfig, OptimConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Implementation, LrRule
 from distaccum.config.optimizers import AdamW8bitConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
 from distaccum.errors import UserError
-from distaccum.strategies.optimizers import has_two_modes
+from distaccum.strategies.optimizers import has_two_modes, own_optimizer
+from distaccum.training.parameter_groups import described, split
 
 logger = logging.getLogger(__name__)
 
-LR_POWERS = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}
-"""The power of the batch size that the learning rate follows."""
+RULE_POWERS = {LrRule.linear: 1.0, LrRule.sqrt: 0.5, LrRule.none: 0.0}
+"""The power of the batch size that a rule follows."""
 
 # Where torch has fused kernels: on the devices named, for parameters in float32 and float64.
 _FUSED_DEVICES: dict[str, tuple[str, ...]] = {
@@ -35,56 +38,53 @@ _FUSED_SHARDED = ("torch.optim.Adam", "torch.optim.AdamW")
 
 
 def build_optimizer(
-    config: Any, parameters: Iterable[nn.Parameter], device: torch.device, *, shard: bool = False
+    config: Any, model: nn.Module | Iterable[nn.Parameter], device: torch.device, *, shard: bool = False
 ) -> torch.optim.Optimizer:
     """Builds the optimizer of a section `optim`: one of torch's, or anybody's own by `_target_`.
 
     Args:
+        model: whose parameters are optimized; or parameters alone, which have no names for `optim.groups` to match.
         shard: keep the state for a part of the parameters only, and send that part of each update to the other ranks
             of the process group (ZeRO stage 1; Rajbhandari et al. 2020).
 
     Raises:
-        UserError: the section doesn't fit the optimizer, or there is nothing to optimize.
+        UserError: the section doesn't fit the optimizer or the model, or there is nothing to optimize.
     """
+    module = model if isinstance(model, nn.Module) else None
+    parameters = model.parameters() if isinstance(model, nn.Module) else model
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise UserError("the model has no parameter that requires a gradient, so there is nothing to train.")
-    if shard:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
+    arguments, grouping = split(config)
+    is_own = not isinstance(config, OptimConfig)
+    if not is_own:
+        arguments.pop("implementation", None)
+        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    groups: list[Any] = trainable
+    if grouping:
+        if module is None:
+            raise UserError(
+                "optim.groups, no_weight_decay and layer_decay need the model, whose parameters have names."
+            )
+        groups = grouping.groups_of(module, arguments.get("lr"))
+    names = {id(parameter): name for name, parameter in module.named_parameters()} if module is not None else {}
 
-        def of_a_shard(groups: list[dict[str, Any]], **_: Any) -> torch.optim.Optimizer:
-            # A rank may be left without a parameter, and optimizers want one to look at.
-            own = groups[0]["params"] or [nn.Parameter(trainable[0].detach().new_empty((0,) * trainable[0].ndim))]
-            optimizer = _build(config, own, device)
-            if has_two_modes(optimizer):
-                raise UserError(
-                    f"strategy.shard_optimizer=true does not support {type(optimizer).__name__}: a rank could compute "
-                    "the weights to evaluate for its own part alone. Leave it out, or set strategy=fsdp."
-                )
-            if len(optimizer.param_groups) > 1:
-                raise UserError(
-                    f"optim makes {len(optimizer.param_groups)} parameter groups, and strategy.shard_optimizer=true "
-                    "can have one. Leave that out, or set strategy=fsdp."
-                )
-            return optimizer
+    def build(parameters: list[Any]) -> torch.optim.Optimizer:
+        return _build_own(arguments, parameters, names) if is_own else _build(config, arguments, parameters, device)
 
-        # The learning rate is named so that it stands in the parameter groups, where the schedule sets it.
-        return ZeroRedundancyOptimizer(trainable, optimizer_class=of_a_shard, lr=_learning_rate(config))  # type: ignore[arg-type]
-    optimizer = _build(config, trainable, device)
+    optimizer = _sharded(build, groups, arguments, is_own=is_own) if shard else build(groups)
+    if grouping:
+        grouping.check_options(own_optimizer(optimizer), None if is_own else arguments)
+        logger.info("optim: %s", described(optimizer))
     if has_two_modes(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
-def _learning_rate(config: Any) -> float:
-    return float(config["lr"] if isinstance(config, dict) else config.lr)
-
-
-def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    if not isinstance(config, OptimConfig):
-        return _build_own(config, trainable)
-    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "implementation"}
-    target = arguments[targets.TARGET]
+def _build(
+    config: Any, arguments: dict[str, Any], parameters: list[Any], device: torch.device
+) -> torch.optim.Optimizer:
+    trainable, target = _tensors(parameters), arguments[targets.TARGET]
     if isinstance(config, AdamW8bitConfig):
         _check_8bit(trainable, device)
     elif isinstance(config, ScheduleFreeConfig | ScheduleFreeSGDConfig):
@@ -94,24 +94,91 @@ def _build(config: Any, trainable: list[nn.Parameter], device: torch.device) -> 
                 '"distaccum[schedulefree]".'
             )
     elif (implementation := getattr(config, "implementation", None)) is not None:
-        arguments |= _implementation_arguments(target, implementation, device, trainable)
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        arguments = arguments | _implementation_arguments(target, implementation, device, trainable)
     try:
-        optimizer = targets.build(arguments, "optim", trainable)
+        optimizer = targets.build(arguments, "optim", parameters)
     except (ValueError, RuntimeError) as error:  # they check the ranges of their own arguments
         raise UserError(f"optim: {target} refuses its arguments: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
     return optimizer
 
 
-def _build_own(config: Any, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optimizer = targets.build(config, "optim", trainable)
+def _tensors(parameters: list[Any]) -> list[Tensor]:
+    """Returns the parameters themselves, of groups too."""
+    return [tensor for entry in parameters for tensor in (entry["params"] if isinstance(entry, dict) else (entry,))]
+
+
+def _build_own(arguments: dict[str, Any], parameters: list[Any], names: Mapping[int, str]) -> torch.optim.Optimizer:
+    """Builds anybody's own optimizer; if its first argument is called `named_parameters`, with names."""
+    is_grouped = isinstance(parameters[0], dict)
+    signature = targets.signature_of(targets.locate(arguments[targets.TARGET], "optim"))
+    if not is_grouped and signature is not None and next(iter(signature.parameters), "") == "named_parameters":
+        parameters = [(names.get(id(parameter), ""), parameter) for parameter in parameters]
+    try:
+        optimizer = targets.build(arguments, "optim", parameters)
+    except (AttributeError, TypeError, ValueError) as error:
+        if not is_grouped:
+            raise
+        raise UserError(
+            f"optim.groups: {arguments[targets.TARGET]} does not take groups, dictionaries with params and options "
+            f"({type(error).__name__}: {error}). Let it take them, as torch's optimizers do, or make them itself of "
+            "named_parameters, if its first argument has that name."
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim built a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
     return optimizer
 
 
-def _check_8bit(trainable: list[nn.Parameter], device: torch.device) -> None:
+def _sharded(
+    build: Callable[[list[Any]], torch.optim.Optimizer], groups: list[Any], arguments: dict[str, Any], *, is_own: bool
+) -> torch.optim.Optimizer:
+    """Builds a `ZeroRedundancyOptimizer`, in which each rank has its part of each group."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    whole = None
+    if is_own and not isinstance(groups[0], dict):  # it may make groups itself, of which a part would show only some
+        whole = build(groups)
+        if len(whole.param_groups) > 1:
+            groups = [{k: v for k, v in group.items() if k != "param_names"} for group in whole.param_groups]
+    is_grouped = isinstance(groups[0], dict)
+    some = _tensors(groups)[0]
+
+    def of_a_shard(own: list[dict[str, Any]], **_: Any) -> torch.optim.Optimizer:
+        # A rank may be left without a parameter, and optimizers want one to look at.
+        own = [g | {"params": g["params"] or [nn.Parameter(some.detach().new_empty((0,) * some.ndim))]} for g in own]
+        own = own if is_grouped else own[0]["params"]
+        optimizer = build(own) if whole is None or not is_grouped else _another(whole, own)
+        if has_two_modes(optimizer):
+            raise UserError(
+                f"strategy.shard_optimizer=true does not support {type(optimizer).__name__}: a rank could compute the "
+                "weights to evaluate for its own part alone. Leave it out, or set strategy=fsdp."
+            )
+        return optimizer
+
+    # The learning rate is named so that it stands in the parameter groups, where the schedule sets it.
+    rate = {"lr": float(arguments["lr"])} if "lr" in arguments else {}
+    return ZeroRedundancyOptimizer(groups, optimizer_class=of_a_shard, **rate)  # type: ignore[arg-type]
+
+
+def _another(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Returns an optimizer of the same class with other groups.
+
+    Raises:
+        UserError: the class does not take groups.
+    """
+    kind = type(optimizer)
+    known = inspect.signature(kind).parameters
+    try:
+        return kind(groups, **{key: value for key, value in optimizer.defaults.items() if key in known})
+    except Exception as error:
+        raise UserError(
+            f"optim makes {len(groups)} parameter groups, and strategy.shard_optimizer=true can have one if "
+            f"{kind.__name__} does not take groups itself ({type(error).__name__}: {error}). Leave that out, or set "
+            "strategy=fsdp."
+        ) from error
+
+
+def _check_8bit(trainable: Sequence[Tensor], device: torch.device) -> None:
     if not has_8bit():
         raise UserError(
             'optim=adamw8bit needs bitsandbytes, which is not installed: pip install "distaccum[adam8bit]", or take '
@@ -189,23 +256,55 @@ class Schedule:
     Args:
         optimizer: whose present learning rates are the peaks.
         factor: the factor of the learning rates for update 1, 2, …
-        lr_rule: how learning rates follow the size of windows.
+        lr_rule, weight_decay_rule: how learning rates and weight decays follow the size of windows.
+
+    Raises:
+        UserError: there is no weight decay for the rule.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], lr_rule: LrRule = LrRule.none
+        self,
+        optimizer: torch.optim.Optimizer,
+        factor: Callable[[int], float],
+        lr_rule: LrRule = LrRule.none,
+        weight_decay_rule: LrRule = LrRule.none,
     ) -> None:
         self._optimizer = optimizer
         self._factor = factor
-        self._power = LR_POWERS[lr_rule]
+        self._power = RULE_POWERS[lr_rule]
+        self._decay_power = RULE_POWERS[weight_decay_rule]
         self._peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self._decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        if self._decay_power and not any(self._decays):
+            raise UserError(
+                f"batch.weight_decay_rule={weight_decay_rule.name}: no parameter has weight decay. Set "
+                "optim.weight_decay, or leave the rule out."
+            )
 
     def apply(self, update: int, size_ratio: float = 1.0) -> float:
-        """Sets the learning rates for an update (from 1); returns that of the first parameter group.
+        """Sets the learning rates for an update (from 1), and its weight decays; returns the first group's rate.
 
         Args:
             size_ratio: the window's planned size over the one that the learning rate is configured for.
         """
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self._factor(update) * size_ratio**self._power
+        self._set_decays(size_ratio**self._decay_power)
         return float(self._optimizer.param_groups[0]["lr"])
+
+    def after_update(self) -> None:
+        """Sets weight decays as they are configured: so checkpoints have them, and may go on with another rule."""
+        self._set_decays(1.0)
+
+    def rates(self) -> dict[str, float]:
+        """Returns the present learning rate of each group by its name; empty if there is one group."""
+        return by_group(self._optimizer, (float(group["lr"]) for group in self._optimizer.param_groups))
+
+    def _set_decays(self, factor: float) -> None:
+        if not self._decay_power:
+            return
+        # ZeRO-1 has settings of its own, and those of the optimizer inside it.
+        for groups in (self._optimizer.param_groups, own_optimizer(self._optimizer).param_groups):
+            for group, decay in zip(groups, self._decays, strict=True):
+                if decay is not None:
+                    group["weight_decay"] = decay * factor

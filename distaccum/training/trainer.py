@@ -190,6 +190,7 @@ class Trainer:
             metrics=metrics_of(self.updater.task, result.sums, result.weight),
             lr=lr,
             layers=self.updater.layers,
+            group_lrs=self.updater.schedule.rates(),
             compile_seconds=compile_seconds,
             peak_memory_bytes=peak_memory(self.strategy.device)[0] if has_memory else None,
         )

@@ -79,6 +79,8 @@ class Updater:
                 self.supervision.put_back()
                 logger.info("update %d: no time is left to finish its window, which is dropped", number)
                 raise
+            finally:
+                self.schedule.after_update()
             self.layers = self.layer_norms.end() if self.layer_norms is not None else None
             self.supervision.end_window(result.flags)
             return result, lr

@@ -105,9 +105,7 @@ class Training:
             assert isinstance(placed, DDPStrategy)
             self.syncing = SyncEveryMicroStep(placed)
         self.strategy = placed if self.syncing is None else cast(Strategy, self.syncing)
-        optimizer = build_optimizer(
-            config.optim, self.strategy.model.parameters(), device, shard=shards_optimizer(config.strategy)
-        )
+        optimizer = build_optimizer(config.optim, self.strategy.module, device, shard=shards_optimizer(config.strategy))
         self.schedule = Schedule(optimizer, factor)
         # As in a training: until here all ranks drew the same numbers; dropout must differ.
         seed_everything(derived_seed(config.seed, "rank", rank))
@@ -115,6 +113,7 @@ class Training:
             self.strategy.model,
             optimizer,
             clip_norm=config.train.clip_norm,
+            clip_value=config.train.clip_value,
             scaler=build_scaler(config.precision, device),
             skip_nonfinite=config.train.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,

@@ -72,7 +72,7 @@ def _measure_once(
     subject: Subject, strategy: Strategy, micro_batches: Sequence[Sequence[int]], loss_scale: float | None
 ) -> Update:
     model = strategy.module
-    optimizer = build_optimizer(subject.config.optim, model.parameters(), subject.device)
+    optimizer = build_optimizer(subject.config.optim, model, subject.device)
     refuse_closure(optimizer, "how a task accumulates doesn't depend on the optimizer, and is proved by updates")
     scaler = None if loss_scale is None else torch.amp.GradScaler(subject.device.type, init_scale=loss_scale)
     # Without clipping: it would hide a gradient that is wrong by a factor.

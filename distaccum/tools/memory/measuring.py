@@ -46,6 +46,7 @@ class Setting:
     device: torch.device
     precision: Precision
     clip_norm: float | None = 1.0
+    clip_value: float | None = None
     wrap: Sequence[str] = ()
     averages: Sequence[EmaConfig | SwaConfig] = ()
     evaluation_batch_of: Callable[[int], Any] | None = None
@@ -197,9 +198,8 @@ class _Windows:
         if setting.strategy.name == "dp":
             meter.watch_threads_of(module)
         self._strategy: Strategy = place(module, setting.strategy, setting.device, setting.precision.name)
-        parameters = self._strategy.model.parameters()
         shard = shards_optimizer(setting.strategy)
-        self._optimizer = build_optimizer(setting.optim, parameters, setting.device, shard=shard)
+        self._optimizer = build_optimizer(setting.optim, self._strategy.module, setting.device, shard=shard)
         refuse_closure(self._optimizer, "memory is measured in updates")
         self._averages = [WeightAverage(self._strategy, config) for config in setting.averages]
         self._gradient_bytes = 0
@@ -207,6 +207,7 @@ class _Windows:
             self._strategy.model,
             self._optimizer,
             clip_norm=setting.clip_norm,
+            clip_value=setting.clip_value,
             strategy=self._strategy,
             weights=weights_of(task),
         )

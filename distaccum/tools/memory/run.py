@@ -113,6 +113,7 @@ class _Examination:
             device=self._device,
             precision=self._parts.precision,
             clip_norm=config.train.clip_norm,
+            clip_value=config.train.clip_value,
             wrap=getattr(config.strategy, "wrap", ()),
             averages=config.train.averages,
             evaluation_batch_of=self._evaluation_batches(),

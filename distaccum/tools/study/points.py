@@ -12,7 +12,7 @@ from distaccum.config.enums import Compression, LrRule
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import UserError
 from distaccum.tasks import CoupledTask
-from distaccum.training.optim import LR_POWERS
+from distaccum.training.optim import RULE_POWERS
 
 _FACTORS = (1 / 16, 1 / 4, 1.0, 4.0)
 _MEASUREMENTS = 16
@@ -54,7 +54,7 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
     for size in sorted(batch_sizes(config, num_samples)):
         rates: dict[float, list[LrRule]] = {}
         for rule in config.study.lr_rules:
-            rates.setdefault(peak * (size / base) ** LR_POWERS[rule], []).append(rule)
+            rates.setdefault(peak * (size / base) ** RULE_POWERS[rule], []).append(rule)
         points += [Point(batch_size=size, rules=tuple(rules), lr=lr) for lr, rules in rates.items()]
     return points
 
