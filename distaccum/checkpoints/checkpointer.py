@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.best import BestEvaluations
@@ -31,6 +30,7 @@ from distaccum.checkpoints.optimizer_state import (
     outside_parameters,
     set_optimizer_state,
 )
+from distaccum.checkpoints.staging import Staging
 from distaccum.checkpoints.state import (
     check_same_model,
     extra_states,
@@ -44,13 +44,13 @@ from distaccum.checkpoints.state import (
     state_tensors,
     without_process_warning,
 )
-from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, check_formats
+from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, SavePlannerOf, check_formats
 from distaccum.config import CheckpointConfig
 from distaccum.errors import UserError
 from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.nested import gather_objects
 from distaccum.runtime.randomness import set_random_state
-from distaccum.strategies import Strategy, local_parts, strategy_of
+from distaccum.strategies import Strategy, strategy_of
 from distaccum.strategies.optimizers import own_optimizer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class Checkpointer:
         self._group = self._new_group()
         self._constant_settings: dict[tuple[int, str], Any] = {}
         self._settings_at_start = group_settings(optimizer, self._constant_settings)
-        self._staged: dict[str, Tensor] = {}
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
         self._is_owed = self._is_checked = False
@@ -223,7 +223,7 @@ class Checkpointer:
             return
         state = json.loads(json.dumps(state))  # what is alive goes on changing
         self._thread = threading.Thread(
-            target=self._write, args=(update, self._stage(tensors), state), name="checkpoint", daemon=True
+            target=self._write, args=(update, self._staging.copied(tensors), state), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -255,29 +255,15 @@ class Checkpointer:
             if not self._thread.is_alive():
                 self._thread = None
 
-    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies tensors to the CPU, into memory that is reused the next time."""
-        known = self._staged
-        self._staged = {}
-        for name, tensor in tensors.items():
-            copy = known.get(name)
-            (here,) = local_parts([tensor])
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = tensor.detach().clone() if here.device.type == "cpu" else tensor.detach().to("cpu")
-            else:
-                local_parts([copy])[0].copy_(here)
-            self._staged[name] = copy
-        return self._staged
-
     def _write(self, update: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         writer = ManifestWriter(self.folder, update, self.rank, state, self.files)
         try:
             with torch.no_grad():
                 without_process_warning()
                 save(
-                    dict(tensors),
+                    {},
                     storage_writer=writer,
-                    planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    planner=SavePlannerOf(tensors),
                     process_group=self._group,
                     no_dist=self._group is None,
                 )

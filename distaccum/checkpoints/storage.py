@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -67,17 +68,36 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     digest, size = hashlib.blake2b(digest_size=16), 0
     with path.open("xb", buffering=0) as file:
-        # One after another: tensors of a GPU are copied to the CPU here.
-        for part in itertools.chain((len(text).to_bytes(8, "little") + text,), map(_bytes_of, tensors.values())):
-            view = memoryview(part)
-            for start in range(0, len(view), _CHUNK_BYTES):
-                chunk = view[start : start + _CHUNK_BYTES]
-                digest.update(chunk)
-                while len(chunk):
-                    chunk = chunk[file.write(chunk) :]
-            size += len(view)
+        head = len(text).to_bytes(8, "little") + text
+        for chunk in _chunks(itertools.chain((head,), map(_bytes_of, tensors.values()))):
+            digest.update(chunk)
+            size += len(chunk)
+            while len(chunk):
+                chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
     return size, digest.hexdigest()
+
+
+def _chunks(parts: Iterable[Any]) -> Iterator[memoryview]:
+    """Yields the bytes of parts, large ones in several pieces, and small ones together.
+
+    Parts are taken one after another, as tensors of a GPU are copied to the CPU then.
+    """
+    small = bytearray()
+    for part in parts:
+        view = memoryview(part)
+        if len(view) < _CHUNK_BYTES // 16:
+            small += view
+            if len(small) < _CHUNK_BYTES:
+                continue
+            view = memoryview(b"")
+        if small:
+            yield memoryview(bytes(small))
+            small.clear()
+        for start in range(0, len(view), _CHUNK_BYTES):
+            yield view[start : start + _CHUNK_BYTES]
+    if small:
+        yield memoryview(bytes(small))
 
 
 def check_formats(tensors: Mapping[str, Any]) -> None:
@@ -117,6 +137,21 @@ class _OfOneCheckpoint:
 
     def prepare_global_plan(self, plans: Any) -> Any:
         return plans
+
+
+class SavePlannerOf(DefaultSavePlanner):
+    """Plans the saving of tensors that `torch.distributed.checkpoint.save` isn't given itself.
+
+    For each tensor that it is given, it makes an identifier and two log records, which nobody reads and which take a
+    quarter of the time of saving many small tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tensors = dict(tensors)
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        super().set_up_planner(self._tensors, storage_meta, is_coordinator)
 
 
 @dataclass

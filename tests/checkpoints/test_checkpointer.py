@@ -535,3 +535,37 @@ def test_state_follows_its_parameters_into_another_format(tmp_path: Path, format
         for key, value in following.state[parameter].items():
             assert value is None or value.dtype == (parameter.dtype if key != "step" else torch.float32)
     step(other, following)
+
+
+def test_what_is_staged_is_written_bit_for_bit_and_goes_on_changing_without(tmp_path: Path) -> None:
+    """Copies of one format share memory: odd shapes, orders of memory and formats beside each other stay apart."""
+    model = nn.Module()
+    values = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 2),
+        "turned": torch.arange(6.0).reshape(2, 3).t(),
+        "large": torch.arange(1 << 20, dtype=torch.float32),
+        "small": torch.arange(3, dtype=torch.int8),
+        "pictures": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "brain": torch.randn(5).bfloat16(),
+        "last": torch.randn(7, dtype=torch.float64),
+    }
+    for name, value in values.items():
+        model.register_buffer(name, value.clone())
+    model.weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    files = []
+    for wait in (True, False, False):
+        checkpointer = Checkpointer(tmp_path / str(len(files)), model, optimizer)
+        for update in (1, 2):  # the second time into memory that is there
+            checkpointer.save(update, {}, wait=wait)
+            if not wait:
+                model.large.add_(1)
+                checkpointer.wait()
+                model.large.sub_(1)
+        (file,) = (tmp_path / str(len(files))).glob("*2/*.safetensors")
+        files.append(file.read_bytes())
+    assert files[0] == files[1] == files[2]
+    stored = load_file(file)
+    for name, value in values.items():
+        assert torch.equal(stored[f"model/{name}@{','.join('0' * value.ndim)}"], value), name
