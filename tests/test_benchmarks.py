@@ -110,13 +110,19 @@ def unequal_ranks(rows: Rows) -> None:
     assert {sum(map(int, row["shares"].split(" + "))) for row in rows} == {768}
 
 
+def scaling(rows: Rows) -> None:
+    assert [row["at"] for row in rows if row["what"] == "cut by length"][-1] == "window 4096, 256 ranks"
+    assert {row["what"] for row in rows} > {"window bounds", "sums, an update", "checkpoint, save()"}
+    assert [row["at"] for row in rows if row["what"] == "window bounds"][-1] == "10^9 samples"
+
+
 def no_table() -> None:
     """The pictures print none."""
 
 
 CHECKS: dict[str, Callable[..., None]] = {
     **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, gpu, slow_link, tuning)},
-    **{check.__name__: check for check in (memory, checkpoint, unequal_ranks)},
+    **{check.__name__: check for check in (memory, checkpoint, unequal_ranks, scaling)},
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }
