@@ -60,6 +60,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`optim=adafactor`", "optim", optimizers.AdafactorConfig),
     ("`optim=rprop`", "optim", optimizers.RpropConfig),
     ("`optim=lion`", "optim", optimizers.LionConfig),
+    ("`optim=muon`", "optim", optimizers.MuonConfig),
     ("`optim=schedule_free`", "optim", optimizers.ScheduleFreeConfig),
     ("`optim=schedule_free_sgd`", "optim", optimizers.ScheduleFreeSGDConfig),
     ("`schedule=…`", "schedule", config.ScheduleConfig),

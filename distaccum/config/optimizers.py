@@ -7,7 +7,7 @@ from typing import Any
 
 from distaccum.config.enums import Implementation
 from distaccum.config.loop import OptimConfig
-from distaccum.errors import UserError, require, require_at_least
+from distaccum.errors import UserError, require, require_at_least, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -240,6 +240,40 @@ class LionConfig(OptimConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class MuonConfig(OptimConfig):
+    """Muon (Jordan et al. 2024) for hidden matrices, the weights of linear layers that are neither embedding nor head;
+    AdamW for all other parameters. `strategy=fsdp` does not support it."""
+
+    _target_: str = "distaccum.training.muon.Muon"
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    """Decoupled weight decay, of both parts."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    nesterov: bool = True
+    """Nesterov's look-ahead in Muon."""
+    ns_steps: int = 5
+    """Steps of the iteration that makes a matrix nearly orthogonal."""
+    adjust_lr_fn: str = "match_rms_adamw"
+    """Factor of Muon's steps: `match_rms_adamw`, 0.2 √max(rows, columns), which makes them as large as AdamW's (Liu et
+    al. 2025); `original`: √max(1, rows / columns), for an `lr` of about 0.02."""
+    adamw_lr_ratio: float = 1.0
+    """AdamW's learning rate over `lr`, the same throughout the schedule."""
+    adamw_match: list[str] = field(default_factory=list)
+    """Patterns of the names of matrices for AdamW that would be Muon's: `[value_head.*]`."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of AdamW's first and second moment."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    implementation: Implementation = Implementation.auto
+    """Of AdamW, as for `optim=adamw`."""
+
+    def __post_init__(self) -> None:
+        _require_two("betas", self.betas)
+        require_positive(optim__adamw_lr_ratio=self.adamw_lr_ratio)
+
+
+@dataclass(kw_only=True, slots=True)
 class ScheduleFreeConfig(OptimConfig):
     """AdamW without a schedule (`schedule_free`; Defazio et al. 2024), of the package `schedulefree` (the extra
     `schedulefree`). Evaluated, averaged and exported are its averaged weights. A warm-up (`schedule.warmup_updates`) is
@@ -303,7 +337,7 @@ class AdamW8bitConfig(OptimConfig):
         require_at_least(0, optim__min_8bit_size=self.min_8bit_size)
 
 
-NEED_WHOLE_PARAMETERS = (AdamW8bitConfig, AdafactorConfig, RpropConfig)
+NEED_WHOLE_PARAMETERS = (AdamW8bitConfig, AdafactorConfig, MuonConfig, RpropConfig)
 """Sections of optimizers that `strategy=fsdp` does not support."""
 NEED_ALL_STATE = (ScheduleFreeConfig, ScheduleFreeSGDConfig)
 """Sections of optimizers that `strategy.shard_optimizer=true` does not support."""

@@ -17,9 +17,10 @@ from distaccum.accumulation.gradient_norms import by_group
 from distaccum.config import DecayScheduleConfig, OptimConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Implementation, LrRule
-from distaccum.config.optimizers import AdamW8bitConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
+from distaccum.config.optimizers import AdamW8bitConfig, MuonConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
 from distaccum.errors import UserError
 from distaccum.strategies.optimizers import has_two_modes, own_optimizer
+from distaccum.training.muon import in_parts
 from distaccum.training.parameter_groups import described, split
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,12 @@ def build_optimizer(
                 "optim.groups, no_weight_decay and layer_decay need the model, whose parameters have names."
             )
         groups = grouping.groups_of(module, arguments.get("lr"))
+    if isinstance(config, MuonConfig):
+        if module is None:
+            raise UserError("optim=muon needs the model, whose layers say which parameters are hidden matrices.")
+        match, ratio = arguments.pop("adamw_match"), arguments.pop("adamw_lr_ratio")
+        named = groups if grouping else [{"params": trainable}]
+        groups = in_parts([{"lr": config.lr, **group} for group in named], module, match, ratio)
     names = {id(parameter): name for name, parameter in module.named_parameters()} if module is not None else {}
 
     def build(parameters: list[Any]) -> torch.optim.Optimizer:
@@ -75,6 +82,7 @@ def build_optimizer(
     optimizer = _sharded(build, groups, arguments, is_own=is_own) if shard else build(groups)
     if grouping:
         grouping.check_options(own_optimizer(optimizer), None if is_own else arguments)
+    if grouping or isinstance(config, MuonConfig):
         logger.info("optim: %s", described(optimizer))
     if has_two_modes(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
@@ -93,6 +101,15 @@ def _build(
                 "optim=schedule_free needs the package schedulefree, which is not installed: pip install "
                 '"distaccum[schedulefree]".'
             )
+    elif isinstance(config, MuonConfig):
+        if any(isinstance(parameter, DTensor) for parameter in trainable):
+            raise UserError(
+                "strategy=fsdp does not support optim=muon, which needs whole matrices. Set strategy=ddp "
+                "strategy.shard_optimizer=true, which shards its state over the ranks by whole parameters, or "
+                "optim=adamw."
+            )
+        kernel = _implementation_arguments("torch.optim.AdamW", config.implementation, device, trainable)
+        arguments = arguments | {"kernel": kernel}
     elif (implementation := getattr(config, "implementation", None)) is not None:
         arguments = arguments | _implementation_arguments(target, implementation, device, trainable)
     try:

@@ -26,6 +26,7 @@ from distaccum.config.optimizers import (
     AdamConfig,
     ASGDConfig,
     LionConfig,
+    MuonConfig,
     NAdamConfig,
     RAdamConfig,
     RMSpropConfig,
@@ -45,7 +46,7 @@ CPU = torch.device("cpu")
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 T = torch.optim
-OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], torch.optim.Optimizer]]] = {
+OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "sgd": (SGDConfig(lr=0.1), lambda p: T.SGD(p, 0.1)),
     "momentum": (SGDConfig(lr=0.1, momentum=0.9), lambda p: T.SGD(p, 0.1, 0.9)),
     "nesterov": (SGDConfig(lr=0.1, momentum=0.9, nesterov=True), lambda p: T.SGD(p, 0.1, 0.9, nesterov=True)),
@@ -65,6 +66,7 @@ OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], torch.optim.Optimizer]]] = {
     "adafactor": (AdafactorConfig(lr=0.1, weight_decay=0.1), lambda p: T.Adafactor(p, 0.1, weight_decay=0.1)),
     "rprop": (RpropConfig(lr=0.01), lambda p: T.Rprop(p, 0.01)),
     "lion": (LionConfig(lr=0.01, weight_decay=0.1), lambda p: PlainLion(p, 0.01, 0.1)),
+    "muon": (MuonConfig(lr=0.1, adamw_lr_ratio=0.5), lambda p: PlainMuon(list(p))),
     "schedule_free": (
         ScheduleFreeConfig(lr=0.1, weight_decay=0.1),
         lambda p: schedulefree.AdamWScheduleFree(p, 0.1, weight_decay=0.1),
@@ -74,6 +76,7 @@ OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], torch.optim.Optimizer]]] = {
 """Each as configured, and as torch alone has it."""
 REFUSED = {
     ("adafactor", "fsdp"): "strategy=fsdp does not support Adafactor",
+    ("muon", "fsdp"): "strategy=fsdp does not support optim=muon, which needs whole matrices",
     ("rprop", "fsdp"): "strategy=fsdp does not support Rprop",
     ("schedule_free", "zero-1"): "shard_optimizer=true does not support AdamWScheduleFree",
     ("schedule_free_sgd", "zero-1"): "shard_optimizer=true does not support SGDScheduleFree",
@@ -90,6 +93,24 @@ WINDOWS = ((0, 8), (0, 7), (1, 8), (0, 7))
 """First and last sample of each, so that ranks have unequal shares."""
 LENGTHS = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0], dtype=torch.float64)
 """The weight of each sample."""
+
+
+class PlainMuon:
+    """torch's two optimizers: Muon for the hidden matrix, of shape 3 × 4."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        hidden = [parameter for parameter in parameters if parameter.shape == (3, 4)]
+        others = [parameter for parameter in parameters if parameter.shape != (3, 4)]
+        self.muon = T.Muon(hidden, 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+        self.adamw = T.AdamW(others, 0.05, (0.9, 0.95), weight_decay=0.1)
+
+    def zero_grad(self) -> None:
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
 
 
 class PlainLion(torch.optim.Optimizer):
@@ -136,7 +157,7 @@ class Run:
         self.rank, self.world_size = (world.rank, world.world_size) if is_spread else (0, 1)
         self.updates = 0
         shard = config is not None and shards_optimizer(config)
-        optimizer = build_optimizer(optim, self.strategy.model.parameters(), CPU, shard=shard)
+        optimizer = build_optimizer(optim, self.strategy.module, CPU, shard=shard)
         self.checkpointer = Checkpointer(folder, self.strategy.model, optimizer, strategy=self.strategy)
         self.accumulator = Accumulator(self.strategy.model, optimizer, clip_norm=0.5, strategy=self.strategy)
         self.checkpointer.states["accumulator"] = self.accumulator
