@@ -70,9 +70,11 @@ def main() -> None:
     for module in (*_MODULES, *sys.argv[2:]):
         importlib.import_module(module)
     gc.freeze()  # a collection in a rank would copy every page that it shares with the others
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for supervisors
     while True:
         header, descriptors, _, _ = socket.recv_fds(control, HEADER_BYTES, 3)
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass  # a supervisor that has ended: its time, and its ranks', becomes this process's
         if not header:
             return
         job = control.recv(int.from_bytes(header), socket.MSG_WAITALL)
@@ -85,7 +87,6 @@ def main() -> None:
 
 def _supervise(job: Job, connection_number: int, output: int, errors: int) -> NoReturn:
     """Becomes the supervisor of a job: starts its ranks, and sends the status of the one that failed first, or 0."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for descriptor, number in ((output, 1), (errors, 2)):
         os.dup2(descriptor, number)
         os.close(descriptor)

@@ -149,6 +149,7 @@ class _Server:
         if os.getpid() == started_by:
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)
+            self._control.close()
             self._process.wait()
 
 

@@ -67,6 +67,7 @@ def fail_or_wait(folder: Path, how: str) -> int:
     if how == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(folder, f"pid{rank}").write_text(str(os.getpid()))
+    pids(folder)  # one that fails before the other has written would have it stopped
     if rank == "1" and how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == "1" and how == "refused":
