@@ -98,7 +98,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
@@ -109,7 +109,7 @@ class Checkpointer:
         timeout_seconds: float = 600.0,
         files: Sequence[Path] = (),
     ) -> None:
-        self.folder = folder
+        self.folder = Path(folder)
         self.config = config or CheckpointConfig()
         self.optimizer = optimizer
         self.strategy = strategy_of(model, strategy)

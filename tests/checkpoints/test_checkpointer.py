@@ -132,6 +132,12 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, dtyp
     assert equal(values(other), weights)
 
 
+def test_a_folder_may_be_text(tmp_path: Path) -> None:
+    model, own = make(0)
+    Checkpointer(f"{tmp_path}/checkpoints", model, own).save(3, {}, wait=True)
+    assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["update-00000003"]
+
+
 def test_generators_that_are_not_restored_are_noticed(tmp_path: Path) -> None:
     model, optimizer = make(0)
     Checkpointer(tmp_path, model, optimizer).save(0, {}, wait=True)
