@@ -145,9 +145,9 @@ TRAIN_HAS = _has("train", LoopConfig)
         ),
         pytest.param(
             ["schedule=constant", "schedule.final_factor=0.1"],
-            "there is no key schedule.final_factor. It belongs to schedule=cosine or schedule=linear. "
-            + _has("schedule", ScheduleConfig),
-            id="key of two other options",
+            "there is no key schedule.final_factor. It belongs to schedule=cosine or schedule=linear or "
+            "schedule=polynomial or schedule=wsd. " + _has("schedule", ScheduleConfig),
+            id="key of other options",
         ),
         pytest.param(
             ["model=custom", "model._target_=a.B", "model.width=3"],

@@ -30,7 +30,7 @@ KEYS = {
 }
 GROUPS = {path.name: {file.stem for file in path.glob("*.yaml")} for path in conf_dir().iterdir() if path.is_dir()}
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
-COMPONENTS = ("data.train", "data.evaluation", "data.collate_fn", "observers", "model", "task", "optim")
+COMPONENTS = ("data.train", "data.evaluation", "data.collate_fn", "observers", "model", "task", "optim", "schedule")
 """Sections that name a component, which may take any keys."""
 WRITTEN = ("conf/experiment/tuned.yaml",)
 """What a command that a page shows writes into a checkout."""
@@ -157,7 +157,7 @@ def test_every_field_of_the_schema_has_a_docstring() -> None:
     for _, _, schema in config_reference.SECTIONS:
         for entry in dataclasses.fields(schema):
             described = any(entry.name in docs.get(parent.__name__, {}) for parent in schema.__mro__)
-            is_section = str(entry.type).endswith("Config") or entry.name in ("model", "task", "optim")
+            is_section = str(entry.type).endswith("Config") or entry.name in ("model", "task", "optim", "schedule")
             assert described or is_section or entry.name == "_target_", f"{schema.__name__}.{entry.name}"
 
 

@@ -13,10 +13,14 @@ from launching import ROOT
 MARK = "<!-- run by tests/test_docs_pages.py -->\n```python\n"
 
 
+def _blocks(page: str) -> list[str]:
+    """Returns the blocks of a page that this file runs."""
+    return re.findall(rf"{re.escape(MARK)}(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+
+
 def _block(page: str) -> str:
-    """Returns the one block of a page that this file runs."""
-    (found,) = re.findall(rf"{re.escape(MARK)}(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
-    return str(found)
+    (found,) = _blocks(page)
+    return found
 
 
 def test_the_loop_with_growing_windows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,8 +32,10 @@ def test_the_loop_with_growing_windows(capsys: pytest.CaptureFixture[str]) -> No
     assert losses[-1] < losses[0]
 
 
-def test_the_factory_of_groups() -> None:
-    exec(_block("optimizers.md"), {})
+def test_the_schedule_and_the_factory_of_groups() -> None:
+    schedule, groups = _blocks("optimizers.md")
+    exec(schedule, {})
+    exec(groups, {})
 
 
 def test_the_dataset_and_the_observer_are_found_by_name(

@@ -168,3 +168,19 @@ class NoObserver:
 
 def no_module(width: int) -> int:
     return width
+
+
+def halving(total_updates: int, times: int) -> Any:
+    """A schedule that halves the learning rate a few times, equally often over the run."""
+    return lambda update: 0.5 ** (times * (update - 1) // total_updates)
+
+
+def with_one(total_updates: int, value: Any, at: int = 1) -> Any:
+    """A schedule that is 1, but for any value whatever at one update."""
+    return lambda update: value if update == at else 1
+
+
+def counting(total_updates: int) -> Any:
+    """A schedule that has a state of its own, which no checkpoint holds."""
+    calls: list[int] = []
+    return lambda update: calls.append(update) or 1 / len(calls)

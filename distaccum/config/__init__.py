@@ -21,9 +21,11 @@ from distaccum.config.loop import (
     InsightConfig,
     LoopConfig,
     OptimConfig,
+    PolynomialScheduleConfig,
     ScheduleConfig,
     StepScheduleConfig,
     SwaConfig,
+    WSDScheduleConfig,
 )
 from distaccum.config.placement import (
     DDPConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "InsightConfig",
     "LoopConfig",
     "OptimConfig",
+    "PolynomialScheduleConfig",
     "PrecisionConfig",
     "ScheduleConfig",
     "SingleConfig",
@@ -60,6 +63,7 @@ __all__ = [
     "StrategyConfig",
     "SwaConfig",
     "TrainConfig",
+    "WSDScheduleConfig",
     "WandbConfig",
     "as_plain",
     "conf_dir",

@@ -19,10 +19,12 @@ from distaccum.config import (
     DPConfig,
     Fp16Config,
     FSDPConfig,
+    PolynomialScheduleConfig,
     PrecisionConfig,
     ScheduleConfig,
     SingleConfig,
     StepScheduleConfig,
+    WSDScheduleConfig,
 )
 from distaccum.config.enums import Normalize
 from distaccum.config.optimizers import (
@@ -271,7 +273,13 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "adamw8bit": AdamW8bitConfig,
         "lbfgs": LBFGSConfig,
     },
-    "schedule": {"constant": ScheduleConfig, "decay": DecayScheduleConfig, "step": StepScheduleConfig},
+    "schedule": {
+        "constant": ScheduleConfig,
+        "decay": DecayScheduleConfig,
+        "polynomial": PolynomialScheduleConfig,
+        "wsd": WSDScheduleConfig,
+        "step": StepScheduleConfig,
+    },
     "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},
     "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from distaccum.config.basics import MISSING, require_name
-from distaccum.config.enums import Goal, OnNonfinite
+from distaccum.config.enums import DecayShape, Goal, OnNonfinite
 from distaccum.errors import require, require_at_least, require_one_clipping, require_positive
 
 
@@ -29,32 +29,84 @@ class OptimConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """The factor of `optim.lr`, a function of the update's number alone."""
+    """The factor of `optim.lr`, a function of the update's number alone.
+
+    With `schedule=custom` it is your own: `schedule._target_` is called with the number of the run's last update and
+    the section's other keys, and returns a function of the update's number, from 1.
+    """
 
     _own_names: ClassVar[tuple[str, ...]] = ("constant",)
 
     name: str = "constant"
-    """`constant`, `linear`, `cosine` or `step`."""
+    """`constant`, `linear`, `cosine`, `polynomial`, `wsd` or `step`."""
     warmup_updates: int = 0
     """Updates over which the factor rises linearly to 1 at the start."""
+    warmup_ratio: float | None = None
+    """The warm-up as a fraction of all updates of the run, rounded to whole updates, in place of `warmup_updates`."""
 
     def __post_init__(self) -> None:
         require_name("schedule", self.name, *self._own_names)
         require_at_least(0, schedule__warmup_updates=self.warmup_updates)
+        require(
+            self.warmup_ratio is None or 0 <= self.warmup_ratio <= 1,
+            f"schedule.warmup_ratio={self.warmup_ratio} is impossible: it must be at least 0 and at most 1, 0.05 for "
+            "instance.",
+        )
+        require(
+            self.warmup_ratio is None or not self.warmup_updates,
+            f"schedule.warmup_updates={self.warmup_updates} and schedule.warmup_ratio={self.warmup_ratio} both say how "
+            "long the warm-up is. Set schedule.warmup_updates=0 or schedule.warmup_ratio=null.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
 class DecayScheduleConfig(ScheduleConfig):
-    """`linear` or `cosine` decay from the end of the warm-up to the last update of the run."""
+    """`linear` or `cosine` decay from the end of the warm-up to the end of the run."""
 
     _own_names: ClassVar[tuple[str, ...]] = ("linear", "cosine")
 
     final_factor: float = 0.0
-    """The factor at the last update."""
+    """The factor at the last update. 0 would come at the update after it, as an update with it would do nothing."""
 
     def __post_init__(self) -> None:
         ScheduleConfig.__post_init__(self)
         require_at_least(0, schedule__final_factor=self.final_factor)
+
+
+@dataclass(kw_only=True, slots=True)
+class PolynomialScheduleConfig(DecayScheduleConfig):
+    """Decay by a power of what is left of the run, as in DeepLab (Chen et al. 2017); `final_factor` as for `linear`."""
+
+    _own_names: ClassVar[tuple[str, ...]] = ("polynomial",)
+
+    name: str = "polynomial"
+    power: float = 0.9
+    """The power; 1 is `linear`."""
+
+    def __post_init__(self) -> None:
+        DecayScheduleConfig.__post_init__(self)
+        require_positive(schedule__power=self.power)
+
+
+@dataclass(kw_only=True, slots=True)
+class WSDScheduleConfig(DecayScheduleConfig):
+    """Warm-up, stable, decay (Hu et al. 2024): a decay in the last updates alone; `final_factor` as for `linear`."""
+
+    _own_names: ClassVar[tuple[str, ...]] = ("wsd",)
+
+    name: str = "wsd"
+    decay_ratio: float = 0.1
+    """The decay as a fraction of all updates of the run, rounded to whole updates, at least one."""
+    shape: DecayShape = DecayShape.linear
+    """Of the decay: `linear`, `cosine`, or `one_minus_sqrt`, which falls fast and then slowly (Hägele et al. 2024)."""
+
+    def __post_init__(self) -> None:
+        DecayScheduleConfig.__post_init__(self)
+        require(
+            0 < self.decay_ratio <= 1,
+            f"schedule.decay_ratio={self.decay_ratio} is impossible: it must be above 0 and at most 1, 0.1 for "
+            "instance.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

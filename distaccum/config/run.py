@@ -69,7 +69,7 @@ class TrainConfig:
     model: Any = MISSING
     task: Any = MISSING
     optim: Any = MISSING
-    schedule: ScheduleConfig = MISSING
+    schedule: Any = MISSING
     strategy: StrategyConfig = MISSING
     precision: PrecisionConfig = MISSING
     train: LoopConfig = field(default_factory=LoopConfig)
@@ -89,10 +89,10 @@ class TrainConfig:
                 "batch.schedule=noise follows the noise scale, which is not measured: set insight.noise_scale=true.",
             )
             require(
-                not isinstance(self.schedule, DecayScheduleConfig) or self.train.max_updates is not None,
-                f"schedule={getattr(self.schedule, 'name', None)} decays to the last update of the run, and with "
+                self.train.max_updates is not None or not self._schedule_needs_length(),
+                f"schedule={_name(self.schedule)} follows from the number of the run's last update, and with "
                 "batch.schedule=noise it can't be known how many there will be in train.epochs: set "
-                "train.max_updates, or schedule=constant or step.",
+                "train.max_updates, or schedule=constant or step with schedule.warmup_ratio=null.",
             )
         if self.insight.noise_scale:
             require(
@@ -106,22 +106,31 @@ class TrainConfig:
                 "can't be compared with its parts. Leave one of them out.",
             )
 
+    def _schedule_needs_length(self) -> bool:
+        is_known = isinstance(self.schedule, ScheduleConfig) and not isinstance(self.schedule, DecayScheduleConfig)
+        return not is_known or self.schedule.warmup_ratio is not None
+
     def _check_step_size(self) -> None:
         if isinstance(self.optim, RpropConfig):
-            is_constant = type(self.schedule) is ScheduleConfig and not self.schedule.warmup_updates
+            is_constant = type(self.schedule) is ScheduleConfig
+            has_warmup = is_constant and (self.schedule.warmup_updates or self.schedule.warmup_ratio)
             require(
-                is_constant and self.batch.lr_rule is LrRule.none,
+                is_constant and not has_warmup and self.batch.lr_rule is LrRule.none,
                 "optim=rprop takes optim.lr for its first step alone, and then has step sizes of its own: a schedule, "
                 "a warm-up or a rule for the learning rate would do nothing. Set schedule=constant "
-                "schedule.warmup_updates=0 batch.lr_rule=none.",
+                "schedule.warmup_updates=0 schedule.warmup_ratio=null batch.lr_rule=none.",
             )
         if isinstance(self.optim, ScheduleFreeConfig | ScheduleFreeSGDConfig):
             require(
                 type(self.schedule) is ScheduleConfig,
                 f"optim=schedule_free averages its weights in the place of a decaying learning rate, and schedule="
-                f"{getattr(self.schedule, 'name', None)} would make that average one of its early weights. Set "
+                f"{_name(self.schedule)} would make that average one of its early weights. Set "
                 "schedule=constant; schedule.warmup_updates may stay.",
             )
+
+
+def _name(schedule: Any) -> str:
+    return str(getattr(schedule, "name", "custom"))
 
 
 def conf_dir() -> Path:

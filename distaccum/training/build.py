@@ -45,9 +45,10 @@ from distaccum.training.evaluation import Evaluator
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model, into_training_mode, options_of
-from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.training.optim import Schedule, build_optimizer
 from distaccum.training.progress import COMPILED, total_updates, updates_ahead
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
+from distaccum.training.schedules import schedule_factor
 from distaccum.training.supervision import Supervision
 from distaccum.training.trainer import Trainer
 from distaccum.training.unfreezing import Unfreezing, require_within_run, unfreeze_updates

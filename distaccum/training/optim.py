@@ -1,11 +1,10 @@
-"""Builds optimizers, and learning-rate schedules as functions of the update's number."""
+"""Builds optimizers, and sets their learning rates."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation.gradient_norms import by_group
-from distaccum.config import DecayScheduleConfig, OptimConfig, ScheduleConfig, StepScheduleConfig
+from distaccum.config import OptimConfig
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Implementation, LrRule
 from distaccum.config.optimizers import AdamW8bitConfig, MuonConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
@@ -232,38 +231,6 @@ def _implementation_arguments(
     return {"foreach": implementation is not Implementation.forloop}
 
 
-def schedule_factor(config: ScheduleConfig, total_updates: int) -> Callable[[int], float]:
-    """Returns a function that gives the factor of the learning rate for update 1, 2, …, `total_updates`.
-
-    During the warm-up the factor of update *t* is t / warmup_updates. After it, with x from 0 at the warm-up's end to
-    1 at the last update: linear 1 − x · (1 − final), cosine final + (1 − final) · (1 + cos πx) / 2 (Loshchilov and
-    Hutter 2017, without restarts), step factor^⌊updates since the peak / every_updates⌋.
-
-    Raises:
-        UserError: the warm-up is longer than the run.
-    """
-    warmup = config.warmup_updates
-    if warmup > total_updates:
-        raise UserError(
-            f"schedule.warmup_updates={warmup} is longer than the run, which has {total_updates} updates. "
-            "Shorten the warm-up or train longer."
-        )
-
-    def after_warmup(update: int) -> float:
-        since = update - max(1, warmup)  # 0 at the peak: the last update of the warm-up, or the first of all
-        done = since / max(1, total_updates - max(1, warmup))
-        match config:
-            case StepScheduleConfig():
-                return float(config.factor ** (since // config.every_updates))
-            case DecayScheduleConfig(name="linear"):
-                return 1 - done * (1 - config.final_factor)
-            case DecayScheduleConfig(name="cosine"):
-                return config.final_factor + (1 - config.final_factor) * (1 + math.cos(math.pi * done)) / 2
-        return 1.0
-
-    return lambda update: update / warmup if update < warmup else after_warmup(update)
-
-
 class Schedule:
     """Sets the learning rates of an optimizer for each update. The trainer applies it in `Updater.update`.
 
@@ -304,8 +271,9 @@ class Schedule:
         Args:
             size_ratio: the window's planned size over the one that the learning rate is configured for.
         """
+        factor = self._factor(update)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._factor(update) * size_ratio**self._power
+            group["lr"] = peak * factor * size_ratio**self._power
         self._set_decays(size_ratio**self._decay_power)
         return float(self._optimizer.param_groups[0]["lr"])
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 from torch import nn
 
 from distaccum.errors import UserError
+
+_ALIKE = 0.6
+"""The likeness, from 0 to 1, from which `difflib` takes two words to be near."""
 
 
 def parameters_like(module: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
@@ -24,9 +30,29 @@ def parameters_like(module: nn.Module, pattern: str, key: str) -> list[nn.Parame
     found = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
     if not found:
         names = [name for name, _ in named]
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        near = _near(pattern, names)
+        said = f"Near it are {', '.join(near)}" if near else f"There are {', '.join(names[:3])}, …, none near it"
         raise UserError(
-            f"{key}: no parameter has a name like {pattern}. Near it are {', '.join(near)}; a pattern must match the "
-            "whole name, and * stands for anything."
+            f"{key}: no parameter has a name like {pattern}. {said}; a pattern must match the whole name, and * stands "
+            "for anything."
         )
     return found
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Returns the three names that are most like a pattern, if any is.
+
+    The parts between dots are compared, as a wildcard stands for parts of any length: each part of the pattern with
+    that of the name which is most like it.
+    """
+    wanted = [word for part in pattern.split(".") if (word := re.sub(r"\[.*?\]|[*?]", "", part))]
+
+    @cache
+    def likeness(word: str, part: str) -> float:
+        return difflib.SequenceMatcher(None, word, part).ratio()
+
+    def score(name: str) -> float:
+        return sum(max(likeness(word, part) for part in name.split(".")) for word in wanted) / max(1, len(wanted))
+
+    scores = {name: found for name in names if (found := score(name)) >= _ALIKE}
+    return sorted(scores, key=lambda name: (-scores[name], -likeness(pattern, name)))[:3]

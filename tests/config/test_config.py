@@ -43,6 +43,7 @@ NEEDED = {
     "model=custom": ["model._target_=mine.Model"],
     "task=custom": ["task._target_=mine.Task"],
     "optim=custom": ["optim._target_=mine.Optimizer", "optim.lr=0.1"],
+    "schedule=custom": ["schedule._target_=mine.schedule"],
     "optim=rprop": ["schedule=constant"],
     "optim=schedule_free": ["schedule=constant"],
     "optim=schedule_free_sgd": ["schedule=constant"],

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from distaccum.config import DecayScheduleConfig, ScheduleConfig, StepScheduleConfig
 from distaccum.config.enums import Implementation
 from distaccum.config.optimizers import AdagradConfig, AdamConfig, LionConfig, RMSpropConfig, SGDConfig
 from distaccum.errors import UserError
-from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.training.optim import Schedule, build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -77,36 +76,6 @@ def test_what_cannot_be_optimized_is_refused() -> None:
         build_optimizer(AdamConfig(), [nn.Parameter(torch.ones(1), requires_grad=False)], CPU)
     with pytest.raises(UserError, match=r"refuses its arguments: Invalid learning rate: -1.0"):
         build_optimizer(AdamConfig(lr=-1.0), _parameters(), CPU)
-
-
-def _factors(config: ScheduleConfig, total: int) -> list[float]:
-    factor = schedule_factor(config, total)
-    return [factor(update) for update in range(1, total + 1)]
-
-
-def test_schedules_by_hand() -> None:
-    assert _factors(ScheduleConfig(), 3) == [1, 1, 1]
-    assert _factors(ScheduleConfig(warmup_updates=4), 6) == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert _factors(DecayScheduleConfig(name="linear", final_factor=0.2), 5) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert _factors(DecayScheduleConfig(name="cosine"), 5) == pytest.approx([1, 0.85355, 0.5, 0.14645, 0], abs=1e-5)
-    assert _factors(DecayScheduleConfig(name="linear", warmup_updates=2), 4) == pytest.approx([0.5, 1, 0.5, 0])
-    for as_long in (ScheduleConfig(warmup_updates=2), DecayScheduleConfig(name="cosine", warmup_updates=2)):
-        assert _factors(as_long, 2) == [0.5, 1]
-    step = StepScheduleConfig(every_updates=2, factor=0.1)
-    assert _factors(step, 5) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    warm_step = StepScheduleConfig(every_updates=2, factor=0.1, warmup_updates=2)
-    assert _factors(warm_step, 5) == pytest.approx([0.5, 1, 1, 0.1, 0.1])
-
-
-@pytest.mark.parametrize("total", [1, 2])
-def test_schedules_of_very_short_runs(total: int) -> None:
-    for config in (ScheduleConfig(), DecayScheduleConfig(name="cosine"), StepScheduleConfig()):
-        assert _factors(config, total)[0] == 1
-
-
-def test_impossible_schedules_are_refused() -> None:
-    with pytest.raises(UserError, match=r"warmup_updates=11 is longer than the run, which has 10 updates"):
-        schedule_factor(ScheduleConfig(warmup_updates=11), 10)
 
 
 def test_a_schedule_sets_every_group() -> None:

@@ -103,6 +103,12 @@ def test_rates_fall_from_layer_to_layer() -> None:
             AdamConfig(groups=[{"match": ["norm.weigth"], "lr": 1.0}]),
             r"groups\[0\]: no parameter .*Near it are norm.weig",
         ),
+        (
+            AdamConfig(groups=[{"match": ["blok.1.*"]}]),
+            r"like blok\.1\.\*\. Near it are blocks\.1\..*, blocks\.1\..*, blocks\.1",
+        ),
+        (AdamConfig(groups=[{"match": ["*.attenton.*"]}]), r"Near it are blocks\.0\.attention"),
+        (AdamConfig(groups=[{"match": ["xyz.*"]}]), r"There are token_embedding.weight, .*, …, none near it"),
         (AdamConfig(groups=[{"match": ["*"]}, {"match": ["norm.*"]}]), r"groups\[1\]: all 2 parameters .*first match"),
         (AdamConfig(groups=[{"match": ["norm.*"], "learning_rate": 1}]), r"Adam has no option learning_rate .*amsgrad"),
         (AdamConfig(groups=[{"match": ["norm.*"], "fused": True}]), "no option fused for a group"),

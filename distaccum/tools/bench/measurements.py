@@ -32,8 +32,9 @@ from distaccum.strategies.optimizers import takes_closure
 from distaccum.tasks import CoupledTask, TaskOutput, checked_output, weights_of
 from distaccum.tools.bench.network import time_all_reduces
 from distaccum.training.build import Parts, build_scaler, compilation_of
-from distaccum.training.optim import Schedule, build_optimizer, schedule_factor
+from distaccum.training.optim import Schedule, build_optimizer
 from distaccum.training.progress import total_updates
+from distaccum.training.schedules import schedule_factor
 
 
 class SyncEveryMicroStep:

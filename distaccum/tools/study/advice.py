@@ -204,7 +204,7 @@ def command(study: Study, result: Result, overrides: Sequence[str]) -> str:
     scaled = scaled_settings(configured, result.batch_size)
     followed = {key: value for key, value in scaled.items() if value != configured.get(key)}
     kept = [entry for entry in overrides if not _is_own(entry) and entry.partition("=")[0] not in followed]
-    is_plain = study.config["schedule"]["name"] == "constant"
+    is_plain = study.config["schedule"].get("name") == "constant"
     if is_plain and not any(entry.startswith(("schedule=", "experiment=")) for entry in kept):
         kept.append("schedule=constant")  # what a study has by default, and a training has not
     kept += [f"{key}={value:.6g}" if key == "train.ema.decay" else f"{key}={value}" for key, value in followed.items()]

@@ -51,6 +51,8 @@ def points_of(config: StudyConfig, num_samples: int) -> list[Point]:
     """
     points = []
     base, peak = _base_size(config), learning_rate(config.optim)
+    if any(rule is not LrRule.none for rule in config.study.lr_rules):
+        _require_one_rate(config.optim)
     for size in sorted(batch_sizes(config, num_samples)):
         rates: dict[float, list[LrRule]] = {}
         for rule in config.study.lr_rules:
@@ -94,6 +96,17 @@ def learning_rate(optim: Any) -> float:
     if not isinstance(value, int | float):
         raise UserError("study scales optim.lr with the batch size, and there is none: give optim.lr.")
     return float(value)
+
+
+def _require_one_rate(optim: Any) -> None:
+    groups = (optim.get("groups") if isinstance(optim, dict) else optim.groups) or []
+    for number, entry in enumerate(groups if isinstance(groups, list) else []):
+        if isinstance(entry, dict) and "lr" in entry:
+            raise UserError(
+                f"study scales optim.lr with the batch size, and optim.groups[{number}] has an lr of its own "
+                f"({entry['lr']}), which would stay. Leave that out (optim.layer_decay scales with optim.lr), or set "
+                "study.lr_rules=[none]."
+            )
 
 
 def max_samples(config: StudyConfig, num_samples: int) -> int:
@@ -171,6 +184,8 @@ def scaled_settings(configured: dict[str, Any], batch_size: int) -> dict[str, An
         counts.append("train.ema.first_update")
     if configured["train.swa.first_update"] is not None:
         counts += ["train.swa.first_update", "train.swa.every_updates"]
+    if "schedule._target_" in configured:  # its keys mean what it likes, and it is told the number of updates
+        counts = [key for key in counts if not key.startswith("schedule.")]
     found |= {key: max(1, round(configured[key] * ratio)) for key in counts if configured.get(key)}
     return found
 

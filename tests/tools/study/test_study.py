@@ -102,6 +102,26 @@ def test_what_counts_updates_takes_the_same_samples_at_each_batch_size() -> None
         assert (made.optim.lr, made.run_dir) == (point.lr, "there")
 
 
+def test_the_length_of_a_run_is_all_that_a_ratio_or_an_own_schedule_needs() -> None:
+    for schedule in (
+        ["schedule=wsd", "schedule.warmup_ratio=0.1"],
+        ["schedule=custom", "schedule._target_=mine.schedule", "+schedule.warmup_updates=[4]"],
+    ):
+        config = composed(*schedule, "study.max_samples=4096")
+        for point in points_of(config, 256):
+            made = configuration(point, config, 256, "there")
+            assert made.schedule == config.schedule
+            assert made.train.max_updates == 4096 // point.batch_size
+
+
+def test_learning_rates_of_groups_are_not_left_behind() -> None:
+    groups = "optim.groups=[{match: [*.bias], weight_decay: 0},{match: [*.weight], lr: 0.01}]"
+    with pytest.raises(UserError, match=r"optim\.groups\[1\] has an lr of its own \(0\.01\), which would stay"):
+        points_of(composed(groups, "study.lr_rules=[sqrt]"), 256)
+    assert points_of(composed(groups, "study.lr_rules=[none]"), 256)
+    assert points_of(composed(groups.replace(",{match: [*.weight], lr: 0.01}", "")), 256)
+
+
 def test_the_averages_of_the_weights_remember_the_same_samples_at_each_batch_size() -> None:
     config = composed(
         "study.max_samples=4096",
