@@ -211,6 +211,11 @@ TRAIN_HAS = _has("train", LoopConfig)
             ["optim.betas=3"], "optim.betas=3: it takes a list, as in optim.betas=[…].", id="number for a list"
         ),
         pytest.param(
+            ["optim.groups={match: a}"],
+            "optim.groups={match: a}: it takes a list, as in optim.groups=[…].",
+            id="dictionary for a list",
+        ),
+        pytest.param(
             ["precision=fp8"],
             f"there is no precision=fp8. {_choice('precision')}",
             id="unknown option",

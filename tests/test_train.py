@@ -193,6 +193,7 @@ def test_what_lbfgs_cannot_be_had_with_is_refused(train: Train) -> None:
     assert "train.clip_norm=null" in train(*LBFGS, "train.clip_norm=1", "run_dir=run").message
     assert "batch.micro_batch_size=auto" in train(*LBFGS, "batch.micro_batch_size=auto", "run_dir=run").message
     assert "must be strong_wolfe or null" in train(*LBFGS, "optim.line_search_fn=wolfe", "run_dir=run").message
+    assert "LBFGS searches for the length of its step" in train(*LBFGS, "optim.lr=0", "run_dir=run").message
 
 
 def test_early_stopping_stops(train: Train) -> None:

@@ -121,9 +121,10 @@ class Reevaluation:
             evaluations; seconds and traffic are those of all of them.
 
         Raises:
-            UserError: as `attempt`; or the optimizer hasn't called its closure.
+            UserError: as `attempt`; or the optimizer hasn't called its closure, or its line search can't begin.
         """
         started, name = time.perf_counter(), type(self._optimizer).__name__
+        _require_searchable(self._optimizer)
         window = _Held(micro_batches)
         results: list[UpdateResult] = []
         before = after = _State(self._model, self._strategy)
@@ -166,6 +167,15 @@ class Reevaluation:
             seconds=time.perf_counter() - started,
             **{key: sum(getattr(result, key) for result in results) for key in _ADDED_UP},
         )
+
+
+def _require_searchable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses a line search from a learning rate of 0, by which torch's divides."""
+    require(
+        all(group["lr"] for group in optimizer.param_groups if group.get("line_search_fn")),
+        f"{type(optimizer).__name__} searches for the length of its step from the learning rate on, which is 0 in this "
+        "update. Give a learning rate, and a schedule, that stay above 0, or leave the line search out.",
+    )
 
 
 _ADDED_UP = ("sync_calls", "sync_bytes", "data_seconds", "sync_seconds")

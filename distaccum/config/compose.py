@@ -163,7 +163,7 @@ def _explain_content(error: BaseException, file: str) -> str:
 
 def _explain_wrong_value(error: BaseException, override: str) -> str:
     reason = _first_line(error)
-    if "is not a ListConfig" in reason:
+    if "is not a ListConfig" in reason or "merge DictConfig with ListConfig" in reason:
         reason = f"it takes a list, as in {override.partition('=')[0]}=[…]"
     elif "Union[int, str]" in reason or "Union[str, int]" in reason:  # the first that typing has seen in this process
         reason = "it takes a whole number, auto or null"

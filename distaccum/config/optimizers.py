@@ -271,6 +271,10 @@ class MuonConfig(OptimConfig):
     def __post_init__(self) -> None:
         _require_two("betas", self.betas)
         require_positive(optim__adamw_lr_ratio=self.adamw_lr_ratio)
+        require(
+            self.adjust_lr_fn in ("match_rms_adamw", "original"),
+            f"optim.adjust_lr_fn={self.adjust_lr_fn} is impossible: it must be match_rms_adamw or original.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

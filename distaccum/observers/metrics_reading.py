@@ -49,6 +49,18 @@ class Metrics:
         names = dict.fromkeys(name for line in self.evaluations for name in line["eval"])
         return sorted(names, key=lambda name: name != "loss")
 
+    def family(self, name: str) -> dict[str, list[tuple[float, float]]]:
+        """Returns the values of each member of a family by its name, in the order of their first lines.
+
+        Args:
+            name: `lr` or `grad_norm` for parameter groups (`lr/GROUP`), `terms`, or `layers/MEASURE` for blocks.
+        """
+        found: dict[str, list[tuple[float, float]]] = {}
+        for line in self.updates:
+            for member, value in _members(line, name).items():
+                found.setdefault(member, []).append((float(line["update"]), number_or_nan(value)))
+        return found
+
     def has(self, key: str) -> bool:
         """Whether there is a finite value of it."""
         return bool(self.finite(key))
@@ -64,6 +76,16 @@ def _values(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
         if isinstance(entries, dict) and name in entries:
             found.append((float(line["update"]), number_or_nan(entries[name])))
     return found
+
+
+def _members(line: dict[str, Any], family: str) -> dict[str, Any]:
+    group, _, measure = family.partition("/")
+    entries = line.get(group)
+    if not isinstance(entries, dict):
+        return {key.removeprefix(f"{family}/"): value for key, value in line.items() if key.startswith(f"{family}/")}
+    if not measure:
+        return entries
+    return {name: values[measure] for name, values in entries.items() if isinstance(values, dict) and measure in values}
 
 
 def number_or_nan(value: Any) -> float:

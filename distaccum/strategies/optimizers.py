@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,7 +175,8 @@ def _sharded_difference(optimizer: torch.optim.Optimizer, group: dict[str, Any],
                 else:
                     twin.step()
         except Exception as error:
-            return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+            sentence = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+            return shorten(sentence, 200, placeholder=" …") or type(error).__name__
         ends.append(probe.detach())
     difference = (ends[1].to_local() - sharded(ends[0]).to_local()).norm()
     part = (difference / (ends[0] - start).norm()).double()

@@ -90,6 +90,9 @@ class _Entry:
         options = {str(key): value for key, value in entry.items() if key not in ("match", "name")}
         if "params" in options:
             raise UserError(f"{where}: a group's parameters are those whose names match; leave params out.")
+        for key in options.keys() & {"lr", "weight_decay"}:
+            if isinstance(options[key], bool) or not isinstance(options[key], int | float):
+                raise UserError(f"{where}: {key}={options[key]} is impossible: it must be a number.")
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
         return cls(name=name, patterns=patterns, options=options)
 
@@ -186,8 +189,9 @@ class Grouping:
             # Their constructors check the values of arguments, and not those of groups.
             try:
                 targets.build({**arguments, **entry.options}, "optim", [nn.Parameter(torch.zeros(2, 2))])
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise UserError(f"optim.groups[{number}]: {name} refuses its options: {error}.") from error
+            except Exception as error:  # some fail on a wrong value before they have checked it
+                given = listed([f"{key}={value}" for key, value in entry.options.items()])
+                raise UserError(f"optim.groups[{number}]: {name} refuses {given}: {error}.") from error
 
 
 def described(optimizer: torch.optim.Optimizer) -> str:

@@ -30,7 +30,7 @@ def unfreeze_updates(value: Any) -> dict[int, list[str]]:
     for key, patterns in value.items():
         # A manifest's JSON has made text of the numbers.
         is_number = not isinstance(key, bool) and str(key).lstrip("-").isdecimal()
-        are_patterns = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+        are_patterns = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns or [None])
         require(is_number and are_patterns, f"model.unfreeze has {key!r}: {patterns!r}; {example}")
         require(int(key) >= 1, f"model.unfreeze has update {key}, and a run's first update is 1.")
         found[int(key)] = patterns

@@ -93,6 +93,7 @@ def frozen_backbone() -> nn.Module:
         ({"unfreeze": {1.5: ["norm.*"]}}, "unfreeze has 1.5: .* it must be"),
         ({"unfreeze": {3: "norm.*"}}, r"unfreeze has 3: 'norm\.\*'; it must be"),
         ({"unfreeze": ["norm.*"]}, "it must be lists of patterns by update"),
+        ({"unfreeze": {3: []}}, r"unfreeze has 3: \[\]; it must be"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -34,6 +35,17 @@ def window_of_median(length: int) -> int:
     return 1 if length < 40 else 2 * (length // 80) + 1
 
 
+def _has_finite(points: Sequence[Point]) -> bool:
+    return any(math.isfinite(value) for _, value in points)
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    """Returns at most `most` of the names, evenly spaced, with the first and the last."""
+    if len(names) <= most:
+        return names
+    return [names[index * (len(names) - 1) // (most - 1)] for index in range(most)]
+
+
 class Charts:
     """Draws the charts of some runs.
 
@@ -60,7 +72,7 @@ class Charts:
             group, _, metric = name.partition("/")
             points = run.metrics.evaluated(metric) if group == "eval" else run.metrics.values(name)
             points = self._placed(run, points)
-            if any(math.isfinite(value) for _, value in points):
+            if _has_finite(points):
                 found.append((index, run, points))
         return found
 
@@ -92,7 +104,7 @@ class Charts:
     def _curves(self, index: int, run: Run, points: list[Point], *, averaged: bool, has_marks: bool) -> list[Curve]:
         style = style_of(index)
         is_dashed = index >= NUM_STYLES
-        hint = self._in_words(run, points)
+        hint = self._in_words(run.name, points)
         label = run.name if not self._is_single else "evaluation" if has_marks else "training"
         length = window_of_median(len(points)) if averaged else 1
         if length == 1:
@@ -138,16 +150,59 @@ class Charts:
         return line_chart(described, curves, x=x, y=axis, bands=bands, marks=marks, size=(400.0, 250.0))
 
     def _all_in_words(self, series: Sequence[tuple[int, Run, list[Point]]]) -> str:
-        return "; ".join(self._in_words(run, points) for _, run, points in series)
+        return "; ".join(self._in_words(run.name, points) for _, run, points in series)
 
-    def _in_words(self, run: Run, points: Sequence[Point]) -> str:
+    def _in_words(self, name: str, points: Sequence[Point]) -> str:
         finite = [(x, y) for x, y in points if math.isfinite(y)]
         if not finite:
-            return f"{run.name}: no finite value"
+            return f"{name}: no finite value"
         low, high = min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])
         ends = [f"{number(y)} at {self._unit} {x:,.0f}" for x, y in (finite[0], finite[-1])]
-        extremes = [f"{name} {number(y)} at {x:,.0f}" for name, (x, y) in (("lowest", low), ("highest", high))]
-        return f"{run.name}: {', '.join((*ends, *extremes))}"
+        extremes = [f"{which} {number(y)} at {x:,.0f}" for which, (x, y) in (("lowest", low), ("highest", high))]
+        return f"{name}: {', '.join((*ends, *extremes))}"
+
+    def family(self, title: str, name: str, members: str) -> Figure | None:
+        """Draws measures of one run that belong together, a line for each; None if there are fewer than two.
+
+        Of `terms`, evaluations are drawn too, dashed; of `lr`, those that are equal throughout are one line.
+
+        Args:
+            name: as `Metrics.family` takes it.
+            members: what they are, for the caption.
+        """
+        if not self._is_single:
+            return None
+        metrics = self._runs[0].metrics
+        found = {member: points for member, points in metrics.family(name).items() if _has_finite(points)}
+        is_rate = name == "lr"
+        lines: dict[Any, str] = {}
+        for member, points in found.items():
+            lines.setdefault(tuple(points) if is_rate else member, member)
+        if len(lines) < 2:
+            return None
+        shown = _spread(list(lines.values()), NUM_STYLES)
+        curves, described, values = [], [], []
+        length = 1 if is_rate else window_of_median(max(len(found[member]) for member in shown))
+        for index, member in enumerate(shown):
+            evaluated = metrics.evaluated(f"loss/{member}") if name == "terms" else []
+            for points, label, median_of in ((found[member], member, length), (evaluated, f"evaluation, {member}", 1)):
+                if _has_finite(points):
+                    hint = self._in_words(label, points)
+                    medians = moving_median(points, median_of, _POINTS)
+                    is_dashed = points is evaluated
+                    curves.append(Curve(style_of(index), medians, hint, is_dashed=is_dashed, label=label))
+                    described.append(hint)
+                    values += [value for _, value in points]
+        captions = [
+            f"{len(shown)} of {len(lines)} {members}, evenly spaced." if len(shown) < len(lines) else "",
+            "Groups of equal rates are one line, with the name of the first." if len(lines) < len(found) else "",
+            f"Medians over {length} values." if length > 1 else "",
+            "Dashed: evaluations." if any(curve.is_dashed for curve in curves) else "",
+        ]
+        axis = self._axis(title, values, False if is_rate else None, is_rate)
+        chart = self._drawn(f"{title} over {self._unit}s: {'; '.join(described)}.", curves, axis)
+        key = [(style_of(index), member) for index, member in enumerate(shown)]
+        return Figure(chart, key=key, caption=" ".join(filter(None, captions)))
 
     def noise_scale(self) -> Figure | None:
         """Draws the gradient noise scale, for one run with its error and the window; None if it was not measured."""
@@ -155,7 +210,7 @@ class Charts:
         if not series:
             return None
         curves = [
-            Curve(style_of(index), thinned(points, _POINTS), self._in_words(run, points), label=run.name)
+            Curve(style_of(index), thinned(points, _POINTS), self._in_words(run.name, points), label=run.name)
             for index, run, points in series
         ]
         bands = []
@@ -247,9 +302,13 @@ class Charts:
         return Figure(chart, key=list(TIME_PARTS.items()))
 
     def evaluations(self) -> list[Figure | None]:
-        """Draws each metric of the evaluations, except one run's loss, which is in the chart of the training loss."""
+        """Draws each metric of the evaluations, except one run's losses, which are in the charts of training losses."""
         names = dict.fromkeys(name for run in self._runs for name in run.metrics.evaluation_metrics())
-        wanted = [name for name in names if not (self._is_single and name == "loss")]
+        if self._is_single:
+            elsewhere = {"loss", *(f"loss/{term}" for term in self._runs[0].metrics.family("terms"))}
+        else:
+            elsewhere = set()
+        wanted = [name for name in names if name not in elsewhere]
         return [self.chart(f"Evaluation: {words(name)}", f"eval/{name}") for name in wanted]
 
 

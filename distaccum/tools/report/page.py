@@ -96,14 +96,23 @@ def _count(value: float) -> str:
 def _learning(runs: Sequence[Run]) -> Section:
     is_single = len(runs) == 1
     drawn = Charts(runs)
-    figures = [drawn.chart("Loss" if is_single else "Training loss", "loss", averaged=True), *drawn.evaluations()]
+    figures = [
+        drawn.chart("Loss" if is_single else "Training loss", "loss", averaged=True),
+        drawn.family("Mean of each loss", "terms", "losses"),
+        *drawn.evaluations(),
+    ]
     if len({run.window for run in runs}) > 1:
         # Of windows of unequal size, updates alone are no fair comparison.
         over_samples = Charts(runs, over_samples=True)
         figures += [over_samples.chart("Training loss", "loss", averaged=True), *over_samples.evaluations()]
     figures += [
         drawn.chart("Gradient norm before clipping", "grad_norm", averaged=True),
-        drawn.chart("Learning rate", "lr", is_log=False, from_zero=True),
+        drawn.family("Gradient norm of each group", "grad_norm", "groups"),
+        drawn.family("Learning rate of each group", "lr", "rates")
+        or drawn.chart("Learning rate", "lr", is_log=False, from_zero=True),
+        drawn.family("Gradient norm of each block", "layers/grad_norm", "blocks"),
+        drawn.family("Update over weights of each block", "layers/update_ratio", "blocks"),
+        drawn.chart("Evaluations of a window", "evaluations", is_log=False, from_zero=True),
         drawn.noise_scale(),
         drawn.chart("Coherence of the micro-gradients", "coherence"),
     ]

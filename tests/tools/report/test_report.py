@@ -184,6 +184,39 @@ def test_what_was_measured_of_noise_is_shown(tmp_path: Path) -> None:
     assert "a larger one would still pay" in shown.words
 
 
+def test_measures_that_belong_together_share_a_chart(tmp_path: Path) -> None:
+    def of_groups(number: int) -> dict[str, Any]:
+        rates = {f"lr/block{index}": 0.1 * index for index in range(12)} | {"lr/same": 0.1}
+        norms = {"grad_norm/head.*": 2.0 / number, "grad_norm/default": 3.0}
+        layers = {f"blocks.{index}": {"grad_norm": 1.0 + index, "update_ratio": 0.01} for index in range(2)}
+        return update(number, **rates, **norms, terms={"main": 2.0, "<b>": 0.5 * number}, layers=layers, evaluations=25)
+
+    evaluated = evaluation(4, **{"loss": 1.0, "loss/main": 1.5, "loss/<b>": 0.25, "accuracy": 0.5})
+    folder = run(tmp_path / "run", [*map(of_groups, range(1, 5)), evaluated])
+    shown = page(folder)
+    charts = {chart.partition(" over updates: ")[0]: chart for chart in shown.charts}
+    losses = charts["Mean of each loss"]
+    assert "main: 2.0000 at update 1" in losses
+    assert "<b>: 0.5000 at update 1, 2.0000 at update 4" in losses
+    assert "evaluation, <b>: 0.2500 at update 4" in losses
+    assert [chart for chart in charts if chart.startswith("Evaluation:")] == ["Evaluation: accuracy"]
+    assert charts["Gradient norm of each group"].count(" at update 4") == 2
+    assert "blocks.1: 2.0000 at update 1" in charts["Gradient norm of each block"]
+    assert "Update over weights of each block" in charts
+    assert "25" in charts["Evaluations of a window"]
+    rates = charts["Learning rate of each group"]
+    assert [f"block{index}:" in rates for index in range(12)] == [
+        index in (0, 1, 3, 4, 6, 7, 9, 11) for index in range(12)
+    ]
+    assert "8 of 12 rates, evenly spaced." in shown.words
+    assert "same" not in rates, "it is block1's"
+    assert "Learning rate" not in charts, "the first group's is among those of all"
+    # Colours are those of runs where there are several; what there is only one of has no chart of its own.
+    assert "Mean of each loss" not in page(folder, run(tmp_path / "b", usual(3)), out=tmp_path / "c.html").text
+    alone = run(tmp_path / "alone", [update(n, **{"lr/a": 0.1, "lr/b": 0.1}, terms={"main": 1.0}) for n in (1, 2)])
+    assert not [chart for chart in page(alone).charts if "each" in chart]
+
+
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     long = run(tmp_path / "long", usual())
     short = run(
