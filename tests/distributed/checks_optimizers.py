@@ -288,6 +288,9 @@ def check_optimizers_that_see_more_than_their_shard_are_refused(world: World) ->
     for optimizer in (torch.optim.Rprop, torch.optim.Adafactor, torch.optim.Muon):
         strategy = placed(nn.Linear(4, 6, bias=False), FSDPConfig())
         built = build_optimizer(_own(optimizer), strategy.model.parameters(), CPU)
+        if optimizer is torch.optim.Rprop and torch.__version__ >= "2.15":
+            Accumulator(strategy.model, built, strategy=strategy)  # its steps take shards there, number by number
+            continue
         with pytest.raises(UserError, match=f"strategy=fsdp does not support {optimizer.__name__}: .*shard_optimizer"):
             Accumulator(strategy.model, built, strategy=strategy)
     strategy = placed(nn.Linear(4, 6), FSDPConfig())
