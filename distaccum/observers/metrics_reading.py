@@ -53,11 +53,14 @@ class Metrics:
         """Returns the values of each member of a family by its name, in the order of their first lines.
 
         Args:
-            name: `lr` or `grad_norm` for parameter groups (`lr/GROUP`), `terms`, or `layers/MEASURE` for blocks.
+            name: `lr` or `grad_norm` for parameter groups (`lr/GROUP`), `terms`, or `layers/MEASURE` for blocks, of
+                updates; `eval/NAME` for metrics of evaluations that are called `NAME/MEMBER`.
         """
         found: dict[str, list[tuple[float, float]]] = {}
-        for line in self.updates:
-            for member, value in _members(line, name).items():
+        is_evaluation = name.startswith("eval/")
+        for line in self.evaluations if is_evaluation else self.updates:
+            members = _below(line["eval"], name.removeprefix("eval/")) if is_evaluation else _members(line, name)
+            for member, value in members.items():
                 found.setdefault(member, []).append((float(line["update"]), number_or_nan(value)))
         return found
 
@@ -82,10 +85,14 @@ def _members(line: dict[str, Any], family: str) -> dict[str, Any]:
     group, _, measure = family.partition("/")
     entries = line.get(group)
     if not isinstance(entries, dict):
-        return {key.removeprefix(f"{family}/"): value for key, value in line.items() if key.startswith(f"{family}/")}
+        return _below(line, family)
     if not measure:
         return entries
     return {name: values[measure] for name, values in entries.items() if isinstance(values, dict) and measure in values}
+
+
+def _below(entries: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key.removeprefix(f"{name}/"): value for key, value in entries.items() if key.startswith(f"{name}/")}
 
 
 def number_or_nan(value: Any) -> float:

@@ -304,12 +304,15 @@ class Charts:
     def evaluations(self) -> list[Figure | None]:
         """Draws each metric of the evaluations, except one run's losses, which are in the charts of training losses."""
         names = dict.fromkeys(name for run in self._runs for name in run.metrics.evaluation_metrics())
+        families: list[Figure | None] = []
         if self._is_single:
-            elsewhere = {"loss", *(f"loss/{term}" for term in self._runs[0].metrics.family("terms"))}
-        else:
-            elsewhere = set()
-        wanted = [name for name in names if name not in elsewhere]
-        return [self.chart(f"Evaluation: {words(name)}", f"eval/{name}") for name in wanted]
+            terms = self._runs[0].metrics.family("terms")
+            for average in dict.fromkeys(name.partition("/loss/")[0] for name in names if "/loss/" in name):
+                title = f"Evaluation: mean of each loss, {average}"
+                families.append(self.family(title, f"eval/{average}/loss", "losses"))
+                names = {name: None for name in names if not name.startswith(f"{average}/loss/")}
+            names = {name: None for name in names if name not in {"loss", *(f"loss/{term}" for term in terms)}}
+        return families + [self.chart(f"Evaluation: {words(name)}", f"eval/{name}") for name in names]
 
 
 _TIMES = ("update_seconds", "data_seconds", "sync_seconds")

@@ -192,6 +192,7 @@ def test_measures_that_belong_together_share_a_chart(tmp_path: Path) -> None:
         return update(number, **rates, **norms, terms={"main": 2.0, "<b>": 0.5 * number}, layers=layers, evaluations=25)
 
     evaluated = evaluation(4, **{"loss": 1.0, "loss/main": 1.5, "loss/<b>": 0.25, "accuracy": 0.5})
+    evaluated["eval"] |= {"ema/loss": 1.1, "ema/loss/main": 1.6, "ema/loss/<b>": 0.3}
     folder = run(tmp_path / "run", [*map(of_groups, range(1, 5)), evaluated])
     shown = page(folder)
     charts = {chart.partition(" over updates: ")[0]: chart for chart in shown.charts}
@@ -199,7 +200,9 @@ def test_measures_that_belong_together_share_a_chart(tmp_path: Path) -> None:
     assert "main: 2.0000 at update 1" in losses
     assert "<b>: 0.5000 at update 1, 2.0000 at update 4" in losses
     assert "evaluation, <b>: 0.2500 at update 4" in losses
-    assert [chart for chart in charts if chart.startswith("Evaluation:")] == ["Evaluation: accuracy"]
+    assert "<b>: 0.3000 at update 4" in charts["Evaluation: mean of each loss, ema"]
+    others = {chart.partition(":")[2] for chart in charts if chart.startswith("Evaluation:")}
+    assert others == {" mean of each loss, ema", " accuracy", " ema/loss"}
     assert charts["Gradient norm of each group"].count(" at update 4") == 2
     assert "blocks.1: 2.0000 at update 1" in charts["Gradient norm of each block"]
     assert "Update over weights of each block" in charts
