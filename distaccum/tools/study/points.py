@@ -9,6 +9,7 @@ from typing import Any
 
 from distaccum.config import ByLengthBatchConfig, DDPConfig, SingleConfig, TrainConfig, as_plain, flat
 from distaccum.config.enums import Compression, LrRule
+from distaccum.config.optimizers import LBFGSConfig
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import UserError
 from distaccum.tasks import CoupledTask
@@ -130,7 +131,11 @@ def measures_noise(config: StudyConfig, task: Any) -> bool:
     if config.study.noise_scale is not None:
         return config.study.noise_scale
     is_compressed = isinstance(config.strategy, DDPConfig) and config.strategy.compression is Compression.powersgd
-    return not (isinstance(config.batch, ByLengthBatchConfig) or is_compressed or isinstance(task, CoupledTask))
+    is_by_length, has_many_gradients = (
+        isinstance(config.batch, ByLengthBatchConfig),
+        isinstance(config.optim, LBFGSConfig),
+    )
+    return not (is_by_length or has_many_gradients or is_compressed or isinstance(task, CoupledTask))
 
 
 def configuration(

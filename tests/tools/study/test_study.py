@@ -148,6 +148,7 @@ def test_a_short_run_measures_the_noise_scale_often_enough_to_tell_it() -> None:
 def test_the_noise_scale_is_measured_where_it_can_be_had() -> None:
     assert measures_noise(composed(), task=None)
     assert not measures_noise(composed("study.noise_scale=false"), task=None)
+    assert not measures_noise(composed("optim=lbfgs"), task=None)
     by_length = compose(["experiment=text", "batch=by_length", "study.batch_sizes=[8,16]"], "study")
     assert isinstance(by_length, StudyConfig)
     assert not measures_noise(by_length, task=None)
