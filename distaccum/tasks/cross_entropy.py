@@ -124,7 +124,9 @@ class LanguageModeling(_CrossEntropy):
         return TaskOutput(loss_sum=loss_sum, weight=(lengths > 0).sum(), sums=sums)
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-        tokens = float(sums["tokens"]) if "tokens" in sums else weight
+        if "tokens" not in sums:  # the weight counts them, or a subclass gives sums of its own
+            return super().metrics(sums, weight)
+        tokens = float(sums["tokens"])
         return {"accuracy": float(sums["accuracy"]) / tokens if tokens else math.nan}
 
 

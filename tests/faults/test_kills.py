@@ -34,8 +34,8 @@ def at_random(seed: int, ranks: int, count: int) -> list[Order]:
 
 
 WHILE_SAVING = [
-    Order(point="half of rank-#.safetensors", nth=8),
-    Order(point="half of rank-#.safetensors", nth=70),
+    Order(point="half of rank-#.safetensors", nth=1),
+    Order(point="half of rank-#.safetensors", nth=4),
     Order(point="after fsync rank-#.safetensors", nth=2),
     Order(point="before fsync manifest.json", nth=3),
     Order(point="after fsync manifest.json", nth=2),
@@ -54,7 +54,7 @@ WHILE_GOING_ON = [
     Order(point="after set_rng_state"),
 ]
 WHILE_ENDING = [
-    Order(point="half of .model.safetensors", nth=2),
+    Order(point="half of .model.safetensors"),
     Order(point="before rename .model.safetensors"),
     Order(point="after rename .model.safetensors"),
 ]
@@ -95,7 +95,7 @@ DDP = [
 ]
 FSDP = [
     Order(point="backward", nth=15, rank=1),
-    Order(point="half of rank-#.safetensors", nth=25, rank=1),
+    Order(point="half of rank-#.safetensors", nth=2, rank=1),
     Order(point="after rename .writing-#", nth=2),
     *at_random(seed=1, ranks=2, count=3),
     *WHILE_ENDING[:1],
