@@ -29,7 +29,7 @@ def losses(run_dir: Path) -> dict[int, Any]:
 
 
 def test_two_nodes_of_two_ranks_learn_the_digits(lab: SlurmLab, tmp_path: Path) -> None:
-    job = submit(lab, "multi_node.sbatch", "train.epochs=10", "wandb.mode=disabled", cwd=tmp_path)
+    job = submit(lab, "multi_node.sbatch", "train.epochs=12", "wandb.mode=disabled", cwd=tmp_path)
     ended = lab.wait(job)
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.log
     run_dir = tmp_path / "runs" / f"slurm-{job}"
@@ -37,7 +37,7 @@ def test_two_nodes_of_two_ranks_learn_the_digits(lab: SlurmLab, tmp_path: Path) 
         f"logs/rank{r}.log" for r in range(4)
     }
     assert "256 = 4 ranks × 4 micro-steps × 16" in ended.log
-    assert len(updates(run_dir)) == 60
+    assert len(updates(run_dir)) == 72
     assert evaluations(run_dir)[-1]["eval"]["accuracy"] > 0.95
 
 
