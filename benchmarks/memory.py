@@ -5,26 +5,40 @@
 Against micro-batch, accumulation steps and placement, on real ranks. The prediction is that of `python -m
 distaccum.memory`: measured in one process at smaller micro-batches, with ranks that aren't there, and extrapolated. The
 measurement is of real windows on real ranks: on a GPU by CUDA's allocator, on a CPU by the storages that are alive.
+
+Then, what a step of an optimizer takes for itself, beyond parameters, gradients and state: with its implementation left
+to `auto`, and with `foreach`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import common
 import torch
+from torch import nn
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
-from distaccum.config.enums import PrecisionName
-from distaccum.config.optimizers import AdamConfig, AdamW8bitConfig
+from distaccum.config.enums import Implementation, PrecisionName
+from distaccum.config.optimizers import (
+    AdadeltaConfig,
+    AdamConfig,
+    AdamW8bitConfig,
+    LionConfig,
+    NAdamConfig,
+    RMSpropConfig,
+    SGDConfig,
+)
 from distaccum.models import GPT
 from distaccum.runtime.devices import Precision
+from distaccum.runtime.memory import metered
 from distaccum.runtime.world import joined_world
 from distaccum.tasks import LanguageModeling
 from distaccum.tools.memory.lines import PeakLine
 from distaccum.tools.memory.measuring import Setting, measure, replicas_of
-from distaccum.training.optim import has_8bit
+from distaccum.training.optim import build_optimizer, has_8bit
 
 LENGTH = 64
 PLACEMENTS: dict[str, tuple[Any, int]] = {
@@ -45,6 +59,16 @@ SIZES = (8, 16, 32)
 """With --quick, the first one alone, and half the layers."""
 KNOWN = (2, 4)
 """Samples of the micro-batches that the prediction is made from; of each replica under DP."""
+OPTIMIZERS: dict[str, Any] = {
+    "nesterov, weight decay": SGDConfig(momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adamw": AdamConfig(_target_="torch.optim.AdamW", weight_decay=0.1),
+    "rmsprop": RMSpropConfig(),
+    "nadam": NAdamConfig(),
+    "adadelta": AdadeltaConfig(),
+    "lion": LionConfig(),
+}
+TENSORS = 24
+"""Of 4 MiB each."""
 
 
 def device() -> torch.device:
@@ -109,6 +133,29 @@ def rows(layers: int, sizes: Sequence[int]) -> Iterator[common.Row]:
         raise AssertionError("the ranks have measured more placements than were asked for")
 
 
+def steps() -> Iterator[common.Row]:
+    """Measures the temporaries of one step of each optimizer, after the one that has made its state."""
+    for name, config in OPTIMIZERS.items():
+        for way in (Implementation.auto, Implementation.foreach):
+            if not hasattr(config, "implementation") and way is Implementation.foreach:
+                continue  # it has one way
+            parameters = [nn.Parameter(torch.ones(2**20, device=device())) for _ in range(TENSORS)]
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            chosen = replace(config, implementation=way) if hasattr(config, "implementation") else config
+            optimizer = build_optimizer(chosen, parameters, device())
+            optimizer.step()
+            with metered(device()) as meter:
+                optimizer.step()
+                taken = meter.lap()
+            yield {
+                "optimizer": name,
+                "implementation": way.name,
+                "parameters MB": sum(parameter.nbytes for parameter in parameters) / 1e6,
+                "temporaries MB": taken / 1e6,
+            }
+
+
 def on_a_rank(layers: int, sizes: Sequence[int]) -> None:
     with joined_world() as world:
         if device().type == "cuda":
@@ -128,6 +175,7 @@ def main() -> None:
     table = common.show("Peak memory of rank 0", rows(*((2, SIZES[:1]) if options.quick else (4, SIZES))))
     worst = max(abs(row["error %"]) for row in table)
     print(f"largest error of a prediction from micro-batches of 2 and 4: {worst:.1f} %")
+    table += common.show("Temporaries of a step", steps())
     if options.write:
         common.write(__doc__, table)
 

@@ -92,10 +92,13 @@ def tuning(rows: Rows) -> None:
     assert all(float(row["s/update"]) > 0 for row in rows)
 
 
-def memory(rows: Rows) -> None:
-    placements = {row["placement"] for row in json.loads((common.RESULTS / "memory.json").read_text())["rows"]}
+def memory(rows: Rows, steps: Rows) -> None:
+    published = json.loads((common.RESULTS / "memory.json").read_text())["rows"]
+    placements = {row["placement"] for row in published if "placement" in row}
     assert {(row["placement"], row["K"]) for row in rows} == set(itertools.product(placements, ("1", "4")))
     assert all(abs(float(row["error %"])) < 5 for row in rows)
+    taken = {(row["optimizer"], row["implementation"]): float(row["temporaries MB"]) for row in steps}
+    assert all((size <= 25 * 2**20 / 1e6) == (way == "auto") for (_, way), size in taken.items())
 
 
 def checkpoint(rows: Rows) -> None:

@@ -18,7 +18,8 @@ class TorchOptimConfig(OptimConfig):
     """Weight decay: decoupled in `adamw` and `adafactor`, and where an option says so; else added to the gradient."""
     implementation: Implementation = Implementation.auto
     """`fused`, `foreach` or `forloop`; `auto`: fused where torch supports it for the device and the parameters (under
-    FSDP, for Adam alone), else foreach."""
+    FSDP, for Adam alone), else foreach for a part of the parameters at a time, so that a step's temporaries are at most
+    25 MiB, or those of the largest parameter. With `foreach` they are once or twice as large as all parameters."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,7 +217,7 @@ class RpropConfig(OptimConfig):
     step_sizes: list[float] = field(default_factory=lambda: [1e-6, 50.0])
     """Least and largest step size."""
     implementation: Implementation = Implementation.auto
-    """`foreach` or `forloop`; `auto`: foreach."""
+    """`foreach` or `forloop`; `auto`: foreach for a part of the parameters at a time."""
 
     def __post_init__(self) -> None:
         _require_two("etas", self.etas)
@@ -295,8 +296,8 @@ class ScheduleFreeConfig(OptimConfig):
     """Power of the update's number that weighs it in the average."""
     weight_lr_power: float = 2.0
     """Power of the largest learning rate so far that weighs an update in the average."""
-    foreach: bool = True
-    """Step all parameters together."""
+    foreach: bool | None = None
+    """Step all parameters together, with temporaries of their size; `null`: if these are at most 25 MiB."""
 
     def __post_init__(self) -> None:
         _require_two("betas", self.betas)
@@ -316,8 +317,8 @@ class ScheduleFreeSGDConfig(OptimConfig):
     """Power of the update's number that weighs it in the average."""
     weight_lr_power: float = 2.0
     """Power of the largest learning rate so far that weighs an update in the average."""
-    foreach: bool = True
-    """Step all parameters together."""
+    foreach: bool | None = None
+    """Step all parameters together, with temporaries of their size; `null`: if these are at most 25 MiB."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Gives the optimizer gradients in the format of their parameters, which optimizers require.
 
-    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32.
+    Only parameters with a `grad_dtype` of their own are touched: bfloat16 ones whose gradients add up in float32. These
+    gradients are of no use afterwards, as the narrower ones take their place in memory.
     """
     wide = [
         (parameter, parameter.grad)
@@ -40,7 +41,7 @@ def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     for parameter, gradient in wide:
         parameter.grad = None
         parameter.grad_dtype = None
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = _narrowed(gradient, parameter.dtype)
     try:
         yield
     finally:
@@ -48,6 +49,17 @@ def in_parameter_format(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             parameter.grad = None
             parameter.grad_dtype = grad_dtype
             parameter.grad = gradient
+
+
+def _narrowed(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a gradient in another format: in its own memory if that is narrower, so that no more is needed."""
+    wide, narrow = gradient.dtype.itemsize, dtype.itemsize
+    if is_sharded(gradient) or narrow > wide:
+        return gradient.to(dtype)
+    result = torch.empty(0, dtype=dtype, device=gradient.device)
+    start = gradient.storage_offset() * wide // narrow
+    result.set_(gradient.untyped_storage(), start, gradient.size(), gradient.stride())
+    return result.copy_(gradient.to(dtype))
 
 
 def probe_state(

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from distaccum.strategies import local_parts
+from distaccum.training.buckets import in_buckets
 
 
 class Lion(torch.optim.Optimizer):
@@ -47,21 +49,23 @@ class Lion(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not parameters:
-                continue
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            weights = local_parts(parameters)
-            gradients = local_parts([parameter.grad for parameter in parameters])
-            momenta = local_parts([self.state[parameter]["exp_avg"] for parameter in parameters])
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            direction = torch._foreach_mul(momenta, beta1)
-            torch._foreach_add_(direction, gradients, alpha=1 - beta1)
-            torch._foreach_sign_(direction)
-            if group["weight_decay"]:
-                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(weights, direction, alpha=-lr)
-            torch._foreach_mul_(momenta, beta2)
-            torch._foreach_add_(momenta, gradients, alpha=1 - beta2)
+            for bucket in in_buckets(parameters):
+                self._step(bucket, group)
         return loss
+
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        weights = local_parts(parameters)
+        gradients = local_parts([parameter.grad for parameter in parameters if parameter.grad is not None])
+        momenta = local_parts([self.state[parameter]["exp_avg"] for parameter in parameters])
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        direction = torch._foreach_mul(momenta, beta1)
+        torch._foreach_add_(direction, gradients, alpha=1 - beta1)
+        torch._foreach_sign_(direction)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, direction, alpha=-lr)
+        torch._foreach_mul_(momenta, beta2)
+        torch._foreach_add_(momenta, gradients, alpha=1 - beta2)

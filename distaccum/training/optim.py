@@ -19,6 +19,7 @@ from distaccum.config.enums import Implementation, LrRule
 from distaccum.config.optimizers import AdamW8bitConfig, MuonConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
 from distaccum.errors import UserError
 from distaccum.strategies.optimizers import has_two_modes, own_optimizer
+from distaccum.training.buckets import fit_in_a_bucket, step_in_buckets
 from distaccum.training.muon import in_parts
 from distaccum.training.parameter_groups import described, split
 
@@ -100,6 +101,8 @@ def _build(
                 "optim=schedule_free needs the package schedulefree, which is not installed: pip install "
                 '"distaccum[schedulefree]".'
             )
+        if arguments["foreach"] is None:  # its groups hold state, so they can't be stepped in buckets
+            arguments["foreach"] = fit_in_a_bucket(trainable)
     elif isinstance(config, MuonConfig):
         if any(isinstance(parameter, DTensor) for parameter in trainable):
             raise UserError(
@@ -116,6 +119,8 @@ def _build(
     except (ValueError, RuntimeError) as error:  # they check the ranges of their own arguments
         raise UserError(f"optim: {target} refuses its arguments: {error}.") from error
     assert isinstance(optimizer, torch.optim.Optimizer)
+    if arguments.get("foreach") and getattr(config, "implementation", None) is Implementation.auto:
+        step_in_buckets(optimizer)
     return optimizer
 
 

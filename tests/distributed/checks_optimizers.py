@@ -39,10 +39,12 @@ from distaccum.runtime.world import World
 from distaccum.strategies import SingleStrategy, Strategy, shards_optimizer
 from distaccum.strategies.dp import DPStrategy, ThreadedReplicas
 from distaccum.strategies.optimizers import has_two_modes
+from distaccum.training import buckets
 from distaccum.training.evaluated_weights import evaluated_weights
 from distaccum.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
+buckets.BUCKET_BYTES = 64  # the few numbers here are stepped in several buckets, as those of a large model are
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 T = torch.optim
@@ -71,7 +73,7 @@ OPTIMIZERS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         ScheduleFreeConfig(lr=0.1, weight_decay=0.1),
         lambda p: schedulefree.AdamWScheduleFree(p, 0.1, weight_decay=0.1),
     ),
-    "schedule_free_sgd": (ScheduleFreeSGDConfig(lr=0.1), lambda p: schedulefree.SGDScheduleFree(p, 0.1)),
+    "schedule_free_sgd": (ScheduleFreeSGDConfig(lr=0.1, foreach=True), lambda p: schedulefree.SGDScheduleFree(p, 0.1)),
 }
 """Each as configured, and as torch alone has it."""
 REFUSED = {
