@@ -259,8 +259,7 @@ class Accumulator:
         scaled.backward(gradient=window.seed_of(loss_sum))  # type: ignore[no-untyped-call]
         if window.micro_gradients is not None and window.is_last:
             window.micro_gradients.start(window.scale, self.scaler)
-        window.is_syncing = False
-        window.stop_clock()
+        window.end_backward()
 
     def step(self) -> UpdateResult:
         """Ends the window: scales the gradients to the mean over the window, clips, steps and clears them.

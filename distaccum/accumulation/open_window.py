@@ -151,8 +151,11 @@ class OpenWindow:
             self.seed = torch.full_like(loss_sum, self.scale)
         return self.seed
 
-    def stop_clock(self) -> None:
-        """Marks the end of a micro-step's backward, if they are measured or it is the last one."""
+    def end_backward(self) -> None:
+        """Completes the sync after the last micro-step's backward; marks the backward's end, if it is measured."""
+        if self.is_last:
+            self.strategy.finish_sync()
+        self.is_syncing = False
         if self.is_last or self.time_micro_steps:
             self.backward_end = self.stopwatch.mark()
         if self.time_micro_steps:

@@ -7,6 +7,8 @@ from enum import StrEnum
 DeviceChoice = StrEnum("DeviceChoice", "auto cpu cuda")
 PrecisionName = StrEnum("PrecisionName", "fp32 bf16 fp16 fp64 bf16_params")
 Compression = StrEnum("Compression", "none fp16 bf16 powersgd")
+Accumulate = StrEnum("Accumulate", "whole sharded node")
+Offload = StrEnum("Offload", "none cpu")
 Implementation = StrEnum("Implementation", "auto fused foreach forloop")
 OnNonfinite = StrEnum("OnNonfinite", "stop skip")
 Goal = StrEnum("Goal", "min max")

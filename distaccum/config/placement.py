@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from distaccum.config.basics import MISSING, require_name
-from distaccum.config.enums import Compression, PrecisionName
-from distaccum.errors import require_at_least, require_positive
+from distaccum.config.enums import Accumulate, Compression, Offload, PrecisionName
+from distaccum.errors import require, require_at_least, require_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,6 +117,22 @@ class FSDPConfig(StrategyConfig):
     reshard_in_window: bool = True
     """Free gathered parameters after each forward and backward, which needs least memory. `false`: gather once per
     update, and keep them for all micro-steps of the window."""
+    accumulate: Accumulate = Accumulate.whole
+    """Where the gradients of a window are added up. `whole`: on each rank as a whole, and reduce-scattered once per
+    window: least traffic. `sharded`: reduce-scattered in each micro-step, so that a rank keeps its shard alone: least
+    memory. `node`: the same among the ranks of a node, and all-reduced between nodes once per window."""
+    shard_size: int | None = None
+    """Number of ranks with consecutive numbers that share the parameters; ranks beyond them hold replicas. `null`: all
+    ranks, or those of a node with `strategy.accumulate=node`."""
+    offload: Offload = Offload.none
+    """`cpu`: keep parameters, gradients and the optimizer's state in the memory of the host, and copy each block's
+    parameters to the GPU when it is needed."""
 
     def __post_init__(self) -> None:
         require_name("strategy", self.name, "fsdp")
+        require_at_least(1, strategy__shard_size=self.shard_size)
+        require(
+            self.shard_size is None or self.accumulate is not Accumulate.sharded,
+            f"strategy.accumulate=sharded shards over all ranks, and strategy.shard_size is {self.shard_size}. Set "
+            "strategy.accumulate=node to shard over some of them, or leave strategy.shard_size out.",
+        )

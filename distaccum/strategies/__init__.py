@@ -47,7 +47,8 @@ def place(
     Raises:
         UserError: the strategy does not support the precision, the compilation or the number of processes.
     """
-    module = module.to(device)
+    if not isinstance(config, FSDPConfig):  # which moves one block after another
+        module = module.to(device)
     if compilation is not None and isinstance(config, DPConfig):
         raise UserError(
             "strategy=dp does not support compile=true: its replicas are made anew in each forward. Set strategy=ddp "
@@ -91,9 +92,9 @@ def strategy_of(model: nn.Module, given: Strategy | None = None) -> Strategy:
     if isinstance(model, DistributedDataParallel):
         own = DDPStrategy(model)
     elif any(parent.__name__ == "FSDPModule" for parent in type(model).__mro__):  # what fully_shard makes of a class
-        from distaccum.strategies.fsdp import FSDPStrategy
+        from distaccum.strategies.fsdp import FSDPStrategy, device_of
 
-        own = FSDPStrategy(model, next(model.parameters()).device)
+        own = FSDPStrategy(model, device_of(model))
     if own is not None and given is not None and own.world_size != given.world_size:
         raise UserError(
             f"strategy={type(given).__name__}(…) is of {given.world_size} rank(s), and the model is a "

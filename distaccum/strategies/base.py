@@ -26,19 +26,25 @@ class Traffic:
     Attributes:
         calls: number of collectives.
         bytes: bytes of the tensors handed to them.
+        by_axis: the same two numbers by axis of the ranks: `shard`, between the ranks that share parameters, and
+            `replicate`, between those that hold the same. Empty where there is one axis.
         last_launch: mark of the launch of the latest one, or None.
     """
 
     def __init__(self, mark: Callable[[], Any] = lambda: None) -> None:
         self.calls = 0
         self.bytes = 0
+        self.by_axis: dict[str, tuple[int, int]] = {}
         self.last_launch: Any = None
         self._mark = mark
 
-    def count(self, tensor: Tensor) -> None:
+    def count(self, tensor: Tensor, axis: str | None = None) -> None:
         """Counts a collective that is about to be launched."""
         self.calls += 1
         self.bytes += tensor.nbytes
+        if axis is not None:
+            calls, size = self.by_axis.get(axis, (0, 0))
+            self.by_axis[axis] = calls + 1, size + tensor.nbytes
         self.last_launch = self._mark()
 
 
@@ -125,6 +131,10 @@ class Strategy(Protocol):
         """
         return summed_beside(numbers, self.process_group)
 
+    def finish_sync(self) -> None:
+        """Does what is left of the sync after the window's last backward."""
+        return
+
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
         """Refuses a window that has not been synchronised as a whole, before its sums are waited for.
 
@@ -149,6 +159,10 @@ class Strategy(Protocol):
         """Returns the norm of each of several groups of gradients, some of them empty: a vector on the device."""
         none = torch.zeros((), device=self.device)
         return torch.stack([self.total_norm(group) if group else none for group in groups])
+
+    def sum_over_shards(self, numbers: Tensor) -> Tensor:
+        """Adds up, in place, what ranks have computed of their own shards of the parameters: all of them, and once."""
+        return numbers
 
     def gradient_leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the tensors whose hooks see this rank's own gradients of a micro-step, before the sync.

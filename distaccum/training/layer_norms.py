@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from distaccum.accumulation import Accumulator
 from distaccum.strategies import local_parts
@@ -89,8 +87,7 @@ class LayerNorms:
         # In float32 at least: a difference in bfloat16 would be rounded by more than what is to be measured.
         steps = [_wide(part) - _wide(weight) for part, weight in zip(local_parts(now), weights, strict=True)]
         squares = torch.stack([self._squares, self._added_up(weights), self._added_up(steps)])
-        if any(isinstance(parameter, DTensor) for parameter in now):
-            dist.all_reduce(squares, group=self._accumulator.strategy.process_group)
+        squares = self._accumulator.strategy.sum_over_shards(squares.to(self._accumulator.strategy.device))
         counted = {self._blocks.get(name, REST) for name in self._measured}
         found = zip(self._names, *squares.sqrt().tolist(), strict=True)
         return {

@@ -214,8 +214,6 @@ def check_what_fsdp_cannot_do_is_refused(world: World) -> None:
         place(images, FSDPConfig(), torch.device("cpu"))
     with pytest.raises(UserError, match=r"strategy.wrap=\['Nowhere'\].* It has: .*Embedding"):
         place(TokenClassifier(), FSDPConfig(wrap=["Nowhere"]), CPU)
-    with pytest.raises(UserError, match="strategy=fsdp does not support precision=fp16"):
-        place(TokenClassifier(), FSDPConfig(), CPU, PrecisionName.fp16)
 
 
 def check_shared_parameters_stay_with_the_root(world: World) -> None:
