@@ -35,11 +35,12 @@ def exactness(rows: Rows) -> None:
         assert (float(row["relative error of the update"]) < 1e-12) == (row["method"] == "distaccum")
 
 
-def sync(rows: Rows) -> None:
+def sync(rows: Rows, single: Rows) -> None:
     assert [row["K"] for row in rows] == ["1", "2", "4", "8", "16"]
     for row in rows:
         assert float(row["every: MB/update"]) == pytest.approx(8.4 * int(row["K"]), rel=0.01)
         assert float(row["no_sync: MB/update"]) == pytest.approx(8.4, rel=0.01)
+    assert [row["strategy, K = 1"] for row in single] == ["ddp", "fsdp"]
 
 
 def noise_scale(rows: Rows) -> None:

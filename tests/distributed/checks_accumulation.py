@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from examples import (
     RaggedTokens,
     TokenClassifier,
     adamw,
+    calls_in,
     curves,
     distance,
     flat,
@@ -112,6 +114,17 @@ def check_without_no_sync_there_are_k_times_as_many(world: World) -> None:
     (once,), (sent_once,), _ = _synced(world, 1)
     (often,), (sent_often,), _ = _synced(world, 8, no_sync=lambda strategy: nullcontext())
     assert (often, sent_often) == (8 * once, 8 * sent_once)
+
+
+def check_a_window_of_one_micro_step_takes_no_detour(world: World) -> None:
+    """It is DDP's own forward and backward, never inside `no_sync`."""
+
+    def entered(steps: int) -> int:
+        run = partial(_synced, world, steps)
+        return calls_in(DistributedDataParallel, "no_sync", run)
+
+    assert entered(1) == 0
+    assert entered(2) == 4, "each update's first micro-step"
 
 
 def check_the_count_is_what_torch_dispatched(world: World) -> None:

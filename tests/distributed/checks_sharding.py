@@ -13,6 +13,7 @@ from examples import (
     RaggedTokens,
     TokenClassifier,
     adamw,
+    calls_in,
     curves,
     distance,
     flat,
@@ -21,6 +22,7 @@ from examples import (
     train_tokens,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.config import DDPConfig, FSDPConfig
@@ -110,6 +112,31 @@ def check_all_gathers_do_not_grow_either_when_parameters_are_kept(world: World) 
     by_steps = {steps: _collectives(world, FSDPConfig(reshard_in_window=False), steps) for steps in (1, 2, 8)}
     assert by_steps[1] == by_steps[2] == by_steps[8], by_steps
     assert by_steps[1]["all-gathers"] == 3, by_steps
+
+
+def check_a_window_of_one_micro_step_takes_no_detour(world: World) -> None:
+    """It is FSDP's own forward and backward, and nothing is switched off and on."""
+
+    def switched(steps: int) -> int:
+        def of(updates: int) -> int:
+            return calls_in(
+                FSDPModule,
+                "set_requires_gradient_sync",
+                lambda: train_tokens(
+                    FSDPConfig(),
+                    rank=world.rank,
+                    world_size=world.world_size,
+                    global_batch_size=32,
+                    accumulation_steps=steps,
+                    drop_last=True,
+                    updates=updates,
+                ),
+            )
+
+        return of(3) - of(1)  # without what happens when the model is placed
+
+    assert switched(1) == 0
+    assert switched(2) == 2 * 2, "off and on in each of two updates"
 
 
 def check_each_rank_keeps_a_part(world: World) -> None:

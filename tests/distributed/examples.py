@@ -189,6 +189,19 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
+def calls_in(owner: Any, name: str, run: Callable[[], Any]) -> int:
+    """Returns how often a method of a class is called while something runs."""
+    original, calls = getattr(owner, name), []
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(self, *args, **kwargs)
+
+    with replaced(owner, name, counting):
+        run()
+    return len(calls)
+
+
 class DividedByK(LanguageModeling):
     """What accumulation tutorials do: a mean per micro-batch, each counted alike."""
 
