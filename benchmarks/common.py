@@ -122,15 +122,25 @@ def _command() -> str:
 
 
 def machine() -> str:
-    """Returns the number and the name of the GPUs, or of the CPU's cores."""
+    """Returns the number and the name of the GPUs and their driver's version, or those of the CPU's cores."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, driver {driver()}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return f"{os.cpu_count()} × {model}"
+
+
+def driver() -> str:
+    """Returns the version of NVIDIA's driver; "unknown" where its program `nvidia-smi` doesn't say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return said.splitlines()[0].strip() if said.strip() else "unknown"
 
 
 def torchrun(world_size: int, *command: str) -> list[str]:

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from distaccum import Accumulator, WindowLoader
+from distaccum import Accumulator, LoaderOptions, WindowLoader
 
 IGNORE_INDEX = -100
 
@@ -65,7 +65,12 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """What all contenders are given."""
+    """What all contenders are given.
+
+    Attributes:
+        model: on the device.
+        is_bf16: compute in bfloat16 autocast.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -73,6 +78,23 @@ class Training:
     micro_batch_size: int
     accumulation_steps: int
     clip_norm: float | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_bf16: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def lightning_options(self) -> dict[str, Any]:
+        return {
+            "accelerator": "cuda" if self.on_gpu else "cpu",
+            "devices": self.ranks,
+            "precision": "bf16-mixed" if self.is_bf16 else "32-true",
+        }
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16)
 
     @property
     def ranks(self) -> int:
@@ -80,11 +102,14 @@ class Training:
 
     def loader(self) -> DataLoader[Any]:
         sampler = DistributedSampler(self.dataset) if self.ranks > 1 else None
-        return DataLoader(self.dataset, batch_size=self.micro_batch_size, shuffle=sampler is None, sampler=sampler)
+        return self._loader(shuffle=sampler is None, sampler=sampler)
 
     def plain_loader(self) -> DataLoader[Any]:
         """For contenders that share it out to the ranks by themselves."""
-        return DataLoader(self.dataset, batch_size=self.micro_batch_size, shuffle=True)
+        return self._loader(shuffle=True)
+
+    def _loader(self, **options: Any) -> DataLoader[Any]:
+        return DataLoader(self.dataset, batch_size=self.micro_batch_size, pin_memory=self.on_gpu, **options)
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -101,12 +126,14 @@ def distaccum(training: Training) -> None:
         training.dataset,
         global_batch_size=size * training.accumulation_steps * training.ranks,
         micro_batch_size=size,
+        options=LoaderOptions(device=training.device),
     )
     for window in loader:
         with accumulator.window(window) as micro_batches:
             for inputs, targets in micro_batches:
-                logits = model(inputs).flatten(0, 1)
-                loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+                with training.autocast():
+                    logits = model(inputs).flatten(0, 1)
+                    loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
                 accumulator.backward(loss_sum, weight=(targets != IGNORE_INDEX).sum())
         accumulator.step()
 
@@ -120,10 +147,13 @@ def hand_written(training: Training) -> None:
     if training.ranks > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     loader = training.loader()
-    for number, (inputs, targets) in enumerate(loader, 1):
+    for number, batch in enumerate(loader, 1):
+        inputs, targets = (tensor.to(training.device, non_blocking=True) for tensor in batch)
         is_last = number % steps == 0 or number == len(loader)
         with model.no_sync() if training.ranks > 1 and not is_last else nullcontext():
-            (mean_loss(model(inputs), targets) / steps).backward()
+            with training.autocast():
+                loss = mean_loss(model(inputs), targets) / steps
+            loss.backward()
         if is_last:
             if training.clip_norm is not None:
                 clip_grad_norm_(model.parameters(), training.clip_norm)
@@ -139,7 +169,8 @@ def accelerate(training: Training) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(
-        cpu=True,
+        cpu=not training.on_gpu,
+        mixed_precision="bf16" if training.is_bf16 else "no",
         gradient_accumulation_steps=training.accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -158,7 +189,7 @@ def fabric(training: Training) -> None:
     from lightning.fabric.strategies import DDPStrategy
 
     strategy = DDPStrategy(gradient_as_bucket_view=True) if training.ranks > 1 else "auto"
-    fabric = Fabric(accelerator="cpu", devices=training.ranks, strategy=strategy)
+    fabric = Fabric(strategy=strategy, **training.lightning_options)
     fabric.launch()
     model, optimizer = fabric.setup(training.model, training.optimizer)
     loader = fabric.setup_dataloaders(training.plain_loader())
@@ -191,8 +222,7 @@ def lightning_trainer(training: Training) -> None:
             return training.optimizer
 
     trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=training.ranks,
+        **training.lightning_options,
         strategy=DDPStrategy(gradient_as_bucket_view=True) if training.ranks > 1 else "auto",
         max_epochs=1,
         accumulate_grad_batches=training.accumulation_steps,
@@ -241,10 +271,10 @@ def transformers_trained(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=next(model.parameters()).device.type == "cpu",
             num_train_epochs=1,
             ddp_find_unused_parameters=False,
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=next(model.parameters()).device.type == "cuda",
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
@@ -276,6 +306,7 @@ def transformers_trainer(training: Training) -> None:
         per_device_train_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.accumulation_steps,
         max_grad_norm=training.clip_norm or 0.0,
+        bf16=training.is_bf16,
     )
 
 
@@ -291,9 +322,14 @@ PEERS = ("accelerate", "lightning", "transformers")
 """The packages that the last four need; the extra `bench`."""
 
 
+def missing_peers() -> list[str]:
+    """Returns the peers that are not installed."""
+    return [name for name in PEERS if importlib.util.find_spec(name) is None]
+
+
 def require_peers() -> None:
     """Ends the program if a peer is missing."""
-    if missing := [name for name in PEERS if importlib.util.find_spec(name) is None]:
+    if missing := missing_peers():
         raise SystemExit(f'{", ".join(missing)} not installed: pip install "distaccum[bench]"')
 
 

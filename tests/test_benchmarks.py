@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,16 +12,18 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launching import ROOT
 
-from benchmarks import common
+from benchmarks import common, gpu_profile
 
 BENCHMARKS = ROOT / "benchmarks"
-HELPERS = {"common", "emulated_hosts", "peers_contenders"}
-ON_A_CPU = ("--device", "cpu", "--backend", "aot_eager")
+HELPERS = {"common", "emulated_hosts", "gpu_memory", "gpu_model", "gpu_profile", "peers_contenders"}
+ON_A_GPU = ("gpu", "gpu_peers", "gpu_text")
+"""Run by gpu.sh."""
 PEERS = {"accelerate", "lightning", "transformers"}
 NEEDED = {"padding": PEERS, "peers": PEERS, "picture_of_segmentation": {"matplotlib"}}
 """Packages of the extra `bench` that a benchmark can't do without."""
@@ -71,10 +74,23 @@ def gpu(loops: Rows, memory: Rows) -> None:
     rows = [row for row in loops if row["loop"] == "distaccum"]
     assert [row["compile"] for row in rows] == ["false", "true"]
     assert {row["host waits in micro-steps"] for row in rows} == {"0"}
-    found, recovered = memory
+    assert {row["copies beside computing"] for row in rows} == {"-"}, "nothing is copied on a CPU"
+    predicted, found, recovered = memory
+    assert abs(float(predicted["figure"])) < 5
     assert found["micro-batch"] == "5", "memory runs out above"
+    assert float(found["figure"]) == 1
     assert "2 times cut smaller" in recovered["what"]
-    assert float(recovered["what"].rpartition(" ")[2]) < 1e-3, "bfloat16 sums in another order"
+    assert float(recovered["figure"]) < 1e-3
+
+
+def gpu_peers(rows: Rows) -> None:
+    contenders = ["hand-written loop", "distaccum", "Accelerate", "Fabric", "Transformers Trainer"]
+    assert [row["contender"] for row in rows] == contenders
+
+
+def gpu_text(rows: Rows) -> None:
+    uniform, by_length = rows
+    assert float(by_length["padding"]) < 0.1 < 0.5 < float(uniform["padding"])
 
 
 def slow_link(rows: Rows) -> None:
@@ -125,7 +141,7 @@ def no_table() -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
-    **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, gpu, slow_link, tuning)},
+    **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, slow_link, tuning)},
     **{check.__name__: check for check in (memory, checkpoint, unequal_ranks, scaling)},
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
@@ -152,12 +168,12 @@ def _tables(output: str) -> list[Rows]:
     return tables
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in BENCHMARKS.glob("*.py")} - HELPERS))
+@pytest.mark.parametrize("name", sorted({path.stem for path in BENCHMARKS.glob("*.py")} - HELPERS - {*ON_A_GPU}))
 def test_a_quick_run(name: str, tmp_path: Path) -> None:
     if missing := [package for package in NEEDED.get(name, ()) if find_spec(package) is None]:
         pytest.skip(f"needs the extra `bench`: {', '.join(sorted(missing))} not installed")
     picture = tmp_path / "picture.svg"
-    arguments = ON_A_CPU if name == "gpu" else (str(picture),) if "picture" in name else ()
+    arguments = (str(picture),) if "picture" in name else ()
     done = _run(name, "--quick", *arguments, cwd=tmp_path)
     if "hosts can't be emulated here" in done.stderr:
         pytest.skip(done.stderr.strip())
@@ -208,6 +224,17 @@ def test_commands_are_those_of_the_repositorys_folder(monkeypatch: pytest.Monkey
         assert record["question"] == "?"
 
 
+def test_all_that_is_for_a_gpu_runs_on_a_cpu() -> None:
+    if missing := [package for package in PEERS if find_spec(package) is None]:
+        pytest.skip(f"needs the extra `bench`: {', '.join(sorted(missing))} not installed")
+    done = _gpu("--device", "cpu", "--quick", "--skip-tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    loops, memory, contenders, text = _tables(done.stdout)
+    gpu(loops, memory)
+    gpu_peers(contenders)
+    gpu_text(text)
+
+
 def test_gpu_refuses_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -216,3 +243,46 @@ def test_gpu_refuses_where_there_is_none() -> None:
         assert done.returncode == 2
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_part_that_fails_on_a_gpu_is_named_and_the_others_run(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *gpu_peers*) exit 3;; *pytest*) sleep 0;; *) echo "ran $1";; esac\n')
+    python.chmod(0o755)
+    done = _gpu("--device", "cpu", "--quick", PYTHON=str(python))
+    assert done.returncode == 1
+    assert done.stdout.endswith("ran benchmarks/gpu_text.py\n\nfailed: peers (exit status 3)\n")
+    assert "ran benchmarks/gpu.py" in done.stdout
+    assert "pytest -m gpu -n 0 -q tests/" in done.stdout
+    assert _gpu("--device", "tpu").returncode == 2
+
+
+def _gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BENCHMARKS / "gpu.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+    )
+
+
+def test_copies_are_beside_what_computes_meanwhile() -> None:
+    def event(category: str, start: float, duration: float, name: str = "", **arguments: int) -> dict[str, Any]:
+        return {"cat": category, "ts": start, "dur": duration, "name": name, "args": arguments}
+
+    events = [
+        event("kernel", 0, 10),
+        event("kernel", 5, 7),
+        event("kernel", 20, 10),
+        event("cpu_op", 12, 8),
+        event("gpu_user_annotation", 0, 100),
+        event("gpu_memcpy", 8, 8, "Memcpy HtoD (Pinned -> Device)", bytes=10**5),
+        event("gpu_memcpy", 22, 4, "Memcpy HtoD (Pinned -> Device)", bytes=10**5),
+        event("gpu_memcpy", 13, 2, "Memcpy HtoD (Pageable -> Device)", bytes=8),
+        event("gpu_memcpy", 13, 2, "Memcpy DtoH (Device -> Pageable)", bytes=10**5),
+        {"ph": "M", "name": "process_name"},
+    ]
+    copies, kernels = gpu_profile.copies_and_kernels(events)
+    assert gpu_profile.share_beside(copies, kernels) == pytest.approx((4 + 4) / (8 + 4))
+    assert math.isnan(gpu_profile.share_beside([], kernels))
