@@ -153,18 +153,21 @@ def overhead(scale: Scale, device: torch.device, *, compiles: bool, backend: str
         }
 
 
-def overheads(scale: Scale, device: torch.device, backend: str) -> Iterator[common.Row]:
-    for compiles in (False, True):
-        yield from overhead(scale, device, compiles=compiles, backend=backend)
-        torch.compiler.reset()
-        gc.collect()
-        free_cached_memory(device)
+def freed(rows: Iterator[common.Row], device: torch.device) -> Iterator[common.Row]:
+    """Frees what a table's measurements have left."""
+    yield from rows
+    torch.compiler.reset()
+    gc.collect()
+    free_cached_memory(device)
 
 
 def tables(scale: Scale, device: torch.device, backend: str) -> Iterator[tuple[str, Iterator[common.Row]]]:
     size = f"{scale.accumulation_steps} micro-steps of {scale.micro_batch_size} × {scale.length} tokens"
-    yield f"{size} (goals: 1.01 / hand-written, no wait in micro-steps)", overheads(scale, device, backend)
-    yield "Memory", memory(scale, device)
+    goals = "(goals: 1.01 / hand-written, no wait in micro-steps)"
+    yield f"{size} {goals}", freed(overhead(scale, device, compiles=False, backend=backend), device)
+    yield "Memory", freed(memory(scale, device), device)
+    # Last, as compiling takes longest.
+    yield f"Compiled {goals}", overhead(scale, device, compiles=True, backend=backend)
 
 
 def main() -> None:

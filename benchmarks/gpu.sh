@@ -63,7 +63,7 @@ options=(--device "$device" "${quick[@]}")
 [[ $device == cuda && ${#quick[@]} == 0 ]] && options+=(--write)
 # A compiler for C++ is not needed to see that compiling works.
 [[ $device == cpu ]] && backend=(--backend aot_eager) || backend=()
-part "one GPU" 180 "$python" benchmarks/gpu.py "${options[@]}" "${backend[@]}"
+part "one GPU" 210 "$python" benchmarks/gpu.py "${options[@]}" "${backend[@]}"
 part "peers" 80 "$python" benchmarks/gpu_peers.py "${options[@]}"
 part "text" 60 "$python" benchmarks/gpu_text.py "${options[@]}"
 

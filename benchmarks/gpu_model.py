@@ -65,7 +65,7 @@ class Scale:
         return 6 * parameters + 12 * self.num_layers * self.width * self.length
 
 
-GPT2 = Scale(50304, 1024, 12, 12, 768, micro_batch_size=8, accumulation_steps=8, updates=6, rounds=5)
+GPT2 = Scale(50304, 1024, 12, 12, 768, micro_batch_size=8, accumulation_steps=8, updates=4, rounds=5)
 GPT2_QUICK = Scale(50304, 1024, 12, 12, 768, micro_batch_size=8, accumulation_steps=4, updates=3, rounds=2)
 SMALL = Scale(64, 32, 2, 2, 32, micro_batch_size=4, accumulation_steps=4, updates=3, rounds=2)
 
@@ -145,9 +145,15 @@ def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, torch.de
 
 
 def recorded(description: str | None, tables: Iterator[tuple[str, Iterator[common.Row]]], *, write: bool) -> None:
-    """Shows tables one after the other, and writes after each what there is: a time limit may end the program."""
-    rows: list[common.Row] = []
+    """Shows tables one after the other, and writes what there is after each row: a time limit may end the program."""
+    found: list[common.Row] = []
+
+    def written(rows: Iterator[common.Row]) -> Iterator[common.Row]:
+        for row in rows:
+            found.append(row)
+            if write:
+                common.write(description, found)
+            yield row
+
     for title, table in tables:
-        rows += common.show(title, table)
-        if write:
-            common.write(description, rows)
+        common.show(title, written(table))

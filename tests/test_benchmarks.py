@@ -74,8 +74,8 @@ def padding(rows: Rows) -> None:
     assert computed["1", "Transformers, grouped"] < computed["1", "Transformers, dynamic"]
 
 
-def gpu(loops: Rows, memory: Rows) -> None:
-    rows = [row for row in loops if row["loop"] == "distaccum"]
+def gpu(loops: Rows, memory: Rows, compiled: Rows) -> None:
+    rows = [row for row in (*loops, *compiled) if row["loop"] == "distaccum"]
     assert [row["compile"] for row in rows] == ["false", "true"]
     assert {row["host waits in micro-steps"] for row in rows} == {"0"}
     assert {row["copies beside computing"] for row in rows} == {"-"}, "nothing is copied on a CPU"
@@ -233,8 +233,8 @@ def test_all_that_is_for_a_gpu_runs_on_a_cpu() -> None:
         pytest.skip(f"needs the extra `bench`: {', '.join(sorted(missing))} not installed")
     done = _gpu("--device", "cpu", "--quick", "--skip-tests")
     assert done.returncode == 0, done.stdout + done.stderr
-    loops, memory, contenders, text = _tables(done.stdout)
-    gpu(loops, memory)
+    loops, memory, compiled, contenders, text = _tables(done.stdout)
+    gpu(loops, memory, compiled)
     gpu_peers(contenders)
     gpu_text(text)
 
