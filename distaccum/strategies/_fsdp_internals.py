@@ -60,7 +60,8 @@ def drop_unreduced_gradients(model: FSDPModule) -> None:
         model.reset_iter_state()
     for module in sharded_modules(model):
         for entry in (entry for group in _groups_of(module) for entry in group):
-            entry.unsharded_accumulated_grad = None
+            if "unsharded_accumulated_grad" in vars(entry):  # up to torch 2.14; later it is the gradient below
+                entry.unsharded_accumulated_grad = None
             if hasattr(entry, "_unsharded_param"):
                 entry._unsharded_param.grad = None
 

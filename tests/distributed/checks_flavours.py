@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from documents import block_run_by
 from examples import RaggedTokens, TokenClassifier, adamw, curves, distance, flat, placed, token_loss, train_tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -330,3 +331,11 @@ def check_parameters_are_shards_of_a_node(world: World) -> None:
     parameter = next(strategy.module.parameters())
     assert isinstance(parameter, DTensor)
     assert parameter.device_mesh.size() == world.ranks_on_host
+
+
+def check_the_block_in_the_documentation(world: World) -> None:
+    if world.world_size == 4:
+        found: dict[str, Any] = {}
+        exec(block_run_by("distributed/test_flavours_on_ranks.py"), found)
+        calls = {axis: count for axis, (count, _) in found["strategy"].traffic.by_axis.items()}
+        assert calls == {"shard": 8, "replicate": 1}  # two layers in four micro-steps

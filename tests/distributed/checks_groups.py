@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator, UserError, WindowLoader
 from distaccum.config import DDPConfig, FSDPConfig
-from distaccum.config.enums import LrRule
+from distaccum.config.enums import Accumulate, LrRule
 from distaccum.config.optimizers import AdamConfig
 from distaccum.runtime.world import World
 from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
@@ -26,6 +26,7 @@ PLACEMENTS: dict[str, Any] = {
     "ddp": DDPConfig(),
     "zero-1": DDPConfig(shard_optimizer=True),
     "fsdp": FSDPConfig(),
+    "fsdp, node": FSDPConfig(accumulate=Accumulate.node, shard_size=2),
 }
 ALONE = {"rank": 0, "world_size": 1}
 UPDATES, SIZE, LR, DECAY = 7, 16, 0.03, 0.2

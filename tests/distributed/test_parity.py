@@ -83,6 +83,8 @@ def one_shot(run: Any) -> Run:
         (2, ("strategy=ddp", "strategy.shard_optimizer=true")),
         (2, ("strategy=fsdp",)),
         (4, ("strategy=fsdp", "strategy.reshard_in_window=false")),
+        (3, ("strategy=fsdp", "strategy.accumulate=sharded")),
+        (4, ("strategy=fsdp", "strategy.accumulate=node", "strategy.shard_size=2", "batch.balance=speed")),
     ],
 )
 def test_every_placement_makes_the_same_run(

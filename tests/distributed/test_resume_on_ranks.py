@@ -51,19 +51,20 @@ def without_seconds(run_dir: str) -> list[dict[str, Any]]:
 
 def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
     averaged = ("train.ema.decay=0.7", "train.swa.first_update=3", "train.swa.every_updates=2")
-    run(1, "undisturbed", "train.max_updates=12", "strategy=single", *averaged)
+    run(1, "undisturbed", "train.max_updates=15", "strategy=single", *averaged)
     stages = [
         (4, "strategy=ddp", "batch.micro_batch_size=2"),
-        (2, "strategy=fsdp", "batch.micro_batch_size=8"),
+        (2, "strategy=fsdp", "strategy.accumulate=sharded", "batch.micro_batch_size=8"),
         (1, "strategy=single", "batch.micro_batch_size=5"),
+        (4, "strategy=fsdp", "strategy.accumulate=node", "strategy.shard_size=2", "batch.micro_batch_size=3"),
         (3, "strategy=ddp", "strategy.shard_optimizer=true"),
     ]
     for number, (ranks, *overrides) in enumerate(stages, 1):
         said = run(ranks, "moving", f"train.max_updates={3 * number}", *averaged, *overrides)
         assert ("going on from moving/checkpoints/update-" in said) == (number > 1)
     one, other = updates(Path("undisturbed")), updates(Path("moving"))
-    assert [line["update"] for line in other] == list(range(1, 13))
-    assert [line["micro_steps"] for line in other] == [3] * 3 + [2] * 3 + [5] * 3 + [1] * 3
+    assert [line["update"] for line in other] == list(range(1, 16))
+    assert [line["micro_steps"] for line in other] == [3] * 3 + [2] * 3 + [5] * 3 + [2] * 3 + [1] * 3
     for key in ("loss", "grad_norm", "weight", "samples", "lr"):
         assert [line[key] for line in other] == pytest.approx([line[key] for line in one], rel=1e-10), key
     found = {line["update"]: line["eval"] for line in evaluations(Path("moving"))}
@@ -76,7 +77,7 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
         assert weights.keys() == wanted.keys()
         assert all(torch.allclose(weights[key], wanted[key], rtol=1e-9, atol=1e-12) for key in wanted)
     # Negative control: what is compared would show a window that is not the same.
-    run(1, "other", "train.max_updates=12", "strategy=single", "seed=1")
+    run(1, "other", "train.max_updates=15", "strategy=single", "seed=1")
     assert updates(Path("other"))[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-2)
 
 
@@ -86,7 +87,7 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
         ("strategy=ddp", "strategy.shard_optimizer=true", "data.num_workers=2"),
         ("strategy=ddp", "strategy.compression=powersgd", "strategy.powersgd_start_update=2"),
         ("strategy=ddp", "strategy.static_graph=true"),
-        ("strategy=fsdp", "precision=bf16"),
+        ("strategy=fsdp", "strategy.accumulate=node", "strategy.shard_size=2", "precision=bf16"),
     ],
     ids=["zero-1", "powersgd", "static graph", "fsdp"],
 )
