@@ -151,8 +151,8 @@ TRAIN_HAS = _has("train", LoopConfig)
         ),
         pytest.param(
             ["model=custom", "model._target_=a.B", "model.width=3"],
-            "there is no key model.width. model has: _target_, activation_checkpointing, freeze, init_from, unfreeze. "
-            "To add a key to model, write +model.width=….",
+            "there is no key model.width. model has: _target_, activation_checkpointing, freeze, init_from, "
+            "init_on_meta, unfreeze. To add a key to model, write +model.width=….",
             id="key of an open section",
         ),
         pytest.param(

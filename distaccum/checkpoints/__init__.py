@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
-from distaccum.checkpoints.export import MODEL_FILE, export_model, load_exported
+from distaccum.checkpoints.export import export_model
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
 from distaccum.checkpoints.state import averaged_weights, load_model, persistent_buffers, putting_back
+from distaccum.checkpoints.weights import MODEL_FILE, load_exported
 
 __all__ = [
     "MODEL_FILE",

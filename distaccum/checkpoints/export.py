@@ -1,83 +1,124 @@
-"""Writes the trained model as one file that needs nothing of this package, and loads weights from such a file."""
+"""Writes the trained model as safetensors files that need nothing of this package."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from distaccum.checkpoints.state import check_same_model, persistent_buffers
+from distaccum.checkpoints.state import persistent_buffers
 from distaccum.checkpoints.storage import write_safetensors
 from distaccum.errors import UserError
 from distaccum.runtime.files import sync
+from distaccum.runtime.sharded import is_sharded
 from distaccum.strategies import Strategy
 
-MODEL_FILE = "model.safetensors"
+MOST_BYTES_OF_FILE = 5 * 10**9
+"""What Hugging Face's libraries put into one file."""
 
 
-def export_model(strategy: Strategy, run_dir: Path, *, is_main: bool, name: str = "model") -> None:
-    """Writes `NAME.safetensors`: the whole model, whatever the strategy, under the names of the user's own module.
+def export_model(
+    strategy: Strategy, run_dir: Path, *, is_main: bool, name: str = "model", most_bytes: int = MOST_BYTES_OF_FILE
+) -> None:
+    """Writes the whole model, whatever the strategy, under the names of the user's own module.
 
-    All ranks call it; the main one writes. Tied parameters are in it once, as `safetensors.torch.load_model` expects.
+    That is `NAME.safetensors`; or if it would be larger than `most_bytes`, `NAME-00001-of-000NN.safetensors` and
+    `NAME.safetensors.index.json`, which says in which file each tensor is. Files of an earlier export of this name are
+    replaced, and there is no index at any time of which a file is missing.
+
+    All ranks call it; the main one writes, tensor by tensor. Tied parameters are in it once, as
+    `safetensors.torch.load_model` expects.
 
     Raises:
         UserError: it can't be written.
     """
     strategy.at_rest()
     members = [*strategy.module.named_parameters(), *persistent_buffers(strategy.module)]
-    tensors = {}
-    for key, tensor in members:
-        whole: Tensor = tensor.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()  # all ranks take part
-        if is_main:
-            tensors[key] = whole.cpu()
+    tensors = {key: tensor.detach() for key, tensor in members}
+    gathering = _Gathering(tensors)
     if not is_main:
+        gathering.finish()
         return
-    path, aside = run_dir / f"{name}.safetensors", run_dir / f".{name}.safetensors"
     try:
-        aside.unlink(missing_ok=True)
-        write_safetensors(aside, tensors)
-        aside.rename(path)
-        sync(run_dir)
+        _remove(run_dir, f".{name}")
+        _write(run_dir, name, tensors, most_bytes, gathering)
     except (OSError, TypeError) as error:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)  # it would take up what room there is
+            _remove(run_dir, f".{name}")  # it would take up what room there is
+        gathering.finish()  # which the other ranks wait for
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path} can't be written: {reason}. Mend that and start the same command again: it goes on from the last "
-            "checkpoint."
+            f"{run_dir / name}.safetensors can't be written: {reason}. Mend that and start the same command again: it "
+            "goes on from the last checkpoint."
         ) from error
 
 
-def load_exported(module: nn.Module, path: str, key: str) -> None:
-    """Puts the weights of a safetensors file, or of a finished run's folder, into a plain module.
+class _Gathering:
+    """Gathers sharded tensors, one at a time and in the same order on all ranks."""
 
-    Args:
-        key: the configuration key that named the path, for messages.
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._left = deque(tensors.values())
 
-    Raises:
-        UserError: it can't be read, holds another model, or its numbers would be rounded.
-    """
-    file = Path(path).expanduser()
-    try:
-        with safe_open(file / MODEL_FILE if file.is_dir() else file, framework="pt") as opened:
-            stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{key}={path} can't be read: {error}. Name a safetensors file, or the folder of a finished run."
-        ) from error
-    shapes = {f"model/{name}": list(value.shape) for name, value in stored.items()}
-    check_same_model(module, shapes, f"{key}={path}", "take over what fits of it in a model._target_ of your own")
-    with torch.no_grad():
-        for name, own in [*module.named_parameters(), *persistent_buffers(module)]:
-            if torch.promote_types(stored[name].dtype, own.dtype) != own.dtype:
-                raise UserError(
-                    f"{key}={path}: {name} is {stored[name].dtype}, which would be rounded to {own.dtype}. Set "
-                    "precision so that the model's parameters have its format, or convert the file."
-                )
-            own.copy_(stored[name])
+    def __call__(self, tensor: Tensor) -> Tensor:
+        assert tensor is self._left.popleft()
+        return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+    def finish(self) -> None:
+        """Takes part in what is left."""
+        while self._left:
+            self(self._left[0])
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], most_bytes: int, gathering: _Gathering) -> None:
+    parts = _parts(tensors, most_bytes)
+    single, index = f"{name}.safetensors", f"{name}.safetensors.index.json"
+    files = {single: parts[0]}
+    if len(parts) > 1:
+        files = {f"{name}-{n:05}-of-{len(parts):05}.safetensors": part for n, part in enumerate(parts, 1)}
+    for file, part in files.items():
+        write_safetensors(folder / f".{file}", part, gathering)
+    if len(parts) == 1:
+        (folder / f".{single}").rename(folder / single)
+        sync(folder)
+        _remove(folder, name, besides=single)
+        return
+    places = {key: file for file, part in files.items() for key in part}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (folder / f".{index}").write_text(json.dumps(content, indent=2) + "\n")
+    sync(folder / f".{index}")
+    # The old index goes first and the new one comes last: files of two exports never look like a whole one.
+    _remove(folder, name)
+    for file in files:
+        (folder / f".{file}").rename(folder / file)
+    sync(folder)
+    (folder / f".{index}").rename(folder / index)
+    sync(folder)
+
+
+def _parts(tensors: Mapping[str, Tensor], most_bytes: int) -> list[dict[str, Tensor]]:
+    """Cuts tensors, in their order, into parts of at most so many bytes, or of a single larger tensor."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > most_bytes:
+            parts.append({})
+            size = 0
+        parts[-1][key] = tensor
+        size += tensor.nbytes
+    return parts
+
+
+def _remove(folder: Path, name: str, besides: str = "") -> None:
+    """Removes the files of an export, the index first."""
+    pattern = re.compile(rf"{re.escape(name)}(\.safetensors\.index\.json|(-\d{{5}}-of-\d{{5}})?\.safetensors)")
+    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.name != besides]
+    for path in sorted(found, key=lambda path: path.suffix != ".json"):
+        path.unlink(missing_ok=True)
+        if path.suffix == ".json":
+            sync(folder)

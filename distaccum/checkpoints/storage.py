@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,13 @@ _SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.
 _CHUNK_BYTES = 4 << 20
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> tuple[int, str]:
     """Writes tensors into a new file and brings them to the disk.
+
+    Args:
+        whole: returns the numbers of a tensor; it is called for one after another, when they are written.
 
     Returns:
         The file's size in bytes and its hash (BLAKE2b of 16 bytes, hexadecimal).
@@ -69,7 +74,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     digest, size = hashlib.blake2b(digest_size=16), 0
     with path.open("xb", buffering=0) as file:
         head = len(text).to_bytes(8, "little") + text
-        for chunk in _chunks(itertools.chain((head,), map(_bytes_of, tensors.values()))):
+        for chunk in _chunks(itertools.chain((head,), (_bytes_of(whole(tensor)) for tensor in tensors.values()))):
             digest.update(chunk)
             size += len(chunk)
             while len(chunk):

@@ -60,8 +60,12 @@ class ModelConfig:
     """Patterns of the names of parameters to freeze, as in `[token_embedding.*,blocks.0.*]`. Frozen parameters have no
     gradient and no optimizer state, and are not sent."""
     init_from: str | None = None
-    """Begin with the weights of a safetensors file, or of a finished run's folder (`model.safetensors`); names and
-    shapes must be the model's. Updates, optimizer and schedule begin anew; `resume` restores those too."""
+    """Begin with the weights of a safetensors file, of several with an index (`model.safetensors.index.json`), or of a
+    finished run's folder; names and shapes must be the model's. Updates, optimizer and schedule begin anew; `resume`
+    restores those too."""
+    init_on_meta: bool = False
+    """With `strategy=fsdp`: build the model without memory, shard it, and initialise it shard by shard, so that no rank
+    ever holds all of it. The same numbers."""
     unfreeze: Any = None  # a dict[int, list[str]], which OmegaConf can't replace as a whole where it is typed
     """Patterns of the names of parameters by update, as in `{100:[blocks.1.*],200:[blocks.*]}`: frozen from the run's
     start, and trained from that update on (counted from 1, as in the log)."""

@@ -40,6 +40,8 @@ def place(
 ) -> Strategy:
     """Moves a module to this rank's device and wraps or shards it as the strategy's configuration says.
 
+    A module on the meta device stays there under FSDP: whoever calls gives its shards memory and numbers.
+
     Args:
         precision: what the model computes in, for strategies that gather parameters in that format.
         compilation: how to compile the model; None for not at all.

@@ -20,7 +20,14 @@ from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
 from distaccum.checkpoints import Checkpoint, Checkpointer, load_exported
-from distaccum.config import ByLengthBatchConfig, EarlyStoppingConfig, Fp16Config, PrecisionConfig, TrainConfig
+from distaccum.config import (
+    ByLengthBatchConfig,
+    EarlyStoppingConfig,
+    Fp16Config,
+    PrecisionConfig,
+    StrategyConfig,
+    TrainConfig,
+)
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMode
 from distaccum.config.launcher import launch
@@ -31,7 +38,6 @@ from distaccum.observers import EarlyStopping, MetricsFile, Observer, Progress, 
 from distaccum.observers.run_file import RunFile
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.runtime.devices import cast, resolve_precision
-from distaccum.runtime.memory import is_out_of_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.runtime.stop_signals import Interruption
 from distaccum.runtime.world import World
@@ -40,11 +46,12 @@ from distaccum.tasks import CoupledTask, checked_output, weights_of
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.data import build_evaluation, build_window_loader, loader_options
+from distaccum.training.deferred_model import DeferredModel, is_deferred
 from distaccum.training.evaluated_weights import check_statistics
 from distaccum.training.evaluation import Evaluator
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
-from distaccum.training.model import build_model, into_training_mode, options_of
+from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
 from distaccum.training.optim import Schedule, build_optimizer
 from distaccum.training.progress import COMPILED, total_updates, updates_ahead
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
@@ -65,9 +72,10 @@ class Parts:
 
     Args:
         equal_micro_steps: give all ranks equally many micro-steps, whatever the strategy.
+        may_defer: leave the model without numbers until `initialise`, if the configuration says so.
 
     Attributes:
-        module: on the CPU, in the precision's parameter format.
+        module: on the CPU, or on the meta device if it is deferred; in the precision's parameter format.
         blocks: name of each parameter's block, where blocks are measured.
         woken: names of its parts that were built in evaluation mode and have been put into training mode.
 
@@ -83,13 +91,14 @@ class Parts:
         rank: int = 0,
         world_size: int = 1,
         equal_micro_steps: bool = False,
+        may_defer: bool = False,
     ) -> None:
         seed_everything(derived_seed(config.seed, "model"))
         self.precision = resolve_precision(config.precision.name, device)
-        options = loader_options(config.data, device, self.precision)
+        loading = loader_options(config.data, device, self.precision)
         self.train_data = targets.build(config.data.train, "data.train")
         self.loader = build_window_loader(
-            config, self.train_data, options, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
+            config, self.train_data, loading, rank=rank, world_size=world_size, equal_micro_steps=equal_micro_steps
         )
         smallest = dataclasses.replace(self.loader.plan, global_batch_size=self.loader.sizes.rule.smallest)
         if config.insight.noise_scale and smallest.is_one_shot:
@@ -100,30 +109,45 @@ class Parts:
             )
         size = config.train.eval_batch_size or self.loader.cuts.micro_batch_size
         self.evaluation_data, self.evaluation_loader = build_evaluation(
-            config, options, rank=rank, world_size=world_size, batch_size=size
+            config, loading, rank=rank, world_size=world_size, batch_size=size
         )
         self.task = targets.build(config.task, "task")
         if not callable(self.task):
             raise UserError(f"task built a {type(self.task).__name__}, which can't be called.")
-        module = _built_model(config, self.train_data)
-        self.woken = into_training_mode(module) if not config.train.keep_modes else []
-        self.module = cast(module, self.precision.parameter_dtype)
+        self.woken: list[str] = []
+        self._deferred: DeferredModel | None = None
+        options = options_of(config.model)[1]
+        self._initial = options.get("init_from") or None
+        if may_defer and is_deferred(options, config.strategy):
+            self._deferred = DeferredModel(lambda: self._model(config))
+            self.module = self._deferred.module
+        else:
+            self.module = self._model(config)
+            self._load()
         self.blocks: dict[str, str] = {}
         if config.insight.layers:
             self.blocks = blocks_by_parameter(self.module, getattr(config.strategy, "wrap", ()))
-        if initial := options_of(config.model)[1].get("init_from"):
-            load_exported(self.module, str(initial), "model.init_from")
-            logger.info("model.init_from: the weights come from %s", initial)
 
+    def _model(self, config: TrainConfig) -> nn.Module:
+        module = build_model_that_fits(config.model, self.train_data, getattr(config.strategy, "wrap", ()))
+        self.woken = into_training_mode(module) if not config.train.keep_modes else []
+        return cast(module, self.precision.parameter_dtype)
 
-def _built_model(config: TrainConfig, train_data: Any) -> nn.Module:
-    try:
-        return build_model(config.model, train_data, getattr(config.strategy, "wrap", ()))
-    except (RuntimeError, TypeError, MemoryError) as error:
-        if not is_out_of_memory(error) and "overflow" not in str(error).lower():
-            raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the model is too large to be built: {reason}. Lower the sizes in model or data.") from error
+    def initialise(self, strategy: Strategy, config: StrategyConfig) -> None:
+        """Gives the placed model its numbers, if it was deferred. Waits for no other rank.
+
+        Raises:
+            UserError: as for the constructor.
+        """
+        if self._deferred is not None:
+            strategy.at_rest()
+            self._deferred.initialise(strategy.module, strategy.device, config, is_loaded=self._initial is not None)
+            self._load()
+
+    def _load(self) -> None:
+        if self._initial:
+            load_exported(self.module, str(self._initial), "model.init_from")
+            logger.info("model.init_from: the weights come from %s", self._initial)
 
 
 def compilation_of(config: TrainConfig, device: torch.device) -> Compilation | None:
@@ -270,11 +294,11 @@ def build_trainer(
         checkpoint: the one that the run is to go on from, for those who continue files.
     """
     with world.together():
-        parts = Parts(config, device, rank=world.rank, world_size=world.world_size)
+        parts = Parts(config, device, rank=world.rank, world_size=world.world_size, may_defer=True)
         factor, unfrozen = _by_update(config, parts.loader, checkpoint)
         compilation = compilation_of(config, device)
         observers = _observers(config, folder, checkpoint) if world.is_main else []
-    strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
+    strategy = _placed(config, parts, world, device, compilation)
     optimizer = _built_optimizer(config, strategy)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
@@ -314,6 +338,15 @@ def build_trainer(
         run_dir=folder.path,
         config=redacted(plain),
     )
+
+
+def _placed(
+    config: TrainConfig, parts: Parts, world: World, device: torch.device, compilation: Compilation | None
+) -> Strategy:
+    strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
+    with world.together():
+        parts.initialise(strategy, config.strategy)
+    return strategy
 
 
 def _built_optimizer(config: TrainConfig, strategy: Strategy) -> torch.optim.Optimizer:

@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from distaccum.config import instantiate as targets
 from distaccum.errors import UserError, listed
+from distaccum.runtime.memory import is_out_of_memory
 from distaccum.strategies.blocks import blocks_of
 from distaccum.training.patterns import parameters_like
 from distaccum.training.unfreezing import make_trainable, unfreeze_updates
 
 logger = logging.getLogger(__name__)
 
-_KEYS = ("activation_checkpointing", "freeze", "init_from", "unfreeze")
+_KEYS = ("activation_checkpointing", "freeze", "init_from", "init_on_meta", "unfreeze")
 
 
 def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.Module:
@@ -55,11 +56,27 @@ def build_model(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.M
         freeze(module, patterns)
     if unfrozen := options.get("unfreeze"):
         make_trainable(module, unfreeze_updates(unfrozen), patterns or ())
-    if wanted := options.get("activation_checkpointing"):
-        if wanted is not True:
-            raise UserError(f"model.activation_checkpointing={wanted!r} must be true or false.")
+    for key in ("activation_checkpointing", "init_on_meta"):
+        if options.get(key) not in (None, False, True):
+            raise UserError(f"model.{key}={options[key]!r} must be true or false.")
+    if options.get("activation_checkpointing"):
         checkpoint_blocks(module, wrap)
     return module
+
+
+def build_model_that_fits(section: Any, train_data: Any, wrap: Sequence[str] = ()) -> nn.Module:
+    """Builds a model as `build_model` does.
+
+    Raises:
+        UserError: as there, or there is too little memory.
+    """
+    try:
+        return build_model(section, train_data, wrap)
+    except (RuntimeError, TypeError, MemoryError) as error:
+        if not is_out_of_memory(error) and "overflow" not in str(error).lower():
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"the model is too large to be built: {reason}. Lower the sizes in model or data.") from error
 
 
 def options_of(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:

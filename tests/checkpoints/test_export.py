@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distaccum import UserError
-from distaccum.checkpoints import MODEL_FILE, load_exported
+from distaccum.checkpoints import MODEL_FILE, export, export_model, load_exported
+from distaccum.strategies import SingleStrategy
 
 RUN = [
     "data=synthetic",
@@ -108,6 +114,122 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes | str | None, tmp
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"weights.pt can't be read: .* Name a safetensors file, or the folder of a"):
         load_exported(Net(), str(path), "model.init_from")
+
+
+def _in_two_files(folder: Path, **index: Any) -> None:
+    tensors = _whole(Net())
+    names = sorted(tensors)
+    places = {name: f"model-0000{1 + (name > names[3])}-of-00002.safetensors" for name in names}
+    for file in set(places.values()):
+        save_file({name: tensors[name].clone() for name in names if places[name] == file}, folder / file)
+    content = {"metadata": {"total_size": 1}, "weight_map": places} | index
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def _into_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_several_files_come_over_by_their_index(tmp_path: Path) -> None:
+    _in_two_files(tmp_path)
+    wanted = {k: v for path in tmp_path.glob("*.safetensors") for k, v in load_file(path).items()}
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        model = Net()
+        load_exported(model, str(path), "model.init_from")
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in wanted.items())
+    # A single file in the same folder is newer: an export of several removes it first.
+    save_file(_whole(whole := Net()), tmp_path / MODEL_FILE)
+    load_exported(model, str(tmp_path), "model.init_from")
+    assert torch.equal(model.first.weight, whole.first.weight)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda at: (at / "model-00002-of-00002.safetensors").unlink(), "names the file model-00002-of-00002.safeten"),
+        (lambda at: (at / "model-00001-of-00002.safetensors").write_bytes(b"no"), "model-00001-of-00002.safetensors: "),
+        (lambda at: save_file({}, at / "model-00001-of-00002.safetensors"), "says that first.bias is in model-00001-"),
+        (lambda at: _in_two_files(at, weight_map={"first.bias": "../other.safetensors"}), "names '../other.safeten"),
+        (lambda at: _in_two_files(at, weight_map={"first.bias": "/etc/passwd"}), "names '/etc/passwd', which is not a"),
+        (lambda at: _in_two_files(at, weight_map={"first.bias": ".."}), "names '..', which is not a file beside it"),
+        (lambda at: _in_two_files(at, weight_map={"first.bias": 3}), "has no weight_map with the name of a file for e"),
+        (lambda at: _in_two_files(at, weight_map=None), "has no weight_map with the name of a file for each tensor"),
+        (lambda at: (at / "model.safetensors.index.json").write_text("[" * 100_000), "recursion"),
+        (lambda at: (at / "model.safetensors.index.json").write_text("{"), "Expecting property name"),
+        (
+            lambda at: _into_a_pipe(at / "model-00001-of-00002.safetensors"),
+            "00001-of-00002.safetensors is no regular",
+        ),
+    ],
+)
+def test_several_files_that_make_no_whole_are_refused(
+    spoil: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    _in_two_files(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=r"^model.init_from=.* can't be read: .*" + re.escape(message)) as caught:
+        load_exported(Net(), str(tmp_path), "model.init_from")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_of_several_files_of_another_shape_is_refused(tmp_path: Path) -> None:
+    _in_two_files(tmp_path)
+    with pytest.raises(UserError, match=r"holds another model: first.bias is \[3\] there and \[4\] here; first.weight"):
+        load_exported(Net(4), str(tmp_path), "model.init_from")
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("before", [1, 3, 4])
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_kill_in_an_export_leaves_a_whole_model_or_none(
+    before: int, after: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever operation on files is the last one, for exports that replace files of another number."""
+    old, new = Net(), Net()
+    size = sum(value.nbytes for value in _whole(old).values())
+
+    def exported(model: nn.Module, number: int, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        export_model(SingleStrategy(model), folder, is_main=True, most_bytes={1: size, 3: 36, 4: 30}[number])
+
+    def count(left: list[int], original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Killed
+            return original(*args, **kwargs)
+
+        return counted
+
+    outcomes = set()
+    for last in itertools.count():
+        exported(old, before, folder := tmp_path / str(last))
+        with monkeypatch.context() as patch, suppress(_Killed):
+            left = [last]
+            for name in ("rename", "unlink"):
+                patch.setattr(Path, name, count(left, getattr(Path, name)))
+            patch.setattr(export, "write_safetensors", count(left, export.write_safetensors))
+            exported(new, after, folder)
+        found = Net()
+        if list(folder.glob("model.safetensors*")):
+            load_exported(found, str(folder), "model.init_from")
+            alike = [all(torch.equal(v, found.state_dict()[k]) for k, v in _whole(m).items()) for m in (old, new)]
+            assert alike.count(True) == 1
+            outcomes.add("old" if alike[0] else "new")
+        else:
+            outcomes.add("none")
+        if left[0] >= 0:
+            break
+        # The next export mends it, and leaves nothing behind.
+        exported(new, after, folder)
+        load_exported(found, str(folder), "model.init_from")
+        exported(new, after, tmp_path / "fresh")
+        assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "fresh").iterdir()}
+    assert outcomes == {"old", "new"} | (set() if after == 1 else {"none"})
 
 
 def test_the_documented_way_to_load_it(train: Callable[..., Ended]) -> None:

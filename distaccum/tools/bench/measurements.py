@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.gradient_caching import accumulate_coupled
 from distaccum.accumulation.result import UpdateResult
-from distaccum.config import DDPConfig, PrecisionConfig, TrainConfig
+from distaccum.config import DDPConfig, FSDPConfig, PrecisionConfig, TrainConfig
 from distaccum.config.enums import OnNonfinite, PrecisionName
 from distaccum.loaders import Window
 from distaccum.runtime.devices import Stopwatch
@@ -83,7 +83,14 @@ class Training:
         alone: bool = False,
     ) -> None:
         # Where ranks sync in each micro-step, they must take equally many.
-        parts = Parts(config, device, rank=rank, world_size=world_size, equal_micro_steps=sync_every_step)
+        parts = Parts(
+            config,
+            device,
+            rank=rank,
+            world_size=world_size,
+            equal_micro_steps=sync_every_step,
+            may_defer=isinstance(config.strategy, FSDPConfig),
+        )
         self.loader = parts.loader
         self.lengths = getattr(parts.train_data, "lengths", None)
         self.task = parts.task
@@ -101,6 +108,7 @@ class Training:
             placed: Strategy = place_ddp(module, config.strategy, device, config.precision.name, own)
         else:
             placed = place(parts.module, config.strategy, device, config.precision.name, compilation)
+            parts.initialise(placed, config.strategy)
         self.syncing: SyncEveryMicroStep | None = None
         if sync_every_step:
             assert isinstance(placed, DDPStrategy)
