@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,28 +60,59 @@ def two_hosts(rate: str) -> Iterator[tuple[str, str]]:
                 _run("ip", "netns", "del", host)
 
 
-def on_hosts(hosts: tuple[str, str], script: str, *words: str) -> Iterator[common.Row]:
-    """Runs `script rank WORDS…` on each host, as the two ranks of a world; returns the rows that rank 0 sends.
+def on_hosts(hosts: tuple[str, str], script: str, *words: str, ranks_of_host: int = 1) -> Iterator[common.Row]:
+    """Runs `script rank WORDS…` on each host; returns the rows that rank 0 sends.
+
+    Args:
+        ranks_of_host: if there are several, the script is the first of them and starts the others, by
+            `as_ranks_of_host`.
 
     Raises:
         SystemExit: a rank failed.
     """
     everywhere = {
         "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(len(hosts)),
+        "LOCAL_WORLD_SIZE": str(ranks_of_host),
+        "WORLD_SIZE": str(len(hosts) * ranks_of_host),
         "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": INTERFACE,
     }
     commands = []
-    for rank, host in enumerate(hosts):
-        environment = (f"{name}={value}" for name, value in {**everywhere, "RANK": str(rank)}.items())
+    for number, host in enumerate(hosts):
+        own = {**everywhere, "RANK": str(number * ranks_of_host)}
+        environment = (f"{name}={value}" for name, value in own.items())
         commands.append(["ip", "netns", "exec", host, "env", *environment, sys.executable, script, "rank", *words])
     yield from common.rows_of(*commands)
 
 
+def as_ranks_of_host(run: Callable[[], None]) -> None:
+    """Runs a function on all ranks of this host: in this process, and in copies of it, which import nothing again.
+
+    Raises:
+        SystemExit: it failed in a copy.
+    """
+    first = int(os.environ["RANK"])
+    copies = [
+        multiprocessing.get_context("fork").Process(target=_as_rank, args=(run, first + local, local))
+        for local in range(1, int(os.environ["LOCAL_WORLD_SIZE"]))
+    ]
+    for copy in copies:
+        copy.start()
+    run()
+    for copy in copies:
+        copy.join()
+        if copy.exitcode:
+            raise SystemExit(f"exit status {copy.exitcode} of another rank of the host")
+
+
+def _as_rank(run: Callable[[], None], rank: int, local: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local))
+    run()
+
+
 def bytes_sent() -> int:
-    """Returns the bytes that this host has sent, headers and acknowledgements included."""
+    """Returns the bytes that this host has sent to others, headers and acknowledgements included."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 

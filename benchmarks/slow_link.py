@@ -16,6 +16,10 @@ each for itself, through the same DDP with a group of one rank, so that what com
 time of a bare all-reduce of 256 bytes over the link, β the slope of the time of larger ones (1 to 8 MB) in their bytes.
 PowerSGD's collectives wait for each other, and for its own computing between them: they hide behind nothing.
 
+The second table has two ranks on each host, and a link of 100 Mbit/s: DDP, and FSDP with the gradients of a window
+added up whole on each rank, in shards, and in shards of a node (`strategy.accumulate`). The bytes are those between the
+hosts.
+
 Needs Linux, root, and `ip` and `tc` (apt-get install iproute2).
 """
 
@@ -24,26 +28,34 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import common
 import torch
 import torch.distributed as dist
-from emulated_hosts import bytes_sent, on_hosts, two_hosts, why_impossible
+from emulated_hosts import as_ranks_of_host, bytes_sent, on_hosts, two_hosts, why_impossible
 from torch import nn
 
 from distaccum import Accumulator, UpdateResult
-from distaccum.config import DDPConfig
-from distaccum.config.enums import Compression
+from distaccum.config import DDPConfig, FSDPConfig
+from distaccum.config.enums import Accumulate, Compression, PrecisionName
 from distaccum.strategies import DDPStrategy, Strategy
 from distaccum.strategies.ddp import place_ddp
+from distaccum.strategies.fsdp import place_fsdp
 from distaccum.tools.bench.network import SIZES, time_all_reduces
 from distaccum.tools.tune.network_model import Link, buckets_of, fit_compute, fit_link, update_seconds
 
 RATES = ("100mbit", "1gbit")
 STEPS = (1, 2, 4, 8, 16)
 EVERY, NO_SYNC, BF16, POWERSGD = "every micro-step", "no_sync", "no_sync, bf16", "no_sync, PowerSGD"
+RANKS_OF_HOST = 2
+STEPS_SHARDED = (1, 4, 16)
+FEW_ROWS, MANY_ROWS = 4, 256
+"""Of a micro-batch: next to nothing to compute, and as much as FSDP's collectives take inside a host."""
+BLOCKS = 2
+"""That FSDP gathers one by one."""
+DDP = "ddp, no_sync"
 WIDTH, LAYERS = 256, 8
 POWERSGD_START = 2
 WARM_UP = POWERSGD_START + 2
@@ -60,12 +72,12 @@ class SyncingEvery(DDPStrategy):
 class Way:
     """One way of making updates, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, strategy_of: Callable[[nn.Module], Strategy]) -> None:
+    def __init__(self, model: nn.Module, strategy_of: Callable[[nn.Module], Strategy], rows: int = FEW_ROWS) -> None:
         module = copy.deepcopy(model)
         self.strategy = strategy_of(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
         self.accumulator = Accumulator(self.strategy.model, optimizer, strategy=self.strategy)
-        self.batch = torch.randn(4, WIDTH)
+        self.batch = torch.randn(rows, WIDTH)
 
     def update(self, steps: int) -> UpdateResult:
         with self.accumulator.window([self.batch] * steps) as micro_batches:
@@ -74,11 +86,16 @@ class Way:
         return self.accumulator.step()
 
 
+def new_model(blocks: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)]
+    each = LAYERS // blocks
+    return nn.Sequential(*(nn.Sequential(*layers[first : first + each]) for first in range(0, LAYERS, each)))
+
+
 def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
     """All ways, between the ranks of a group; None for all ranks."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
-    cpu = torch.device("cpu")
+    model, cpu = new_model(), torch.device("cpu")
 
     def ddp(compression: Compression) -> Callable[[nn.Module], Strategy]:
         config = DDPConfig(compression=compression, powersgd_start_update=POWERSGD_START)
@@ -94,6 +111,21 @@ def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
         NO_SYNC: Way(model, ddp(Compression.none)),
         BF16: Way(model, ddp(Compression.bf16)),
         POWERSGD: Way(model, ddp(Compression.powersgd)),
+    }
+
+
+def sharded_ways(rows: int, flavours: Iterable[Accumulate]) -> dict[str, Way]:
+    """DDP, and flavours of FSDP, between all ranks."""
+    model, cpu = new_model(BLOCKS), torch.device("cpu")
+
+    def fsdp(accumulate: Accumulate, *, reshard: bool = True) -> Way:
+        config = FSDPConfig(accumulate=accumulate, reshard_in_window=reshard)
+        return Way(model, lambda module: place_fsdp(module, config, cpu, PrecisionName.fp32), rows)
+
+    return {
+        DDP: Way(model, lambda module: place_ddp(module, DDPConfig(), cpu), rows),
+        **{f"fsdp, {accumulate}": fsdp(accumulate) for accumulate in flavours},
+        f"fsdp, {Accumulate.node}, gathered once": fsdp(Accumulate.node, reshard=False),
     }
 
 
@@ -119,7 +151,9 @@ def measure(all_ways: dict[str, Way], steps: int, rounds: int, updates: int) -> 
             dist.barrier()
             sent, started = bytes_sent(), time.perf_counter()
             results = [way.update(steps) for _ in range(updates)]
-            seconds, wire = time.perf_counter() - started, bytes_sent() - sent
+            seconds = time.perf_counter() - started
+            dist.barrier()  # other ranks of the host may not be done
+            wire = bytes_sent() - sent
             calls, handed = (sum(getattr(result, what) for result in results) for what in ("sync_calls", "sync_bytes"))
             found[name].append(tuple(value / updates for value in (seconds, wire, calls, handed)))
     names = ("seconds", "wire", "calls", "handed")
@@ -169,6 +203,39 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
     dist.destroy_process_group()
 
 
+def on_a_rank_of_two(is_quick: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for rows in (FEW_ROWS,) if is_quick else (FEW_ROWS, MANY_ROWS):
+        # What sends more in each micro-step takes its time whatever there is to compute.
+        all_ways = sharded_ways(rows, (Accumulate.node,) if is_quick or rows == MANY_ROWS else Accumulate)
+        for way in all_ways.values():
+            way.update(1)
+        for steps in (1, 4) if is_quick else STEPS_SHARDED:
+            found = measure(all_ways, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else 2)
+            for name, own in found.items():
+                common.send(
+                    {
+                        "link": RATES[0],
+                        "rows of a micro-batch": rows,
+                        "K": steps,
+                        "placement": name,
+                        "s/update": own["seconds"],
+                        "of DDP's": own["seconds"] / found[DDP]["seconds"],
+                        "MB between hosts": own["wire"] / 1e6,
+                        "collectives of gradients": own["calls"],
+                    }
+                )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def of_two_ranks(is_quick: bool) -> Iterator[common.Row]:
+    with two_hosts(RATES[0]) as hosts:
+        words = RATES[0], "quick" if is_quick else "full", "sharded"
+        yield from on_hosts(hosts, __file__, *words, ranks_of_host=RANKS_OF_HOST)
+
+
 def over_both_links(is_quick: bool) -> Iterator[common.Row]:
     for rate in RATES[:1] if is_quick else RATES:
         with two_hosts(rate) as hosts:
@@ -177,13 +244,20 @@ def over_both_links(is_quick: bool) -> Iterator[common.Row]:
 
 def main() -> None:
     if words := common.rank_words():
-        on_a_rank(words[0], words[1] == "quick")
+        is_quick = words[1] == "quick"
+        if words[2:]:
+            as_ranks_of_host(lambda: on_a_rank_of_two(is_quick))
+        else:
+            on_a_rank(words[0], is_quick)
         return
-    options = common.begin(common.arguments(__doc__, quick="20 seconds", full="4 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="25 seconds", full="7 minutes"))
     if reason := why_impossible():
         raise SystemExit(f"hosts can't be emulated here: {reason}")
     rows = common.show(
         "Updates of 2.1 MB of gradients over a slow link between 2 hosts", over_both_links(options.quick)
+    )
+    rows += common.show(
+        "Updates of the same model over 100 Mbit/s between 2 hosts with 2 ranks each", of_two_ranks(options.quick)
     )
     if options.write:
         common.write(__doc__, rows)

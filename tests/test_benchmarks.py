@@ -97,7 +97,7 @@ def gpu_text(rows: Rows) -> None:
     assert float(by_length["padding"]) < 0.15 < 0.3 < float(uniform["padding"])
 
 
-def slow_link(rows: Rows) -> None:
+def slow_link(rows: Rows, nodes: Rows) -> None:
     sent = {(row["K"], row["sync"]): float(row["MB on the wire"]) for row in rows}
     assert len(sent) == 2 * 4, "K, ways"
     one = sent["1", "no_sync"]
@@ -105,6 +105,11 @@ def slow_link(rows: Rows) -> None:
     assert sent["8", "every micro-step"] == pytest.approx(8 * one, rel=0.1)
     assert sent["8", "no_sync, bf16"] == pytest.approx(one / 2, rel=0.15)
     assert sent["8", "no_sync, PowerSGD"] < one / 20
+    between = {(row["K"], row["placement"]): float(row["MB between hosts"]) for row in nodes}
+    for way in ("fsdp, node", "fsdp, node, gathered once"):
+        assert between["1", way] == pytest.approx(one, rel=0.1), "each half of the gradients once"
+        assert between["4", way] == pytest.approx(one, rel=0.1)
+    assert between["4", "ddp, no_sync"] == pytest.approx(1.5 * one, rel=0.1)
 
 
 def tuning(rows: Rows) -> None:
