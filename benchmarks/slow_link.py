@@ -42,7 +42,6 @@ from distaccum.config import DDPConfig, FSDPConfig
 from distaccum.config.enums import Accumulate, Compression, PrecisionName
 from distaccum.strategies import DDPStrategy, Strategy
 from distaccum.strategies.ddp import place_ddp
-from distaccum.strategies.fsdp import place_fsdp
 from distaccum.tools.bench.network import SIZES, time_all_reduces
 from distaccum.tools.tune.network_model import Link, buckets_of, fit_compute, fit_link, update_seconds
 
@@ -116,16 +115,21 @@ def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
 
 def sharded_ways(rows: int, flavours: Iterable[Accumulate]) -> dict[str, Way]:
     """DDP, and flavours of FSDP, between all ranks."""
+    # Here and not above: importing FSDP takes as long as a quick run.
+    from distaccum.strategies.fsdp import place_fsdp
+
     model, cpu = new_model(BLOCKS), torch.device("cpu")
 
-    def fsdp(accumulate: Accumulate, *, reshard: bool = True) -> Way:
-        config = FSDPConfig(accumulate=accumulate, reshard_in_window=reshard)
+    def fsdp(accumulate: Accumulate, *, reshard: bool = True, shard_size: int | None = None) -> Way:
+        config = FSDPConfig(accumulate=accumulate, reshard_in_window=reshard, shard_size=shard_size)
         return Way(model, lambda module: place_fsdp(module, config, cpu, PrecisionName.fp32), rows)
 
     return {
         DDP: Way(model, lambda module: place_ddp(module, DDPConfig(), cpu), rows),
         **{f"fsdp, {accumulate}": fsdp(accumulate) for accumulate in flavours},
-        f"fsdp, {Accumulate.node}, gathered once": fsdp(Accumulate.node, reshard=False),
+        "fsdp, node, gathered once": fsdp(Accumulate.node, reshard=False),
+        # Nothing is left to send inside a host but for the last micro-step.
+        "fsdp, whole in a host, gathered once": fsdp(Accumulate.whole, reshard=False, shard_size=RANKS_OF_HOST),
     }
 
 
@@ -212,7 +216,7 @@ def on_a_rank_of_two(is_quick: bool) -> None:
         for way in all_ways.values():
             way.update(1)
         for steps in (1, 4) if is_quick else STEPS_SHARDED:
-            found = measure(all_ways, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else 2)
+            found = measure(all_ways, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else -(-4 // steps))
             for name, own in found.items():
                 common.send(
                     {

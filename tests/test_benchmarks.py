@@ -106,7 +106,7 @@ def slow_link(rows: Rows, nodes: Rows) -> None:
     assert sent["8", "no_sync, bf16"] == pytest.approx(one / 2, rel=0.15)
     assert sent["8", "no_sync, PowerSGD"] < one / 20
     between = {(row["K"], row["placement"]): float(row["MB between hosts"]) for row in nodes}
-    for way in ("fsdp, node", "fsdp, node, gathered once"):
+    for way in ("fsdp, node", "fsdp, node, gathered once", "fsdp, whole in a host, gathered once"):
         assert between["1", way] == pytest.approx(one, rel=0.1), "each half of the gradients once"
         assert between["4", way] == pytest.approx(one, rel=0.1)
     assert between["4", "ddp, no_sync"] == pytest.approx(1.5 * one, rel=0.1)
