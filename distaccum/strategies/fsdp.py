@@ -51,6 +51,7 @@ class FSDPStrategy(Strategy):
         device: where it computes.
         accumulate: how gradients are added up over micro-steps; `sharded` and `node` are the same here.
         reshard_in_window: free gathered parameters after each forward and backward.
+        layout: the ranks that share parameters and that hold the same; by default the ranks ask each other.
 
     Raises:
         UserError: the parameters are not all sharded alike, or can't be accumulated so.
@@ -63,6 +64,7 @@ class FSDPStrategy(Strategy):
         *,
         accumulate: Accumulate | str = Accumulate.whole,
         reshard_in_window: bool = True,
+        layout: Layout | None = None,
     ) -> None:
         assert isinstance(model, FSDPModule)
         _reshard(model)
@@ -75,7 +77,7 @@ class FSDPStrategy(Strategy):
         self.shares_buffers = self.world_size == 1
         self._root: FSDPModule = model
         if "_distaccum_sync" not in model.__dict__:
-            model.__dict__["_distaccum_sync"] = _Sync(model, device)
+            model.__dict__["_distaccum_sync"] = _Sync(model, device, layout)
         self._sync: _Sync = model.__dict__["_distaccum_sync"]
         self._sync.reshard_in_window &= reshard_in_window
         if (accumulate := Accumulate(accumulate)) is not Accumulate.whole:
@@ -204,11 +206,11 @@ class _Sync:
         in_shards: True if gradients are reduce-scattered in each micro-step.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, layout: Layout | None) -> None:
         self.traffic = Traffic(Stopwatch(device).mark)
         self.reshard_in_window = True
         self.in_shards = False
-        self.layout, self.reduces_replicas = _layout(model)
+        self.layout, self.reduces_replicas = (layout, False) if layout is not None else _layout(model)
         if dist.get_world_size() == 1:
             return
         axis = "shard" if self.layout.replicas is not None else None
@@ -278,7 +280,7 @@ def _layout(model: nn.Module) -> tuple[Layout, bool]:
     return layout, mesh.ndim == 2
 
 
-def _mesh(config: FSDPConfig, device: torch.device) -> DeviceMesh:
+def _mesh(config: FSDPConfig, device: torch.device) -> tuple[DeviceMesh, Layout]:
     """Returns the mesh that parameters are sharded on, as `strategy.shard_size` and `strategy.accumulate` say."""
     world_size = dist.get_world_size()
     sizes: list[int] = [0] * world_size
@@ -324,8 +326,9 @@ def place_fsdp(
             configured, or FSDP can't shard a parameter.
     """
     _require_shardable(module, config, device, precision)
+    mesh, layout = _mesh(config, device)
     options: dict[str, Any] = {
-        "mesh": _mesh(config, device),
+        "mesh": mesh,
         "mp_policy": _POLICIES.get(precision, MixedPrecisionPolicy()),
         "offload_policy": OffloadPolicy() if config.offload is Offload.none else CPUOffloadPolicy(),
     }
@@ -338,7 +341,8 @@ def place_fsdp(
     fully_shard(module, **options)
     kinds = sorted({type(block).__name__.removeprefix("FSDP") for block in blocks})
     logger.info("strategy=fsdp: %d blocks sharded by themselves (%s)", len(blocks), ", ".join(kinds) or "none")
-    return FSDPStrategy(module, device, accumulate=config.accumulate, reshard_in_window=config.reshard_in_window)
+    reshard = config.reshard_in_window
+    return FSDPStrategy(module, device, accumulate=config.accumulate, reshard_in_window=reshard, layout=layout)
 
 
 def _require_shardable(module: nn.Module, config: FSDPConfig, device: torch.device, precision: PrecisionName) -> None:

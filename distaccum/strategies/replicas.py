@@ -50,12 +50,19 @@ def layout_of(mesh: DeviceMesh) -> Layout | None:
     return Layout(mesh.get_group(), replicas)
 
 
-def mesh_of_shards(device: torch.device, shard_size: int) -> DeviceMesh:
-    """Returns the mesh of this rank's neighbours: of `shard_size` ranks with consecutive numbers. All ranks call it."""
-    if shard_size == dist.get_world_size():
-        return init_device_mesh(device.type, (shard_size,))
+def mesh_of_shards(device: torch.device, shard_size: int) -> tuple[DeviceMesh, Layout]:
+    """Returns the mesh of this rank's neighbours, of `shard_size` ranks with consecutive numbers, and the layout.
+
+    All ranks call it. Nothing is asked of the others, so it works where they are imitated.
+    """
+    world_size = dist.get_world_size()
+    if shard_size == world_size:
+        mesh = init_device_mesh(device.type, (shard_size,))
+        return mesh, Layout(mesh.get_group(), None)
     group, _ = dist.new_subgroups(shard_size)  # type: ignore[no-untyped-call]
-    return DeviceMesh.from_group(group, device.type)
+    columns = [list(range(first, world_size, shard_size)) for first in range(shard_size)]
+    replicas, _ = dist.new_subgroups_by_enumeration(columns)  # type: ignore[no-untyped-call]
+    return DeviceMesh.from_group(group, device.type), Layout(group, replicas)
 
 
 def all_reduce_parts(
