@@ -12,6 +12,7 @@ to `auto`, and with `foreach`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, SingleConfig
-from distaccum.config.enums import Implementation, PrecisionName
+from distaccum.config.enums import Accumulate, Implementation, PrecisionName
 from distaccum.config.optimizers import (
     AdadeltaConfig,
     AdamConfig,
@@ -51,6 +52,8 @@ PLACEMENTS: dict[str, tuple[Any, int]] = {
     "ddp, 8-bit AdamW": (DDPConfig(), 2),
     "fsdp": (FSDPConfig(), 2),
     "fsdp, gathered": (FSDPConfig(reshard_in_window=False), 2),
+    "fsdp, sharded": (FSDPConfig(accumulate=Accumulate.sharded), 2),
+    "fsdp, node of 2": (FSDPConfig(accumulate=Accumulate.node, shard_size=2), 4),
 }
 if not has_8bit():
     PLACEMENTS = {name: placement for name, placement in PLACEMENTS.items() if "8-bit" not in name}
@@ -111,9 +114,9 @@ def measured(name: str, layers: int, sizes: Sequence[int]) -> dict[str, dict[str
 
 def rows(layers: int, sizes: Sequence[int]) -> Iterator[common.Row]:
     """Measures and predicts the peaks, placement by placement."""
-    together = common.on_ranks(2, __file__, str(layers), *map(str, sizes))
+    together = {count: common.on_ranks(count, __file__, str(layers), *map(str, sizes)) for count in (2, 4)}
     for name, (strategy, ranks) in PLACEMENTS.items():
-        found = measured(name, layers, sizes) if ranks == 1 else next(together)
+        found = measured(name, layers, sizes) if ranks == 1 else next(together[ranks])
         for steps in STEPS:
             common.progress(f"{name}: {steps} micro-steps predicted")
             known = [size * replicas_of(strategy, device()) for size in KNOWN]
@@ -129,7 +132,7 @@ def rows(layers: int, sizes: Sequence[int]) -> Iterator[common.Row]:
                     "predicted MB": predicted / 1e6,
                     "error %": 100 * (predicted - peak) / peak,
                 }
-    for _ in together:
+    for _ in itertools.chain(*together.values()):
         raise AssertionError("the ranks have measured more placements than were asked for")
 
 
@@ -162,7 +165,7 @@ def on_a_rank(layers: int, sizes: Sequence[int]) -> None:
             torch.cuda.set_device(world.local_rank)
         world.init_process_group(device())
         for name, (_, ranks) in PLACEMENTS.items():
-            if ranks > 1:
+            if ranks == world.world_size:
                 common.send(measured(name, layers, sizes))
 
 

@@ -14,7 +14,8 @@ from distaccum.errors import require, require_at_least, require_positive
 
 PlacementName = StrEnum(
     "PlacementName",
-    "one_shot single dp ddp_sync_every_step ddp ddp_bf16 ddp_fp16 ddp_powersgd zero1 fsdp fsdp_gathered",
+    "one_shot single dp ddp_sync_every_step ddp ddp_bf16 ddp_fp16 ddp_powersgd zero1 fsdp fsdp_gathered fsdp_sharded "
+    "fsdp_node",
 )
 """The placements that `python -m distaccum.compare` can compare."""
 
@@ -63,7 +64,8 @@ class CompareSection:
 
     placements: list[PlacementName] | None = None
     """Which placements, of `one_shot`, `single`, `dp`, `ddp_sync_every_step`, `ddp`, `ddp_bf16`, `ddp_fp16`,
-    `ddp_powersgd`, `zero1`, `fsdp` and `fsdp_gathered` (`strategy.reshard_in_window=false`). `null`: all of them."""
+    `ddp_powersgd`, `zero1`, `fsdp`, `fsdp_gathered` (`strategy.reshard_in_window=false`), `fsdp_sharded` and
+    `fsdp_node` (`strategy.accumulate`). `null`: all of them."""
     world_sizes: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of ranks, or of replicas under DP. Placements of one process run if 1 is among them."""
     accumulation_steps: list[int] = field(default_factory=lambda: [4])

@@ -7,7 +7,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -254,19 +254,23 @@ class Measuring:
         for _ in range(warmup_updates):
             training.update()
         timed: dict[str, list[float]] = {"seconds": [], "data_seconds": [], "sync_seconds": []}
-        result = None
+        result, traffic = None, training.strategy.traffic
+        by_axis: dict[str, tuple[int, int]] = {}
         while len(timed["seconds"]) < updates:
+            before = dict(traffic.by_axis)
             started = time.perf_counter()
             window, update = training.update()
             seconds = time.perf_counter() - started
             if window.num_samples < full:
                 continue
             result = update
+            by_axis = _since(before, traffic.by_axis)
             timed["seconds"].append(seconds)
             timed["data_seconds"].append(update.data_seconds)
             timed["sync_seconds"].append(update.sync_seconds)
         assert result is not None
-        return {**timed, "samples": full, "sync_calls": result.sync_calls, "sync_bytes": result.sync_bytes}
+        sent = {"sync_calls": result.sync_calls, "sync_bytes": result.sync_bytes, "sync_by_axis": by_axis}
+        return {**timed, "samples": full, **sent}
 
     def facts(self) -> dict[str, Any]:
         """Returns what tuning depends on: whether lengths differ, and how large the gradients are."""
@@ -323,3 +327,12 @@ class Measuring:
         for _ in range(updates):
             training.update()
         return training.parameters() - before
+
+
+def _since(before: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Returns the collectives and bytes of each axis that have been added since."""
+    none = (0, 0)
+    return {
+        axis: (calls - before.get(axis, none)[0], size - before.get(axis, none)[1])
+        for axis, (calls, size) in now.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -19,6 +19,8 @@ class Round:
     samples: int
     sync_calls: int
     sync_bytes: int
+    sync_by_axis: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Both numbers by axis of the ranks (`Traffic.by_axis`)."""
 
 
 def round_of(answers: Sequence[dict[str, Any]]) -> Round:
@@ -37,7 +39,15 @@ def round_of(answers: Sequence[dict[str, Any]]) -> Round:
         samples=answers[0]["samples"],
         sync_calls=max(answer["sync_calls"] for answer in answers),
         sync_bytes=max(answer["sync_bytes"] for answer in answers),
+        sync_by_axis=_most([answer.get("sync_by_axis", {}) for answer in answers]),
     )
+
+
+def _most(of_ranks: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Returns by axis the most calls and the most bytes of a rank."""
+    axes = dict.fromkeys(axis for of_rank in of_ranks for axis in of_rank)
+    pairs = {axis: [of_rank[axis] for of_rank in of_ranks if axis in of_rank] for axis in axes}
+    return {axis: (max(calls for calls, _ in own), max(size for _, size in own)) for axis, own in pairs.items()}
 
 
 def middle_half(values: Sequence[float]) -> tuple[float, float]:

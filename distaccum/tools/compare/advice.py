@@ -5,7 +5,7 @@ from __future__ import annotations
 from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
-from distaccum.tools.compare.results import CompareReport, CompareRow, is_within_noise
+from distaccum.tools.compare.results import CompareReport, CompareRow, by_axis, is_within_noise
 
 _CLEARLY_LESS_MEMORY = 0.9
 """A peak is called smaller when it is below this part of the other."""
@@ -32,6 +32,7 @@ def advise(report: CompareReport) -> list[str]:
         _no_sync(measured),
         _compression(chosen, measured),
         _memory(chosen, exact),
+        _flavours(exact),
         _left_out(report),
     )
     return [*paragraphs, *(paragraph for paragraph in others if paragraph)]
@@ -163,6 +164,49 @@ def _memory(chosen: CompareRow, rows: list[CompareRow]) -> str:
         return f"{text}; no exact placement needs clearly less."
     most = max(rows, key=lambda row: row.peak_memory)
     return f"{text}, the least of all; the most is {byte_size(most.peak_memory)} ({most.title})."
+
+
+_FLAVOURS = (PlacementName.fsdp.value, PlacementName.fsdp_sharded.value, PlacementName.fsdp_node.value)
+
+
+def _flavours(rows: list[CompareRow]) -> str | None:
+    """Says where FSDP should accumulate gradients: here, where memory is short, and over a slow link."""
+    groups: dict[tuple[int, int], dict[str, CompareRow]] = {}
+    for row in rows:
+        if row.placement in _FLAVOURS:
+            groups.setdefault((row.accumulation_steps, row.world_size), {})[row.placement] = row
+    numbers = max((key for key, group in groups.items() if len(group) > 1), default=None)
+    if numbers is None:
+        return None
+    steps, ranks = numbers
+    found = [groups[numbers][name] for name in _FLAVOURS if name in groups[numbers]]
+    best, _ = choose(found)
+    text = (
+        f"Of FSDP's ways to accumulate ({ranks} ranks × {steps}), take {_name(best)} here: it takes "
+        f"{milliseconds(best.seconds)} an update at a peak of {byte_size(best.peak_memory)}, and none is faster beyond "
+        "the noise. Where memory is short, "
+    )
+    least = min(found, key=lambda row: row.peak_memory)
+    if least.peak_memory < _CLEARLY_LESS_MEMORY * best.peak_memory:
+        text += f"{_name(least)} needs {byte_size(least.peak_memory)}, at {milliseconds(least.seconds)} an update."
+    else:
+        text += "no other helps: none has a clearly lower peak with this model."
+    node = groups[numbers].get(PlacementName.fsdp_node.value)
+    if node is None:
+        return text
+    *_, (calls, sent) = by_axis(node)
+    others = " and ".join(
+        f"{byte_size(row.sync_bytes or 0)} in {row.sync_calls} under {_name(row)}" for row in found if row is not node
+    )
+    return (
+        f"{text} On several nodes with a slow link, take {_name(node)} (strategy.shard_size: ranks of a node): "
+        f"{byte_size(sent)} of gradients in {calls} collective{'s' if calls > 1 else ''} an update cross it then, "
+        f"whatever the micro-steps, and no parameters. Else {others} may cross it, and all gathered parameters."
+    )
+
+
+def _name(row: CompareRow) -> str:
+    return row.title.partition(" · ")[0]
 
 
 def _nothing_exact(report: CompareReport, tolerance: float) -> str:

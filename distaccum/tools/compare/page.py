@@ -11,8 +11,8 @@ from distaccum.config.tools import PlacementName
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.placements import PLACEMENTS
-from distaccum.tools.compare.results import CompareReport, CompareRow
-from distaccum.tools.compare.terminal import cells, heads
+from distaccum.tools.compare.results import CompareReport, CompareRow, by_axis
+from distaccum.tools.compare.terminal import TWO_AXES, cells, heads
 from distaccum.tools.pages.lines import Axis, Curve, line_chart
 from distaccum.tools.pages.page import TIME_PARTS, Section, render, subject_of
 from distaccum.tools.pages.rows import Cell, Dot, Panel, Segment, row_chart
@@ -124,9 +124,12 @@ def _errors(report: CompareReport) -> Section:
         ),
     ]
     colours = [("dot64", "computed in float64"), ("dot", f"computed in {precision}")]
+    note = _what_the_error_is(report)
+    if any(row.sync_by_axis for row in report.measured):
+        note += f" {TWO_AXES}"
     missing = [None if row.is_measured else "not measured" for row in report.rows]
     chart = _drawn("Error of the update and traffic", report, missing, panels)
-    return Section(heading="Exactness and traffic", key=colours, wide=chart, note=_what_the_error_is(report))
+    return Section(heading="Exactness and traffic", key=colours, wide=chart, note=note)
 
 
 def _error(row: CompareRow, precision: str) -> Cell:
@@ -141,7 +144,11 @@ def _error(row: CompareRow, precision: str) -> Cell:
 def _traffic(row: CompareRow) -> Cell:
     sent = row.sync_bytes or 0
     label = f"{byte_size(sent)} in {row.sync_calls}" if row.sync_calls else "nothing"
-    return Cell(bar=[Segment(sent, "sent", f"{row.title}: {row.sync_calls} collectives")], label=label)
+    hint = f"{row.title}: {row.sync_calls} collectives"
+    if row.sync_by_axis:
+        inside, between = (f"{calls} with {byte_size(size)}" for calls, size in by_axis(row))
+        hint += f", {inside} in a node and {between} between nodes"
+    return Cell(bar=[Segment(sent, "sent", hint)], label=label)
 
 
 def _what_the_error_is(report: CompareReport) -> str:

@@ -17,10 +17,10 @@ from distaccum.config import (
     SingleConfig,
     StrategyConfig,
     TrainConfig,
-    as_plain,
 )
-from distaccum.config.enums import Compression
+from distaccum.config.enums import Accumulate, Compression
 from distaccum.config.tools import CompareConfig, PlacementName
+from distaccum.tools.bench.placing import half_of, placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ _P = PlacementName
 _EXACT: dict[str, Any] = {"compression": Compression.none, "shard_optimizer": False}
 # Compressing from the first update that PowerSGD allows: it is there to be measured.
 _POWERSGD = {**_EXACT, "compression": Compression.powersgd, "powersgd_start_update": 2}
+_WHOLE: dict[str, Any] = {"reshard_in_window": True, "accumulate": Accumulate.whole}
+_SHARDED = {**_WHOLE, "accumulate": Accumulate.sharded, "shard_size": None}
 PLACEMENTS: dict[PlacementName, Placement] = {
     placement.name: placement
     for placement in (
@@ -67,8 +69,10 @@ PLACEMENTS: dict[PlacementName, Placement] = {
         Placement(_P.ddp_fp16, "DDP, fp16", DDPConfig, {**_EXACT, "compression": Compression.fp16}),
         Placement(_P.ddp_powersgd, "DDP, PowerSGD", DDPConfig, _POWERSGD),
         Placement(_P.zero1, "DDP, ZeRO-1", DDPConfig, {**_EXACT, "shard_optimizer": True}),
-        Placement(_P.fsdp, "FSDP", FSDPConfig, {"reshard_in_window": True}),
-        Placement(_P.fsdp_gathered, "FSDP, kept gathered", FSDPConfig, {"reshard_in_window": False}),
+        Placement(_P.fsdp, "FSDP", FSDPConfig, _WHOLE),
+        Placement(_P.fsdp_gathered, "FSDP, kept gathered", FSDPConfig, {**_WHOLE, "reshard_in_window": False}),
+        Placement(_P.fsdp_sharded, "FSDP, sharded", FSDPConfig, _SHARDED),
+        Placement(_P.fsdp_node, "FSDP, node", FSDPConfig, {**_WHOLE, "accumulate": Accumulate.node}),
     )
 }
 
@@ -85,6 +89,8 @@ class Case:
     for the longest samples; how many it takes follows from the lengths."""
     is_uniform: bool = False
     """Cut into equal micro-batches although the configuration cuts by length: to see what that gains."""
+    shard_size: int | None = None
+    """Ranks that share parameters as those of a node would, though all are on this host; None: all do."""
     impossible: str | None = None
     """Why it can't be run, or None."""
 
@@ -112,7 +118,8 @@ class Case:
             title = f"{self.placement.title}, uniform" if self.is_uniform else self.placement.title
             return f"{title} · {self.accumulation_steps} step{'s' if self.accumulation_steps > 1 else ''}"
         what = "ranks" if self.placement.has_ranks else "replicas"
-        return f"{self.placement.title} · {self.world_size} {what} × {self.accumulation_steps}"
+        node = "" if self.shard_size is None else f" of {self.shard_size}"
+        return f"{self.placement.title}{node} · {self.world_size} {what} × {self.accumulation_steps}"
 
     def command(self, config: CompareConfig, overrides: Sequence[str] = ()) -> str:
         """Returns the command that trains like this.
@@ -129,22 +136,16 @@ class Case:
             for entry in overrides
             if entry.partition("=")[0].lstrip("+") not in chosen and not entry.lstrip("+").startswith("compare.")
         ]
-        default = self.placement.strategy()
+        _, strategy = placed(config.strategy, self.placement.strategy, self._settings)
         if not isinstance(config.strategy, self.placement.strategy):
             kept = [entry for entry in kept if not entry.startswith("strategy.")]
-        placed = [f"strategy={default.name}"]
-        placed += [
-            f"strategy.{key}={str(as_plain(value)).lower()}"
-            for key, value in self._settings.items()
-            if value != getattr(default, key)
-        ]
         # Of the three numbers, the global batch and the steps are given: the third follows.
         free = "" if config.batch.micro_batch_size is None else " batch.micro_batch_size=null"
         cut = f"batch.accumulation_steps={self.accumulation_steps}{free}"
         if isinstance(config.batch, ByLengthBatchConfig) and not self.is_uniform:
             cut = f"batch.micro_batch_size={self._micro_batch_size(config.batch)}"
         launcher = f"torchrun --nproc_per_node={self.world_size}" if self.placement.has_ranks else "python"
-        return f"{launcher} -m distaccum.train {shlex.join([*kept, *placed])} {cut}"
+        return f"{launcher} -m distaccum.train {shlex.join([*kept, *strategy])} {cut}"
 
     def configuration(self, config: CompareConfig) -> TrainConfig:
         """Returns the user's configuration with this placement and this cut."""
@@ -155,9 +156,7 @@ class Case:
             batch = dataclasses.replace(batch, micro_batch_size=self._micro_batch_size(batch))
         else:
             batch = dataclasses.replace(batch, micro_batch_size=None, accumulation_steps=self.accumulation_steps)
-        given = config.strategy
-        base = given if isinstance(given, self.placement.strategy) else self.placement.strategy()
-        strategy = dataclasses.replace(base, **self._settings)
+        strategy, _ = placed(config.strategy, self.placement.strategy, self._settings)
         return dataclasses.replace(config, batch=batch, strategy=strategy)
 
     @property
@@ -167,8 +166,10 @@ class Case:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        replicas = {"replicas": self.world_size} if self.placement.strategy is DPConfig else {}
-        return self.placement.settings | replicas
+        own: dict[str, Any] = {"replicas": self.world_size} if self.placement.strategy is DPConfig else {}
+        if self.shard_size is not None:
+            own["shard_size"] = self.shard_size
+        return self.placement.settings | own
 
     def _micro_batch_size(self, batch: BatchConfig) -> int:
         assert batch.global_batch_size is not None
@@ -196,12 +197,25 @@ def cases_of(config: CompareConfig) -> list[Case]:
             first = section.accumulation_steps[0]
             cases.append(Case(placement=placement, world_size=size, accumulation_steps=first, impossible=reason))
         cases += [
-            Case(placement=placement, world_size=size, accumulation_steps=count, is_uniform=is_uniform)
+            Case(
+                placement=placement,
+                world_size=size,
+                accumulation_steps=count,
+                is_uniform=is_uniform,
+                shard_size=_shard_size(placement, size, config),
+            )
             for size in sizes
             for count in steps
             for is_uniform in ((False, True) if is_by_length and placement.name is PlacementName.single else (False,))
         ]
     return cases
+
+
+def _shard_size(placement: Placement, world_size: int, config: CompareConfig) -> int | None:
+    """Returns the ranks of a node where a placement has nodes: half of all, unless the configuration says how many."""
+    if placement.name is not PlacementName.fsdp_node:
+        return None
+    return getattr(config.strategy, "shard_size", None) or half_of(world_size)
 
 
 def reference_case(accumulation_steps: int) -> Case:

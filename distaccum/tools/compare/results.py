@@ -57,6 +57,8 @@ class CompareRow:
     """Collectives that carried gradients, per update and rank."""
     sync_bytes: int | None = None
     """Bytes handed to them, per update and rank."""
+    sync_by_axis: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Both by axis of the ranks: `shard`, inside a node, and `replicate`, between nodes. Empty where there is one."""
     micro_batch_sizes: list[int] = field(default_factory=list)
     """Rank 0's micro-batches of a full window."""
     memory: list[int] = field(default_factory=list)
@@ -145,6 +147,7 @@ def add_rounds(row: CompareRow, rounds: Sequence[Round]) -> None:
     row.compute_share = 1.0 - row.data_share - row.sync_share
     row.sync_calls = rounds[-1].sync_calls
     row.sync_bytes = rounds[-1].sync_bytes
+    row.sync_by_axis = rounds[-1].sync_by_axis
 
 
 def add_speedups(rows: Sequence[CompareRow]) -> None:
@@ -157,6 +160,13 @@ def add_speedups(rows: Sequence[CompareRow]) -> None:
     for row in rows:
         if row.is_measured and baselines:
             row.speedup = baselines.get(row.accumulation_steps, min(baselines.values())) / row.seconds
+
+
+def by_axis(row: CompareRow) -> list[tuple[int, int]]:
+    """Returns collectives and bytes of an update inside a node and between nodes, or, with one axis, of all."""
+    if not row.sync_by_axis:
+        return [(row.sync_calls or 0, row.sync_bytes or 0)]
+    return [row.sync_by_axis.get(axis, (0, 0)) for axis in ("shard", "replicate")]
 
 
 def is_within_noise(row: CompareRow, other: CompareRow) -> bool:

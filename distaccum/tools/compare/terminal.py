@@ -10,8 +10,9 @@ from distaccum.observers.formatting import byte_size, rate
 from distaccum.runtime.logs import console
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.bench.terminal import print_paragraphs, print_table, table_of
-from distaccum.tools.compare.results import CompareReport, CompareRow
+from distaccum.tools.compare.results import CompareReport, CompareRow, by_axis
 
+TWO_AXES = "Syncs and bytes with two numbers: inside a node + between nodes."
 _FULL_WIDTH = 150
 _IN_TERMINAL = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)
 """Columns for a terminal: the page has room for more."""
@@ -30,6 +31,8 @@ def show(report: CompareReport, run_dir: Path) -> None:
         table.add_row(row.title, *(values[index] for index in shown), style="" if row.reason is None else "dim")
     console.print()
     print_table(table, _FULL_WIDTH)
+    if any(row.sync_by_axis for row in report.measured):
+        console.print(Text(TWO_AXES, style="dim"))
     for row in report.rows:
         for problem in filter(None, (row.reason, *row.notes)):
             console.print(Text(f"{row.title}: {problem}", style="yellow"))
@@ -46,7 +49,10 @@ def heads(precision: str) -> list[str]:
 
 
 def cells(row: CompareRow) -> list[str]:
-    """Returns a row's cells, without its name; none if it was not measured."""
+    """Returns a row's cells, without its name; none if it was not measured.
+
+    Traffic of two axes is a sum: inside a node + between nodes.
+    """
     if not row.is_measured:
         return []
     sizes = sorted(set(row.micro_batch_sizes))
@@ -58,7 +64,7 @@ def cells(row: CompareRow) -> list[str]:
         "—" if row.speedup is None else f"{row.speedup:.2f}×",
         *(f"{share:.0%}" for share in (row.data_share, row.compute_share, row.sync_share)),
         byte_size(row.peak_memory),
-        str(row.sync_calls),
-        byte_size(row.sync_bytes or 0),
+        " + ".join(str(calls) for calls, _ in by_axis(row)),
+        " + ".join(byte_size(sent) for _, sent in by_axis(row)),
         *("—" if error is None else "0" if error == 0 else f"{error:.1e}" for error in (row.error_float64, row.error)),
     ]

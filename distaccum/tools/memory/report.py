@@ -23,6 +23,7 @@ class Row:
         setting: the setting in words.
         overrides: those that turn the configured setting into this one.
         micro_batch: samples of a micro-batch.
+        accumulate: under FSDP, where it adds up gradients; None where parameters stay gathered.
     """
 
     setting: str
@@ -31,6 +32,7 @@ class Row:
     accumulation_steps: int
     micro_batch: int
     footprint: Footprint
+    accumulate: str | None = None
 
     @property
     def line(self) -> PeakLine:
@@ -115,6 +117,7 @@ class Report:
                 f"With micro-batches of {best.micro_batch}, this fits: {best.overrides} ({byte_size(best.peak)})."
             )
         said.append(self._what_first())
+        said += self._flavours()
         if self.left_out:
             said.append(f"Not measured: {'; '.join(self.left_out)}.")
         if self.can_install_8bit:
@@ -132,6 +135,26 @@ class Report:
             f"To save memory, change first: {best.overrides}, which saves {byte_size(saved)} "
             f"({100 * saved / row.peak:.0f} % of the peak)."
         )
+
+    def _flavours(self) -> list[str]:
+        """Says where FSDP should add up gradients; nothing where fewer than two ways were measured."""
+        rows = {row.accumulate: row for row in reversed(self.rows) if row.accumulate is not None}
+        if len(rows) < 2:
+            return []
+        peaks = ", ".join(f"{way} {byte_size(rows[way].peak)}" for way in ("whole", "sharded", "node") if way in rows)
+        reasons = {
+            "whole": "which fits and sends least",
+            "sharded": "as whole gradients do not fit",
+            "node": "as the others do not fit",
+        }
+        fitting = [way for way in reasons if way in rows and rows[way].peak <= self.usable]
+        text = f"Peaks under fsdp by strategy.accumulate: {peaks}."
+        if not fitting:
+            return [f"{text} None fits."]
+        text += f" Take {fitting[0]}, {reasons[fitting[0]]}"
+        if "node" in fitting[1:]:
+            text += "; over a slow link between nodes take node"
+        return [f"{text}."]
 
     def print(self, console: Console) -> None:
         row = self.configured

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
-from distaccum.config.enums import Compression, PrecisionName
+from distaccum.config.enums import Accumulate, Compression, PrecisionName
 from distaccum.config.launcher import launch
 from distaccum.config.optimizers import NEED_ALL_STATE, NEED_WHOLE_PARAMETERS, AdamConfig, AdamW8bitConfig
 from distaccum.config.tools import MemoryConfig
@@ -27,6 +27,7 @@ from distaccum.runtime.nested import to_device
 from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
+from distaccum.tools.bench.placing import half_of, placed
 from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.memory.lines import sizes_to_measure
 from distaccum.tools.memory.measuring import Setting, measure, replicas_of
@@ -36,12 +37,15 @@ from distaccum.training.data import collate_fn
 from distaccum.training.model import take_back_checkpointing
 from distaccum.training.optim import has_8bit
 
-_OTHER_PLACEMENTS: dict[str, StrategyConfig] = {
-    "strategy=ddp": DDPConfig(),
-    "strategy=ddp strategy.shard_optimizer=true": DDPConfig(shard_optimizer=True),
-    "strategy=fsdp": FSDPConfig(),
-    "strategy=fsdp strategy.reshard_in_window=false": FSDPConfig(reshard_in_window=False),
-}
+_WHOLE: dict[str, Any] = {"reshard_in_window": True, "accumulate": Accumulate.whole, "shard_size": None}
+_OTHER_PLACEMENTS: list[tuple[type[StrategyConfig], dict[str, Any]]] = [
+    (DDPConfig, {"shard_optimizer": False}),
+    (DDPConfig, {"shard_optimizer": True}),
+    (FSDPConfig, _WHOLE),
+    (FSDPConfig, {**_WHOLE, "reshard_in_window": False}),
+    (FSDPConfig, {**_WHOLE, "accumulate": Accumulate.sharded}),
+    (FSDPConfig, {**_WHOLE, "accumulate": Accumulate.node}),
+]
 
 
 class DoesNotFitError(UserError):
@@ -188,7 +192,10 @@ class _Examination:
                 "that was tried. Lower batch.micro_batch_size, or take a smaller model, precision=bf16, "
                 "model.activation_checkpointing=true, or strategy=fsdp on several devices."
             ) from error
-        return Row(change.label, change.overrides, setting.world_size, steps, size, footprint)
+        row = Row(change.label, change.overrides, setting.world_size, steps, size, footprint)
+        if isinstance(setting.strategy, FSDPConfig) and setting.strategy.reshard_in_window:
+            return replace(row, accumulate=setting.strategy.accumulate.value)
+        return row
 
     def _alternatives(self) -> Iterator[_Change]:
         """One change of the configured setting at a time."""
@@ -209,8 +216,14 @@ class _Examination:
         ranks = configured.world_size
         if ranks == 1:
             ranks = _ranks(config)
-        needs_whole = config.precision.name is PrecisionName.fp16 or isinstance(config.optim, NEED_WHOLE_PARAMETERS)
-        for overrides, strategy in _OTHER_PLACEMENTS.items():
+        needs_whole = isinstance(config.optim, NEED_WHOLE_PARAMETERS)
+        for kind, settings in _OTHER_PLACEMENTS:
+            if settings.get("accumulate") is Accumulate.node:
+                if ranks == 1:
+                    continue
+                settings = {**settings, "shard_size": _ranks_of_a_node(configured.strategy, ranks)}
+            strategy, words = placed(configured.strategy, kind, settings)
+            overrides = " ".join(words)
             is_impossible = (
                 needs_whole if isinstance(strategy, FSDPConfig) else config.precision.name is PrecisionName.bf16_params
             )
@@ -263,8 +276,25 @@ def _ranks(config: MemoryConfig) -> int:
     return config.memory.world_size or max(2, torch.cuda.device_count())
 
 
+def _ranks_of_a_node(given: StrategyConfig, ranks: int) -> int:
+    """Returns as many ranks as are configured for a node, or as this machine has GPUs, or half of all."""
+    given_size, gpus = getattr(given, "shard_size", None), torch.cuda.device_count()
+    if given_size and ranks % given_size == 0:
+        return int(given_size)
+    return gpus if gpus > 1 and ranks % gpus == 0 else half_of(ranks)
+
+
 def _measurable(strategy: StrategyConfig) -> StrategyConfig:
-    """The strategy without PowerSGD, whose factors need the other ranks; they are small beside the buckets."""
+    """The strategy without PowerSGD, whose factors need the other ranks; they are small beside the buckets.
+
+    Raises:
+        UserError: it depends on how many ranks a node has, which one process can't know.
+    """
+    if isinstance(strategy, FSDPConfig) and strategy.accumulate is Accumulate.node and strategy.shard_size is None:
+        raise UserError(
+            "strategy.accumulate=node takes the ranks of a node from the launcher, and distaccum.memory is started "
+            "without one. Say how many there are: strategy.shard_size=8, for example."
+        )
     if isinstance(strategy, DDPConfig) and strategy.compression is Compression.powersgd:
         return replace(strategy, compression=Compression.none)
     return strategy

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from distaccum.config import ByLengthBatchConfig, DDPConfig, TrainConfig
-from distaccum.config.enums import Compression
+from distaccum.config import ByLengthBatchConfig, DDPConfig, FSDPConfig, TrainConfig
+from distaccum.config.enums import Accumulate, Compression
 from distaccum.config.tools import TuneConfig
 from distaccum.errors import UserError
 from distaccum.tools.bench.sessions import PlacementFailedError, Session
@@ -80,6 +80,7 @@ class Search:
         self._micro_batch()
         if self._cut():
             self._micro_batch()
+        self._accumulate()
         self._checkpointing()
         self._buckets()
         self._workers()
@@ -154,6 +155,22 @@ class Search:
             config = self.best_config
             setting |= with_micro_batch(config, micro_batch_of(config, self.world_size))
         return self._try("cut", f"cut {other}", setting) is Verdict.faster
+
+    def _accumulate(self) -> None:
+        """Under FSDP, tries whole gradients, which send less; and shards, if a larger micro-batch had no room."""
+        strategy = self.base.strategy
+        if not isinstance(strategy, FSDPConfig) or self.world_size == 1:
+            return
+        if strategy.accumulate is not Accumulate.whole:
+            self._try("accumulate", "whole gradients", {keys.ACCUMULATE: Accumulate.whole})
+        elif self._ran_out_of_memory:
+            # All ranks are on this host: unless fewer share parameters, it is one node.
+            shards = Accumulate.sharded if strategy.shard_size is None else Accumulate.node
+            size = 2 * micro_batch_of(self.best_config, self.world_size)
+            setting = {**with_micro_batch(self.best_config, size), keys.ACCUMULATE: shards}
+            title = f"gradients in shards, micro-batch {size}"
+            if self._try("accumulate", title, setting) is Verdict.faster:
+                self._micro_batch()
 
     def _checkpointing(self) -> None:
         """Tries checkpointing where a larger micro-batch had no room; elsewhere it can't be faster."""

@@ -21,6 +21,7 @@ TuneSetting = Mapping[str, Any]
 CUT, MICRO_BATCH, STEPS = "batch", "batch.micro_batch_size", "batch.accumulation_steps"
 MAX_TOKENS, BUCKET, WORKERS = "batch.max_tokens", "strategy.bucket_cap_mb", "data.num_workers"
 CHECKPOINTING, COMPRESSION = "model.activation_checkpointing", "strategy.compression"
+ACCUMULATE = "strategy.accumulate"
 BY_LENGTH, UNIFORM = "by_length", "uniform"
 
 

@@ -22,7 +22,12 @@ def _config() -> TrainConfig:
 
 
 def case(name: str, world_size: int = 1, accumulation_steps: int = 4) -> Case:
-    return Case(placement=PLACEMENTS[PlacementName[name]], world_size=world_size, accumulation_steps=accumulation_steps)
+    return Case(
+        placement=PLACEMENTS[PlacementName[name]],
+        world_size=world_size,
+        accumulation_steps=accumulation_steps,
+        shard_size=world_size // 2 if name == "fsdp_node" else None,
+    )
 
 
 def row(
@@ -36,6 +41,7 @@ def row(
     sent: int = 0,
     error_float64: float | None = 1e-15,
     error: float | None = 1e-6,
+    by_axis: dict[str, tuple[int, int]] | None = None,
     reason: str | None = None,
 ) -> CompareRow:
     of = case(name, world_size, accumulation_steps)
@@ -46,7 +52,15 @@ def row(
     add_rounds(
         made,
         [
-            Round(seconds=value / 1e3, data_share=0.1, sync_share=0.2, samples=256, sync_calls=calls, sync_bytes=sent)
+            Round(
+                seconds=value / 1e3,
+                data_share=0.1,
+                sync_share=0.2,
+                samples=256,
+                sync_calls=calls,
+                sync_bytes=sent,
+                sync_by_axis=by_axis or {},
+            )
             for value in milliseconds
         ],
     )

@@ -62,6 +62,35 @@ def test_what_syncing_in_every_micro_step_costs(every: tuple[float, ...], words:
     assert words in text
 
 
+def flavours(sharded_mib: int) -> str:
+    return said(
+        row("fsdp", FAST, world_size=4, calls=3, sent=4096),
+        row("fsdp_sharded", SLOW, world_size=4, memory_mib=sharded_mib, calls=12, sent=4 * 4096),
+        row(
+            "fsdp_node",
+            MIDDLING,
+            world_size=4,
+            calls=13,
+            sent=4 * 4096 + 2048,
+            by_axis={"shard": (12, 4 * 4096), "replicate": (1, 2048)},
+        ),
+    )
+
+
+def test_which_way_to_accumulate_under_fsdp() -> None:
+    text = flavours(sharded_mib=300)
+    assert "Of FSDP's ways to accumulate (4 ranks × 4), take FSDP here: it takes 21.0 ms an update" in text
+    assert "Where memory is short, FSDP, sharded needs 300.0 MiB, at 41.0 ms an update." in text
+    assert (
+        "On several nodes with a slow link, take FSDP, node of 2 (strategy.shard_size: ranks of a node): 2.0 KiB"
+        in text
+    )
+    assert "of gradients in 1 collective an update cross it then" in text
+    assert "Else 4.0 KiB in 3 under FSDP and 16.0 KiB in 12 under FSDP, sharded may cross it" in text
+    assert "Where memory is short, no other helps" in flavours(sharded_mib=390)
+    assert "ways to accumulate" not in said(row("fsdp", FAST, world_size=4), row("fsdp_sharded", SLOW, world_size=2))
+
+
 def test_an_inexact_placement_is_not_chosen_and_is_named() -> None:
     text = said(row("one_shot", SLOW, accumulation_steps=1, error_float64=0.0), row("single", FAST, error_float64=0.02))
     assert text.startswith("Use one shot: it is the large batch itself, which fits")

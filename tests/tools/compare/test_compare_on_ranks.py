@@ -172,7 +172,7 @@ def test_cut_by_length(tmp_path: Path) -> None:
     """The same windows and updates in other micro-batches; with the uniform cut beside it."""
     text = ["data=text", "data.max_length=128", "model=gpt", "model.width=16", "task=language_modeling"]
     more = ["batch=by_length", "batch.global_batch_size=32", "compare.accumulation_steps=[4]", "wandb.mode=disabled"]
-    placements = "compare.placements=[single,ddp,ddp_sync_every_step,fsdp]"
+    placements = "compare.placements=[single,ddp,ddp_sync_every_step,fsdp,fsdp_sharded,fsdp_node]"
     done = compare(tmp_path, *text, *more, *QUICK, placements, "run_dir=run", "schedule=constant")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "run")
@@ -180,11 +180,22 @@ def test_cut_by_length(tmp_path: Path) -> None:
     assert uniform["micro_batch_sizes"] == [8] * 4
     assert sum(grouped["micro_batch_sizes"]) == 32
     assert len(set(grouped["micro_batch_sizes"])) > 1, "what is short has more company"
-    assert {*rows} == {"single_1x4", "single_1x4_uniform", "ddp_2x4", "ddp_sync_every_step_2x4", "fsdp_2x4"}
+    ranks = ("ddp", "ddp_sync_every_step", "fsdp", "fsdp_sharded", "fsdp_node")
+    assert {*rows} == {"single_1x4", "single_1x4_uniform", *(f"{name}_2x4" for name in ranks)}
     for row in rows.values():
         assert row["reason"] is None, row
         assert row["error_float64"] < 1e-12
         assert row["loss_curve"] == pytest.approx(uniform["loss_curve"], rel=1e-4)
+    whole, sharded, node = (rows[f"fsdp{name}_2x4"] for name in ("", "_sharded", "_node"))
+    assert whole["sync_by_axis"] == sharded["sync_by_axis"] == {}
+    micro_steps, remainder = divmod(sharded["sync_calls"], whole["sync_calls"])
+    assert micro_steps >= 4
+    assert remainder == 0
+    assert sharded["sync_bytes"] == micro_steps * whole["sync_bytes"]
+    assert node["title"].startswith("FSDP, node of 1 · ")
+    assert "strategy.accumulate=node strategy.shard_size=1" in node["command"]
+    # Each rank is a node: nothing is sent inside, and all gradients once between.
+    assert node["sync_by_axis"] == {"replicate": [1, rows["ddp_2x4"]["sync_bytes"]]}
     assert grouped["speedup"] == 1.0
     assert "batch.micro_batch_size=8" in grouped["command"]
     assert "batch=by_length" not in uniform["command"]

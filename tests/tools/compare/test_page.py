@@ -13,6 +13,7 @@ from rows_by_hand import report, row
 from distaccum.tools.compare.advice import advise
 from distaccum.tools.compare.page import coinciding, page_of
 from distaccum.tools.compare.results import CompareReport, CompareRow, Reference
+from distaccum.tools.compare.terminal import TWO_AXES
 from distaccum.tools.pages.lines import spread_labels
 from distaccum.tools.pages.svg import nice_ticks
 
@@ -53,6 +54,14 @@ def rows() -> list[CompareRow]:
         row("ddp", (11.0, 12.0), world_size=2, calls=2, sent=2000),
         row("ddp_bf16", (11.0, 12.0), world_size=2, calls=2, sent=1000, error_float64=1e-3, error=1e-3),
         row("ddp", (7.0, 9.0), world_size=4, calls=2, sent=2000),
+        row(
+            "fsdp_node",
+            (11.0, 12.0),
+            world_size=4,
+            calls=13,
+            sent=5120,
+            by_axis={"shard": (12, 4096), "replicate": (1, 1024)},
+        ),
         row("fsdp", world_size=2, reason='out of memory: tried to get <3 GB> & "failed"'),
     ]
 
@@ -94,9 +103,18 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(made: object) 
     assert "nan" not in page.lower().replace("nanc", "")
 
 
+def test_traffic_is_shown_by_axis() -> None:
+    page = page_of(whole(*rows()))
+    assert "FSDP, node of 2 · 4 ranks × 4: 13 collectives, 12 with 4.0 KiB in a node and 1 with 1.0 KiB" in page
+    assert "12 + 1" in page
+    assert "4.0 KiB + 1.0 KiB" in page
+    assert TWO_AXES in page
+    assert TWO_AXES not in page_of(whole(*rows()[:3]))
+
+
 def test_curves_that_are_one_line_share_a_name() -> None:
     groups = coinciding([made for made in rows() if made.loss_curve])
-    assert [len(group) for group in groups] == [6, 1]
+    assert [len(group) for group in groups] == [7, 1]
     assert groups[1][0].placement == "ddp_bf16"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -62,6 +63,33 @@ def test_rows(report: Any) -> None:
     sharded = rows["fsdp, 2 ranks"].footprint
     for part in ("parameters", "gradients", "optimizer"):
         assert getattr(sharded, part) == pytest.approx(getattr(configured.footprint, part) / 2, rel=0.02)
+
+
+def test_ways_to_accumulate_under_fsdp(report: Any) -> None:
+    rows = {row.accumulate: row for row in report.rows if row.accumulate}
+    assert {row.overrides for row in rows.values()} == {
+        "strategy=fsdp",
+        "strategy=fsdp strategy.accumulate=sharded",
+        "strategy=fsdp strategy.accumulate=node strategy.shard_size=1",
+    }
+    whole = report.configured.footprint
+    for way, share in (("whole", 2), ("sharded", 2), ("node", 1)):
+        assert rows[way].accumulation_steps == 2
+        for part in ("parameters", "gradients", "optimizer"):
+            assert getattr(rows[way].footprint, part) == pytest.approx(getattr(whole, part) / share, rel=0.02)
+    assert rows["sharded"].peak < rows["whole"].peak - 0.3 * whole.gradients
+
+    def words(usable: int) -> str:
+        return " ".join(replace(report, usable=usable).words())
+
+    assert "Take whole, which fits and sends least; over a slow link between nodes take node." in words(report.usable)
+    assert "Take sharded, as whole gradients do not fit." in words(rows["sharded"].peak)
+    assert "None fits." in words(rows["sharded"].peak - 1)
+
+
+def test_the_ranks_of_a_node_must_be_said() -> None:
+    with pytest.raises(UserError, match=r"Say how many there are: strategy.shard_size=8"):
+        examine(composed("strategy=fsdp", "strategy.accumulate=node", "memory.world_size=4"))
 
 
 def test_other_sizes_are_predicted(report: Any) -> None:

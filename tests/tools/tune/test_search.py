@@ -119,6 +119,27 @@ def test_checkpointing_makes_room_for_a_larger_micro_batch() -> None:
     assert next(row.verdict for row in found.rows if row.title == "micro-batch 16") == "out of memory"
 
 
+def test_under_fsdp_shards_make_room_for_a_larger_micro_batch_and_whole_gradients_are_faster() -> None:
+    def memory(config: TrainConfig) -> float:
+        return micro_batch(config) + (0 if config.strategy.accumulate.name != "whole" else 4)  # type: ignore[attr-defined]
+
+    def seconds(config: TrainConfig) -> float:
+        return (1.0 if config.strategy.accumulate.name == "whole" else 1.1) / micro_batch(config)  # type: ignore[attr-defined]
+
+    for shard_size, way in ((None, "sharded"), (1, "node")):
+        overrides = [] if shard_size is None else [f"strategy.shard_size={shard_size}"]
+        machine = Machine(seconds, memory=memory)
+        found = search(machine, "strategy=fsdp", "batch.micro_batch_size=4", *overrides)
+        found.run()
+        row = next(row for row in found.rows if row.knob == "accumulate")
+        assert row.overrides == ["batch.micro_batch_size=8", f"strategy.accumulate={way}"]
+        assert row.is_taken
+        assert micro_batch(found.best_config) == 8
+    found = search(Machine(seconds), "strategy=fsdp", "strategy.accumulate=sharded", "batch.micro_batch_size=32")
+    found.run()
+    assert found.best.setting["strategy.accumulate"].name == "whole"
+
+
 def test_a_limit_of_memory_is_kept() -> None:
     found = search(
         Machine(lambda config: 1 / micro_batch(config), memory=lambda config: micro_batch(config) / 8),
