@@ -336,6 +336,6 @@ def check_parameters_are_shards_of_a_node(world: World) -> None:
 def check_the_block_in_the_documentation(world: World) -> None:
     if world.world_size == 4:
         found: dict[str, Any] = {}
-        exec(block_run_by("distributed/test_flavours_on_ranks.py"), found)
+        exec(block_run_by("distributed/checks_flavours.py"), found)
         calls = {axis: count for axis, (count, _) in found["strategy"].traffic.by_axis.items()}
         assert calls == {"shard": 8, "replicate": 1}  # two layers in four micro-steps
