@@ -85,6 +85,10 @@ def window_bounds(num_samples: int, global_batch_size: int, drop_last: bool = Fa
     return WindowBounds([(0, global_batch_size, count)], num_samples)
 
 
+ONE_SYNC = "1 sync per update"
+"""What a plan's line says of the sync, whatever the strategy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The samples of one window, dealt to ranks and micro-steps.
@@ -170,7 +174,7 @@ class BatchPlan:
             sizes = _range_in_words([size for sizes in cut.sizes for size in sizes])
             how = f"{steps} micro-step{'' if steps == '1' else 's'} × {sizes}"
         line = f"window {full} = {ranks} × {how}; "
-        line += "1 sync per update" if self.world_size > 1 else "no sync needed"
+        line += ONE_SYNC if self.world_size > 1 else "no sync needed"
         if full < self.global_batch_size:
             line += f" (all {full} samples there are, fewer than the global batch of {self.global_batch_size})"
         elif windows and (tail := windows[-1][1] - windows[-1][0]) < full:

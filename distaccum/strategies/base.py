@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from distaccum.errors import UserError, listed
+from distaccum.planning.batch_plan import ONE_SYNC
 from distaccum.runtime.sharded import is_sharded
 from distaccum.strategies.placeholders import with_zero_gradients
 from distaccum.strategies.scalar_sync import summed_beside
@@ -99,6 +100,8 @@ class Strategy(Protocol):
         gradients_stay: True if gradients are views of buckets that outlive a window (DDP's), so that they are not
             dropped.
         shares_buffers: True if rank 0's buffers replace the other ranks' at the start of each window.
+        in_shards: True if a rank keeps only its shards of gradients, between micro-steps too.
+        syncs: how often gradients are synchronised, in words.
     """
 
     model: nn.Module
@@ -110,6 +113,8 @@ class Strategy(Protocol):
     equal_micro_steps: bool = False
     gradients_stay: bool = False
     shares_buffers: bool = True
+    in_shards: bool = False
+    syncs: str = ONE_SYNC
 
     @property
     def sync_divisor(self) -> int:

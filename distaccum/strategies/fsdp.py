@@ -83,6 +83,10 @@ class FSDPStrategy(Strategy):
         if (accumulate := Accumulate(accumulate)) is not Accumulate.whole:
             self._sync.accumulate_in_shards(model, accumulate)
         self.traffic = self._sync.traffic
+        self.in_shards = self._sync.in_shards
+        if self.in_shards and self.world_size > 1:
+            has_replicas = self._sync.layout.replicas is not None
+            self.syncs = "a sync in each micro-step" + (", between replicas 1 per update" if has_replicas else "")
         if not self._sync.reshard_in_window:
             model.set_reshard_after_forward(False)
 

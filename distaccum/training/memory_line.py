@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from distaccum.runtime.memory import KeptForBackward, held_bytes, peak_memory
+from distaccum.runtime.sharded import is_sharded
 from distaccum.strategies import Strategy
 from distaccum.strategies.optimizers import own_optimizer
 from distaccum.training.weight_average import WeightAverage
@@ -56,7 +57,7 @@ class MemoryLine:
         module = self.strategy.module
         parts = {
             "parameters": held_bytes(module.parameters()),
-            "gradients": sum(_gradient_bytes(p) for p in module.parameters() if p.requires_grad),
+            "gradients": sum(self._gradient_bytes(p) for p in module.parameters() if p.requires_grad),
             "optimizer": held_bytes(tree_iter(list(own_optimizer(self.optimizer).state.values()))),
         }
         if self.averages:
@@ -68,8 +69,9 @@ class MemoryLine:
             text += f" + activations {samples} × {self._kept.bytes / samples / 1e6:.3g} MB"
         logger.info("memory: %s; peak so far %.0f MB %s", text, peak / 1e6, what)
 
-
-def _gradient_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of a parameter's gradient, which does not exist between windows and may be wider (`grad_dtype`)."""
-    dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-    return held_bytes([parameter]) * dtype.itemsize // parameter.dtype.itemsize
+    def _gradient_bytes(self, parameter: torch.Tensor) -> int:
+        """Bytes of a parameter's gradient, which does not exist between windows and may be wider (`grad_dtype`)."""
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        if is_sharded(parameter) and not self.strategy.in_shards:  # whole until the window's last backward
+            return parameter.numel() * dtype.itemsize
+        return held_bytes([parameter]) * dtype.itemsize // parameter.dtype.itemsize

@@ -17,6 +17,7 @@ from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
 from distaccum.observers import EarlyStopping, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.planning.batch_plan import ONE_SYNC
 from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
@@ -289,7 +290,7 @@ class Trainer:
             logger.info("%s", remark)
         start = RunStart(
             run_dir=self.run_dir,
-            plan=self.loader.explain(),
+            plan=self.loader.explain().replace(ONE_SYNC, self.strategy.syncs),
             total_updates=last,
             updates_per_epoch=self.loader.sizes.count(0) if self.loader.sizes.is_constant else None,
             config=self.config,

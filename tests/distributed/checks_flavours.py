@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from documents import block_run_by
-from examples import RaggedTokens, TokenClassifier, adamw, curves, distance, flat, placed, token_loss, train_tokens
+from examples import (
+    RaggedTokens,
+    TokenClassifier,
+    adamw,
+    curves,
+    distance,
+    flat,
+    placed,
+    replaced,
+    token_loss,
+    train_tokens,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +35,7 @@ from distaccum.runtime.world import World
 from distaccum.strategies import local_parts, place
 from distaccum.strategies.fsdp import FSDPStrategy
 from distaccum.strategies.replicas import all_reduce_parts
+from distaccum.training.memory_line import MemoryLine, logger
 from distaccum.training.model import checkpoint_blocks
 
 CPU = torch.device("cpu")
@@ -331,6 +343,19 @@ def check_parameters_are_shards_of_a_node(world: World) -> None:
     parameter = next(strategy.module.parameters())
     assert isinstance(parameter, DTensor)
     assert parameter.device_mesh.size() == world.ranks_on_host
+
+
+def check_the_line_about_memory_knows_which_gradients_a_rank_keeps(world: World) -> None:
+    def said(config: FSDPConfig) -> float:
+        strategy = place(nn.Linear(500, 600, bias=False), config, CPU)
+        line = MemoryLine(strategy, adamw(strategy.model), is_compiled=True)
+        with replaced(logger, "info", lambda text, *args: found.append(text % args)):
+            line.log_once()
+        return float(found[-1].partition("gradients ")[2].partition(" MB")[0])
+
+    found: list[str] = []
+    assert said(FSDPConfig()) == 1.2
+    assert said(FSDPConfig(accumulate=Accumulate.sharded)) == 1.2 / world.world_size
 
 
 def check_the_block_in_the_documentation(world: World) -> None:

@@ -44,6 +44,7 @@ def test_a_model_is_sharded_over_the_ranks_of_a_node_by_default(
     said = "\n".join(node.out + node.err for node in ended)
     assert [node.status for node in ended] == [0, 0], said
     assert said.count("parameters are sharded over 2 ranks, in 2 replicas") == 1, "by rank 0 alone"
+    assert "; a sync in each micro-step, between replicas 1 per update" in said
 
     for run_dir in ("undisturbed", "nodes"):
         alone = ["-m", "distaccum.train", *SETTINGS, f"run_dir={run_dir}", "train.max_updates=4", "strategy=single"]
