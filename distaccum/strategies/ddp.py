@@ -180,6 +180,9 @@ class DDPStrategy(Strategy):
     def rebuild(self) -> None:
         reason = "PowerSGD keeps a state of each of DDP's buckets, which become others" if self._powersgd else None
         reason = "static_graph=true fixes which parameters have gradients" if self.model.static_graph else reason
+        if hasattr(self.module.forward, "_torchdynamo_orig_callable") and torch.__version__ < "2.13":
+            # Its compiled graphs then give gradients that are not those of the model.
+            reason = f"compiled models under DDP need torch 2.13 for it, and this is {torch.__version__}"
         if reason is not None:
             raise UserError(f"parameters can't be frozen or unfrozen on the way here: {reason}. Leave one of them out.")
         for parameter in self.module.parameters():
