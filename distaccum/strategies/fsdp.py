@@ -116,12 +116,22 @@ class FSDPStrategy(Strategy):
             self._root.set_reshard_after_backward(sync)
 
     def finish_sync(self) -> None:
-        """Adds up the gradients between replicas, if FSDP has not done so."""
+        """Adds up the gradients between replicas, if FSDP has not done so. The host waits for the device.
+
+        Replicas may have used other blocks: what one of them has no gradient of is zero there.
+        """
         replicas = self._sync.layout.replicas
-        if replicas is not None and not self._sync.reduces_replicas:
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            count = partial(self.traffic.count, axis="replicate")
-            all_reduce_parts(local_parts(gradients), replicas, self.device, count)
+        if replicas is None or self._sync.reduces_replicas:
+            return
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8).to(self.device)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=replicas)
+        gradients = []
+        for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+            if is_used:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        all_reduce_parts(local_parts(gradients), replicas, self.device, partial(self.traffic.count, axis="replicate"))
 
     def require_sync(self, calls_before: int, parameters: Sequence[Tensor]) -> None:
         refuse_unsynced(self, calls_before, [entry for entry in parameters if not isinstance(entry, DTensor)])

@@ -32,7 +32,7 @@ from distaccum.config import FSDPConfig
 from distaccum.config.enums import Accumulate, Offload, PrecisionName
 from distaccum.runtime.compilation import Compilation
 from distaccum.runtime.world import World
-from distaccum.strategies import local_parts, place
+from distaccum.strategies import SingleStrategy, local_parts, place
 from distaccum.strategies.fsdp import FSDPStrategy
 from distaccum.strategies.replicas import all_reduce_parts
 from distaccum.training.memory_line import MemoryLine, logger
@@ -126,6 +126,40 @@ def check_ones_own_meshes(world: World) -> None:
     assert {"shard", "replicate"} >= strategy.traffic.by_axis.keys()
     with pytest.raises(UserError, match=r"accumulate=sharded does not support a model on a mesh of two dimensions"):
         FSDPStrategy(sharded(mesh), CPU, accumulate="sharded")
+
+
+class _Chosen(nn.Module):
+    """One of several blocks of the same shape in each forward, and a last one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.blocks = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(5))
+        self.double()
+
+    def forward(self, inputs: Tensor, which: int) -> Tensor:
+        return self.blocks[which](inputs)
+
+
+def check_replicas_may_use_other_blocks(world: World) -> None:
+    """Their gradients must not meet in each other's place; what none uses keeps no gradient and doesn't decay."""
+    inputs = [torch.full((2, 3), rank + 1.0, dtype=torch.float64) for rank in range(world.world_size)]
+    for accumulate in (Accumulate.node, Accumulate.whole):
+        strategy, alone = place(_Chosen(), FSDPConfig(accumulate=accumulate, shard_size=1), CPU), _Chosen()
+        made = []
+        for model, ranks in ((strategy.model, [world.rank]), (alone, list(range(world.world_size)))):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+            own = strategy if model is strategy.model else SingleStrategy(model)
+            accumulator = Accumulator(model, optimizer, strategy=own)
+            for update in range(3):
+                with accumulator.window([rank for rank in ranks for _ in range(2)]) as micro_batches:
+                    for rank in micro_batches:
+                        output = model(inputs[rank], (rank + update) % world.world_size)
+                        accumulator.backward(output.square().sum(), len(output))
+                made.append(accumulator.step().grad_norm)
+        assert distance(made[:3], made[3:]) < 1e-12, accumulate
+        assert distance(flat(strategy.module), flat(alone)) < 1e-12, accumulate
+        assert torch.equal(flat(alone.blocks[4]), flat(_Chosen().blocks[4]))
 
 
 def check_replicas_begin_alike(world: World) -> None:
