@@ -13,16 +13,18 @@ from torch.utils.data import default_collate
 
 from distaccum.errors import UserError, listed
 
+_KEPT = (str, bytes, type(None))
 _MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
 
 
 class PadCollate:
     """Makes a micro-batch of a list of samples, padding to the longest of the micro-batch and no further.
 
-    A sample is a tuple or list of fields, a mapping of fields, or one field alone. A field is a tensor, a numpy array
-    or a number. Fields of one shape are stacked; fields that differ in nothing but the size of their first dimension
-    are padded at its end. With `B` samples, shapes `[T_i, ...]` become `[B, max T_i, ...]`. dtypes are kept; Python's
-    ints become int64, its floats float32, its bools bool.
+    A sample is a tuple or list of fields, a mapping of fields, or one field alone. A field is a tensor, a numpy array,
+    a number, a list of numbers, or a tuple or mapping of fields again. Fields of one shape are stacked; fields that
+    differ in nothing but the size of their first dimension are padded at its end. With `B` samples, shapes `[T_i, ...]`
+    become `[B, max T_i, ...]`. dtypes are kept; Python's ints become int64, its floats float32, its bools bool. Text,
+    bytes and None, such as the name of a file, become a list of `B` of them.
 
         >>> collate = PadCollate((0, -100))
         >>> collate([(torch.tensor([5, 6]), torch.tensor([6, 7])), (torch.tensor([8]), torch.tensor([9]))])
@@ -32,7 +34,7 @@ class PadCollate:
 
     Args:
         pad_values: the value that field `i` is padded with; the last one serves the fields beyond. The fields of a
-            mapping are counted in the order of the first sample's keys.
+            mapping are counted in the order of the first sample's keys, and fields within a field are its.
     """
 
     def __init__(self, pad_values: Sequence[float] = (0,)) -> None:
@@ -52,21 +54,30 @@ class PadCollate:
         """
         if len(samples) == 0:
             raise ValueError("a micro-batch needs at least one sample")
-        first = samples[0]
+        return self._collated(samples, None, None)
+
+    def _collated(self, values: Sequence[Any], index: int | None, name: str | None) -> Any:
+        """Makes one of several values of a kind: samples, or what they have in a field of some index and name."""
+        first = values[0]
+        at = (lambda number: number) if index is None else (lambda number: index)
+        within = "" if name is None else f"{name}."
         if isinstance(first, Mapping):
-            _check_fields([frozenset(sample) if isinstance(sample, Mapping) else type(sample) for sample in samples])
+            _check_fields([frozenset(value) if isinstance(value, Mapping) else type(value) for value in values])
             return {
-                key: self._field([sample[key] for sample in samples], index, repr(key))
-                for index, key in enumerate(first)
+                key: self._collated([value[key] for value in values], at(number), f"{within}{key!r}")
+                for number, key in enumerate(first)
             }
-        if isinstance(first, tuple | list):
-            _check_fields([len(sample) if isinstance(sample, tuple | list) else type(sample) for sample in samples])
+        if isinstance(first, tuple | list) and not (index is not None and is_numbers(first)):
+            _check_fields([len(value) if isinstance(value, tuple | list) else type(value) for value in values])
             fields = [
-                self._field([sample[index] for sample in samples], index, str(index)) for index in range(len(first))
+                self._collated([value[number] for value in values], at(number), f"{within}{number}")
+                for number in range(len(first))
             ]
             # A user who names the fields of a sample reads them by name from the micro-batch too.
             return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
-        return self._field(samples, 0, None)
+        if isinstance(first, _KEPT) and index is not None and all(isinstance(value, _KEPT) for value in values):
+            return list(values)
+        return self._field(values, index or 0, name)
 
     def _field(self, values: Sequence[Any], index: int, name: str | None) -> Tensor:
         what = "the samples" if name is None else f"field {name} of the samples"
@@ -105,6 +116,11 @@ def _fits(value: float, dtype: torch.dtype) -> bool:
     return limits.min <= value <= limits.max and int(float(value)) == value  # pad_sequence takes a float
 
 
+def is_numbers(value: Any) -> bool:
+    """Whether a list has numbers alone, as the rows of tables have them."""
+    return isinstance(value, list) and all(isinstance(entry, bool | int | float) for entry in value)
+
+
 def _as_tensor(value: Any, what: str) -> Tensor:
     # numpy's scalars come before Python's numbers: np.float64 is a float, but has a dtype of its own to keep.
     if isinstance(value, Tensor):
@@ -116,9 +132,11 @@ def _as_tensor(value: Any, what: str) -> Tensor:
             raise UserError(f"{what}: a numpy array of dtype {value.dtype} is no tensor ({error}). {_MEND}") from error
     if isinstance(value, bool | int | float):
         return torch.tensor(value, dtype=torch.float32 if isinstance(value, float) else None)
+    if is_numbers(value):
+        return torch.tensor(value, dtype=None if value else torch.int64)
     raise UserError(
-        f"{what} cannot be made into a micro-batch: a {type(value).__name__} is neither a tensor nor a numpy array "
-        f"nor a number. {_MEND}"
+        f"{what} cannot be made into a micro-batch: a {type(value).__name__} is no tensor, numpy array, number or list "
+        f"of numbers. {_MEND}"
     )
 
 

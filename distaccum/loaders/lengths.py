@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from rich.progress import track
 from torch import Tensor
 
 from distaccum.errors import UserError
+from distaccum.loaders.collate import is_numbers
 from distaccum.runtime.cache import Remembered
 from distaccum.runtime.logs import console
-from distaccum.runtime.nested import tensors_of
 from distaccum.runtime.randomness import GlobalStates
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ _SAMPLES_TO_COMPARE = 16
 def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
     """Returns the dataset's attribute `lengths`, or else loads every sample once, with a progress bar.
 
-    The length of a sample is the largest first dimension of its tensors that have one. Loading leaves the global random
+    The length of a sample is the largest first dimension of its tensors and arrays that have one, and of its lists of
+    numbers. Loading leaves the global random
     generators as they were.
 
     Args:
@@ -59,10 +61,20 @@ def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:
 
 
 def _length(sample: Any, index: int) -> int:
-    sizes = [len(tensor) for tensor in tensors_of(sample) if isinstance(tensor, Tensor) and tensor.ndim > 0]
+    sizes = _sizes(sample)
     if not sizes:
         raise UserError(
             f"batch=by_length: sample {index} has no tensor with a first dimension, so its length is not known. Give "
             "the dataset an attribute `lengths`, one number for each sample; or set batch=uniform."
         )
     return max(sizes)
+
+
+def _sizes(value: Any, is_field: bool = False) -> list[int]:
+    """Returns the sizes of first dimensions; a field that is a list of numbers will be a tensor."""
+    if isinstance(value, Tensor | np.ndarray):
+        return [len(value)] if value.ndim > 0 else []
+    if is_field and is_numbers(value):
+        return [len(value)]
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [size for entry in entries for size in _sizes(entry, is_field=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distaccum.config.enums import Combination
 from distaccum.errors import UserError
+from distaccum.models.outputs import logits_of
 
 
 class NotTogetherError(UserError, AttributeError):
@@ -38,8 +39,8 @@ class Ensemble(nn.Module):
     At most two models' outputs are in memory at a time.
 
     Args:
-        members: take the same arguments, and return a tensor of the same shape each; or an object or mapping that has
-            it as `logits`: the ensemble then returns one with `logits` alone.
+        members: take the same arguments, and return logits of the same shape each, in any form that `logits_of` reads:
+            where that is no tensor, the ensemble returns a mapping with `logits` alone, which are an attribute too.
         combine: `probabilities` or `outputs`.
         class_dim: dimension of the classes in the outputs, for `probabilities`.
 
@@ -73,12 +74,10 @@ class Ensemble(nn.Module):
         is_probabilities = self._combine is Combination.probabilities
         for member in self.members:
             output = member(*arguments, **named)
-            own = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-            if not isinstance(own, Tensor):
-                raise NotTogetherError(
-                    f"an ensemble needs models that return one tensor, or one as logits, and {type(member).__name__} "
-                    f"returns a {type(output).__name__}."
-                )
+            try:
+                own = logits_of(output)
+            except UserError as error:
+                raise NotTogetherError(f"an ensemble needs each model's logits: {error}") from error
             part = self._part(own)
             if total is not None and part.shape != total.shape:
                 raise NotTogetherError(

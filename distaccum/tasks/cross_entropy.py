@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from distaccum.accumulation.result import TaskOutput
 from distaccum.config.enums import Normalize
 from distaccum.errors import UserError
+from distaccum.models.outputs import logits_of
 from distaccum.tasks.base import Task
+from distaccum.tasks.model_io import call_model, inputs_and_targets
 
 
 class _CrossEntropy(Task):
@@ -26,14 +28,17 @@ class _CrossEntropy(Task):
     _targets_form: tuple[str, ...]
 
     def _computed(self, model: nn.Module, batch: Any, reduction: str = "sum") -> tuple[Tensor, Tensor, Tensor, int]:
-        """Returns the summed loss in float32 at least, predicted classes `[N]`, targets `[N]`, number of classes.
+        """Returns the summed loss in float32 at least, predicted classes `[N]`, targets, number of classes.
 
         Args:
             reduction: `none` for the loss of each target `[N]` in place of the sum.
         """
         name = type(self).__name__
-        inputs, targets = _inputs_and_targets(batch, name)
-        logits = model(inputs)
+        inputs, targets = inputs_and_targets(batch, name)
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise UserError(f"{name} needs integers as targets, and got {targets.dtype}.")
+        targets = targets.long()  # an unsigned format has no place for an ignore_index of -100
+        logits = logits_of(call_model(model, inputs))
         fits = (logits.dim(), targets.dim()) == (len(self._logits_form), len(self._targets_form))
         if not fits or logits.select(self.class_dim, 0).shape != targets.shape:
             raise UserError(
@@ -53,13 +58,14 @@ class _CrossEntropy(Task):
                 f"{name}: the model has {rows.shape[-1]} outputs, which does not cover all targets ({error}) "
                 "They must be integers from 0 to one below the number of outputs."
             ) from error
-        return loss_sum, predicted, flat, rows.shape[-1]
+        return loss_sum, predicted.view_as(targets), targets, rows.shape[-1]
 
 
 class Classification(_CrossEntropy):
     """Cross-entropy over classes. Weight: samples. Metric: `accuracy`.
 
-    A micro-batch is `(inputs, targets)`, the targets integers `[B]`; the model's logits are `[B, C]`.
+    A micro-batch is `(inputs, targets)`, or a mapping with both (see `distaccum.tasks.model_io`), the targets integers
+    `[B]`; the model's logits are `[B, C]`.
 
     Args:
         label_smoothing: probability mass spread over all classes, in [0, 1).
@@ -118,9 +124,9 @@ class LanguageModeling(_CrossEntropy):
             return TaskOutput(loss_sum=loss, weight=tokens, sums={"accuracy": correct})
         sums = {"accuracy": correct, "tokens": tokens}
         if not by_sequence:
-            return TaskOutput(loss_sum=loss, weight=len(batch[1]), sums=sums)
-        lengths = valid.reshape(batch[1].shape).sum(1)
-        loss_sum = (loss.reshape(batch[1].shape).sum(1) / lengths.clamp(min=1)).sum()
+            return TaskOutput(loss_sum=loss, weight=len(targets), sums=sums)
+        lengths = valid.sum(1)
+        loss_sum = (loss.view_as(targets).sum(1) / lengths.clamp(min=1)).sum()
         return TaskOutput(loss_sum=loss_sum, weight=(lengths > 0).sum(), sums=sums)
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
@@ -170,21 +176,5 @@ def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:
     """Counts the chosen pixels of each class, `[classes]`."""
     # Not bincount, whose result has a size that the host waits for.
     counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels.device)
-    places = torch.where(chosen, labels, classes)
+    places = torch.where(chosen, labels, classes).flatten()
     return counts.scatter_add_(0, places, torch.ones_like(places))[:classes]
-
-
-def _inputs_and_targets(batch: Any, task: str) -> tuple[Tensor, Tensor]:
-    """Returns the two tensors of a micro-batch, the targets as int64."""
-    if not (isinstance(batch, tuple | list) and [isinstance(field, Tensor) for field in batch] == [True, True]):
-        got = f"a {type(batch).__name__}"
-        if isinstance(batch, tuple | list):
-            got = f"{len(batch)} fields ({', '.join(type(field).__name__ for field in batch)})"
-        raise UserError(
-            f"{task} needs micro-batches of two tensors, (inputs, targets), and got {got}. Change the samples of the "
-            "dataset, set data.collate_fn, or write a task of your own (task=custom)."
-        )
-    inputs, targets = batch
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise UserError(f"{task} needs integers as targets, and got {targets.dtype}.")
-    return inputs, targets.long()  # an unsigned format has no place for an ignore_index of -100

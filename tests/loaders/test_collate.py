@@ -85,6 +85,27 @@ def test_padding_of_more_dimensions() -> None:
     assert batch[0, 2:].unique().tolist() == [-1.5]
 
 
+def test_nests_and_text() -> None:
+    samples = [
+        {"ids": [5, 6], "name": "a.txt", "image": {"pixels": torch.ones(2), "size": (3, 4)}, "note": None},
+        {"ids": [7], "name": "ü.txt", "image": {"pixels": torch.zeros(2), "size": (5, 6)}, "note": "x"},
+    ]
+    batch = PadCollate((-1, 0))(samples)
+    assert batch["ids"].tolist() == [[5, 6], [7, -1]]
+    assert batch["ids"].dtype == torch.int64
+    assert batch["name"] == ["a.txt", "ü.txt"]
+    assert batch["note"] == [None, "x"]
+    assert batch["image"]["pixels"].tolist() == [[1, 1], [0, 0]]
+    assert [size.tolist() for size in batch["image"]["size"]] == [[3, 5], [4, 6]]
+
+
+def test_lists_of_numbers() -> None:
+    """Columns of tables: a field of a sample, and empty too. A sample that is a list has fields."""
+    assert PadCollate()([([1, 2], [True]), ([], [False])])[0].tolist() == [[1, 2], [0, 0]]
+    assert PadCollate()([([1.5, 2], 1)])[0].dtype == torch.float32
+    assert [field.tolist() for field in PadCollate()([[1, 2], [3, 4]])] == [[1, 3], [2, 4]]
+
+
 def test_nothing_is_padded_where_lengths_are_equal() -> None:
     # A pad value that the dtype does not hold hurts only when it is needed.
     assert PadCollate((0.5,))([integers(2), integers(2)]).tolist() == [[1, 2], [1, 2]]
@@ -102,8 +123,11 @@ def test_nothing_is_padded_where_lengths_are_equal() -> None:
         ([(1, 2), 3], r"same fields \(2, <class 'int'>\)"),
         ([{"a": 1}, {"b": 1}], r"same fields \({'a'}, {'b'}\)"),
         ([{"a": 1}, (1,)], r"same fields"),
-        ([("text",), ("other",)], r"a str is neither a tensor"),
-        ([(1, [2, 3]), (1, [4, 5])], r"field 1 .*a list is neither"),
+        (["text", "other"], r"the samples .*a str is no tensor"),
+        ([("text",), (1,)], r"field 0 .*a str is no tensor"),
+        ([(1, {2}), (1, {3})], r"field 1 .*a set is no tensor"),
+        ([{"a": {"b": torch.zeros(2, 3)}}, {"a": {"b": torch.zeros(2, 4)}}], r"field 'a'.'b' "),
+        ([{"a": ("text", [1])}, {"a": ("text", ["b"])}], r"same fields|field 'a'.1 .*a list is no tensor"),
         ([(np.array(["a"]),)], r"numpy array of dtype <U1"),
         ([(1, 2), (1.5, 2)], r"field 0 .*dtypes differ \(torch.int64, torch.float32\)"),
         ([(torch.zeros(1),), (torch.zeros(2).double(),)], r"dtypes differ"),

@@ -37,6 +37,14 @@ def test_the_text_tells_its_lengths() -> None:
     assert np.array_equal(lengths_of(loaded), known)
 
 
+def test_lists_count_as_the_tensors_they_become() -> None:
+    """Rows of tables: a list of numbers is a field, and one that is a sample holds fields."""
+    rows = [{"ids": [1, 2, 3], "name": "a text", "size": 7}, {"ids": [], "labels": [1, 2]}]
+    assert lengths_of(Samples(rows)).tolist() == [3, 2]
+    with pytest.raises(UserError, match="sample 0 has no tensor"):
+        lengths_of(Samples([[1, 2, 3]]))
+
+
 def text_sample(lengths: list[int], text: DocumentationText, index: int) -> Any:
     text.lengths = lengths
     return text[index]

@@ -68,9 +68,8 @@ def test_what_can_not_be_an_ensemble() -> None:
         Ensemble([nn.Linear(1, 1)], combine=Combination.weights)
     with pytest.raises(UserError, match=r"shapes \[1, 2\] and \[1, 3\]"):
         Ensemble([Constant(torch.zeros(1, 2)), Constant(torch.zeros(1, 3))], class_dim=1)(torch.zeros(1))
-    tuples = nn.LSTM(2, 2)
-    with pytest.raises(UserError, match="LSTM returns a tuple"):
-        Ensemble([tuples], combine=Combination.outputs)(torch.zeros(1, 1, 2))
+    with pytest.raises(UserError, match="needs each model's logits: the model returned a list"):
+        Ensemble([Constant([])], combine=Combination.outputs)(torch.zeros(1, 1, 2))
 
 
 class Named(nn.Module):

@@ -83,9 +83,10 @@ def test_a_target_outside_the_classes(target: int) -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ((LOGITS, TARGETS, TARGETS), r"two tensors.* got 3 fields \(Tensor, Tensor, Tensor\)"),
-        ({"inputs": LOGITS, "targets": TARGETS}, "two tensors.* got a dict"),
-        (LOGITS[:2], "two tensors.* got a Tensor"),
+        ((LOGITS, "a name"), r"inputs and targets.* got 2 fields \(Tensor, str\)"),
+        ({"inputs": LOGITS, "classes": TARGETS}, "inputs and targets.* got a dict of inputs, classes"),
+        ({"labels": TARGETS}, "inputs and targets.* got a dict of labels"),
+        (LOGITS[:2], "inputs and targets.* got a Tensor"),
         ((LOGITS, 3), r"got 2 fields \(Tensor, int\)"),
         ((LOGITS, TARGETS.float()), "integers as targets, and got torch.float32"),
         ((LOGITS, TARGETS.bool()), "integers as targets, and got torch.bool"),

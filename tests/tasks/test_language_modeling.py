@@ -101,8 +101,8 @@ def test_a_target_outside_the_vocabulary(target: int) -> None:
 
 def test_batches_of_another_form() -> None:
     inputs, targets = padded(LENGTHS, 5)
-    for batch in [inputs, (inputs,), {"inputs": inputs, "targets": targets}]:
-        with pytest.raises(UserError, match="LanguageModeling needs micro-batches of two tensors"):
+    for batch in [inputs, (inputs,), {"inputs": inputs}]:
+        with pytest.raises(UserError, match="LanguageModeling needs micro-batches with inputs and targets"):
             LanguageModeling()(Table(), batch)
     with pytest.raises(UserError, match=r"got logits \[3, 5, 7\] and targets \[3, 4\]"):
         LanguageModeling()(Table(), (inputs, targets[:, :4]))
