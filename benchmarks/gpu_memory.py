@@ -116,6 +116,7 @@ class Trials:
     model: nn.Module
 
     def fits(self, size: int) -> bool:
+        free_cached_memory(self.device)  # else pieces that another size has left are in the way of a larger one
         try:
             for _ in range(2):
                 batch = batch_of(self.scale, size, self.device)

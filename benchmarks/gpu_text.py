@@ -7,9 +7,10 @@ bfloat16 autocast with fused AdamW and clipping, windows of 256 drawn at random,
 
   random      micro-batches of 32 samples, padded to their own longest
   by_length   samples of like length together, as many as make the tokens of the costliest micro-batch of `random`
+  measured    by_length, with costs of micro-batches fitted to the first updates, as the trainer does
 
-Seconds per update, the share of padding in the tokens that are computed, and real tokens per second; medians over
-interleaved rounds.
+Seconds per update, micro-steps in it, the share of padding in the tokens that are computed, and real tokens per second;
+medians over interleaved rounds, each of an epoch of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from gpu_model import Scale, adamw, autocast, begin, recorded, wait
 from distaccum import Accumulator, LoaderOptions, WindowLoader
 from distaccum.data import DocumentationText
 from distaccum.data.text import IGNORE_INDEX
+from distaccum.strategies import SingleStrategy
+from distaccum.training.adapt_cuts import CutTuning
 
 MAX_LENGTH = 512
-WAYS = ("random", "by_length")
+WAYS = ("random", "by_length", "measured")
 """How windows are cut. Packing samples into one sequence would be another one, once the loader can."""
 
 
@@ -55,32 +58,39 @@ class Reading:
 
     Attributes:
         seconds: per update, of each round.
-        computed, real: tokens of a round, with padding and without.
+        micro_steps, computed, real: micro-steps and tokens of the last round, with padding and without.
     """
 
     loader: WindowLoader[Any]
     model: torch.nn.Module
     accumulator: Accumulator
+    tuning: CutTuning | None
     seconds: list[float]
+    updates: int = 0
+    micro_steps: int = 0
     computed: int = 0
     real: int = 0
 
     def take(self, extent: Extent, device: torch.device) -> None:
         """Makes the updates of a round."""
-        self.computed = 0
+        self.micro_steps = self.computed = 0
         weights = []
-        self.loader.next_epoch = 0  # each round reads the same windows
         wait(device)
         started = time.perf_counter()
         for window in itertools.islice(self.loader, extent.windows):
             with self.accumulator.window(window) as micro_batches:
                 for inputs, targets in micro_batches:
+                    self.micro_steps += 1
                     self.computed += inputs.numel()
                     with autocast(device):
                         logits = self.model(inputs).flatten(0, 1).float()
                         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
                     self.accumulator.backward(loss, weight=(targets != IGNORE_INDEX).sum())
-            weights.append(self.accumulator.step().weight)
+            result = self.accumulator.step()
+            weights.append(result.weight)
+            self.updates += 1
+            if self.tuning is not None:
+                self.tuning.after_update(self.updates, window, result)
         wait(device)
         self.seconds.append((time.perf_counter() - started) / extent.windows)
         self.real = round(sum(weights))
@@ -92,10 +102,12 @@ def reading(way: str, data: DocumentationText, scale: Scale, extent: Extent, dev
         data,
         global_batch_size=extent.window,
         micro_batch_size=extent.micro_batch_size,
-        lengths=data.lengths if way == "by_length" else None,
+        lengths=data.lengths if way != "random" else None,
         options=LoaderOptions(device=device),
     )
-    return Reading(loader, model, Accumulator(model, adamw(model), clip_norm=1.0), [])
+    tuning = CutTuning(loader.cuts, SingleStrategy(model)) if way == "measured" else None
+    accumulator = Accumulator(model, adamw(model), clip_norm=1.0, time_micro_steps=tuning is not None)
+    return Reading(loader, model, accumulator, tuning, [])
 
 
 def ways(scale: Scale, extent: Extent, device: torch.device) -> Iterator[common.Row]:
@@ -112,6 +124,7 @@ def ways(scale: Scale, extent: Extent, device: torch.device) -> Iterator[common.
         yield {
             "windows cut": way,
             "s/update": seconds,
+            "micro-steps": found.micro_steps / extent.windows,
             "padding": 1 - found.real / found.computed,
             "real tokens/s": found.real / extent.windows / seconds,
             "tokens/s / random": statistics.median(

@@ -89,6 +89,7 @@ class WindowLoader:
             size_rule=schedule,
             lengths=lengths,
             max_tokens=max_tokens,
+            overhead=self._options.micro_step_overhead,
             split_every=split_every,
             windows_ahead=self._options.windows_ahead,
         )

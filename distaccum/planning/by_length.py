@@ -142,6 +142,8 @@ class Grouping:
         num_samples: samples of the dataset.
         max_tokens: most tokens in a micro-batch, padding included. None: `micro_batch_size` times the longest sample.
         windows_ahead: most windows that may have begun to load before the one in use is done.
+        overhead: what a micro-step costs however small it is, in parts of one of `max_tokens`: a guess that holds until
+            costs are measured.
 
     Raises:
         UserError: the lengths can't be those of the dataset.
@@ -154,7 +156,9 @@ class Grouping:
         num_samples: int,
         max_tokens: int | None,
         windows_ahead: int = 0,
+        overhead: float = 1 / 64,
     ) -> None:
+        self._overhead = overhead
         self.lengths = _checked_lengths(lengths, num_samples)
         self._plan = plan
         if plan.accumulation_steps is not None:
@@ -169,8 +173,7 @@ class Grouping:
     def set_max_tokens(self, max_tokens: int) -> None:
         """Sets the budget of a micro-batch, before any window has been cut."""
         self.max_tokens = max_tokens
-        # A guess until costs are measured: a micro-step costs as much as a few of its tokens, whatever its size.
-        self.costs = Timeline(CostModel(overhead=max_tokens / 64))
+        self.costs = Timeline(CostModel(overhead=max_tokens * self._overhead))
         self._known.clear()
 
     def cut(

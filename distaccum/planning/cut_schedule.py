@@ -35,7 +35,7 @@ class CutSchedule:
         drop_last: leave out an epoch's last window when it is smaller than planned.
         size_rule: sizes of the windows. Default: all have the global batch size.
         lengths: of all samples; given, windows are cut by length.
-        max_tokens: as for `Grouping`.
+        max_tokens, overhead: as for `Grouping`.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank.
         windows_ahead: most windows that may have begun to load before the one in use is done.
 
@@ -61,6 +61,7 @@ class CutSchedule:
         size_rule: SizeRule | None = None,
         lengths: Sequence[int] | NDArray[np.int64] | None = None,
         max_tokens: int | None = None,
+        overhead: float = 1 / 64,
         split_every: int | None = None,
         windows_ahead: int = 0,
     ) -> None:
@@ -77,7 +78,7 @@ class CutSchedule:
         self.sizes.check(plan.world_size)
         self._grouping = None
         if lengths is not None:
-            self._grouping = Grouping(lengths, plan, num_samples, max_tokens, windows_ahead)
+            self._grouping = Grouping(lengths, plan, num_samples, max_tokens, windows_ahead, overhead)
         self.lengths = self._grouping.lengths if self._grouping is not None else None
         self.found_sizes: tuple[int, ...] | None = None
         self.limits: tuple[int | None, ...] = (None,) * plan.world_size

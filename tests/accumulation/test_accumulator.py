@@ -258,6 +258,7 @@ def test_the_scale_of_the_loss_changes_no_bit() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_micro_step_makes_the_host_wait() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1)).cuda()
     accumulator = Accumulator(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), clip_norm=1.0)

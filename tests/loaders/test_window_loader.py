@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
+from benchmarks.gpu_profile import copies_overlapped
 from distaccum import UserError, WindowLoader
 from distaccum.loaders import EvaluationLoader, LoaderOptions
 from distaccum.planning.by_length import CostModel
@@ -340,6 +341,45 @@ def test_datasets_without_numbers_are_refused() -> None:
         WindowLoader(Numbers(4), global_batch_size=2, rank=2, world_size=2)
     with pytest.raises(UserError, match="both rank and world_size"):
         WindowLoader(Numbers(4), global_batch_size=2, rank=0)
+
+
+def test_a_gpu_is_given_fewer_and_fuller_micro_batches() -> None:
+    lengths = [1 + (7 * index) % 40 for index in range(64)]
+    sizes = {}
+    for device in ("cpu", "cuda"):
+        loader = WindowLoader(
+            Numbers(64),
+            global_batch_size=64,
+            micro_batch_size=16,
+            lengths=lengths,
+            options=LoaderOptions(device=torch.device(device)),
+        )
+        sizes[device] = loader.cuts.micro_batch_sizes(0, 0)
+    assert sum(sizes["cpu"]) == sum(sizes["cuda"]) == 64
+    assert len(sizes["cuda"]) <= len(sizes["cpu"]) / 2
+
+
+@pytest.mark.gpu
+def test_copies_hide_behind_what_the_micro_batch_before_computes() -> None:
+    class Large(Numbers):
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.full((64, 1024), float(index))
+
+    device = torch.device("cuda", 0)
+    options = LoaderOptions(device=device, pin_memory=True)
+    loader = WindowLoader(Large(64), global_batch_size=64, micro_batch_size=4, options=options)
+    busy = torch.randn(4096, 4096, device=device)
+
+    def run() -> None:
+        for values in next(iter(loader)):
+            for _ in range(20):  # 40 ms and more, which the host has queued at once
+                torch.mm(busy, busy)
+            values.sum()
+
+    run()
+    share = copies_overlapped(run, device)
+    assert isinstance(share, float)
+    assert share > 0.7  # the first two of 16 have nothing beside them
 
 
 @pytest.mark.gpu
