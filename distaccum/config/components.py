@@ -162,6 +162,9 @@ class ClassificationConfig:
     _target_: str = "distaccum.tasks.Classification"
     label_smoothing: float = 0.0
     """Probability mass spread over all classes."""
+    class_weights: list[float] | None = None
+    """What each class counts in the loss, as in `[1,5]`; the window's loss is divided by Σ over the weights of its
+    targets, as by torch's `CrossEntropyLoss(weight=…)` over the whole window."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,6 +185,8 @@ class SegmentationConfig:
     _target_: str = "distaccum.tasks.Segmentation"
     ignore_index: int = 255
     """Target of pixels that neither loss nor metrics count."""
+    class_weights: list[float] | None = None
+    """What each class counts in the loss, as for `task=classification`."""
 
 
 @dataclass(kw_only=True, slots=True)

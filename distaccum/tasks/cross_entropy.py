@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ class _CrossEntropy(Task):
     ignore_index = torch.iinfo(torch.int64).min
     """No target is ignored. With torch's default, one of -100 would add nothing to the loss and still count."""
     label_smoothing = 0.0
+    class_weights: Sequence[float] | None = None
     _logits_form: tuple[str, ...]
     _targets_form: tuple[str, ...]
+    _takes_soft_targets = False
 
     def _computed(self, model: nn.Module, batch: Any, reduction: str = "sum") -> tuple[Tensor, Tensor, Tensor, int]:
         """Returns the summed loss in float32 at least, predicted classes `[N]`, targets, number of classes.
@@ -35,55 +38,113 @@ class _CrossEntropy(Task):
         """
         name = type(self).__name__
         inputs, targets = inputs_and_targets(batch, name)
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        is_soft = self._takes_soft_targets and targets.is_floating_point() and targets.dim() == len(self._logits_form)
+        if not is_soft and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
             raise UserError(f"{name} needs integers as targets, and got {targets.dtype}.")
-        targets = targets.long()  # an unsigned format has no place for an ignore_index of -100
         logits = logits_of(call_model(model, inputs))
-        fits = (logits.dim(), targets.dim()) == (len(self._logits_form), len(self._targets_form))
-        if not fits or logits.select(self.class_dim, 0).shape != targets.shape:
+        if is_soft:
+            fits = logits.shape == targets.shape
+        else:
+            targets = targets.long()  # an unsigned format has no place for an ignore_index of -100
+            fits = (logits.dim(), targets.dim()) == (len(self._logits_form), len(self._targets_form))
+            fits = fits and logits.select(self.class_dim, 0).shape == targets.shape
+        if not fits:
             raise UserError(
                 f"{name} needs logits [{', '.join(self._logits_form)}] and targets [{', '.join(self._targets_form)}], "
                 f"and got logits {list(logits.shape)} and targets {list(targets.shape)}."
             )
-        rows, flat = logits.movedim(self.class_dim, -1).flatten(0, -2), targets.flatten()
+        rows = logits.movedim(self.class_dim, -1).flatten(0, -2)
         predicted = rows.detach().argmax(dim=-1)
         if rows.dtype in (torch.float16, torch.bfloat16):
             rows = rows.float()  # a sum over many elements overflows float16 and loses digits in bfloat16
         try:
             loss_sum = F.cross_entropy(
-                rows, flat, reduction=reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+                rows,
+                targets.to(rows.dtype) if is_soft else targets.flatten(),
+                self._weights_beside(rows, rows.shape[-1]),
+                reduction=reduction,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
             )
         except IndexError as error:  # on CUDA it is the device that stops: looking at targets would make the host wait
             raise UserError(
                 f"{name}: the model has {rows.shape[-1]} outputs, which does not cover all targets ({error}) "
                 "They must be integers from 0 to one below the number of outputs."
             ) from error
-        return loss_sum, predicted.view_as(targets), targets, rows.shape[-1]
+        return loss_sum, predicted if is_soft else predicted.view_as(targets), targets, rows.shape[-1]
+
+    def _weights_beside(self, like: Tensor, classes: int) -> Tensor | None:
+        """Returns the class weights `[C]` on the device and in the format of another tensor."""
+        if self.class_weights is None:
+            return None
+        if len(self.class_weights) != classes:
+            raise UserError(
+                f"task.class_weights has {len(self.class_weights)} numbers, and the model has {classes} outputs: give "
+                "one number for each class, in the order of the classes."
+            )
+        form = like.device, like.dtype
+        if form not in self._weights:  # a copy to the device makes the host wait, so there is one
+            self._weights[form] = torch.tensor(self.class_weights, device=form[0], dtype=form[1])
+        return self._weights[form]
+
+    def _keep_class_weights(self, class_weights: Sequence[float] | None) -> None:
+        """Sets the class weights.
+
+        Raises:
+            UserError: one is negative or no number, or all are 0.
+        """
+        weights = None if class_weights is None else list(class_weights)
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
+            raise UserError(f"task.class_weights={weights} must be numbers from 0 up, one for each class, not all 0.")
+        self.class_weights = weights
+        self._weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
 class Classification(_CrossEntropy):
-    """Cross-entropy over classes. Weight: samples. Metric: `accuracy`.
+    """Cross-entropy over classes. Weight: samples, or Σ class weights of their targets. Metric: `accuracy`.
 
-    A micro-batch is `(inputs, targets)`, or a mapping with both (see `distaccum.tasks.model_io`), the targets integers
-    `[B]`; the model's logits are `[B, C]`.
+    A micro-batch is `(inputs, targets)`, or a mapping with both (see `distaccum.tasks.model_io`); the model's logits
+    are `[B, C]`. The targets are integers `[B]`, or floating-point numbers `[B, C]`, the probability of each class,
+    which add up to 1 (`distaccum.data.Mixed` makes such). A sample counts in `accuracy` as much as its target gives to
+    the predicted class; class weights don't enter there.
 
     Args:
         label_smoothing: probability mass spread over all classes, in [0, 1).
+        class_weights: a number for each class. Then the loss of a window is
+            Σ_i Σ_c q'_ic w_c (-log p_ic) / Σ_i Σ_c q_ic w_c, where q are the targets and q' the smoothed ones: that of
+            `torch.nn.CrossEntropyLoss(weight=…)` over the whole window, where targets are integers. (With
+            probabilities, torch divides by the number of samples, so that a rare class would change the step's size.)
 
     Raises:
         UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
 
     _logits_form, _targets_form = ("samples", "classes"), ("samples",)
+    _takes_soft_targets = True
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing={label_smoothing} must lie in [0, 1).")
         self.label_smoothing = label_smoothing
+        self._keep_class_weights(class_weights)
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        loss_sum, predicted, targets, _ = self._computed(model, batch)
-        return TaskOutput(loss_sum=loss_sum, weight=len(targets), sums={"accuracy": (predicted == targets).sum()})
+        loss_sum, predicted, targets, classes = self._computed(model, batch)
+        is_soft = targets.dim() > 1
+        correct = targets.gather(1, predicted[:, None]) if is_soft else predicted == targets
+        sums = {"accuracy": correct.sum()}
+        if self.class_weights is None:
+            return TaskOutput(loss_sum=loss_sum, weight=len(targets), sums=sums)
+        weights = self._weights_beside(loss_sum, classes)
+        assert weights is not None
+        weight = (targets.to(weights) @ weights).sum() if is_soft else weights[targets].sum()
+        samples = torch.full((), len(targets), device=targets.device)
+        return TaskOutput(loss_sum=loss_sum, weight=weight, sums={**sums, "samples": samples})
+
+    def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
+        if "samples" not in sums:  # the weight counts them, or a subclass gives sums of its own
+            return super().metrics(sums, weight)
+        return {"accuracy": float(sums["accuracy"]) / float(sums["samples"])}
 
 
 class LanguageModeling(_CrossEntropy):
@@ -137,7 +198,7 @@ class LanguageModeling(_CrossEntropy):
 
 
 class Segmentation(_CrossEntropy):
-    """Cross-entropy over the class of each pixel. Weight: valid pixels.
+    """Cross-entropy over the class of each pixel. Weight: valid pixels, or Σ class weights of their targets.
 
     Metrics: `accuracy` over pixels, and `mean_iou`, the mean over classes of intersection / union. Both are made of
     counts, so they are those of all pixels together, whatever the micro-batches and ranks. In `mean_iou`, classes that
@@ -147,15 +208,18 @@ class Segmentation(_CrossEntropy):
 
     Args:
         ignore_index: the target of pixels that count nowhere.
+        class_weights: a number for each class: the loss of a window is that of `torch.nn.CrossEntropyLoss(weight=…)`
+            over all its pixels. They don't enter the metrics.
 
     Raises:
-        UserError: from a call, a micro-batch or logits of another form.
+        UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
 
     _logits_form, _targets_form = ("samples", "classes", "height", "width"), ("samples", "height", "width")
 
-    def __init__(self, ignore_index: int = 255) -> None:
+    def __init__(self, ignore_index: int = 255, class_weights: Sequence[float] | None = None) -> None:
         self.ignore_index = ignore_index
+        self._keep_class_weights(class_weights)
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
         loss_sum, predicted, targets, classes = self._computed(model, batch)
@@ -163,13 +227,18 @@ class Segmentation(_CrossEntropy):
         hits = _counts(targets, valid & (predicted == targets), classes)
         there, claimed = _counts(targets, valid, classes), _counts(predicted, valid, classes)
         sums = {"intersections": hits, "unions": there + claimed - hits}
-        # As above, the number stays on the device.
-        return TaskOutput(loss_sum=loss_sum, weight=valid.sum(), sums=sums)
+        weight = valid.sum()  # as above, the number stays on the device
+        if self.class_weights is not None:
+            weights = self._weights_beside(loss_sum, classes)
+            assert weights is not None
+            weight = (weights[torch.where(valid, targets, 0)] * valid).sum()
+        return TaskOutput(loss_sum=loss_sum, weight=weight, sums=sums)
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         hits, unions = sums["intersections"], sums["unions"]
         is_there = unions > 0
-        return {"accuracy": float(hits.sum()) / weight, "mean_iou": float((hits[is_there] / unions[is_there]).mean())}
+        pixels = float(hits.sum() + unions.sum()) / 2  # each one is once in the targets and once in the predictions
+        return {"accuracy": float(hits.sum()) / pixels, "mean_iou": float((hits[is_there] / unions[is_there]).mean())}
 
 
 def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:

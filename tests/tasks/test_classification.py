@@ -42,6 +42,64 @@ def test_label_smoothing() -> None:
     assert torch.allclose(Classification(0.2)(IDENTITY, (LOGITS, TARGETS)).loss_sum, expected)
 
 
+WEIGHTS = [0.5, 3.0, 1.25]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_torch_over_the_whole_window(label_smoothing: float) -> None:
+    task = Classification(label_smoothing, WEIGHTS)
+    logits = LOGITS.double()
+    parts = [task(IDENTITY, batch) for batch in zip(logits.split([1, 3]), TARGETS.split([1, 3]), strict=True)]
+    weight = parts[0].weight + parts[1].weight
+    mean = (parts[0].loss_sum + parts[1].loss_sum) / weight
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)
+    expected = F.cross_entropy(logits, TARGETS, weights, label_smoothing=label_smoothing)
+    assert mean.item() == pytest.approx(expected.item(), rel=1e-14)
+    assert weight.item() == weights[TARGETS].sum().item()
+    assert (parts[0].loss_sum / parts[0].weight + parts[1].loss_sum / parts[1].weight).item() / 2 != mean.item()
+
+
+def test_accuracy_does_not_know_of_class_weights() -> None:
+    output = Classification(class_weights=WEIGHTS)(IDENTITY, (LOGITS, TARGETS))
+    sums = {name: value.double() for name, value in output.sums.items()}
+    assert Classification().metrics(sums, float(output.weight)) == {"accuracy": 0.75}
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("class_weights", [None, WEIGHTS])
+def test_soft_targets_of_one_class_are_that_class(label_smoothing: float, class_weights: list[float] | None) -> None:
+    task = Classification(label_smoothing, class_weights)
+    logits = LOGITS.double()
+    hard, soft = task(IDENTITY, (logits, TARGETS)), task(IDENTITY, (logits, F.one_hot(TARGETS, 3).float()))
+    assert soft.loss_sum.item() == pytest.approx(hard.loss_sum.item(), rel=1e-14)
+    assert float(soft.weight) == float(hard.weight)
+    assert {name: float(value) for name, value in soft.sums.items()} == {
+        name: float(value) for name, value in hard.sums.items()
+    }
+
+
+def test_a_soft_target_is_the_mean_of_its_classes() -> None:
+    task = Classification(0.1, WEIGHTS)
+    logits, half = LOGITS.double()[:2], torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.5, 0.5]])
+    soft = task(IDENTITY, (logits, half))
+    of = [[task(IDENTITY, (logits[row : row + 1], torch.tensor([c]))) for c in range(3)] for row in range(2)]
+    for what in ("loss_sum", "weight"):
+        expected = sum(float(half[row, c]) * float(getattr(of[row][c], what)) for row in range(2) for c in range(3))
+        assert float(getattr(soft, what)) == pytest.approx(expected, rel=1e-14)
+    assert float(soft.sums["accuracy"]) == 0.25 + 0.5
+
+
+@pytest.mark.parametrize("class_weights", [[1, -1, 1], [0, 0, 0], [1, float("nan"), 1], [float("inf"), 1, 1], []])
+def test_impossible_class_weights(class_weights: list[float]) -> None:
+    with pytest.raises(UserError, match="class_weights"):
+        Classification(class_weights=class_weights)
+
+
+def test_class_weights_of_another_number_of_classes() -> None:
+    with pytest.raises(UserError, match="class_weights has 2 numbers, and the model has 3 outputs"):
+        Classification(class_weights=[1, 2])(IDENTITY, (LOGITS, TARGETS))
+
+
 @pytest.mark.parametrize(
     ("given", "computed"),
     [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.config.components import SegmentationConfig
@@ -46,6 +47,21 @@ def test_the_metrics_are_those_of_all_pixels_however_they_are_dealt() -> None:
     assert found["accuracy"] == pytest.approx(float((predicted == targets).sum()) / weight)
     parts = [task.metrics({n: v.double() for n, v in o.sums.items()}, float(o.weight))["mean_iou"] for o in outputs]
     assert abs(sum(parts) / 4 - found["mean_iou"]) > 1e-3
+
+
+def test_class_weights_are_those_of_torch_over_all_pixels() -> None:
+    logits, targets = _batch()
+    weights = [0.5, 3.0, 1.25]
+    task = Segmentation(class_weights=weights)
+    outputs = [task(nn.Identity(), (logits[part], targets[part])) for part in (slice(0, 1), slice(1, 4))]
+    weight = sum(float(output.weight) for output in outputs)
+    mean = sum(float(output.loss_sum.detach()) for output in outputs) / weight
+    expected = F.cross_entropy(logits, targets, torch.tensor(weights, dtype=torch.float64), ignore_index=IGNORED)
+    assert mean == pytest.approx(float(expected.detach()), rel=1e-14)
+    sums = {name: (outputs[0].sums[name] + outputs[1].sums[name]).double() for name in outputs[0].sums}
+    plain = Segmentation()(nn.Identity(), (logits, targets))
+    wanted = Segmentation().metrics({n: v.double() for n, v in plain.sums.items()}, float(plain.weight))
+    assert task.metrics(sums, weight) == wanted
 
 
 def test_a_class_that_is_nowhere_does_not_count() -> None:
