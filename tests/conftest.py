@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 from command_line import Ended
 
+from distaccum.runtime.torchvision_operators import tolerate_missing_operators
+
+tolerate_missing_operators()
+
 # One thread a process, as under torchrun: many processes share few cores here.
 torch.set_num_threads(1)
 

@@ -57,7 +57,7 @@ class LoaderOptions:
 
     @property
     def micro_step_overhead(self) -> float:
-        """What a micro-step costs however small it is, in parts of the largest: a guess, where nothing is measured."""
+        """Guesses what a micro-step costs however small it is, in parts of one of the largest size."""
         # A GPU waits for its kernels to be launched: on an H200 a GPT of 124 million parameters took 28 ms for 3,000
         # tokens and 34 ms for 16,000 (benchmarks/gpu_text.py).
         return 1 / 4 if self.device is not None and self.device.type == "cuda" else 1 / 64
