@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from distaccum.observers import Observer
     from distaccum.planning import BatchPlan, Cut, resolve_batch, shuffled, split_evenly, window_bounds
     from distaccum.runtime.version import __version__ as __version__
-    from distaccum.tasks import CoupledTask, Task, TaskOutput
+    from distaccum.tasks import CoupledTask, SumsTask, Task, TaskOutput
     from distaccum.training.evaluation import evaluate_model
     from distaccum.training.trainer import Trainer
 
@@ -36,7 +36,7 @@ _NAMES = {
     "observers": "Observer",
     "planning": "BatchPlan Cut resolve_batch shuffled split_evenly window_bounds",
     "runtime.version": "__version__",
-    "tasks": "CoupledTask Task TaskOutput",
+    "tasks": "CoupledTask SumsTask Task TaskOutput",
     "training.evaluation": "evaluate_model",
     "training.trainer": "Trainer",
 }
@@ -56,6 +56,7 @@ __all__ = [
     "NoiseScale",
     "Observer",
     "Recovery",
+    "SumsTask",
     "Task",
     "TaskOutput",
     "Trainer",

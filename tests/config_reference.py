@@ -43,6 +43,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`task=classification`", "task", components.ClassificationConfig),
     ("`task=language_modeling`", "task", components.LanguageModelingConfig),
     ("`task=segmentation`", "task", components.SegmentationConfig),
+    ("`task=dice`", "task", components.DiceConfig),
     ("`task=contrastive`", "task", components.ContrastiveConfig),
     ("`optim=…`", "optim", config.OptimConfig),
     ("`optim=…` of torch's", "optim", optimizers.TorchOptimConfig),

@@ -190,6 +190,24 @@ class SegmentationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DiceConfig:
+    """Soft Dice over all pixels of the window, a mean over classes, exact for any cut in one more forward; weight:
+    samples; metrics: accuracy and mean IoU. `alpha=1 beta=1` is the soft IoU, others are Tversky indices."""
+
+    _target_: str = "distaccum.tasks.Dice"
+    alpha: float = 0.5
+    """Weight of false positives."""
+    beta: float = 0.5
+    """Weight of false negatives."""
+    cross_entropy: float = 0.0
+    """Coefficient of the mean cross-entropy over the window's pixels, which is added."""
+    smooth: float = 1e-5
+    """Added to numerator and denominator, for classes that are nowhere."""
+    ignore_index: int = 255
+    """Target of pixels that neither loss nor metrics count."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ContrastiveConfig:
     """NT-Xent (SimCLR) over all samples of the window, exact for any cut by gradient caching; weight: views; metrics:
     retrieval of the other view, and whether the nearest other sample has the same label."""
@@ -261,6 +279,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "classification": ClassificationConfig,
         "language_modeling": LanguageModelingConfig,
         "segmentation": SegmentationConfig,
+        "dice": DiceConfig,
         "contrastive": ContrastiveConfig,
     },
     "optim": {

@@ -4,14 +4,18 @@ from distaccum.accumulation.result import LossTerm, TaskOutput, as_number, check
 from distaccum.tasks.base import CoupledTask, Task, weights_of
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.cross_entropy import Classification, LanguageModeling, Segmentation
+from distaccum.tasks.dice import Dice
+from distaccum.tasks.sums import SumsTask
 
 __all__ = [
     "Classification",
     "Contrastive",
     "CoupledTask",
+    "Dice",
     "LanguageModeling",
     "LossTerm",
     "Segmentation",
+    "SumsTask",
     "Task",
     "TaskOutput",
     "as_number",

@@ -15,7 +15,7 @@ from distaccum.config.enums import Normalize
 from distaccum.errors import UserError
 from distaccum.models.outputs import logits_of
 from distaccum.tasks.base import Task
-from distaccum.tasks.model_io import call_model, inputs_and_targets
+from distaccum.tasks.model_io import as_classes, call_model, inputs_and_targets
 
 
 class _CrossEntropy(Task):
@@ -39,13 +39,12 @@ class _CrossEntropy(Task):
         name = type(self).__name__
         inputs, targets = inputs_and_targets(batch, name)
         is_soft = self._takes_soft_targets and targets.is_floating_point() and targets.dim() == len(self._logits_form)
-        if not is_soft and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
-            raise UserError(f"{name} needs integers as targets, and got {targets.dtype}.")
+        if not is_soft:
+            targets = as_classes(targets, name)
         logits = logits_of(call_model(model, inputs))
         if is_soft:
             fits = logits.shape == targets.shape
         else:
-            targets = targets.long()  # an unsigned format has no place for an ignore_index of -100
             fits = (logits.dim(), targets.dim()) == (len(self._logits_form), len(self._targets_form))
             fits = fits and logits.select(self.class_dim, 0).shape == targets.shape
         if not fits:
@@ -235,10 +234,15 @@ class Segmentation(_CrossEntropy):
         return TaskOutput(loss_sum=loss_sum, weight=weight, sums=sums)
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
-        hits, unions = sums["intersections"], sums["unions"]
-        is_there = unions > 0
-        pixels = float(hits.sum() + unions.sum()) / 2  # each one is once in the targets and once in the predictions
-        return {"accuracy": float(hits.sum()) / pixels, "mean_iou": float((hits[is_there] / unions[is_there]).mean())}
+        return overlap_metrics(sums["intersections"], sums["unions"])
+
+
+def overlap_metrics(hits: Tensor, unions: Tensor) -> dict[str, float]:
+    """Makes `accuracy` and `mean_iou` of the intersections and unions of each class, `[classes]`."""
+    is_there = unions > 0
+    pixels = float(hits.sum() + unions.sum()) / 2  # each one is once in the targets and once in the predictions
+    accuracy = float(hits.sum()) / pixels if pixels else math.nan
+    return {"accuracy": accuracy, "mean_iou": float((hits[is_there] / unions[is_there]).mean())}
 
 
 def _counts(labels: Tensor, chosen: Tensor, classes: int) -> Tensor:

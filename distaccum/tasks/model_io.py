@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distaccum.errors import UserError
@@ -49,6 +50,17 @@ def inputs_and_targets(batch: Any, task: str) -> tuple[Any, Tensor]:
         f"{', '.join(TARGETS)} and the model's arguments by name; and got {got}. Change the samples of the dataset, "
         "set data.collate_fn, or write a task of your own (task=custom)."
     )
+
+
+def as_classes(targets: Tensor, task: str) -> Tensor:
+    """Returns targets that are classes as int64.
+
+    Raises:
+        UserError: they are no integers.
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"{task} needs integers as targets, and got {targets.dtype}.")
+    return targets.long()  # an unsigned format has no place for an ignore_index of -100
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

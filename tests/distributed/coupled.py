@@ -61,7 +61,7 @@ def train_pairs(
     plain: bool = False,
     model: Callable[[], nn.Module] = Embedder,
     task: Any = None,
-    data: Pairs | None = None,
+    data: torch.utils.data.Dataset[Any] | None = None,
     clip_norm: float | None = 0.5,
     seed: int = 1,
     **batch: Any,

@@ -278,11 +278,13 @@ def _coupled_loss(subject: Subject, probes: dict[str, Recording]) -> Finding:
         what="The model's outputs for a sample don't depend on the others, but the loss does: sums over micro-batches "
         f"that hold the same samples are {whole:.6g} and {parts:.6g}, {abs(whole - parts):.2g} apart.",
         where=where,
-        remedy="A loss over pairs (contrastive), a ratio of sums or a batch statistic has no sum over samples. If it "
-        "depends on the model through embeddings of the samples, gradient caching makes it exact for any cut: "
-        "task=contrastive, a subclass of distaccum.CoupledTask with embed and window_loss, or "
-        "distaccum.accumulate_coupled in a loop of your own. Or make it a sum: give each sample its own negatives, "
-        "divide by a constant, or return a ratio's numerator as loss_sum and its denominator as weight.",
+        remedy="A ratio of sums (Dice, F1), a loss over pairs (contrastive) or a batch statistic has no sum over "
+        "samples. Gradient caching makes it exact for any cut, in one more forward: a function of sums over the window "
+        "as a subclass of distaccum.SumsTask with sums and loss (Dice: task=dice), any function of the samples' "
+        "embeddings as a subclass of distaccum.CoupledTask with embed and window_loss (task=contrastive), and in a "
+        "loop of your own distaccum.accumulate_coupled. Or make it a sum: the mean of each sample's own ratio, its own "
+        "negatives; or, where the denominator has no gradient, the numerator as loss_sum and the denominator as "
+        "weight.",
     )
 
 

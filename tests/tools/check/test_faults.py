@@ -131,6 +131,8 @@ def test_a_fault_is_named_and_fails(build: dict[str, Any], overrides: list[str],
     assert report.verdict.startswith("NOT EQUAL for all samples: " if is_elsewhere else "NOT EQUAL: ")
     assert is_elsewhere is (build.get("model") == "NanForSome")
     assert found.because in report.verdict
+    if kind == "loss_couples_samples":
+        assert "distaccum.SumsTask" in found.remedy
     # Nothing that is right is blamed beside it; a running scale does look at all samples.
     errors = {entry.kind for entry in report.findings if entry.severity is Severity.error}
     assert errors == {kind} | ({"mixes_samples"} if build.get("model") == "WithRunningScale" else set())

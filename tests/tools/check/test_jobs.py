@@ -42,9 +42,10 @@ def test_a_layer_that_mixes_samples_is_found_in_it_too() -> None:
     assert "BatchNorm1d" in finding(report, "mixes_samples").where
 
 
-def test_segmentation_passes() -> None:
+@pytest.mark.parametrize("task", ["segmentation", "dice"])
+def test_segmentation_passes(task: str) -> None:
     small = ["data.patch_size=16", "model.channels=[8,16]", "check.samples=6", "check.windows=1"]
-    report = examined("experiment=segmentation", *small, model=None, data=False)
+    report = examined("experiment=segmentation", *small, f"task={task}", model=None, data=False)
     assert report.verdict.startswith("EQUAL")
     assert kinds(report) == {"random_data"}
 
