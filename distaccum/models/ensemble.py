@@ -20,10 +20,23 @@ class NotTogetherError(UserError, AttributeError):
 
 
 class _OnlyLogits(dict[str, Tensor]):
-    """Output of an ensemble of models whose outputs have names: `logits`, as an item and as an attribute."""
+    """Output of an ensemble of models whose outputs have names: `logits`, as an item and as an attribute.
+
+    Args:
+        are_first: `output[0]` is the logits too, as it is in the members' outputs.
+    """
+
+    def __init__(self, logits: Tensor, *, are_first: bool) -> None:
+        super().__init__(logits=logits)
+        self._first = logits if are_first else None
 
     def __missing__(self, name: object) -> Tensor:
-        raise NotTogetherError(f"an ensemble has only the logits of its members' outputs, and {name!r} is asked for.")
+        if name == 0 and self._first is not None:
+            return self._first
+        raise NotTogetherError(
+            f"an ensemble has only the logits of its members' outputs, and {name!r} is asked for. Have the task make "
+            "its loss of the logits, or combine the weights (--combine weights)."
+        )
 
     def __getattr__(self, name: str) -> Tensor:
         return self[name]
@@ -39,8 +52,9 @@ class Ensemble(nn.Module):
     At most two models' outputs are in memory at a time.
 
     Args:
-        members: take the same arguments, and return logits of the same shape each, in any form that `logits_of` reads:
-            where that is no tensor, the ensemble returns a mapping with `logits` alone, which are an attribute too.
+        members: take the same arguments, and return logits of the same shape each, in any form that `logits_of` reads.
+            Where that is a tuple, the ensemble returns a tuple of the logits alone; where it has names, a mapping with
+            `logits` alone, which are an attribute too.
         combine: `probabilities` or `outputs`.
         class_dim: dimension of the classes in the outputs, for `probabilities`.
 
@@ -88,7 +102,10 @@ class Ensemble(nn.Module):
         assert total is not None
         count = len(self.members)
         mean = total - math.log(count) if is_probabilities else total / count
-        return mean if own is output else _OnlyLogits(logits=mean)
+        if own is output:
+            return mean
+        is_tuple = isinstance(output, tuple | list) and not hasattr(output, "logits")
+        return (mean,) if is_tuple else _OnlyLogits(mean, are_first=_first(output) is own)
 
     def _part(self, output: Tensor) -> Tensor:
         wide = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -101,6 +118,13 @@ class Ensemble(nn.Module):
                 "of the classes."
             )
         return wide.log_softmax(self._class_dim)
+
+
+def _first(output: Any) -> Any:
+    try:
+        return output[0]
+    except (LookupError, TypeError):
+        return None
 
 
 def mean_of_weights(members: Sequence[nn.Module]) -> nn.Module:

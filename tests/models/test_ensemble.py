@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -96,6 +96,26 @@ def test_outputs_with_names_are_put_together_by_their_logits(form: Any) -> None:
         found["loss"]
     with pytest.raises(UserError, match="'loss' is asked for"):
         _ = found.loss
+    with pytest.raises(UserError, match="0 is asked for"):
+        found[0]
+
+
+class _Fields(NamedTuple):
+    """Like transformers' `ModelOutput`, whose entries have numbers too."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+def test_an_output_s_first_entry_is_the_ensemble_s_too() -> None:
+    values = [torch.randn(5, 3), torch.randn(5, 3)]
+    wanted = Ensemble([Constant(value) for value in values], class_dim=1)(torch.zeros(1))
+    found = Ensemble([Named(value, _Fields) for value in values], class_dim=1)(torch.zeros(1))
+    assert torch.equal(found[0], wanted)
+    assert torch.equal(found.logits, wanted)
+    pairs: list[Any] = [(value, torch.ones(())) for value in values]
+    (found,) = Ensemble([Constant(pair) for pair in pairs], class_dim=1)(torch.zeros(1))
+    assert torch.equal(found, wanted)
 
 
 def _network(seed: int, width: int = 4) -> nn.Module:

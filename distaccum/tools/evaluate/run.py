@@ -27,7 +27,7 @@ from distaccum.runtime.devices import Precision, cast, resolve_device, resolve_p
 from distaccum.runtime.files import write_result
 from distaccum.runtime.logs import console
 from distaccum.runtime.world import World, joined_world
-from distaccum.tasks import CoupledTask
+from distaccum.tasks import CoupledTask, SumsTask
 from distaccum.tools.bench.terminal import print_table, table_of
 from distaccum.tools.evaluate.members import Member, find_members, load_weights
 from distaccum.training.data import collate_fn, loader_options
@@ -129,7 +129,7 @@ class _Examination:
                     "name others too."
                 )
             return None
-        if isinstance(self.task, CoupledTask):
+        if isinstance(self.task, CoupledTask) and not isinstance(self.task, SumsTask):
             if wishes.combine in (Combination.weights, None):
                 return wishes.combine
             raise UserError(

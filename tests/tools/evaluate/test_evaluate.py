@@ -308,6 +308,18 @@ def test_embeddings_are_not_combined(train: Callable[..., Ended], evaluated: Eva
         assert f"--combine {how} needs two models or more, and there is one" in ended.err
 
 
+def test_models_of_a_loss_of_sums_are_combined(train: Callable[..., Ended], evaluated: Evaluate) -> None:
+    """Its evaluation looks at all samples together, and still there is an ensemble of outputs."""
+    small = ["experiment=segmentation", "task=dice", "model.channels=[8]", "data.patch_size=16", "wandb.mode=disabled"]
+    small += ["train.max_updates=2", "train.epochs=null", "schedule.warmup_updates=0"]
+    for seed in (1, 2):
+        assert train(*small, f"seed={seed}", f"run_dir=run{seed}").status == 0
+    ended = evaluated("run1", "run2", "--out", "out.json")
+    assert ended.status == 0, ended.err
+    one, other, together = (row["loss"] for row in rows_of().values())
+    assert min(one, other) < together < max(one, other)
+
+
 @dataclass
 class Output:
     """What models of other libraries give."""
