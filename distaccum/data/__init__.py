@@ -7,8 +7,18 @@ imported only by the datasets that need them.
 from distaccum.data.coins import Coins
 from distaccum.data.digits import Digits, DigitViews
 from distaccum.data.image_folder import ImageFolder
+from distaccum.data.language import LanguageData
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 from distaccum.loaders.collate import PadCollate
 
-__all__ = ["Coins", "DigitViews", "Digits", "DocumentationText", "ImageFolder", "PadCollate", "Synthetic"]
+__all__ = [
+    "Coins",
+    "DigitViews",
+    "Digits",
+    "DocumentationText",
+    "ImageFolder",
+    "LanguageData",
+    "PadCollate",
+    "Synthetic",
+]

@@ -3,7 +3,8 @@
 from distaccum.models.cnn import CNN
 from distaccum.models.encoder import Encoder
 from distaccum.models.gpt import GPT
+from distaccum.models.hugging_face import causal_lm
 from distaccum.models.mlp import MLP
 from distaccum.models.unet import UNet
 
-__all__ = ["CNN", "GPT", "MLP", "Encoder", "UNet"]
+__all__ = ["CNN", "GPT", "MLP", "Encoder", "UNet", "causal_lm"]

@@ -152,6 +152,8 @@ class EvaluationRecord:
     several."""
     references: dict[str, float] = field(default_factory=dict)
     """Losses to compare with, named by the dataset (the text's unigram entropy, say)."""
+    sample: str | None = None
+    """A text that shows what the model does, if the task makes one."""
     seconds: float
 
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from distaccum.errors import printable
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.formatting import byte_size, clock, duration, evaluation_text, noise_text, number, rate, words
 from distaccum.runtime import logs
@@ -101,6 +102,8 @@ class Progress(Observer):
         metrics = evaluation_text(record.metrics, record.references)
         line = f"evaluation after update {record.update} (epoch {record.epoch}): {metrics}"
         self._print(Text(self._wrapped(line, column=0, indent=2)))
+        if record.sample is not None:
+            self._print(Text(self._wrapped(f"sample: {printable(record.sample)}", column=0, indent=2)))
 
     def on_end(self, end: RunEnd) -> None:
         self.close()

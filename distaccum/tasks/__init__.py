@@ -2,12 +2,14 @@
 
 from distaccum.accumulation.result import LossTerm, TaskOutput, as_number, checked_output
 from distaccum.tasks.base import CoupledTask, Task, weights_of
+from distaccum.tasks.causal_lm import CausalLM
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.cross_entropy import Classification, LanguageModeling, Segmentation
 from distaccum.tasks.dice import Dice
 from distaccum.tasks.sums import SumsTask
 
 __all__ = [
+    "CausalLM",
     "Classification",
     "Contrastive",
     "CoupledTask",

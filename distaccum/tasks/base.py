@@ -45,6 +45,18 @@ class Task(ABC):
         """
         return {name: as_number(value, f"the task's metric {name}") / weight for name, value in sums.items()}
 
+    def sample(self, model: nn.Module, data: Any) -> str | None:
+        """Returns a text that shows what the model does, for the log after an evaluation; None for none.
+
+        All ranks call it at the same time, and must run equally many forwards: those that shard the model wait for each
+        other. Gradients are off, and the model is in evaluation mode.
+
+        Args:
+            model: the bare module.
+            data: the evaluation data.
+        """
+        return None
+
 
 def weights_of(task: Any) -> Weights | None:
     """Returns what counts the elements of a task's losses; None if it has one loss alone."""

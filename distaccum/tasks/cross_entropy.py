@@ -37,7 +37,7 @@ class _CrossEntropy(Task):
             reduction: `none` for the loss of each target `[N]` in place of the sum.
         """
         name = type(self).__name__
-        inputs, targets = inputs_and_targets(batch, name)
+        inputs, targets = self._inputs_and_targets(batch)
         is_soft = self._takes_soft_targets and targets.is_floating_point() and targets.dim() == len(self._logits_form)
         if not is_soft:
             targets = as_classes(targets, name)
@@ -71,6 +71,9 @@ class _CrossEntropy(Task):
                 "They must be integers from 0 to one below the number of outputs."
             ) from error
         return loss_sum, predicted if is_soft else predicted.view_as(targets), targets, rows.shape[-1]
+
+    def _inputs_and_targets(self, batch: Any) -> tuple[Any, Tensor]:
+        return inputs_and_targets(batch, type(self).__name__)
 
     def _weights_beside(self, like: Tensor, classes: int) -> Tensor | None:
         """Returns the class weights `[C]` on the device and in the format of another tensor."""
@@ -177,17 +180,21 @@ class LanguageModeling(_CrossEntropy):
         by_sequence = self.normalize is Normalize.sequences
         loss, predicted, targets, _ = self._computed(model, batch, "none" if by_sequence else "sum")
         valid = targets != self.ignore_index
-        correct = (valid & (predicted == targets)).sum()
+        sums = self._sums(loss.detach(), (valid & (predicted == targets)).sum())
         # The number of valid targets stays on the device: reading it here would make the host wait.
         tokens = valid.sum()
         if self.normalize is Normalize.tokens:
-            return TaskOutput(loss_sum=loss, weight=tokens, sums={"accuracy": correct})
-        sums = {"accuracy": correct, "tokens": tokens}
+            return TaskOutput(loss_sum=loss, weight=tokens, sums=sums)
+        sums["tokens"] = tokens
         if not by_sequence:
             return TaskOutput(loss_sum=loss, weight=len(targets), sums=sums)
         lengths = valid.sum(1)
         loss_sum = (loss.view_as(targets).sum(1) / lengths.clamp(min=1)).sum()
         return TaskOutput(loss_sum=loss_sum, weight=(lengths > 0).sum(), sums=sums)
+
+    def _sums(self, loss: Tensor, correct: Tensor) -> dict[str, Tensor]:
+        """Returns the sums that metrics are made of, given the loss of all valid targets and how many are predicted."""
+        return {"accuracy": correct}
 
     def metrics(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         if "tokens" not in sums:  # the weight counts them, or a subclass gives sums of its own

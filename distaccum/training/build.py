@@ -53,7 +53,7 @@ from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
 from distaccum.training.optim import Schedule, build_optimizer
-from distaccum.training.progress import COMPILED, total_updates, updates_ahead
+from distaccum.training.progress import COMPILED, scheduled_updates
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
 from distaccum.training.schedules import schedule_factor
 from distaccum.training.supervision import Supervision
@@ -78,6 +78,7 @@ class Parts:
         module: on the CPU, or on the meta device if it is deferred; in the precision's parameter format.
         blocks: name of each parameter's block, where blocks are measured.
         woken: names of its parts that were built in evaluation mode and have been put into training mode.
+        beside: what may have files to be saved beside the trained weights.
 
     Raises:
         UserError: the configuration or the data don't fit.
@@ -124,6 +125,8 @@ class Parts:
         else:
             self.module = self._model(config)
             self._load()
+        self.beside = [getattr(self.module, name, None) for name in ("config", "generation_config")]
+        self.beside.append(getattr(self.train_data, "tokenizer", None))
         self.blocks: dict[str, str] = {}
         if config.insight.layers:
             self.blocks = blocks_by_parameter(self.module, getattr(config.strategy, "wrap", ()))
@@ -273,7 +276,7 @@ class _Placed:
             loader=self.parts.evaluation_loader,
             precision=self.parts.precision,
             supervision=supervision,
-            references=getattr(self.parts.evaluation_data, "reference_losses", None) or {},
+            data=self.parts.evaluation_data,
             averages=averages,
         )
 
@@ -309,9 +312,7 @@ def build_trainer(
     grace_seconds = config.checkpoint.grace_seconds if checkpointer is not None else math.inf
     supervision = Supervision(strategy, interruption, world.heartbeat, grace_seconds)
     compile_clock = CompileClock() if compilation is not None else None
-    flags = supervision.flags | (checkpointer.flags if checkpointer is not None else {})
-    if compile_clock is not None:
-        flags[COMPILED] = compile_clock.has_news
+    flags = _flags(supervision, checkpointer, compile_clock)
     tuning = placed.tuning(recovers=recovery is not None)
     accumulator = placed.accumulator(flags, tuning, recovery)
     early_stopping = _early_stopping(config.train.early_stopping)
@@ -336,8 +337,16 @@ def build_trainer(
         checkpointer=checkpointer,
         observers=observers,
         run_dir=folder.path,
+        beside_weights=parts.beside,
         config=redacted(plain),
     )
+
+
+def _flags(
+    supervision: Supervision, checkpointer: Checkpointer | None, compile_clock: CompileClock | None
+) -> dict[str, Callable[[], bool]]:
+    flags = supervision.flags | (checkpointer.flags if checkpointer is not None else {})
+    return flags if compile_clock is None else {**flags, COMPILED: compile_clock.has_news}
 
 
 def _placed(
@@ -364,20 +373,11 @@ def _by_update(
     config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None
 ) -> tuple[Callable[[int], float], dict[int, list[str]]]:
     """Returns the learning rate's factor as a function of the update, and what is unfrozen before which update."""
-    last = _scheduled_updates(config, loader, checkpoint)
+    last = scheduled_updates(config, loader, checkpoint)
     unfrozen = unfreeze_updates(options_of(config.model)[1].get("unfreeze") or {})
     if config.batch.schedule is not BatchSchedule.noise or config.train.max_updates is not None:
         require_within_run(unfrozen, last)  # else it is not known
     return schedule_factor(config.schedule, last), unfrozen
-
-
-def _scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:
-    """Returns the number of updates that the learning rate's schedule is laid out for."""
-    follows_noise = config.batch.schedule is BatchSchedule.noise
-    if follows_noise and config.train.max_updates is not None:
-        return config.train.max_updates  # how many an epoch will have is not known
-    ahead = updates_ahead(checkpoint.state["progress"], loader) if checkpoint is not None and not follows_noise else 0
-    return total_updates(config.train, loader.sizes, ahead)
 
 
 def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:

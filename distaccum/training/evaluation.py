@@ -224,7 +224,7 @@ class Evaluator:
         loader: of the evaluation data.
         precision: the format to compute in.
         supervision: drops the evaluation once a signal has come.
-        references: losses to compare with, by name.
+        data: the evaluation data, whose `reference_losses` are reported beside the metrics.
         averages: of the weights, evaluated too as soon as they have begun; their metrics are `ema/loss` and so on.
     """
 
@@ -233,7 +233,7 @@ class Evaluator:
     loader: EvaluationLoader
     precision: Precision
     supervision: Supervision
-    references: dict[str, float] = field(default_factory=dict)
+    data: Any = None
     averages: Sequence[WeightAverage] = ()
 
     def evaluate(self, update: int, epoch: int) -> EvaluationRecord:
@@ -244,8 +244,12 @@ class Evaluator:
         """
         started = time.perf_counter()
         states = GlobalStates.now(self.strategy.device)
+        sample = None
         try:
             metrics = self._metrics(update)
+            if hasattr(self.task, "sample"):
+                with evaluation_mode(self.strategy.module), torch.no_grad(), self.precision.autocast():
+                    sample = self.task.sample(self.strategy.module, self.data)
             for average in self.averages:
                 if average.has_begun:
                     with average.in_the_model():
@@ -256,8 +260,9 @@ class Evaluator:
             logger.info("the evaluation after update %d is left for later", update)
             raise
         seconds = time.perf_counter() - started
+        references = getattr(self.data, "reference_losses", None) or {}
         return EvaluationRecord(
-            update=update, epoch=epoch, metrics=metrics, references=self.references, seconds=seconds
+            update=update, epoch=epoch, metrics=metrics, references=references, sample=sample, seconds=seconds
         )
 
     def to_choose_by(self, metrics: dict[str, float]) -> dict[str, float]:

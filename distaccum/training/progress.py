@@ -10,8 +10,9 @@ from typing import Any
 
 from distaccum.accumulation.result import UpdateResult
 from distaccum.checkpoints import Checkpoint, putting_back
-from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, misfit
-from distaccum.config import LoopConfig
+from distaccum.checkpoints.form import Form, is_dict, is_natural, is_number, is_text, misfit
+from distaccum.config import LoopConfig, TrainConfig
+from distaccum.config.enums import BatchSchedule
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
 from distaccum.observers import EvaluationRecord, RunEnd
@@ -82,7 +83,13 @@ def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
     return memory, kind if strategy.process_group is None else f"{kind}, on the rank that used most"
 
 
-_EVALUATION: Form = {"update": is_natural, "epoch": is_natural, "metrics": {str: is_number}, "seconds": is_number}
+_EVALUATION: Form = {
+    "update": is_natural,
+    "epoch": is_natural,
+    "metrics": {str: is_number},
+    "sample": lambda value: value is None or is_text(value),
+    "seconds": is_number,
+}
 _PROGRESS: Form = {
     "totals": lambda value: (
         is_dict(value) and value.keys() <= asdict(Totals()).keys() and misfit(value, {str: is_number}) is None
@@ -316,3 +323,12 @@ def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:
         return index
     done = progress.get("position", index * progress["windows"]["batch.global_batch_size"])
     return loader.sizes.bounds(progress["epoch"]).starting_before(done)
+
+
+def scheduled_updates(config: TrainConfig, loader: WindowLoader, checkpoint: Checkpoint | None) -> int:
+    """Returns the number of updates that the learning rate's schedule is laid out for."""
+    follows_noise = config.batch.schedule is BatchSchedule.noise
+    if follows_noise and config.train.max_updates is not None:
+        return config.train.max_updates  # how many an epoch will have is not known
+    ahead = updates_ahead(checkpoint.state["progress"], loader) if checkpoint is not None and not follows_noise else 0
+    return total_updates(config.train, loader.sizes, ahead)

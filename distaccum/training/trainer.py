@@ -55,6 +55,8 @@ class Trainer:
             generators is added to its `states` and `tensors`.
         observers: get what happens on this rank; rank 0 has them all, the others none.
         run_dir: folder of the run's files.
+        beside_weights: what is saved with the trained model, by its `save_pretrained(folder)`: the configuration of a
+            model of transformers, a tokenizer. What has no such method is passed over.
         config: the configuration, for the observers and checkpoints to keep.
     """
 
@@ -69,6 +71,7 @@ class Trainer:
     checkpointer: Checkpointer | None = None
     observers: Sequence[Observer] = ()
     run_dir: Path | None = None
+    beside_weights: Sequence[Any] = ()
     config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -269,6 +272,9 @@ class Trainer:
             is_main = self.checkpointer.rank == 0
             with evaluated_weights(self.strategy, self.accumulator.optimizer):
                 export_model(self.strategy, self.run_dir, is_main=is_main)
+            for part in self.beside_weights if is_main else ():
+                if hasattr(part, "save_pretrained"):
+                    part.save_pretrained(self.run_dir)
             for average in self.averages:
                 if average.has_begun:
                     with average.in_the_model():

@@ -1,0 +1,195 @@
+"""Texts, prompts with their completions, and chats, as tokens for causal language models of transformers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distaccum.data.splits import EVALUATION, TRAIN, check_split
+from distaccum.data.tables import rows_of
+from distaccum.data.tokens import Marked, Tokenization, load_tokenizer
+from distaccum.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+"""The label of tokens that the loss doesn't count, as in transformers."""
+LOSS_ON = ("completion", "all")
+_ROWS_AT_ONCE = 1000
+
+
+class LanguageData(Dataset[dict[str, Tensor]]):
+    """Samples for a causal language model, of the rows of files (see `rows_of`), tokenised at the start.
+
+    Rows have `messages` (through the tokenizer's chat template), `prompt` and `completion`, or `text`; see
+    `Tokenization`. A text of more than `max_length` tokens is cut into consecutive samples; of anything else what is
+    beyond is left out. What has no token then that the loss counts is no sample. Both are logged in numbers.
+
+    A sample is `{"input_ids", "labels"}`, int64 `[T]` each with 2 <= T <= max_length, the labels being those of the
+    same places (transformers' convention: token i is predicted from those before it), -100 where the loss counts none.
+
+    Args:
+        files: paths or patterns.
+        tokenizer: a folder that holds one, or a name on the Hugging Face hub.
+        split: `train` or `evaluation`.
+        evaluation_files: files of the evaluation. None: a part of `files` is held out.
+        evaluation_fraction: part of the rows to hold out, chosen by their numbers; 0 for none.
+        max_length: longest sample in tokens.
+        loss_on: `completion`: completions and the assistant's messages alone; `all`: every token.
+        columns: names of the columns that are called otherwise, by `messages`, `prompt`, `completion`, `text`.
+        chat_template: a file with a Jinja template, in place of the tokenizer's.
+
+    Attributes:
+        tokenizer: as loaded.
+        vocab_size: least size of the model's vocabulary.
+        max_length: as given.
+        lengths: T of each sample.
+        collate_fn: pads at the right, so that with causal attention no token sees padding, and no mask is needed.
+
+    Raises:
+        UserError: the files, the tokenizer or an argument don't fit.
+    """
+
+    def __init__(
+        self,
+        files: str | Sequence[str],
+        tokenizer: str,
+        split: str = TRAIN,
+        *,
+        evaluation_files: str | Sequence[str] | None = None,
+        evaluation_fraction: float = 0.05,
+        max_length: int = 1024,
+        loss_on: str = "completion",
+        columns: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        check_split(split, type(self).__name__)
+        if max_length < 2:
+            raise UserError(f"data.max_length={max_length} is impossible: a token and the next one are 2.")
+        if loss_on not in LOSS_ON:
+            raise UserError(f"data.loss_on={loss_on} is none of {', '.join(LOSS_ON)}.")
+        if not 0 <= evaluation_fraction < 1:
+            raise UserError(f"data.evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
+        self.tokenizer = load_tokenizer(tokenizer, chat_template)
+        self.vocab_size = len(self.tokenizer)
+        self.max_length = max_length
+        self.collate_fn = _Padding(_padding_of(self.tokenizer))
+        tokenization = Tokenization(self.tokenizer, columns or {}, counts_all=loss_on == "all")
+        if evaluation_files is not None:
+            rows = rows_of(*((files, "data.files") if split == TRAIN else (evaluation_files, "data.evaluation_files")))
+        else:
+            rows = _held_out(rows_of(files, "data.files"), evaluation_fraction, split)
+        self._fill(_batched(rows), tokenization, split)
+
+    def _fill(self, batches: Iterable[list[tuple[str, Any]]], tokenization: Tokenization, split: str) -> None:
+        tokens: list[NDArray[np.int32]] = []
+        marks: list[NDArray[np.bool_]] = []
+        counts: Counter[str] = Counter()
+        for rows in batches:
+            for form, (row_tokens, row_marks) in tokenization.tokens_of(rows):
+                counts["rows"] += 1
+                for piece in self._pieces(form, (row_tokens, row_marks), counts):
+                    tokens.append(np.array(piece[0], dtype=np.int32))
+                    marks.append(np.array(piece[1], dtype=np.bool_))
+        if not tokens:
+            raise UserError(
+                f"the {split} data has {counts['rows']} rows and no sample: nothing is left that the loss would count. "
+                "Give other data.files, a larger data.max_length, or another data.evaluation_fraction."
+            )
+        self.lengths = np.array([len(piece) for piece in tokens], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._tokens, self._marks = np.concatenate(tokens), np.concatenate(marks)
+        self._log(counts, split)
+
+    def _pieces(self, form: str, marked: Marked, counts: Counter[str]) -> Iterator[Marked]:
+        """Yields a row's samples: cut or shortened to `max_length`, without those that have nothing to learn."""
+        tokens, marks = marked
+        most = self.max_length
+        if len(tokens) > most:
+            counts["long"] += 1
+            if form != "text":
+                counts["lost tokens"] += len(tokens) - most
+                counts["shortened"] += 1
+                tokens, marks = tokens[:most], marks[:most]
+        for start in range(0, len(tokens), most):
+            piece = tokens[start : start + most], marks[start : start + most]
+            if any(piece[1][1:]):  # the first token is predicted from nothing
+                yield piece
+            else:
+                counts["dropped"] += 1
+
+    def _log(self, counts: Counter[str], split: str) -> None:
+        said = [f"{len(self):,} samples, {len(self._tokens):,} tokens, of which the loss counts {self._marks.sum():,}"]
+        if counts["shortened"]:
+            share = counts["lost tokens"] / (len(self._tokens) + counts["lost tokens"])
+            said.append(
+                f"{counts['shortened']:,} were longer than data.max_length={self.max_length} and are cut off there "
+                f"({counts['lost tokens']:,} tokens, {share:.1%} of all)"
+            )
+        if cut := counts["long"] - counts["shortened"]:
+            said.append(f"{cut:,} texts were longer than data.max_length={self.max_length} and are several samples")
+        if counts["dropped"]:
+            said.append(f"{counts['dropped']:,} were left out, as nothing in them is left that the loss counts")
+        logger.info("%s data: %s", split, "; ".join(said))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        stop = int(self._ends[index])
+        place = slice(stop - int(self.lengths[index]), stop)
+        tokens = torch.from_numpy(self._tokens[place].astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens.where(torch.from_numpy(self._marks[place]), IGNORE_INDEX)}
+
+    def prompt(self) -> Tensor:
+        """Returns the tokens of the first sample up to what the loss counts, or its first half: int64 `[T]`, T >= 1."""
+        sample = self[0]
+        before = int((sample["labels"] != IGNORE_INDEX).int().argmax())
+        return sample["input_ids"][: before or max(1, len(sample["input_ids"]) // 2)]
+
+
+class _Padding:
+    """Makes a micro-batch `{"input_ids", "labels"}` `[B, T]` of samples, padded at the right."""
+
+    def __init__(self, padding: int) -> None:
+        self._values = {"input_ids": padding, "labels": IGNORE_INDEX}
+
+    def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
+            for name, value in self._values.items()
+        }
+
+
+def _padding_of(tokenizer: Any) -> int:
+    """Returns any token: no other one sees it, and the loss doesn't count it."""
+    known = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if known is None else int(known)
+
+
+def _held_out(rows: Iterable[tuple[str, Any]], fraction: float, split: str) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a split; whether a row is held out follows from its number alone: the first always is."""
+    if not fraction and split == EVALUATION:
+        raise UserError("data.evaluation_fraction=0 leaves nothing to evaluate on: set data.evaluation=null as well.")
+    for number, row in enumerate(rows):
+        is_held_out = fraction > 0 and (number == 0 or zlib.crc32(str(number).encode()) < fraction * 2**32)
+        if is_held_out == (split == EVALUATION):
+            yield row
+
+
+def _batched(rows: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    remaining = iter(rows)
+    while batch := list(itertools.islice(remaining, _ROWS_AT_ONCE)):
+        yield batch
