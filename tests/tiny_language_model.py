@@ -7,6 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from distaccum.runtime.torchvision_operators import tolerate_missing_operators
+
+tolerate_missing_operators()
+
 MARKED_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
@@ -57,31 +61,39 @@ def tokenizer(chat_template: str = MARKED_TEMPLATE) -> Any:
     return found
 
 
-def write_model(folder: Path, kind: str = "llama", *, weights: bool = True, **options: Any) -> Path:
-    """Writes a model's configuration, its tokenizer and, unless told otherwise, random weights."""
+def config_of(kind: str = "llama", **options: Any) -> Any:
+    """Returns the configuration of a small model, by transformers' name of the kind."""
+    import transformers
+
+    size = {"vocab_size": 320, "bos_token_id": None, "eos_token_id": 0}
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+        drop = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        return transformers.GPT2Config(**{**sizes, **drop, **size, **options})
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    return transformers.AutoConfig.for_model(kind, **{**sizes, **size, **options})
+
+
+def model_of(config: Any, **options: Any) -> Any:
+    """Returns a model with the same random weights each time."""
     import torch
     import transformers
 
-    tokens = tokenizer()
-    size = {"vocab_size": len(tokens), "bos_token_id": None, "eos_token_id": tokens.eos_token_id}
-    if kind == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
-        config = transformers.GPT2Config(**{**sizes, **size, **options})
-    else:
-        sizes = {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 128,
-            "tie_word_embeddings": False,
-        }
-        config = transformers.AutoConfig.for_model(kind, **{**sizes, **size, **options})
-    if weights:
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    else:
-        config.save_pretrained(folder)
-    tokens.save_pretrained(folder)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, **options)
+
+
+def write_model(folder: Path, kind: str = "llama", *, weights: bool = True, **options: Any) -> Path:
+    """Writes a model's configuration, its tokenizer and, unless told otherwise, random weights."""
+    config = config_of(kind, **options)
+    (model_of(config) if weights else config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder

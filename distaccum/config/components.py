@@ -210,6 +210,15 @@ class CausalLMTaskConfig(LanguageModelingConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class MixtureLMConfig(CausalLMTaskConfig):
+    """As `causal_lm`, for mixtures of experts: with a loss that balances the experts of each sequence."""
+
+    _target_: str = "distaccum.tasks.MixtureLM"
+    coefficient: float | None = None
+    """Of that loss. `null`: the model's own `router_aux_loss_coef`."""
+
+
+@dataclass(kw_only=True, slots=True)
 class SegmentationConfig:
     """Cross-entropy over the class of each pixel; weight: valid pixels; metrics: accuracy and mean IoU."""
 
@@ -342,6 +351,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "classification": ClassificationConfig,
         "language_modeling": LanguageModelingConfig,
         "causal_lm": CausalLMTaskConfig,
+        "mixture_lm": MixtureLMConfig,
         "segmentation": SegmentationConfig,
         "dice": DiceConfig,
         "contrastive": ContrastiveConfig,

@@ -54,7 +54,7 @@ class LanguageData(Dataset[dict[str, Tensor]]):
         vocab_size: least size of the model's vocabulary.
         max_length: as given.
         lengths: T of each sample.
-        collate_fn: pads at the right, so that with causal attention no token sees padding, and no mask is needed.
+        collate_fn: pads at the right, so that with causal attention no token sees padding; with an `attention_mask`.
 
     Raises:
         UserError: the files, the tokenizer or an argument don't fit.
@@ -161,16 +161,18 @@ class LanguageData(Dataset[dict[str, Tensor]]):
 
 
 class _Padding:
-    """Makes a micro-batch `{"input_ids", "labels"}` `[B, T]` of samples, padded at the right."""
+    """Makes a micro-batch of samples, padded at the right: `input_ids`, `labels` and `attention_mask`, `[B, T]`."""
 
     def __init__(self, padding: int) -> None:
         self._values = {"input_ids": padding, "labels": IGNORE_INDEX}
 
     def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {
+        found = {
             name: torch.nn.utils.rnn.pad_sequence([sample[name] for sample in samples], True, value)
             for name, value in self._values.items()
         }
+        lengths = torch.tensor([len(sample["labels"]) for sample in samples])
+        return {**found, "attention_mask": (torch.arange(found["labels"].shape[1]) < lengths[:, None]).long()}
 
 
 def _padding_of(tokenizer: Any) -> int:

@@ -6,6 +6,7 @@ from distaccum.tasks.causal_lm import CausalLM
 from distaccum.tasks.contrastive import Contrastive
 from distaccum.tasks.cross_entropy import Classification, LanguageModeling, Segmentation
 from distaccum.tasks.dice import Dice
+from distaccum.tasks.mixture_lm import MixtureLM
 from distaccum.tasks.sums import SumsTask
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Dice",
     "LanguageModeling",
     "LossTerm",
+    "MixtureLM",
     "Segmentation",
     "SumsTask",
     "Task",

@@ -181,16 +181,17 @@ class LanguageModeling(_CrossEntropy):
         loss, predicted, targets, _ = self._computed(model, batch, "none" if by_sequence else "sum")
         valid = targets != self.ignore_index
         sums = self._sums(loss.detach(), (valid & (predicted == targets)).sum())
-        # The number of valid targets stays on the device: reading it here would make the host wait.
-        tokens = valid.sum()
-        if self.normalize is Normalize.tokens:
-            return TaskOutput(loss_sum=loss, weight=tokens, sums=sums)
-        sums["tokens"] = tokens
-        if not by_sequence:
-            return TaskOutput(loss_sum=loss, weight=len(targets), sums=sums)
-        lengths = valid.sum(1)
-        loss_sum = (loss.view_as(targets).sum(1) / lengths.clamp(min=1)).sum()
-        return TaskOutput(loss_sum=loss_sum, weight=(lengths > 0).sum(), sums=sums)
+        if self.normalize is not Normalize.tokens:
+            sums["tokens"] = valid.sum()
+        loss_sum = (loss.view_as(targets).sum(1) / valid.sum(1).clamp(min=1)).sum() if by_sequence else loss
+        return TaskOutput(loss_sum=loss_sum, weight=self._weight(valid), sums=sums)
+
+    def _weight(self, valid: Tensor) -> Tensor | int:
+        """Counts what the loss is a mean over, given which targets `[B, T]` are valid."""
+        if self.normalize is Normalize.samples:
+            return len(valid)
+        # It stays on the device: reading it here would make the host wait.
+        return (valid.any(1) if self.normalize is Normalize.sequences else valid).sum()
 
     def _sums(self, loss: Tensor, correct: Tensor) -> dict[str, Tensor]:
         """Returns the sums that metrics are made of, given the loss of all valid targets and how many are predicted."""
