@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum import config
-from distaccum.config import components, optimizers
+from distaccum.config import components, language, optimizers
 from distaccum.config import tools as tool_configs
 
 ROOT = Path(__file__).parent.parent
@@ -33,15 +33,19 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=coins`", "data", components.CoinsDataConfig),
     ("`data=text`", "data", components.TextDataConfig),
     ("`data=image_folder`", "data", components.ImageFolderDataConfig),
+    ("`data=language`", "data", language.LanguageDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
     ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),
     ("`model=gpt`", "model", components.GPTConfig),
+    ("`model=causal_lm`", "model", language.CausalLMConfig),
     ("`model=unet`", "model", components.UNetConfig),
     ("`model=encoder`", "model", components.EncoderConfig),
     ("`task=classification`", "task", components.ClassificationConfig),
     ("`task=language_modeling`", "task", components.LanguageModelingConfig),
+    ("`task=causal_lm`", "task", language.CausalLMTaskConfig),
+    ("`task=mixture_lm`", "task", language.MixtureLMConfig),
     ("`task=segmentation`", "task", components.SegmentationConfig),
     ("`task=dice`", "task", components.DiceConfig),
     ("`task=contrastive`", "task", components.ContrastiveConfig),

@@ -1,7 +1,7 @@
 """Typed sections of the built-in components, for `model`, `data` and `task`; those for `optim` are in `optimizers.py`.
 
 Each names its class by `_target_` and lists the arguments that the class takes, so that an unknown key or a wrong type
-is refused before torch is imported. `SCHEMAS` says which configuration group each belongs to.
+is refused before torch is imported. `schemas.py` says which configuration group each belongs to.
 """
 
 from __future__ import annotations
@@ -11,41 +11,9 @@ from typing import Any
 
 from distaccum.config import (
     MISSING,
-    BatchConfig,
-    ByLengthBatchConfig,
     DataConfig,
-    DDPConfig,
-    DecayScheduleConfig,
-    DPConfig,
-    Fp16Config,
-    FSDPConfig,
-    PolynomialScheduleConfig,
-    PrecisionConfig,
-    ScheduleConfig,
-    SingleConfig,
-    StepScheduleConfig,
-    WSDScheduleConfig,
 )
 from distaccum.config.enums import Normalize
-from distaccum.config.optimizers import (
-    AdadeltaConfig,
-    AdafactorConfig,
-    AdagradConfig,
-    AdamaxConfig,
-    AdamConfig,
-    AdamW8bitConfig,
-    ASGDConfig,
-    LBFGSConfig,
-    LionConfig,
-    MuonConfig,
-    NAdamConfig,
-    RAdamConfig,
-    RMSpropConfig,
-    RpropConfig,
-    ScheduleFreeConfig,
-    ScheduleFreeSGDConfig,
-    SGDConfig,
-)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,25 +90,6 @@ class GPTConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class CausalLMConfig(ModelConfig):
-    """Causal language model of transformers, from a folder or the Hugging Face hub."""
-
-    _target_: str = "distaccum.models.causal_lm"
-    name_or_path: str = MISSING
-    """Folder that holds the model, or its name on the hub."""
-    from_config: bool = False
-    """Read its configuration alone, and begin with random weights."""
-    attn_implementation: str | None = None
-    """`eager`, `sdpa`, `flex_attention`, …. `null`: transformers' choice."""
-    gradient_checkpointing: bool = False
-    """The model's own activation checkpointing, in place of `activation_checkpointing`."""
-    vocab_size: int | None = None
-    """Least size of the vocabulary. `null`: the number of the tokenizer's tokens."""
-    max_length: int | None = None
-    """Least number of positions. `null`: the data's `max_length`."""
-
-
-@dataclass(kw_only=True, slots=True)
 class UNetConfig(ModelConfig):
     """U-Net with GroupNorm: down and up again, with skip connections between the stages of one size."""
 
@@ -195,27 +144,6 @@ class LanguageModelingConfig:
     """Mean over the window's `tokens` (each token counts alike, so long samples count more), over its `sequences` (each
     sample's mean over its own tokens counts alike), or over its `samples` (the sum over a sample's tokens, the negative
     log-likelihood of the whole sample, divided by the number of samples)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class CausalLMTaskConfig(LanguageModelingConfig):
-    """Cross-entropy over the next token, for causal language models of transformers; metrics: perplexity, accuracy of
-    tokens."""
-
-    _target_: str = "distaccum.tasks.CausalLM"
-    sample_tokens: int = 32
-    """Tokens of the text that is generated after evaluations, from the first prompt of the evaluation data."""
-    sample_every: int = 1
-    """Generate it after each so-many-th evaluation. 0: never."""
-
-
-@dataclass(kw_only=True, slots=True)
-class MixtureLMConfig(CausalLMTaskConfig):
-    """As `causal_lm`, for mixtures of experts: with a loss that balances the experts of each sequence."""
-
-    _target_: str = "distaccum.tasks.MixtureLM"
-    coefficient: float | None = None
-    """Of that loss. `null`: the model's own `router_aux_loss_coef`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,30 +204,6 @@ class TextDataConfig(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class LanguageDataConfig(DataConfig):
-    """Chats, prompts with completions, or texts from files, as tokens."""
-
-    files: Any = MISSING
-    """Path or pattern of files, or a list of them: `.jsonl`, `.json`, `.csv`, `.parquet`, `.txt`, or a folder that
-    `save_to_disk` of datasets has written. Rows have `messages`, `prompt` and `completion`, or `text`."""
-    evaluation_files: Any = None
-    """Files to evaluate on. `null`: a part of `files` is held out."""
-    evaluation_fraction: float = 0.05
-    """Fraction of the rows to hold out for evaluation when there are no `evaluation_files`."""
-    tokenizer: str = MISSING
-    """Folder that holds the tokenizer, or its name on the hub. Default: the model's."""
-    max_length: int = 1024
-    """Longest sample in tokens. Longer texts are cut into several samples; of others the rest is cut off, which the log
-    says in numbers."""
-    loss_on: str = "completion"
-    """`completion`: the loss counts completions and the assistant's messages; `all`: every token."""
-    columns: Any = None  # a dict[str, str], which OmegaConf can't replace as a whole where it is typed
-    """Names of columns that are called otherwise, as in `{prompt:question,completion:answer}`."""
-    chat_template: str | None = None
-    """File with a Jinja template for `messages`, in place of the tokenizer's own."""
-
-
-@dataclass(kw_only=True, slots=True)
 class ImageFolderDataConfig(DataConfig):
     """Images in one folder per class."""
 
@@ -327,62 +231,3 @@ class SyntheticDataConfig(DataConfig):
     """Shape of one sample."""
     num_classes: int = 10
     """Number of classes."""
-
-
-SCHEMAS: dict[str, dict[str, type]] = {
-    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
-    "data": {
-        "base": DataConfig,
-        "coins": CoinsDataConfig,
-        "text": TextDataConfig,
-        "image_folder": ImageFolderDataConfig,
-        "language": LanguageDataConfig,
-        "synthetic": SyntheticDataConfig,
-    },
-    "model": {
-        "mlp": MLPConfig,
-        "cnn": CNNConfig,
-        "gpt": GPTConfig,
-        "causal_lm": CausalLMConfig,
-        "unet": UNetConfig,
-        "encoder": EncoderConfig,
-    },
-    "task": {
-        "classification": ClassificationConfig,
-        "language_modeling": LanguageModelingConfig,
-        "causal_lm": CausalLMTaskConfig,
-        "mixture_lm": MixtureLMConfig,
-        "segmentation": SegmentationConfig,
-        "dice": DiceConfig,
-        "contrastive": ContrastiveConfig,
-    },
-    "optim": {
-        "sgd": SGDConfig,
-        "rmsprop": RMSpropConfig,
-        "adagrad": AdagradConfig,
-        "adadelta": AdadeltaConfig,
-        "adam": AdamConfig,
-        "radam": RAdamConfig,
-        "nadam": NAdamConfig,
-        "adamax": AdamaxConfig,
-        "asgd": ASGDConfig,
-        "adafactor": AdafactorConfig,
-        "rprop": RpropConfig,
-        "lion": LionConfig,
-        "muon": MuonConfig,
-        "schedule_free": ScheduleFreeConfig,
-        "schedule_free_sgd": ScheduleFreeSGDConfig,
-        "adamw8bit": AdamW8bitConfig,
-        "lbfgs": LBFGSConfig,
-    },
-    "schedule": {
-        "constant": ScheduleConfig,
-        "decay": DecayScheduleConfig,
-        "polynomial": PolynomialScheduleConfig,
-        "wsd": WSDScheduleConfig,
-        "step": StepScheduleConfig,
-    },
-    "strategy": {"single": SingleConfig, "dp": DPConfig, "ddp": DDPConfig, "fsdp": FSDPConfig},
-    "precision": {"base": PrecisionConfig, "fp16": Fp16Config},
-}
-"""By configuration group and name. A file `conf/GROUP/OPTION.yaml` starts with `/schema/GROUP@_here_: NAME`."""

@@ -23,9 +23,9 @@ from omegaconf.errors import (
 from omegaconf.resolvers import oc
 
 from distaccum.config import TrainConfig, as_plain, conf_dir
-from distaccum.config.components import SCHEMAS
 from distaccum.config.launcher import launch
 from distaccum.config.redaction import hide, hide_variable
+from distaccum.config.schemas import SCHEMAS
 from distaccum.config.tools import CheckConfig, CompareConfig, MemoryConfig, StudyConfig, TuneConfig
 from distaccum.errors import UserError
 

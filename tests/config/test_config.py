@@ -26,10 +26,10 @@ from distaccum.config import (
     conf_dir,
 )
 from distaccum.config import instantiate as targets
-from distaccum.config.components import SCHEMAS
 from distaccum.config.compose import compose
 from distaccum.config.enums import PrecisionName
 from distaccum.config.optimizers import AdamConfig
+from distaccum.config.schemas import SCHEMAS
 from distaccum.errors import UserError
 from distaccum.tasks import Task
 from distaccum.training.model import build_model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from distaccum import Accumulator
 from distaccum.config import DPConfig
-from distaccum.config.components import SCHEMAS, CNNConfig, GPTConfig, ModelConfig
+from distaccum.config.components import CNNConfig, GPTConfig, ModelConfig
+from distaccum.config.schemas import SCHEMAS
 from distaccum.errors import UserError
 from distaccum.models import CNN, GPT, Encoder, UNet
 from distaccum.strategies import place

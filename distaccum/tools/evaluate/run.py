@@ -16,8 +16,8 @@ from torch import nn
 
 from distaccum.config import DataConfig
 from distaccum.config import instantiate as targets
-from distaccum.config.components import SCHEMAS
 from distaccum.config.enums import Combination, DeviceChoice, PrecisionName, Weights, WhichCheckpoint
+from distaccum.config.schemas import SCHEMAS
 from distaccum.errors import UserError, printable
 from distaccum.loaders import EvaluationLoader
 from distaccum.models.ensemble import Ensemble, NotTogetherError, mean_of_weights
