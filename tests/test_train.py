@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trackers_reading
 from command_line import TESTS, TINY, Ended, evaluations, files_below, start, updates
 from PIL import Image
 
@@ -241,6 +242,22 @@ def test_a_project_of_ones_own(train: Train) -> None:
     assert [line["lr"] for line in lines] == [0.25] * 6
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     assert set(lines[0]["metrics"]) == {"absolute_error"}
+
+
+def test_trackers_by_name_have_a_run_that_went_on(train: Train) -> None:
+    """As `metrics.jsonl` has it."""
+    for limit in (2, 3):
+        settings = ["schedule=constant", "observers=[csv,tensorboard,mlflow]", f"train.max_updates={limit}"]
+        ended = train(*TINY, *settings, "run_dir=run")
+        assert (ended.status, ended.err) == (0, "")
+    losses = {line["update"]: line["loss"] for line in updates(Path("run"))}
+    assert list(losses) == [1, 2, 3]
+    for name, read in trackers_reading.READERS.items():
+        # TensorBoard's numbers have 32 bits.
+        logged = read(Path("run").absolute(), "train/loss")
+        assert dict(logged) == pytest.approx(losses, rel=1e-6), name
+        assert len(logged) == 3, name
+    assert sorted(path.name for path in Path().iterdir()) == ["run"]
 
 
 def test_groups_of_ones_own(train: Train, tmp_path: Path) -> None:

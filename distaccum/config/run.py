@@ -78,7 +78,8 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     observers: dict[str, Any] = field(default_factory=dict)
-    """Components by name: observers of the run, besides those of progress, `metrics.jsonl` and wandb."""
+    """Observers of the run, besides those of progress, `metrics.jsonl` and wandb: `observers=[tensorboard,mlflow,csv]`
+    chooses ready-made ones, `observers.NAME` adds a component."""
 
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import re
 import secrets
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from distaccum.config.enums import WandbMode
 from distaccum.config.redaction import redacted_arguments
 from distaccum.errors import UserError
+from distaccum.observers.background import Background, default_environment
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
+from distaccum.observers.flattening import flattened
 from distaccum.runtime.files import write_text
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ _SERVICE = "WANDB_SERVICE"
 
 _SECONDS_TO_END = 30.0
 """Time for wandb to send the rest at the end of a run."""
-_MOST_WAITING = 10_000
-"""Updates that may wait for a background process that takes none."""
 
 
 class Wandb(Observer):
@@ -63,9 +61,7 @@ class Wandb(Observer):
         self._run: Run | None = None
         self._session: _Session | None = None
         self._ended = False
-        self._is_lost = False
-        self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue(_MOST_WAITING)
-        self._thread: threading.Thread | None = None
+        self._background: Background | None = None
 
     def on_start(self, start: RunStart) -> None:
         try:
@@ -95,27 +91,11 @@ class Wandb(Observer):
         self._run.define_metric("update")
         self._run.define_metric("train/*", step_metric="update")
         self._run.define_metric("eval/*", step_metric="update")
-        self._thread = threading.Thread(target=self._call, name="distaccum-wandb", daemon=True)
-        self._thread.start()
+        self._background = Background("wandb")
 
-    def _call(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                if not self._is_lost:
-                    call()
-            except Exception as error:
-                self._lose(f"{type(error).__name__}: {error}")
-
-    def _lose(self, reason: str) -> None:
-        if not self._is_lost:
-            self._is_lost = True
-            logger.warning("wandb has failed (%s): training goes on, and nothing more is logged there.", reason)
-
-    def _later(self, call: Callable[[], object] | None) -> None:
-        try:
-            self._calls.put_nowait(call)
-        except queue.Full:
-            self._lose("its background process takes nothing")
+    def _later(self, call: Callable[[], object]) -> None:
+        assert self._background is not None, "on_start comes first"
+        self._background.later(call)
 
     def _run_id(self) -> str:
         """Returns wandb's id of the run: that of an earlier start in this folder, or a new one."""
@@ -141,13 +121,7 @@ class Wandb(Observer):
         return UserError(f"wandb cannot start with wandb.mode={self._mode.value}: {reason}. {mend}")
 
     def on_update(self, record: UpdateRecord) -> None:
-        values = record.known()
-        metrics = values.pop("metrics") | {f"loss/{name}": mean for name, mean in values.pop("terms").items()}
-        for block, norms in values.pop("layers", {}).items():
-            values |= {f"layers/{block}/{name}": value for name, value in norms.items()}
-        del values["update"], values["compile_seconds"]
-        own = {"compute_seconds": record.compute_seconds, "skipped": int(record.skipped)}
-        self._log("train", record.update, {**metrics, **values, **own})
+        self._log("train", record.update, flattened(record.known()))
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         references = {f"reference/{name}": value for name, value in record.references.items()}
@@ -173,16 +147,14 @@ class Wandb(Observer):
         run, self._run = self._run, None
         session, self._session = self._session, None
         exit_code = 0 if self._ended else 1
-        thread, self._thread = self._thread, None
-        if thread is not None and run is not None:
-            self._later(lambda: run.finish(exit_code=exit_code))
-            self._later(None)
-            thread.join(_SECONDS_TO_END)
-            if thread.is_alive():
-                self._lose(f"it has not ended within {_SECONDS_TO_END:g} s; `wandb sync` sends what it has kept")
+        background, self._background = self._background, None
+        if background is not None and run is not None:
+            background.later(lambda: run.finish(exit_code=exit_code))
+            if not background.end(_SECONDS_TO_END):
+                background.lose(f"it has not ended within {_SECONDS_TO_END:g} s; `wandb sync` sends what it has kept")
                 if session is not None:
                     session.kill()  # which ends what the thread waits for
-                thread.join(_SECONDS_TO_END)
+                background.end(_SECONDS_TO_END)
         if session is not None:
             session.close(exit_code)
 
@@ -200,7 +172,7 @@ class _Session:
         self._hooks = sys.excepthook, sys.exit
         self._owned = _SERVICE not in os.environ
         if self._owned:
-            with _default_environment(
+            with default_environment(
                 # The log of the background process would go to the home folder.
                 WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache"),
                 # wandb's reports on itself, which need threads that outlive the session.
@@ -247,15 +219,3 @@ def _redacted_command_line() -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-@contextmanager
-def _default_environment(**values: str) -> Iterator[None]:
-    """Sets variables of the environment that the user has not set, for a while."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

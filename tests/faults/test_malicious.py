@@ -233,7 +233,8 @@ def holders(folder: Path, text: str) -> list[str]:
 
 
 def test_secrets_are_in_no_file_of_a_run(runs: Starter) -> None:
-    settings = [*OBSERVED, "wandb.mode=offline", "checkpoint.async_save=false"]
+    trackers = "observers=[csv,tensorboard]"
+    settings = [*OBSERVED, trackers, "wandb.mode=offline", "checkpoint.async_save=false"]
     settings = [*(entry for entry in RUN if not entry.startswith("wandb")), *settings]
     variables = {**VARIABLES, **READ}
     broken = runs.run(*settings, "+observers.mine.fails_at=5", **variables)
@@ -246,7 +247,8 @@ def test_secrets_are_in_no_file_of_a_run(runs: Starter) -> None:
     for value in (*variables.values(), *WRITTEN_OUT):
         assert holders(Path(), value) == [], "the output of the processes is in there, too"
     assert holders(Path("run"), "troubles.Boastful"), "what is to be found is found"
-    assert any("offline-run" in path for path in holders(Path("run"), "grad_norm"))
+    for logged in ("offline-run", "csv/updates.csv", "tensorboard/events"):
+        assert any(logged in path for path in holders(Path("run"), "grad_norm"))
 
 
 def test_a_secret_on_the_command_line_is_in_no_file_either(runs: Starter) -> None:
