@@ -400,6 +400,12 @@ def test_a_bug_in_a_users_own_part_keeps_its_traceback(tmp_path: Path, monkeypat
             id="no observer",
         ),
         pytest.param(
+            [*TINY, "+observers.mine._target_=user_project.outputs", "+observers.mine.path=seen"],
+            "observers.mine built a Outputs, which uses the model (on_model) and so must be built on every rank: let "
+            "observers.mine._target_ name the class itself.",
+            id="no class",
+        ),
+        pytest.param(
             [*TINY, "+observers.mine=3"],
             "observers.mine must name a class or function by _target_; got 3. For example "
             "observers.mine._target_=my_package.MyClass",

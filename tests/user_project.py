@@ -162,6 +162,30 @@ class Recorder(Observer):
         self.path.write_text(json.dumps(self.told))
 
 
+class Outputs(Observer):
+    """Calls the model after each evaluation, on every rank, and writes down what it sees."""
+
+    def __init__(self, path: str) -> None:
+        self.path = f"{path}-{os.environ.get('RANK', 0)}"
+        self.told: list[Any] = []
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self.told.append("evaluation")
+
+    def on_model(self, model: nn.Module, device: torch.device, record: EvaluationRecord) -> None:
+        sharded = {type(parameter).__name__ for parameter in model.parameters()}
+        output = model(torch.linspace(-1, 1, 4, device=device)[None])
+        state = [model.training, output.requires_grad, torch.rand(1).item()]
+        self.told.append([record.update, *sharded, *state, output[0].tolist()])
+
+    def close(self) -> None:
+        Path(self.path).write_text(json.dumps(self.told))
+
+
+def outputs(path: str) -> Outputs:
+    return Outputs(path)
+
+
 class NoObserver:
     pass
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from distaccum.accumulation.result import UpdateResult
 
 T = TypeVar("T")
@@ -196,9 +199,12 @@ class RunEnd:
 
 
 class Observer:
-    """Watches a run; runs on rank 0 only. Override what is needed: each method does nothing by itself.
+    """Watches a run. Override what is needed: each method does nothing by itself.
 
-    An observer must not touch the model, the optimizer or the random state: a run without observers must come out the
+    It is built and called on rank 0 only. One that overrides `on_model` is built on every rank, as the forward of a
+    sharded model needs them all; `on_model` and `close` are called there too, the others on rank 0 only.
+
+    An observer must not change the model, the optimizer or the random state: a run without observers must come out the
     same. An exception in an observer ends the run.
     """
 
@@ -210,6 +216,18 @@ class Observer:
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         """Called after each evaluation."""
+
+    def on_model(self, model: nn.Module, device: torch.device, record: EvaluationRecord) -> None:
+        """Called on every rank after each evaluation and `on_evaluation`, with the weights that were evaluated.
+
+        The model is in evaluation mode, gradients are off, and autocast is as in training. Ranks draw the same random
+        numbers, and those of the run are put back. Under `strategy=fsdp` all ranks must call the model equally often,
+        and parameters are DTensors: shards, of which `full_tensor()`, called on all ranks, gathers the whole.
+
+        Args:
+            model: the bare one, not wrapped by DDP.
+            device: where its inputs belong.
+        """
 
     def on_end(self, end: RunEnd) -> None:
         """Called at the end of a run that has not failed."""

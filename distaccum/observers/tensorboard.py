@@ -82,7 +82,7 @@ def _last_step(path: Path) -> tuple[int, int]:
 
     def is_intact(start: int, end: int) -> bool:
         checksum = content[end : end + _CHECKSUM_BYTES]
-        return masked_crc32c(content[start:end]) == int.from_bytes(checksum, "little")
+        return bool(masked_crc32c(content[start:end]) == int.from_bytes(checksum, "little"))
 
     content = path.read_bytes()
     ends = [0]

@@ -29,13 +29,12 @@ from distaccum.config import (
     TrainConfig,
 )
 from distaccum.config import instantiate as targets
-from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite, WandbMode
+from distaccum.config.enums import Balance, BatchSchedule, OnNonfinite
 from distaccum.config.launcher import launch
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
-from distaccum.observers import EarlyStopping, MetricsFile, Observer, Progress, Wandb
-from distaccum.observers.run_file import RunFile
+from distaccum.observers import EarlyStopping
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.runtime.devices import cast, resolve_precision
 from distaccum.runtime.randomness import derived_seed, seed_everything
@@ -52,6 +51,7 @@ from distaccum.training.evaluation import Evaluator
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
+from distaccum.training.observers import build_observers
 from distaccum.training.optim import Schedule, build_optimizer
 from distaccum.training.progress import COMPILED, scheduled_updates
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
@@ -300,7 +300,7 @@ def build_trainer(
         parts = Parts(config, device, rank=world.rank, world_size=world.world_size, may_defer=True)
         factor, unfrozen = _by_update(config, parts.loader, checkpoint)
         compilation = compilation_of(config, device)
-        observers = _observers(config, folder, checkpoint) if world.is_main else []
+        observers, model_observers = build_observers(config, folder, checkpoint, is_main=world.is_main)
     strategy = _placed(config, parts, world, device, compilation)
     optimizer = _built_optimizer(config, strategy)
     placed = _Placed(config, parts, strategy, optimizer)
@@ -336,6 +336,7 @@ def build_trainer(
         unfreezing=Unfreezing(strategy, optimizer, unfrozen) if unfrozen else None,
         checkpointer=checkpointer,
         observers=observers,
+        model_observers=model_observers,
         run_dir=folder.path,
         beside_weights=parts.beside,
         config=redacted(plain),
@@ -378,19 +379,3 @@ def _by_update(
     if config.batch.schedule is not BatchSchedule.noise or config.train.max_updates is not None:
         require_within_run(unfrozen, last)  # else it is not known
     return schedule_factor(config.schedule, last), unfrozen
-
-
-def _observers(config: TrainConfig, folder: RunFolder, checkpoint: Checkpoint | None) -> list[Observer]:
-    run_dir = folder.path
-    source = checkpoint.path.parent.parent if checkpoint is not None else None
-    metrics_file = MetricsFile(run_dir, continues=folder.is_restart, start_from=source)
-    observers: list[Observer] = [Progress(), metrics_file, RunFile(run_dir)]
-    if config.wandb.mode is not WandbMode.disabled:
-        wandb = config.wandb
-        observers.append(Wandb(run_dir, wandb.mode, wandb.project, wandb.name or run_dir.name, wandb.tags))
-    for name, section in config.observers.items():
-        observer = targets.build(section, f"observers.{name}")
-        if not isinstance(observer, Observer):
-            raise UserError(f"observers.{name} built a {type(observer).__name__}, not a distaccum.observers.Observer.")
-        observers.append(observer)
-    return observers

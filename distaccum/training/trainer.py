@@ -24,6 +24,7 @@ from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluated_weights import evaluated_weights
 from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.model import remarks
+from distaccum.training.observers import show_model
 from distaccum.training.progress import RunProgress
 from distaccum.training.supervision import DroppedError
 from distaccum.training.unfreezing import Unfreezing
@@ -54,6 +55,7 @@ class Trainer:
         checkpointer: saves the run; None for no checkpoints. What belongs to the run besides model, optimizer and
             generators is added to its `states` and `tensors`.
         observers: get what happens on this rank; rank 0 has them all, the others none.
+        model_observers: those that use the model (`on_model`); every rank has them.
         run_dir: folder of the run's files.
         beside_weights: what is saved with the trained model, by its `save_pretrained(folder)`: the configuration of a
             model of transformers, a tokenizer. What has no such method is passed over.
@@ -70,6 +72,7 @@ class Trainer:
     unfreezing: Unfreezing | None = None
     checkpointer: Checkpointer | None = None
     observers: Sequence[Observer] = ()
+    model_observers: Sequence[Observer] = ()
     run_dir: Path | None = None
     beside_weights: Sequence[Any] = ()
     config: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +106,7 @@ class Trainer:
             UserError: a sample can't be loaded, a loss is NaN, an observer can't write, …
         """
         with ExitStack() as stack:
-            for observer in self.observers:
+            for observer in self.observers or self.model_observers:
                 stack.callback(observer.close)
             stack.callback(self.loader.close)
             if self.evaluator is not None:
@@ -206,8 +209,10 @@ class Trainer:
         assert self.evaluator is not None
         with evaluated_weights(self.strategy, self.accumulator.optimizer):
             evaluation = self.evaluator.evaluate(self._progress.updates, self._progress.epoch)
-        for observer in self.observers:
-            observer.on_evaluation(evaluation)
+            for observer in self.observers:
+                observer.on_evaluation(evaluation)
+            self.updater.supervision.heartbeat.doing("observers of the model", update=evaluation.update)
+            show_model(self.model_observers, self.strategy, self.updater.precision, evaluation, self.loader.seed)
         self._progress.evaluation, self._progress.owes_evaluation = evaluation, False
         self._is_ahead_of_save = True
         stopping = self.early_stopping

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import TINY, evaluations, files_below, message_of_ranks, updates
+from command_line import TINY, evaluations, files_below, message_of_ranks, metrics, updates, without_measurements
 from launching import HERE, forked, torchrun
 
 BY_RANK = str(HERE / "train_by_rank.py")
@@ -23,6 +25,10 @@ POINTS = [
     "task=custom",
     "task._target_=user_project.SquaredDistance",
 ]
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    return [without_measurements(line) for line in metrics(run_dir)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,24 @@ def test_a_run_of_two_ranks_leaves_one_folder() -> None:
     assert "name: ddp\n" in (run_dir / "config.yaml").read_text()
     assert done.stdout.count("window 16 = 2 ranks × 1 micro-step × 8; 1 sync per update; 4 windows an epoch") == 1
     assert done.stdout.count("3 of 3 updates") == 1
+
+
+def test_an_observer_may_call_the_model_on_all_ranks() -> None:
+    """Also one that is sharded. The run comes out the same, bit for bit, with dropout and a weight average."""
+    settings = ["model.dropout=0.5", "train.eval_every=2", "train.ema.decay=0.5"]
+    observing = ["+observers.mine._target_=user_project.Outputs", "+observers.mine.path=seen-${run_dir}"]
+    for run_dir, strategy, more in (("a", "fsdp", observing), ("b", "fsdp", []), ("c", "ddp", observing)):
+        arguments = [*TINY, *settings, f"strategy={strategy}", f"run_dir={run_dir}", *more]
+        done = forked(2, "-m", "distaccum.train", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(Path("a")) == numbers(Path("b"))
+    main, other = (json.loads(Path(f"seen-a-{rank}").read_text()) for rank in (0, 1))
+    assert main == ["evaluation", other[0], "evaluation", other[1]]
+    ddp = json.loads(Path("seen-c-1").read_text())
+    for seen, whole, update in zip(other, ddp, (2, 3), strict=True):
+        assert seen[:4] == [update, "DTensor", False, False]
+        assert whole[:5] == [update, "Parameter", False, False, seen[4]]
+        assert seen[5] == pytest.approx(whole[5], rel=1e-4)
 
 
 def test_a_config_error_is_said_once() -> None:
