@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import TINY, Ended
 from launching import ROOT
 
@@ -38,22 +39,29 @@ def test_the_schedule_and_the_factory_of_groups() -> None:
     exec(groups, {})
 
 
-def test_the_dataset_and_the_observer_are_found_by_name(
+def test_the_dataset_and_the_observers_are_found_by_name(
     train: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "documented_project.py").write_text(f"{_block('data.md')}\n\n{_block('observing.md')}")
+    blocks = [_block("data.md"), *_blocks("observing.md")]
+    (tmp_path / "documented_project.py").write_text("\n\n".join(blocks))
     monkeypatch.syspath_prepend(str(tmp_path))
+    torch.save(torch.randn(2, 1, 8, 8), "inputs.pt")
     ended = train(
         *(entry for entry in TINY if not entry.startswith(("data", "model"))),
         "data=custom",
         "data.train._target_=documented_project.Points",
         "+data.train.count=200",
+        "+data.evaluation._target_=documented_project.Points",
+        "+data.evaluation.count=20",
         "model=mlp",
         "batch.global_batch_size=50",
         "+observers.losses._target_=documented_project.PrintLoss",
         "+observers.losses.every=2",
+        "+observers.shown._target_=documented_project.ShowPredictions",
+        "+observers.shown.path=inputs.pt",
         "run_dir=documented",
     )
     assert ended.status == 0, ended
     assert "update 2: loss " in ended.out
     assert "update 1: loss " not in ended.out
+    assert re.search(r"^after update 3: \[\d, \d\]$", ended.out, re.MULTILINE)

@@ -69,6 +69,9 @@ class MLflow(Tracker):
             warnings.simplefilter("ignore", DeprecationWarning)  # of MLflow's own use of SQLAlchemy
             from mlflow import MlflowClient
 
+            if self._tracking_uri is None:
+                import sqlalchemy  # noqa: F401  # without it MLflow says that it doesn't know databases
+
             self._client = MlflowClient(self._tracking_uri or f"sqlite:///{folder / 'mlflow.db'}")
             path = folder / "run_id"
             old = path.read_bytes().strip().decode("ascii", "replace") if path.exists() else ""

@@ -80,7 +80,7 @@ class Tracker(Observer):
                 f'"distaccum[{self.NAME}]", or leave {self.NAME} out of observers.'
             ) from error
         except Exception as error:  # whatever a tracker's package raises
-            said = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise UserError(
                 f"observers={self.NAME} cannot start: {said}. Mend that, or leave {self.NAME} out of observers."
             ) from error

@@ -144,7 +144,11 @@ def test_a_run_that_was_killed_before_it_saved_begins_anew(tmp_path: Path, name:
 
 
 def test_a_missing_package_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in (("mlflow", "mlflow"), ("tensorboard", "tensorboard.compat.proto.event_pb2")):
+    for name, module in (
+        ("mlflow", "sqlalchemy"),
+        ("mlflow", "mlflow"),
+        ("tensorboard", "tensorboard.compat.proto.event_pb2"),
+    ):
         monkeypatch.setitem(sys.modules, module, None)
         tracker = TRACKERS[name]()
         with pytest.raises(UserError, match=rf"observers={name} needs .*pip install \"distaccum\[{name}\]\""):
