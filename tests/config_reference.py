@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum import config
-from distaccum.config import components, language, optimizers
+from distaccum.config import components, language, optimizers, vision
 from distaccum.config import tools as tool_configs
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data`", "data", config.DataConfig),
     ("`data=coins`", "data", components.CoinsDataConfig),
     ("`data=text`", "data", components.TextDataConfig),
-    ("`data=image_folder`", "data", components.ImageFolderDataConfig),
+    ("`data=image_folder`", "data", vision.ImageFolderDataConfig),
     ("`data=language`", "data", language.LanguageDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
     ("`model=…`", "model", components.ModelConfig),
@@ -42,6 +42,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`model=causal_lm`", "model", language.CausalLMConfig),
     ("`model=unet`", "model", components.UNetConfig),
     ("`model=encoder`", "model", components.EncoderConfig),
+    ("`model=timm`", "model", vision.TimmConfig),
     ("`task=classification`", "task", components.ClassificationConfig),
     ("`task=language_modeling`", "task", components.LanguageModelingConfig),
     ("`task=causal_lm`", "task", language.CausalLMTaskConfig),

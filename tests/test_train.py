@@ -467,7 +467,11 @@ def test_an_image_folder_without_a_root_is_refused(train: Train, tmp_path: Path)
 def test_an_unreadable_image_is_named(train: Train, tmp_path: Path) -> None:
     _write_images(tmp_path / "images")
     Path("images/dogs/1.png").write_bytes(b"no image")
-    assert train(*IMAGES, "data.evaluation_fraction=0", "data.evaluation=null").message.startswith(
+    everything = [*IMAGES, "data.evaluation_fraction=0", "data.evaluation=null"]
+    assert train(*everything).message.startswith(
+        "ImageFolder: 1 of 8 images of images can't be read: images/dogs/1.png: cannot identify image file. Replace or"
+    )
+    assert train(*everything, "data.on_damaged=late").message.startswith(
         "sample 5 of the training data could not be loaded: ImageFolder: images/dogs/1.png cannot be read as an image:"
     )
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distaccum.config import (
-    MISSING,
     DataConfig,
 )
 from distaccum.config.enums import Normalize
@@ -201,24 +200,6 @@ class TextDataConfig(DataConfig):
 
     max_length: int = 128
     """Longest sequence in bytes; longer paragraphs are cut into several samples."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ImageFolderDataConfig(DataConfig):
-    """Images in one folder per class."""
-
-    root: str = MISSING
-    """Folder of class folders to train on."""
-    evaluation_root: str | None = None
-    """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
-    evaluation_fraction: float = 0.1
-    """Fraction of each class to hold out for evaluation when there is no `evaluation_root`."""
-    image_size: int = 64
-    """Height and width that images are resized to."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """Subtracted from each channel."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """Each channel is divided by this."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -62,7 +62,7 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
         where: the section's configuration key, for messages.
         args: positional arguments that come before those of `_args_`.
         defaults_from: an object whose attributes stand in for arguments of the same name that the section gives as
-            null (those of a `**kwargs` too), or leaves out although they are required.
+            null (those of a `**kwargs` too, which must then be there), or leaves out although they are required.
 
     Raises:
         UserError: there is no `_target_`, it can't be imported, or its arguments don't fit. The component's own errors
@@ -102,10 +102,12 @@ def _fill(
         wanted = arguments.get(name, defaults.get(name)) is None or (name not in arguments and is_required)
         if wanted and hasattr(source, name):
             arguments[name] = getattr(source, name)
-        elif wanted and is_required and name in arguments:
+        elif wanted and name in arguments and (is_required or name not in defaults):
+            # A null that goes into **kwargs might be as good as left out, and what stands in for it not be meant.
+            or_not = "" if is_required else f", leave {where}.{name} out"
             raise UserError(
                 f"{where}.{name} is null, and the data doesn't say it: {type(source).__name__} has no "
-                f"attribute {name}. Set {where}.{name}=…, or give the dataset that attribute."
+                f"attribute {name}. Set {where}.{name}=…{or_not}, or give the dataset that attribute."
             )
 
 

@@ -26,7 +26,6 @@ from distaccum.config.components import (
     DiceConfig,
     EncoderConfig,
     GPTConfig,
-    ImageFolderDataConfig,
     LanguageModelingConfig,
     MLPConfig,
     SegmentationConfig,
@@ -54,6 +53,7 @@ from distaccum.config.optimizers import (
     ScheduleFreeSGDConfig,
     SGDConfig,
 )
+from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
 
 SCHEMAS: dict[str, dict[str, type]] = {
     "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
@@ -72,6 +72,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "causal_lm": CausalLMConfig,
         "unet": UNetConfig,
         "encoder": EncoderConfig,
+        "timm": TimmConfig,
     },
     "task": {
         "classification": ClassificationConfig,

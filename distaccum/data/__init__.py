@@ -4,21 +4,26 @@ Any map-style `torch.utils.data.Dataset` can take their place (`data=custom`). s
 imported only by the datasets that need them.
 """
 
+from distaccum.data.augment import Augment
 from distaccum.data.coins import Coins
 from distaccum.data.digits import Digits, DigitViews
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.language import LanguageData
+from distaccum.data.mixing import Mixed, Mixing
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 from distaccum.loaders.collate import PadCollate
 
 __all__ = [
+    "Augment",
     "Coins",
     "DigitViews",
     "Digits",
     "DocumentationText",
     "ImageFolder",
     "LanguageData",
+    "Mixed",
+    "Mixing",
     "PadCollate",
     "Synthetic",
 ]

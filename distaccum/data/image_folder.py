@@ -6,15 +6,19 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distaccum.config.enums import Fit, OnDamaged
+from distaccum.data.augment import Augment
+from distaccum.data.image_files import image_extensions, pillow_image, read_rgb
+from distaccum.data.image_index import ImageIndex, image_index
+from distaccum.data.mixing import Mixing
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
-from distaccum.errors import UserError, not_importable, require
+from distaccum.errors import UserError, listed, require
 
 logger = logging.getLogger("distaccum.data")
 
@@ -24,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _LAYOUT = "Images belong in one folder per class: ROOT/CLASS/image.png"
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
+class ImageFolder(Dataset[tuple[Tensor, int | Tensor]]):
     """Classifies the images of `root/CLASS/**`; a class is the place of its folder in the sorted list of folders.
 
     All files whose extension Pillow knows count, at any depth; the number of other files is logged. Names that begin
@@ -32,9 +36,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     Without an `evaluation_root`, a part of each class is held out: spread evenly over its sorted files, and at least
     one file of a class that has two. The split doesn't depend on the order in which the system lists the files.
 
+    What folders hold is kept in `~/.cache/distaccum` and listed again when a folder's time has changed. Images are read
+    once before anything is trained, so that damaged ones are found; files that were replaced in place, under a
+    folder of the same time, are not looked at again.
+
     A sample is an image, float32 `[3, image_size, image_size]`, and its class, an int. The image is turned as its EXIF
-    orientation says, converted to RGB, resized to a square with bilinear interpolation (its proportions are not kept),
-    scaled to [0, 1], and normalised by `(pixel - mean) / std`.
+    orientation says, converted to RGB, resized to a square with bilinear interpolation, scaled to [0, 1], and
+    normalised by `(pixel - mean) / std`.
 
     Args:
         split: `train` or `evaluation`.
@@ -44,16 +52,20 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         image_size: height and width in pixels.
         mean: subtracted from the three channels.
         std: the three channels are divided by it.
+        fit: `stretch` to a square, or `crop` the middle square.
+        augment: random changes of an image, drawn from the global generator of `random`.
+        mixing: mixes each image with another one; its class is then a tensor of probabilities, float32 `[classes]`.
+        on_damaged: `stop` refuses a folder in which an image can't be read; `skip` leaves those out, and logs which;
+            `late` doesn't look beforehand, so that such an image is refused when it is loaded.
 
     Attributes:
         classes: names of the classes.
         num_classes: number of classes.
         input_shape: `(3, image_size, image_size)`.
-        samples: path and class of each sample.
 
     Raises:
-        UserError: impossible arguments, class folders that are missing or empty, or Pillow is not installed; and from
-            `__getitem__`, an image that can't be read.
+        UserError: impossible arguments, class folders that are missing or empty, images that can't be read, or Pillow
+            is not installed; and from `__getitem__`, an image that can't be read.
     """
 
     def __init__(
@@ -65,40 +77,89 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         image_size: int = 64,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        fit: str = "stretch",
+        augment: Augment | None = None,
+        mixing: Mixing | None = None,
+        on_damaged: str = "stop",
     ) -> None:
         check_split(split, type(self).__name__)
         _check_arguments(evaluation_fraction, image_size, mean, std)
+        require(fit in list(Fit), f"ImageFolder: fit={fit} is none of {', '.join(Fit)}.")
+        require(
+            on_damaged in list(OnDamaged), f"ImageFolder: on_damaged={on_damaged} is none of {', '.join(OnDamaged)}."
+        )
         root = Path(root)
         self.classes = _class_names(root, "root")
         self.num_classes = len(self.classes)
         self.input_shape = (3, image_size, image_size)
-        self._image_size = image_size
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-        if evaluation_root is not None:
-            evaluation_root = Path(evaluation_root)
-            _check_same_classes(root, self.classes, evaluation_root)
-            files = _images_by_class(evaluation_root if split == EVALUATION else root, self.classes, log=True)
-            if split == TRAIN:
-                _check_apart(files + _images_by_class(evaluation_root, self.classes, log=False))
-        else:
-            # Both splits list the same folder; only one of them logs the other files.
-            files = _images_by_class(root, self.classes, log=split == TRAIN)
-            files = [_part(paths, split, evaluation_fraction) for paths in files]
-        self.samples = [(path, label) for label, paths in enumerate(files) for path in paths.values()]
-        if not self.samples:
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._scale = [torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)]
+        self._fit = Fit(fit)
+        self._augment = augment
+        self._mixing = mixing if mixing is not None and mixing.mixes else None
+        files = self._files(split, root, evaluation_root, evaluation_fraction, OnDamaged(on_damaged))
+        self._paths = [path for paths in files for path in paths.values()]
+        self._labels = [label for label, paths in enumerate(files) for _ in paths]
+        if not self._paths:
             raise UserError(
                 f"ImageFolder: the {split} split of {root} is empty with evaluation_fraction={evaluation_fraction:g}. "
                 "Give a larger evaluation_fraction, an evaluation_root, or no evaluation (data.evaluation=null)."
             )
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    @property
+    def samples(self) -> list[tuple[Path, int]]:
+        """Path and class of each sample."""
+        return [(Path(path), label) for path, label in zip(self._paths, self._labels, strict=True)]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        pixels = _read(path, self._image_size)
-        return (pixels - self._mean) / self._std, label
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        if self._mixing is None:
+            return self._load(index)
+        return self._mixing(self._load, index, len(self), self.num_classes)
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
+        path, size = self._paths[index], self.input_shape[-1]
+        image = read_rgb(path)
+        if self._augment is None or not self._augment.crops:
+            bilinear = pillow_image().Resampling.BILINEAR
+            if self._fit is Fit.crop:
+                from PIL import ImageOps
+
+                image = ImageOps.fit(image, (size, size), bilinear)
+            else:
+                image = image.resize((size, size), bilinear)
+        if self._augment is not None:
+            image = self._augment(image, size)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        mean, std = self._scale
+        return (pixels - mean) / std, self._labels[index]
+
+    def _files(
+        self,
+        split: str,
+        root: Path,
+        evaluation_root: str | os.PathLike[str] | None,
+        evaluation_fraction: float,
+        on_damaged: OnDamaged,
+    ) -> list[dict[str, str]]:
+        """Returns the split's images of each class, their paths by their real paths."""
+        if evaluation_root is None:
+            # Both splits list the same folder; only one of them logs.
+            files, damaged = _found(root, self.classes, on_damaged, log=split == TRAIN)
+            files = [_part(paths, split, evaluation_fraction) for paths in files]
+        else:
+            evaluation_root = Path(evaluation_root)
+            _check_same_classes(root, self.classes, evaluation_root)
+            own = evaluation_root if split == EVALUATION else root
+            files, damaged = _found(own, self.classes, on_damaged, log=True)
+            if split == TRAIN:
+                _check_apart(files + _found(evaluation_root, self.classes, OnDamaged.late, log=False)[0])
+        if not damaged:
+            return files
+        # Left out after the split, so that no image changes sides for another one's damage.
+        return [{real: path for real, path in paths.items() if real not in damaged} for paths in files]
 
 
 def evenly_spread(length: int, count: int) -> list[int]:
@@ -106,7 +167,7 @@ def evenly_spread(length: int, count: int) -> list[int]:
     return [(2 * place + 1) * length // (2 * count) for place in range(count)]
 
 
-def _part(paths: dict[str, Path], split: str, evaluation_fraction: float) -> dict[str, Path]:
+def _part(paths: dict[str, str], split: str, evaluation_fraction: float) -> dict[str, str]:
     """Returns one class's files of one split."""
     count = 0
     if evaluation_fraction > 0 and len(paths) >= 2:
@@ -149,27 +210,51 @@ def _check_same_classes(root: Path, classes: list[str], evaluation_root: Path) -
         )
 
 
-def _check_apart(folders: Sequence[dict[str, Path]]) -> None:
+def _check_apart(folders: Sequence[dict[str, str]]) -> None:
     """Refuses a file that is in two of them, by links."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, str] = {}
     for real, path in (item for paths in folders for item in paths.items()):
         if (other := seen.setdefault(real, path)) is not path:
             raise UserError(f"ImageFolder: {other} and {path} are the same file, which can't be in both: remove one.")
 
 
-def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[str, Path]]:
-    """Returns the sorted image files of each class folder, by their real paths; `log`: logs the number of others.
+def _found(
+    root: Path, classes: list[str], on_damaged: OnDamaged, *, log: bool
+) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Returns the sorted images of each class folder, their paths by their real paths, and the reasons why some can't
+    be read, by real path; `log`: logs the number of files that are left out.
 
     Raises:
-        UserError: no images at all, none in one of the folders, or the same one in two.
+        UserError: no images at all, none in one of the folders, or the same one in two; some can't be read, with
+            `on_damaged=stop`.
     """
-    pillow = _pillow_image()
-    extensions = {extension for extension, name in pillow.registered_extensions().items() if name in pillow.OPEN}
+    damaged: dict[str, str] = {}
+    with image_index(root) as index:
+        files = _images_by_class(index, root, classes, log=log)
+        if on_damaged is not OnDamaged.late:
+            damaged = index.damaged()
+    paths = {real: path for images in files for real, path in images.items() if real in damaged}
+    if not paths:
+        return files, {}
+    reasons = listed([f"{path}: {damaged[real]}" for real, path in paths.items()], most=10)
+    count = f"{len(paths)} of {sum(map(len, files))} images of {root} can't be read"
+    if on_damaged is OnDamaged.stop:
+        raise UserError(
+            f"ImageFolder: {count}: {reasons}. Replace or remove them, leave them out with on_damaged=skip "
+            "(data.on_damaged=skip), or don't look beforehand (late)."
+        )
+    if log:
+        logger.info("%s and are left out: %s", count, reasons)
+    return files, damaged
+
+
+def _images_by_class(index: ImageIndex, root: Path, classes: list[str], *, log: bool) -> list[dict[str, str]]:
+    extensions = image_extensions()
     others = 0
-    files: list[dict[str, Path]] = []
+    files: list[dict[str, str]] = []
     for name in classes:
-        found = _files_below(root / name)
-        images = {real: path for real, path in found.items() if path.suffix.lower() in extensions}
+        found = index.files_below(str(root / name))
+        images = {real: path for real, path in found if os.path.splitext(path)[1].lower() in extensions}
         others += len(found) - len(images)
         files.append(images)
     looked_for = f"Looked for files that end in {' '.join(sorted(extensions))}"
@@ -185,45 +270,3 @@ def _images_by_class(root: Path, classes: list[str], *, log: bool) -> list[dict[
     if others and log:
         logger.info("%s: %d files that are not images were left out", root, others)
     return files
-
-
-def _files_below(folder: Path) -> dict[str, Path]:
-    """Returns all files at any depth, sorted, by their real paths; follows links, but no name that begins with a
-    dot."""
-    found: dict[str, Path] = {}
-    start, seen = folder.resolve(), set[Path]()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = Path(parent).resolve()
-        if real in seen or real in start.parents:  # a link to a folder that is or was walked through
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = os.path.join(parent, name)
-            found.setdefault(os.path.realpath(path) if os.path.islink(path) else f"{real}/{name}", Path(path))
-    return dict(sorted(found.items(), key=lambda entry: entry[1]))
-
-
-def _pillow_image() -> ModuleType:
-    try:
-        from PIL import Image
-    except (ImportError, MemoryError) as error:
-        raise not_importable("ImageFolder", "Pillow", error) from error
-    return Image
-
-
-def _read(path: Path, size: int) -> Tensor:
-    """Reads an image file as float32 `[3, size, size]` in [0, 1]."""
-    image_module = _pillow_image()
-    from PIL import ImageOps
-
-    try:
-        with image_module.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip them to 255, which turns nearly all of a 16-bit image white.
-                raise ValueError(f"its pixels are of mode {image.mode}; convert them to 8 bits per channel")
-            rgb = ImageOps.exif_transpose(image).convert("RGB").resize((size, size), image_module.Resampling.BILINEAR)
-    except Exception as error:  # decoders raise all kinds of errors on a damaged file
-        raise UserError(f"ImageFolder: {path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255

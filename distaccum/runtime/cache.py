@@ -5,10 +5,13 @@ It is `$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`; all in it can be rem
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +60,15 @@ class Remembered:
             write_text(self.path, json.dumps(value))
         except OSError as error:
             logger.debug("%s can't be written: %s", self.path, error)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes other processes that hold the same value wait, as far as the cache's file system can."""
+        with ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(self.path.with_suffix(".lock").open("ab"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.debug("%s can't be locked: %s", self.path, error)
+            yield

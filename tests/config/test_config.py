@@ -43,6 +43,8 @@ NEEDED = {
     "model=causal_lm": ["model.name_or_path=folder"],
     "experiment=finetune": ["data.files=chat.jsonl", "model.name_or_path=folder"],
     "data=custom": ["data.train._target_=mine.Data"],
+    "model=timm": ["model.name=resnet18"],
+    "experiment=vision": ["data.root=images", "model.name=resnet18"],
     "model=custom": ["model._target_=mine.Model"],
     "task=custom": ["task._target_=mine.Task"],
     "optim=custom": ["optim._target_=mine.Optimizer", "optim.lr=0.1"],

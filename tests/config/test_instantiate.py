@@ -238,14 +238,21 @@ def test_a_null_of_a_factory_that_collects_keywords_is_filled_too() -> None:
     """`timm.create_model` drops nulls without a word: they would be the 1000 classes of its own default."""
     data = SimpleNamespace(num_classes=3, rest={"not": "meant"})
     built = targets.build(
-        {"_target_": f"{THIS}.collecting", "name": "net", "num_classes": None, "other": None, "rest": None},
+        {"_target_": f"{THIS}.collecting", "name": "net", "num_classes": None, "rest": None},
         "model",
         defaults_from=data,
     )
-    assert built == ("net", {"num_classes": 3, "other": None, "rest": {"not": "meant"}})
+    assert built == ("net", {"num_classes": 3, "rest": {"not": "meant"}})
     assert targets.build({"_target_": f"{THIS}.collecting", "name": "net"}, "model", defaults_from=data)[1] == {}
     built = targets.build({"_target_": "builtins.dict", "num_classes": None}, "model", defaults_from=data)
     assert built == {"num_classes": 3}, "without a signature"
+
+
+def test_a_null_of_such_a_factory_that_the_data_does_not_say_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"model.other is null, and the data .* Set model.other=…, leave model.other out"
+    ):
+        targets.build({"_target_": f"{THIS}.collecting", "name": "net", "other": None}, "model", defaults_from=object())
 
 
 # Hydra's own keys

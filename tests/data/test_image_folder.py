@@ -1,5 +1,8 @@
 import logging
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ def write_classes(root: Path, **counts: int) -> Path:
         for number in range(count):
             write_image(root / name / f"{number:03}.png")
     return root
+
+
+Log = Callable[[], list[tuple[str, str]]]
 
 
 def names(data: ImageFolder) -> list[str]:
@@ -74,17 +80,17 @@ def test_a_part_of_each_class_is_held_out(tmp_path: Path) -> None:
 
 
 def test_the_order_of_the_system_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distaccum.data import image_folder
+    from distaccum.data import image_index
 
     root = write_classes(tmp_path, a=7, b=3)
     expected = ImageFolder("evaluation", root).samples
-    walk = image_folder.os.walk
+    scandir = os.scandir
 
-    def backwards(*args: Any, **kwargs: Any) -> Any:
-        for parent, folders, files in walk(*args, **kwargs):
-            yield parent, folders[::-1], sorted(files, reverse=True)
+    def backwards(path: str) -> Any:
+        with scandir(path) as entries:
+            return nullcontext(sorted(entries, key=lambda entry: entry.name, reverse=True))
 
-    monkeypatch.setattr(image_folder.os, "walk", backwards)
+    monkeypatch.setattr(image_index.os, "scandir", backwards)
     assert ImageFolder("evaluation", root).samples == expected
 
 
@@ -124,22 +130,30 @@ def test_the_folders_must_have_the_same_classes(tmp_path: Path, split: str) -> N
         ImageFolder(split, root, other)
 
 
-def test_other_files_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = write_classes(tmp_path, a=4)
-    (root / "a" / "notes.txt").write_text("hello")
-    (root / "a" / "labels.csv").write_text("hello")
-    (root / "a" / ".hidden.png").write_text("no image")
-    (root / ".cache").mkdir()
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[Log]:
+    """Returns what the data have logged: levels and messages."""
     # The logger does not pass its messages on while a run has it: listen to it itself.
     logger = logging.getLogger("distaccum.data")
     logger.addHandler(caplog.handler)
     try:
         with caplog.at_level(logging.INFO, logger="distaccum.data"):
-            train, evaluation = (ImageFolder(split, root) for split in ("train", "evaluation"))
+            yield lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
     finally:
         logger.removeHandler(caplog.handler)
-    messages = {(record.levelname, record.getMessage()) for record in caplog.records}
-    assert messages == {("INFO", f"{root}: 2 files that are not images were left out")}
+
+
+def test_other_files_are_counted_once(tmp_path: Path, log: Log) -> None:
+    root = write_classes(tmp_path, a=4)
+    (root / "a" / "notes.txt").write_text("hello")
+    (root / "a" / "labels.csv").write_text("hello")
+    (root / "a" / ".hidden.png").write_text("no image")
+    (root / ".cache").mkdir()
+    train, evaluation = (ImageFolder(split, root) for split in ("train", "evaluation"))
+    assert set(log()) == {
+        ("INFO", f"{root}: 2 files that are not images were left out"),
+        ("INFO", "looking at 4 images, to find damaged ones (data.on_damaged=late: without)"),
+    }
     assert len(train) + len(evaluation) == 4
     assert train.classes == ["a"]
 
@@ -176,22 +190,165 @@ def test_a_class_without_images(tmp_path: Path) -> None:
         ImageFolder("train", tmp_path)
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    write_classes(tmp_path, a=1)
-    (tmp_path / "a" / "bad.png").write_bytes(b"not a picture")
-    cut_off = write_image(tmp_path / "a" / "cut.png", size=(64, 64))
+# Images that can't be read
+
+
+def write_damaged(root: Path) -> Path:
+    """Two of five can't be read."""
+    write_classes(root, a=2, ü=1)
+    (root / "a" / "bad.png").write_bytes(b"not a picture")
+    cut_off = write_image(root / "ü" / "abgeschnitten ä.png", size=(64, 64))
     cut_off.write_bytes(cut_off.read_bytes()[:60])
-    data = ImageFolder("train", tmp_path, evaluation_fraction=0)
+    return root
+
+
+def test_damaged_files_are_named_before_training(tmp_path: Path) -> None:
+    root = write_damaged(tmp_path)
+    with pytest.raises(UserError) as raised:
+        ImageFolder("train", root, evaluation_fraction=0)
+    message = str(raised.value)
+    assert f"2 of 5 images of {root} can't be read: {root}/a/bad.png: cannot identify image file" in message
+    assert f"{root}/ü/abgeschnitten ä.png: " in message
+    assert "data.on_damaged=skip" in message
+
+
+def test_damaged_files_are_named_when_they_are_loaded(tmp_path: Path) -> None:
+    data = ImageFolder("train", write_damaged(tmp_path), evaluation_fraction=0, on_damaged="late")
+    assert len(data) == 5
     with pytest.raises(UserError, match=r"bad\.png cannot be read as an image: cannot identify"):
-        data[1]
-    with pytest.raises(UserError, match=r"cut\.png cannot be read as an image"):
         data[2]
+    with pytest.raises(UserError, match=r"abgeschnitten ä\.png cannot be read as an image"):
+        data[4]
+
+
+def test_damaged_files_are_left_out_and_counted(tmp_path: Path, log: Log) -> None:
+    root = write_damaged(tmp_path)
+    data = ImageFolder("train", root, evaluation_fraction=0, on_damaged="skip")
+    assert names(data) == ["000.png", "001.png", "000.png"]
+    assert [data[index][1] for index in range(3)] == [0, 0, 1]
+    ((level, line),) = {entry for entry in log() if "can't be read" in entry[1]}
+    assert level == "INFO"
+    assert line.startswith(f"2 of 5 images of {root} can't be read and are left out: {root}/a/bad.png: ")
+
+
+def test_leaving_one_out_moves_no_other_to_the_other_split(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, a=40)
+    before = [names(ImageFolder(split, root)) for split in ("train", "evaluation")]
+    (root / "a" / "003.png").unlink()
+    (root / "a" / "003.png").write_bytes(b"no picture")
+    after = [names(ImageFolder(split, root, on_damaged="skip")) for split in ("train", "evaluation")]
+    assert after == [[name for name in part if name != "003.png"] for part in before]
 
 
 def test_16_bit_images_are_refused_rather_than_clipped(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "deep.png", 40000, "I;16")
-    with pytest.raises(UserError, match=r"deep\.png .* mode I;16; convert them to 8 bits"):
-        ImageFolder("train", tmp_path)[0]
+    with pytest.raises(UserError, match=r"deep\.png: .* mode I;16; convert them to 8 bits"):
+        ImageFolder("train", tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("CMYK", (0, 255, 255, 0)), ("RGB", (255, 0, 0))])
+def test_jpegs_of_other_colours(tmp_path: Path, mode: str, colour: Any) -> None:
+    write_image(tmp_path / "a" / "one.jpg", colour, mode, (32, 32))
+    image, _ = ImageFolder("train", tmp_path, image_size=2, mean=(0, 0, 0), std=(1, 1, 1))[0]
+    assert image.mean(dim=(1, 2)).tolist() == pytest.approx([1, 0, 0], abs=0.03)
+
+
+# The index
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Notes the folders that are listed and the images that are looked at."""
+    from distaccum.data import image_index
+
+    noted: dict[str, list[str]] = {"listed": [], "looked": []}
+    listed, reason = image_index._listed, image_index._reason
+
+    def list_folder(real: str, before: Any) -> Any:
+        noted["listed"].append(os.path.basename(real))
+        return listed(real, before)
+
+    def look_at(path: str) -> Any:
+        noted["looked"].append(os.path.basename(path))
+        return reason(path)
+
+    monkeypatch.setattr(image_index, "_listed", list_folder)
+    monkeypatch.setattr(image_index, "_reason", look_at)
+    monkeypatch.setattr(image_index, "_GRAIN_NS", 0)
+    return noted
+
+
+def taken(noted: dict[str, list[str]]) -> dict[str, list[str]]:
+    found = {name: sorted(values) for name, values in noted.items()}
+    for values in noted.values():
+        values.clear()
+    return found
+
+
+def test_a_later_start_lists_and_looks_at_what_has_changed(tmp_path: Path, scans: dict[str, list[str]]) -> None:
+    root = write_classes(tmp_path, a=2, b=2)
+    ImageFolder("train", root)
+    assert taken(scans) == {"listed": ["a", "b"], "looked": ["000.png", "000.png", "001.png", "001.png"]}
+    ImageFolder("evaluation", root)
+    assert taken(scans) == {"listed": [], "looked": []}
+    write_image(root / "b" / "new.png")
+    (root / "b" / "000.png").unlink()
+    data = ImageFolder("train", root, evaluation_fraction=0)
+    assert taken(scans) == {"listed": ["b"], "looked": ["new.png"]}
+    assert names(data) == ["000.png", "001.png", "001.png", "new.png"]
+
+
+def test_what_was_damaged_is_looked_at_again(tmp_path: Path, scans: dict[str, list[str]]) -> None:
+    root = write_damaged(tmp_path)
+    assert len(ImageFolder("train", root, evaluation_fraction=0, on_damaged="skip")) == 3
+    assert len(taken(scans)["looked"]) == 5
+    write_image(root / "a" / "bad.png")  # in place: its folder's time stays the same
+    assert len(ImageFolder("train", root, evaluation_fraction=0, on_damaged="skip")) == 4
+    assert taken(scans) == {"listed": [], "looked": ["abgeschnitten ä.png", "bad.png"]}
+
+
+def test_a_folder_that_has_just_changed_is_listed_again(
+    tmp_path: Path, scans: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distaccum.data import image_index
+
+    monkeypatch.setattr(image_index, "_GRAIN_NS", 10**10)
+    root = write_classes(tmp_path, a=2)
+    for _ in range(2):
+        ImageFolder("train", root)
+        assert taken(scans)["listed"] == ["a"]
+
+
+@pytest.mark.parametrize("kept", ["[]", "{", '{"x": 3}', '{"x": [1, 2, 3, 4]}', '{"x": [1, 2, [], [], {}, [], 7]}'])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, scans: dict[str, list[str]], kept: str) -> None:
+    root = write_classes(tmp_path / "root", a=2)
+    ImageFolder("train", root)
+    (file,) = (Path(os.environ["XDG_CACHE_HOME"]) / "distaccum").glob("images-*.json")
+    file.write_text(kept)
+    taken(scans)
+    assert len(ImageFolder("train", root)) == 1
+    assert taken(scans)["listed"] == ["a"]
+
+
+def test_pipes_are_no_images(tmp_path: Path) -> None:
+    write_classes(tmp_path, a=2)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert names(ImageFolder("train", tmp_path, evaluation_fraction=0)) == ["000.png", "001.png"]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distaccum.data import image_index
+
+    def refused(path: str) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    write_classes(tmp_path, a=2)
+    monkeypatch.setattr(image_index.os, "scandir", refused)
+    with pytest.raises(UserError, match=r"the folder .*/a can't be listed: Permission denied"):
+        ImageFolder("train", tmp_path)
+
+
+# Arguments
 
 
 @pytest.mark.parametrize(
@@ -201,6 +358,8 @@ def test_16_bit_images_are_refused_rather_than_clipped(tmp_path: Path) -> None:
         ({"evaluation_fraction": 1.0}, "evaluation_fraction=1.0"),
         ({"evaluation_fraction": -0.1}, "evaluation_fraction=-0.1"),
         ({"image_size": 0}, "image_size=0"),
+        ({"fit": "pad"}, "fit=pad is none of stretch, crop"),
+        ({"on_damaged": "ignore"}, "on_damaged=ignore is none of stop, skip, late"),
         ({"mean": [0.5]}, "three values each"),
         ({"std": [1, 1, 0]}, "three values each"),
         ({"std": [1, 1, float("nan")]}, "three values each"),
