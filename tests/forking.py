@@ -16,6 +16,7 @@ import math
 import os
 import re
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -25,10 +26,13 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import warm_python
 
 from distaccum.errors import EXIT_STATUS
 
@@ -181,6 +185,15 @@ def torchrun(*command: str) -> tuple[str, ...]:
     return (str(TESTS / "forked_torchrun.py"), *command)
 
 
+@functools.cache
+def python() -> str:
+    """Returns the path of a `python` whose processes are forked as well: see `warm_python`.
+
+    For commands with pipes or a terminal of their own, or in which another program starts Python.
+    """
+    return str(_server().ask(python=True))
+
+
 class _Server:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -209,7 +222,11 @@ def _server() -> _Server:
 def _started() -> _Server:
     """For as long as this process lives."""
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, __file__, _outputs()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     _closing.push(process)
     assert process.stdin is not None
@@ -267,11 +284,29 @@ def _serve() -> None:
     compose(["data=synthetic", "model=mlp"])
     gc.freeze()  # no child need look through what has been imported
     assert len(os.listdir("/proc/self/task")) == 1, "what is forked must not have threads"
+    folder = Path(sys.argv[1])
+    listener = warm_python.install(folder)
+    # Not before: `multiprocessing` has looked it up, as its processes watch who has started them.
+    sys.executable = str(folder / "python")
     launches: dict[int, _Launch] = {}
-    for line in sys.stdin:
+    supervisors: set[int] = set()
+    while True:
+        for pid in list(supervisors):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                supervisors.remove(pid)
+        ready, _, _ = select.select([sys.stdin, listener], [], [])
+        if listener in ready:
+            supervisors.add(warm_python.serve(listener, run_in_this_process))
+        if sys.stdin not in ready:
+            continue
+        line = sys.stdin.readline()  # the next one comes after the answer
+        if not line:
+            return
         request = json.loads(line)
-        if "look_at" in request:
-            answer: Any = launches[request["look_at"]].look()
+        if "python" in request:
+            answer: Any = sys.executable
+        elif "look_at" in request:
+            answer = launches[request["look_at"]].look()
         else:
             answer = _forked(**request)
             launches[answer[0]] = _Launch(answer, request["launched"])
@@ -320,7 +355,12 @@ def run_in_this_process(command: list[str], variables: dict[str, str]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     status = 0
     try:
-        if command[0] == "-m":
+        if command[0] == "-c":
+            sys.path.insert(0, "")
+            sys.argv = ["-c", *command[2:]]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(command[1], "<string>", "exec"), vars(sys.modules["__main__"]))
+        elif command[0] == "-m":
             sys.path.insert(0, os.getcwd())
             sys.argv = command[1:]
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
@@ -329,7 +369,9 @@ def run_in_this_process(command: list[str], variables: dict[str, str]) -> None:
             sys.argv = command
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stop:
-        status = int(stop.code or 0)
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # torch's, on ranks
         status = 1

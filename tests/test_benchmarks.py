@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 from launching import ROOT
@@ -158,14 +158,9 @@ CHECKS: dict[str, Callable[..., None]] = {
 
 
 def _run(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    command = (str(BENCHMARKS / f"{name}.py"), *arguments)
+    ended = forking.run(*command, folder=cwd)
+    return subprocess.CompletedProcess(command, ended.status, ended.out, ended.err)
 
 
 def _tables(output: str) -> list[Rows]:
@@ -272,7 +267,7 @@ def _gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHON": sys.executable, **environment},
+        env=forking.environment(**{"PYTHON": forking.python(), **environment}),
     )
 
 

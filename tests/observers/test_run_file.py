@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forking
 import pytest
 from command_line import TINY, Ended
 
@@ -41,7 +41,7 @@ def test_a_killed_run_leaves_a_record_that_the_next_start_goes_on_with(
     train: Callable[..., Ended], tmp_path: Path
 ) -> None:
     more = [*TINY, "run_dir=run", "train.max_updates=100000", "checkpoint.every_updates=2"]
-    with subprocess.Popen([sys.executable, "-m", "distaccum.train", *more], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([forking.python(), "-m", "distaccum.train", *more], stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(Path("run/checkpoints").glob("update-*")):
             assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import disks
+import forking
 import pytest
 
 from distaccum.errors import UserError
@@ -157,7 +158,7 @@ flush_output()
 def test_standard_output_on_a_full_disk_stops_nothing(tmp_path: Path, arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(tmp_path), *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+            [forking.python(), "-c", _CHILD, str(tmp_path), *arguments], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert (done.returncode, done.stderr) == (0, "error: a mistake\n" if arguments else "")
     assert _lines(tmp_path)[-1].endswith("message 1999")
@@ -165,14 +166,14 @@ def test_standard_output_on_a_full_disk_stops_nothing(tmp_path: Path, arguments:
 
 def test_standard_error_on_a_full_disk_stops_nothing(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", _CHILD, str(tmp_path), "a mistake"], stdout=full, stderr=full)
+        done = subprocess.run([forking.python(), "-c", _CHILD, str(tmp_path), "a mistake"], stdout=full, stderr=full)
     assert done.returncode == 0
 
 
 def test_a_reader_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     """As in `… | head`."""
     with subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [forking.python(), "-c", _CHILD, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as child:
         assert child.stdout is not None
         child.stdout.close()

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import yaml
 from command_line import files_below
@@ -159,11 +159,11 @@ def test_a_second_job_on_one_folder_is_refused() -> None:
     code += "try: hold('mine')\nexcept UserError as error: sys.exit(str(error))"
     with held_run_folder("mine", "auto", CONFIG):
         before = Path("mine/config.yaml").read_bytes()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_env())
+        done = subprocess.run([forking.python(), "-c", code], capture_output=True, text=True, check=False, env=_env())
         assert done.returncode == 1, done.stderr
         assert done.stderr.startswith("run_dir=mine is in use: process "), done.stderr
         assert Path("mine/config.yaml").read_bytes() == before
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=_env())
+    done = subprocess.run([forking.python(), "-c", code], capture_output=True, text=True, check=False, env=_env())
     assert done.returncode == 0, done.stderr
 
 

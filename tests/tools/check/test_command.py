@@ -7,9 +7,9 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 from command_line import Ended, message_of_ranks, start
 from examining import POINTS
@@ -73,7 +73,7 @@ def test_a_window_of_one_sample_is_not_for_batchnorm(tmp_path: Path) -> None:
 def test_a_terminal_shows_what_is_being_done(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "distaccum.check", *POINTS, *SMALL, "model._target_=zoo.Plain", "--json"],
+        [forking.python(), "-m", "distaccum.check", *POINTS, *SMALL, "model._target_=zoo.Plain", "--json"],
         stdout=subprocess.PIPE,
         stderr=theirs,
         cwd=tmp_path,

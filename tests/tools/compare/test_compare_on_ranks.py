@@ -6,10 +6,10 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from command_line import updates
 from launching import ROOT, forked
@@ -21,7 +21,7 @@ QUICK = ["compare.rounds=2", "compare.updates=2", "compare.warmup_updates=1", "c
 
 def compare(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distaccum.compare", *arguments],
+        [forking.python(), "-m", "distaccum.compare", *arguments],
         cwd=folder,
         env={
             **os.environ,

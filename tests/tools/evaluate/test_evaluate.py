@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 import torch.nn.functional as F
@@ -397,7 +397,7 @@ def test_an_average_that_has_not_begun_is_not_evaluated(evaluated: Evaluate, tra
 def test_a_table_that_cannot_be_printed_is_told(runs: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "distaccum.evaluate", str(runs / "a")],
+            [forking.python(), "-m", "distaccum.evaluate", str(runs / "a")],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

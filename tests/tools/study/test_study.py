@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import yaml
 from command_line import Ended, updates
@@ -219,7 +220,7 @@ def _has_come_to(loss: float, metrics: Path) -> bool:
 def test_a_study_that_is_stopped_goes_on(tmp_path: Path) -> None:
     """Ctrl-C in the first run: it saves, and the same command goes on from there."""
     overrides = [*TINY, "study.max_samples=200000", "study.batch_sizes=[8,16]", "study.evaluations=2500"]
-    command = [sys.executable, "-m", "distaccum.study", *overrides]
+    command = [forking.python(), "-m", "distaccum.study", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     metrics = tmp_path / "mine" / "points" / "b00008-linear" / "metrics.jsonl"
 

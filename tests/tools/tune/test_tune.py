@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forking
 import pytest
 from command_line import updates
 from launching import ROOT, torchrun
@@ -19,7 +19,7 @@ QUICK = ["tune.rounds=2", "tune.confirm_rounds=3", "tune.round_seconds=0.1"]
 
 def tune(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distaccum.tune", *arguments],
+        [forking.python(), "-m", "distaccum.tune", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
