@@ -1,7 +1,7 @@
 """Shared by the entry points: they compose the configuration with Hydra, and end with one message when it is wrong.
 
-Only this module and `distaccum.config.compose` use Hydra; all others get typed dataclasses. torch is imported only when
-a run starts.
+Only this module, `distaccum.config.compose` and `distaccum.config.sweep` use Hydra; all others get typed dataclasses.
+torch is imported only when a run starts.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from distaccum.config import conf_dir
 from distaccum.config.compose import COMPOSITION_ERRORS, explain_composition_error, register_schemas, typed
+from distaccum.config.sweep import Finished, Sweep
 from distaccum.errors import (
     EXIT_INTERRUPTED,
     EXIT_STATUS,
@@ -30,10 +29,12 @@ from distaccum.errors import (
     UserError,
     asked_to_exit,
 )
-from distaccum.runtime.logs import check_printed, flush_output, make_output_safe, print_error, tell_launcher
+from distaccum.runtime.logs import check_printed, console, flush_output, make_output_safe, print_error, tell_launcher
 
 _SECONDS_TO_BE_STOPPED = 5.0
 """How long a rank that prints nothing waits for the launcher to stop it, after another rank has failed."""
+
+Outcome = TypeVar("Outcome")
 
 _OWN_RANKS = {
     "compare": "compare.world_sizes=[…] how many ranks to compare",
@@ -75,11 +76,12 @@ class Parser(argparse.ArgumentParser):
         exit_before_ranks_are_joined(UserError(f"{message}. Write: {self.prog} {self._how}; --help shows all."))
 
 
-def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
+def run_entry_point(config_name: str, run: Callable[[Any], int | Finished | None]) -> None:
     """Composes `conf/<config_name>.yaml` and the command line, checks it, and runs.
 
     Bad input ends with one message and exit status 2; any other error keeps its traceback. A number that `run` returns
-    becomes the exit status; of the points of a sweep, the largest one.
+    becomes the exit status; of the points of a sweep, the largest one. What else it returns of a finished run is for
+    the sweep's table and its sweeper.
     """
     make_output_safe()
     try:
@@ -92,15 +94,15 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
     # Hydra then raises its errors instead of printing them and exiting with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     is_composing, status = True, 0
-    folders: set[str] = set()
+    sweep = Sweep()
 
     @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
         nonlocal is_composing, status
         is_composing = False
         try:
             config = typed(composed)
-            _check_sweep(config.run_dir, folders)
+            sweep.begin(config)
         except UserError as error:
             exit_before_ranks_are_joined(error)
         outcome = outcome_of(lambda: run(config), prints=config_name != "train")
@@ -108,10 +110,14 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
             leave(outcome)  # a sweep stops too
         if isinstance(outcome, int):
             status = max(status, outcome)
+        found = outcome_of(lambda: sweep.end(outcome), prints=False) if isinstance(outcome, Finished) else None
         is_composing = True  # the next run of a sweep
+        return found
 
     try:
         job()
+        if sweep.table is not None:
+            console.print(f"points         {sweep.table}")
     except COMPOSITION_ERRORS as error:
         if not is_composing:
             raise
@@ -124,7 +130,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | None]) -> None:
     leave(status)
 
 
-def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | None:
+def outcome_of(run: Callable[[], Outcome], *, prints: bool = True) -> Outcome:
     """Runs what ranks do together, and returns its result. Bad input ends the process with one message of the rank that
     has found it. With `prints`, so does output that was lost for want of room."""
     try:
@@ -143,26 +149,7 @@ def outcome_of(run: Callable[[], int | None], *, prints: bool = True) -> int | N
         tell_launcher(f"{type(error).__name__}: {error}")
         raise
     leave(EXIT_STATUS)
-    return EXIT_STATUS
-
-
-def _check_sweep(run_dir: str | None, before: set[str]) -> None:
-    """Refuses sweeps under torchrun, and two points in one folder, where the second would resume the first's run."""
-    if HydraConfig.get().mode is not RunMode.MULTIRUN:
-        return
-    if "RANK" in os.environ:
-        raise UserError(
-            "-m (multirun) under torchrun would make every rank run the whole sweep. Sweep outside: one torchrun for "
-            "each point."
-        )
-    folder = os.path.realpath(os.path.expanduser(run_dir or ""))
-    # A point's own override is a word of the command line only if all points have it.
-    if run_dir is not None and (folder in before or f"run_dir={run_dir}" in sys.argv):
-        raise UserError(
-            f"run_dir={run_dir} is one folder for several points of -m, which would go on with each other's run. Give "
-            "each its own, as in 'run_dir=sweep/${optim.lr}', or leave run_dir out."
-        )
-    before.add(folder)
+    raise AssertionError("it has left")
 
 
 def leave(status: int) -> None:

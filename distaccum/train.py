@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from distaccum.cli import run_entry_point
 from distaccum.config import TrainConfig
+from distaccum.config.sweep import Finished
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED
 
 
-def _run(config: TrainConfig) -> int:
+def _run(config: TrainConfig) -> int | Finished:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.training.run import train
+    from distaccum.training.run import best_evaluation, train
 
-    interrupted = train(config).interrupted
-    if interrupted is None:
-        return 0
-    return EXIT_INTERRUPTED if interrupted == "SIGINT" else EXIT_UNFINISHED
+    end = train(config)
+    if end.interrupted is not None:
+        return EXIT_INTERRUPTED if end.interrupted == "SIGINT" else EXIT_UNFINISHED
+    assert end.run_dir is not None
+    best = partial(best_evaluation, end.run_dir, config.checkpoint)
+    return Finished(str(end.run_dir), config.checkpoint.best_metric, best)
 
 
 def main() -> None:

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
-from command_line import TINY, Ended, files_below, updates
+from command_line import TINY, Ended, evaluations, files_below, updates
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext
+from omegaconf import DictConfig
 
 from distaccum.config import (
     EarlyStoppingConfig,
@@ -323,8 +330,71 @@ def test_a_sweep_makes_its_runs_one_after_another(train: Callable[..., Ended], t
         "manifest.json",
         "rank-00000.safetensors",
         "multirun.yaml",  # Hydra's own record of the sweep
+        "points.csv",
     }
     assert all(name.startswith("runs/") for name in files_below(tmp_path))
+    (table,) = Path("runs").glob("*_sweep/points.csv")
+    assert f"points         {table}" in ended.out
+    with open(table) as file:
+        points = list(csv.DictReader(file))
+    best = [min(line["eval"]["loss"] for line in evaluations(run)) for run in runs]
+    assert [(p["point"], p["metric"], float(p["best"]), p["run_dir"]) for p in points] == [
+        (f"seed={seed}", "loss", value, str(run)) for seed, value, run in zip((1, 2), best, runs, strict=True)
+    ]
+
+
+class Picks(Sweeper):
+    """A sweeper that maximises over two seeds, as Optuna's plugin would."""
+
+    __module__ = "hydra_plugins.picks"  # Hydra takes none from elsewhere
+
+    def __init__(self, direction: str, **others: Any) -> None:
+        assert direction == "maximize"
+
+    def setup(self, *, hydra_context: HydraContext, task_function: Any, config: DictConfig) -> None:
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        jobs = self._launcher.launch([[*arguments, f"seed={seed}"] for seed in (1, 2)], initial_job_idx=0)
+        print("picked", max(float(job.return_value) for job in jobs))
+
+
+@pytest.fixture
+def picks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    package, module = ModuleType("hydra_plugins"), ModuleType("hydra_plugins.picks")
+    package.__path__ = []
+    vars(package)["picks"], vars(module)["Picks"] = module, Picks
+    monkeypatch.setitem(sys.modules, "hydra_plugins", package)
+    monkeypatch.setitem(sys.modules, "hydra_plugins.picks", module)
+    Plugins.instance().register(Picks)
+    return ["-m", "hydra.sweeper._target_=hydra_plugins.picks.Picks", "+hydra.sweeper.direction=maximize"]
+
+
+def test_a_sweeper_that_optimises_gets_the_best_metric(
+    train: Callable[..., Ended], picks: list[str], tmp_path: Path
+) -> None:
+    ended = train(*picks, *TINY, "train.eval_every=1", "checkpoint.best_metric=accuracy")
+    assert (ended.status, ended.err) == (0, "")
+    runs = sorted(path.parent for path in Path("runs").glob("*/metrics.jsonl"))
+    best = [max(line["eval"]["accuracy"] for line in evaluations(run)) for run in runs]
+    assert len(best) == 2
+    assert f"picked {max(best)}\n" in ended.out
+
+
+def test_a_sweeper_that_optimises_needs_evaluations_that_have_the_metric(
+    train: Callable[..., Ended], picks: list[str], tmp_path: Path
+) -> None:
+    ended = train(*picks, *TINY, "data.evaluation=null")
+    assert ended.message.startswith(
+        "the sweeper optimises a metric of the evaluations, and there is no evaluation data"
+    )
+    assert not list(Path("runs").glob("*/metrics.jsonl"))
+    ended = train(*picks, *TINY, "checkpoint.best_metric=iou")
+    assert ended.message == (
+        "checkpoint.best_metric=iou is unknown: the evaluations have loss, accuracy. Name one of those."
+    )
 
 
 def test_a_sweep_ends_with_its_first_bad_point(train: Callable[..., Ended], tmp_path: Path) -> None:

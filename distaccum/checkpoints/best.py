@@ -11,6 +11,12 @@ from distaccum.config.enums import Goal
 from distaccum.errors import UserError
 
 
+def goal_of(config: CheckpointConfig) -> Goal:
+    """Returns whether less or more of the metric is better."""
+    is_loss = "loss" in config.best_metric.split("/")  # loss/NAME is a term of it
+    return config.best_goal or (Goal.min if is_loss else Goal.max)
+
+
 class BestEvaluations:
     """Remembers the `keep_best` best evaluations so far, by their updates."""
 
@@ -34,20 +40,15 @@ class BestEvaluations:
             )
         value = metrics[name]
         if value == value:
-            self._ranks[update] = value if self._goal is Goal.min else -value
+            self._ranks[update] = value if goal_of(self._config) is Goal.min else -value
         ranking = sorted(self._ranks, key=lambda number: (self._ranks[number], number))
         self._ranks = {number: self._ranks[number] for number in ranking[:count]}
         return update in self._ranks
 
     @property
-    def _goal(self) -> Goal:
-        is_loss = "loss" in self._config.best_metric.split("/")  # loss/NAME is a term of it
-        return self._config.best_goal or (Goal.min if is_loss else Goal.max)
-
-    @property
     def by(self) -> str:
         """The metric and the goal that they are chosen by."""
-        return f"{self._config.best_metric} {self._goal.name}"
+        return f"{self._config.best_metric} {goal_of(self._config).name}"
 
     def drop(self, update: int) -> None:
         """Forgets an evaluation whose checkpoint could not be saved."""

@@ -245,8 +245,8 @@ class CheckpointConfig:
     keep_best: int = 0
     """Number of checkpoints of the best evaluations to keep as well; each is saved right after its evaluation."""
     best_metric: str = "loss"
-    """Metric of the evaluations by which `keep_best` chooses: `loss`, `accuracy`, `ema/loss`, `loss/NAME` of one of
-    several losses, …"""
+    """Metric of the evaluations by which `keep_best` chooses, and whose best value a sweep (`-m`) notes and its sweeper
+    optimises: `loss`, `accuracy`, `ema/loss`, `loss/NAME` of one of several losses, …"""
     best_goal: Goal | None = None
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
     async_save: bool = True

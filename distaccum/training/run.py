@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from distaccum.checkpoints import Checkpoint, checked, checkpoints_in, newest_whole
-from distaccum.config import TrainConfig, as_plain, flat
+from distaccum.checkpoints.best import goal_of
+from distaccum.config import CheckpointConfig, TrainConfig, as_plain, flat
+from distaccum.config.enums import Goal
 from distaccum.config.redaction import hide, redacted
 from distaccum.errors import UserError
 from distaccum.observers import RunEnd
+from distaccum.observers.metrics_reading import read_metrics
 from distaccum.observers.run_file import record_failure
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.files import without_tilde
@@ -20,7 +24,7 @@ from distaccum.runtime.stop_signals import Interruption
 from distaccum.runtime.world import World, joined_world
 from distaccum.training.build import build_trainer
 from distaccum.training.progress import check_progress
-from distaccum.training.run_folder import CHECKPOINTS, RunFolder, begin, changes, held_run_folder, leave_marker
+from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder, begin, changes, held_run_folder, leave_marker
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,26 @@ def train(config: TrainConfig) -> RunEnd:
             if end.interrupted is not None and world.is_main:
                 leave_marker(folder.path, end.updates, end.interrupted)
             return end
+
+
+def best_evaluation(run_dir: Path, config: CheckpointConfig) -> float | None:
+    """Returns the best of a run's evaluations by `checkpoint.best_metric`; NaN if none is a number, None without any.
+
+    Raises:
+        UserError: the evaluations don't have the metric.
+    """
+    evaluations = read_metrics(run_dir / METRICS)
+    if not evaluations.evaluations:
+        return None
+    name = config.best_metric
+    values = [value for _, value in evaluations.evaluated(name)]
+    if not values:
+        raise UserError(
+            f"checkpoint.best_metric={name} is unknown: the evaluations have "
+            f"{', '.join(evaluations.evaluation_metrics())}. Name one of those."
+        )
+    best = min if goal_of(config) is Goal.min else max
+    return best((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def check_same_config(world: World, plain: dict[str, Any]) -> None:
