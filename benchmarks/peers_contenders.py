@@ -253,13 +253,16 @@ def transformers_trained(
     optimizer: torch.optim.Optimizer,
     dataset: Dataset[Any],
     collate: Callable[[list[Any]], dict[str, Tensor]],
+    *,
+    classes: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> None:
     """One epoch under Transformers' Trainer.
 
     Args:
         model: takes what `collate` makes, and returns a loss.
-        options: for its `TrainingArguments`.
+        classes: of the arguments and the trainer, in place of `TrainingArguments` and `Trainer`.
+        options: for the arguments.
     """
     from accelerate.state import AcceleratorState, GradientState
     from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -269,7 +272,8 @@ def transformers_trained(
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        of_arguments, of_trainer = classes or (TrainingArguments, Trainer)
+        arguments = of_arguments(
             output_dir=folder,
             use_cpu=next(model.parameters()).device.type == "cpu",
             num_train_epochs=1,
@@ -282,7 +286,7 @@ def transformers_trained(
             remove_unused_columns=False,
             **options,
         )
-        trainer = Trainer(
+        trainer = of_trainer(
             model,
             arguments,
             data_collator=collate,

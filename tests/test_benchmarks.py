@@ -25,7 +25,7 @@ HELPERS = {"common", "emulated_hosts", "gpu_memory", "gpu_model", "gpu_profile",
 ON_A_GPU = ("gpu", "gpu_peers", "gpu_text")
 """Run by gpu.sh."""
 PEERS = {"accelerate", "lightning", "transformers"}
-NEEDED = {"padding": PEERS, "peers": PEERS, "picture_of_segmentation": {"matplotlib"}}
+NEEDED = {"finetune": {"transformers"}, "padding": PEERS, "peers": PEERS, "picture_of_segmentation": {"matplotlib"}}
 """Packages of the extra `bench` that a benchmark can't do without."""
 
 Rows = list[dict[str, str]]
@@ -72,6 +72,12 @@ def padding(rows: Rows) -> None:
         assert computed[ranks, "distaccum, by_length"] < 0.6 * computed[ranks, "distaccum, uniform"]
     assert computed["1", "distaccum, uniform"] == computed["1", "Transformers, dynamic"]
     assert computed["1", "Transformers, grouped"] < computed["1", "Transformers, dynamic"]
+
+
+def finetune(rows: Rows) -> None:
+    ours, theirs = rows
+    assert ours["contender"] == "distaccum"
+    assert float(ours["error of the weights"]) < 1e-12 < float(theirs["error of the weights"])
 
 
 def gpu(loops: Rows, memory: Rows, compiled: Rows) -> None:
@@ -151,7 +157,7 @@ def no_table() -> None:
 
 CHECKS: dict[str, Callable[..., None]] = {
     **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, slow_link, tuning)},
-    **{check.__name__: check for check in (memory, checkpoint, unequal_ranks, scaling, single_step)},
+    **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step)},
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }
