@@ -84,7 +84,9 @@ def is_held_out(index: int) -> bool:
 
 
 def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended) -> None:
-    running = forking.start(*COMMAND, "run_dir=killed", ranks=2, folder=folder)
+    """With its losses in chunks, which are those of whole logits."""
+    command = (*COMMAND, "run_dir=killed", "task.chunked_loss=true")
+    running = forking.start(*command, ranks=2, folder=folder)
     file = folder / "killed" / "metrics.jsonl"
     while running.poll() is None and not (file.exists() and file.read_text().count("\n") > 8):
         time.sleep(0.02)
@@ -92,7 +94,7 @@ def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended)
     running.wait()
     before = len(metrics(folder / "killed"))
     assert before < len(metrics(folder / "whole")), "it had ended by itself"
-    ended = forking.run(*COMMAND, "run_dir=killed", folder=folder)
+    ended = forking.run(*command, folder=folder)
     assert ended.status == 0, ended.err
     assert "ranks: 2 → 1" in ended.out
     whole, parts = ([without_measurements(line) for line in metrics(folder / name)] for name in ("whole", "killed"))

@@ -143,6 +143,9 @@ class LanguageModelingConfig:
     """Mean over the window's `tokens` (each token counts alike, so long samples count more), over its `sequences` (each
     sample's mean over its own tokens counts alike), or over its `samples` (the sum over a sample's tokens, the negative
     log-likelihood of the whole sample, divided by the number of samples)."""
+    chunked_loss: bool = False
+    """Compute logits, loss and gradients of some tokens at a time: logits of a large vocabulary never exist whole. For
+    models whose `get_output_embeddings()` returns their last layer; not for `strategy=dp`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -60,6 +60,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
+        self.head = TiedHead()
         self._initialise(residual_std=INITIAL_STD / math.sqrt(2 * num_layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,8 +80,12 @@ class GPT(nn.Module):
         stream: Tensor = self.dropout(self.token_embedding(tokens.long()) + self.position_embedding(positions))
         for block in self.blocks:
             stream = block(stream)
-        logits: Tensor = F.linear(self.norm(stream), self.token_embedding.weight)
+        logits: Tensor = self.head(self.norm(stream), self.token_embedding.weight)
         return logits
+
+    def get_output_embeddings(self) -> TiedHead:
+        """Returns the layer that computes logits, as models of transformers do."""
+        return self.head
 
     def _initialise(self, residual_std: float) -> None:
         for name, parameter in self.named_parameters():
@@ -88,6 +93,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if name.endswith("to_stream.weight") else INITIAL_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+class TiedHead(nn.Module):
+    """A linear output layer whose weight is another module's, and given in each call."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Returns logits `[..., V]` of inputs `[..., width]`, with a weight `[V, width]`."""
+        return F.linear(hidden, weight)
 
 
 class _Block(nn.Module):

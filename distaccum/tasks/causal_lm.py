@@ -27,13 +27,20 @@ class CausalLM(LanguageModeling):
         normalize: as for `LanguageModeling`.
         sample_tokens: tokens of the text that is generated after evaluations.
         sample_every: generate it after each so-many-th evaluation; 0 for never.
+        chunked_loss: as for `LanguageModeling`.
 
     Raises:
         UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
     """
 
-    def __init__(self, normalize: str = "tokens", sample_tokens: int = 32, sample_every: int = 1) -> None:
-        super().__init__(ignore_index=IGNORE_INDEX, normalize=normalize)
+    def __init__(
+        self,
+        normalize: str = "tokens",
+        sample_tokens: int = 32,
+        sample_every: int = 1,
+        chunked_loss: bool = False,
+    ) -> None:
+        super().__init__(ignore_index=IGNORE_INDEX, normalize=normalize, chunked_loss=chunked_loss)
         require_at_least(1, task__sample_tokens=sample_tokens)
         require_at_least(0, task__sample_every=sample_every)
         self.sample_tokens = sample_tokens

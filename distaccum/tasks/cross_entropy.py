@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from distaccum.accumulation.result import TaskOutput
 from distaccum.config.enums import Normalize
 from distaccum.errors import UserError
+from distaccum.models.ensemble import Ensemble
 from distaccum.models.outputs import logits_of
 from distaccum.tasks.base import Task
+from distaccum.tasks.chunked_loss import loss_in_head
 from distaccum.tasks.model_io import as_classes, call_model, inputs_and_targets
 
 
@@ -162,28 +164,33 @@ class LanguageModeling(_CrossEntropy):
             `sequences`: samples that have a valid target, each with the mean over its own valid targets.
             `samples`: all samples, each with the sum over its valid targets, which is the negative log-likelihood of
             the whole sample.
+        chunked_loss: compute logits of some tokens at a time, and the loss and gradients with them, so that those of a
+            large vocabulary never exist whole. The model's `get_output_embeddings()` must return its last layer, whose
+            outputs it returns as they are: see `distaccum.tasks.loss_in_head`.
 
     Raises:
-        UserError: an impossible argument; and from a call, a micro-batch or logits of another form.
+        UserError: an impossible argument; and from a call, a micro-batch or logits of another form, or a model that the
+            loss can't be computed in chunks of.
     """
 
     class_dim = -1
     _logits_form, _targets_form = ("samples", "length", "tokens"), ("samples", "length")
 
-    def __init__(self, ignore_index: int = -100, normalize: str = "tokens") -> None:
+    def __init__(self, ignore_index: int = -100, normalize: str = "tokens", chunked_loss: bool = False) -> None:
         if normalize not in list(Normalize):
             raise UserError(f"task.normalize={normalize} is none of {', '.join(Normalize)}.")
         self.ignore_index = ignore_index
         self.normalize = Normalize(normalize)
+        self.chunked_loss = chunked_loss
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        by_sequence = self.normalize is Normalize.sequences
-        loss, predicted, targets, _ = self._computed(model, batch, "none" if by_sequence else "sum")
+        # An ensemble's loss is that of several models' logits together.
+        in_chunks = self.chunked_loss and not isinstance(model, Ensemble)
+        loss_sum, losses, predicted, targets = (self._in_chunks if in_chunks else self._at_once)(model, batch)
         valid = targets != self.ignore_index
-        sums = self._sums(loss.detach(), (valid & (predicted == targets)).sum())
+        sums = self._sums(losses.detach().sum(), (valid & (predicted == targets)).sum())
         if self.normalize is not Normalize.tokens:
             sums["tokens"] = valid.sum()
-        loss_sum = (loss.view_as(targets).sum(1) / valid.sum(1).clamp(min=1)).sum() if by_sequence else loss
         return TaskOutput(loss_sum=loss_sum, weight=self._weight(valid), sums=sums)
 
     def _weight(self, valid: Tensor) -> Tensor | int:
@@ -192,6 +199,32 @@ class LanguageModeling(_CrossEntropy):
             return len(valid)
         # It stays on the device: reading it here would make the host wait.
         return (valid.any(1) if self.normalize is Normalize.sequences else valid).sum()
+
+    def _at_once(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the loss sum, the losses of the targets or their sum, predicted classes, and the targets."""
+        by_sequence = self.normalize is Normalize.sequences
+        losses, predicted, targets, _ = self._computed(model, batch, "none" if by_sequence else "sum")
+        if not by_sequence:
+            return losses, losses, predicted, targets
+        return (losses.view_as(targets).sum(1) / self._lengths(targets)).sum(), losses, predicted, targets
+
+    def _in_chunks(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the same without having all logits at a time."""
+        inputs, targets = self._inputs_and_targets(batch)
+        targets = as_classes(targets, type(self).__name__)
+        if targets.dim() != 2:
+            raise UserError(f"{type(self).__name__} needs targets [samples, length], and got {list(targets.shape)}.")
+        weights = None
+        if self.normalize is Normalize.sequences:
+            weights = self._lengths(targets).double().reciprocal()[:, None].expand_as(targets)
+        found = loss_in_head(
+            model, lambda: call_model(model, inputs), targets, row_weights=weights, ignore_index=self.ignore_index
+        )
+        return found.loss_sum, found.losses, found.predicted, targets
+
+    def _lengths(self, targets: Tensor) -> Tensor:
+        """Returns the number of valid targets of each sample, 1 where there is none."""
+        return (targets != self.ignore_index).sum(1).clamp(min=1)
 
     def _sums(self, loss: Tensor, correct: Tensor) -> dict[str, Tensor]:
         """Returns the sums that metrics are made of, given the loss of all valid targets and how many are predicted."""

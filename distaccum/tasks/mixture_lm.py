@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distaccum.accumulation.result import MAIN, LossTerm, TaskOutput
 from distaccum.errors import UserError, require_positive
 from distaccum.tasks.causal_lm import CausalLM
+from distaccum.tasks.chunked_loss import head_of
 
 ROUTER = "router"
 """Name of the term."""
@@ -47,17 +48,12 @@ class MixtureLM(CausalLM):
         return {MAIN: self._weight(targets != self.ignore_index), ROUTER: starts.sum()}
 
     def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        outputs = []
-
-        def with_routers(**inputs: Any) -> Any:
-            outputs.append(model(**inputs, output_router_logits=True))
-            return outputs[-1]
-
+        with_routers = _WithRouters(model)
         output = super().__call__(with_routers, batch)  # type: ignore[arg-type]
         config = getattr(getattr(model, "module", model), "config", None)
         experts_of_token = getattr(config, "num_experts_per_tok", None)
         coefficient = self.coefficient or getattr(config, "router_aux_loss_coef", None)
-        routers = getattr(outputs[0], "router_logits", None)
+        routers = getattr(with_routers.output, "router_logits", None)
         if not routers or experts_of_token is None or coefficient is None:
             raise UserError(
                 f"MixtureLM: the model ({type(model).__name__}) is no mixture of experts that returns router_logits, "
@@ -68,6 +64,21 @@ class MixtureLM(CausalLM):
         loss_sum = _balance([logits for logits in routers if logits is not None], experts_of_token, tokens, starts)
         term = LossTerm(loss_sum, starts.sum(), coefficient)
         return dataclasses.replace(output, terms={**output.terms, ROUTER: term})
+
+
+class _WithRouters:
+    """Calls a model for its routers' logits too, and keeps the output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.output: Any = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        self.output = self._model(**inputs, output_router_logits=True)
+        return self.output
+
+    def get_output_embeddings(self) -> nn.Module:
+        return head_of(self._model)
 
 
 def _sequences(batch: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from examples import RaggedTokens, curves, distance, train_tokens
+import torch
+from examples import VOCABULARY, RaggedTokens, TokenClassifier, curves, distance, train_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
+from distaccum.models import GPT
 from distaccum.runtime.world import World
+from distaccum.tasks import loss_in_head
+from distaccum.tasks.chunked_loss import head_of
 
 PLACEMENTS: dict[str, StrategyConfig] = {
     "ddp": DDPConfig(),
@@ -41,6 +46,43 @@ def _compare(world: World, data: RaggedTokens, updates: int, seed: int, **batch:
         for mine, reference in zip(curves(found), curves(wanted), strict=True):
             assert distance(mine, reference) < 1e-12, (name, batch)
         assert distance(parameters, wanted_parameters) < 1e-12, (name, batch)
+
+
+def tied(dtype: torch.dtype) -> GPT:
+    torch.manual_seed(5)
+    return GPT(vocab_size=VOCABULARY, max_length=12, num_layers=1, num_heads=2, width=8).to(dtype)
+
+
+def chunked_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    inputs, targets = batch
+    return loss_in_head(model, lambda: model(inputs), targets, chunk=5).loss_sum, (targets != -100).sum()
+
+
+def without_its_head(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    head_of(model).requires_grad_(False)
+    return chunked_loss(model, batch)
+
+
+def check_losses_in_chunks(world: World) -> None:
+    """The head's parameters are gathered and synchronised as ever, though its forward is another; tied ones too."""
+    if world.world_size > 2:
+        return  # two ranks show what several do
+    batch: dict[str, Any] = {"global_batch_size": 16, "updates": 3}
+    placements = _placements(world)
+    placements["fsdp, the head a block"] = (FSDPConfig(wrap=["Linear"]), placements["fsdp"][1])
+    for model in (TokenClassifier, tied):
+        wanted, wanted_parameters = train_tokens(None, micro_batch_size=16, model=model, **batch)
+        for name, (config, here) in placements.items():
+            if isinstance(config, DPConfig):
+                continue
+            options = {"model": model, "micro_batch_size": 3, **batch, **here}
+            found, parameters = train_tokens(config, loss=chunked_loss, **options)
+            for mine, reference in zip(curves(found), curves(wanted), strict=True):
+                assert distance(mine, reference) < 1e-12, (name, model)
+            assert distance(parameters, wanted_parameters) < 1e-12, (name, model)
+    _, wanted_parameters = train_tokens(None, micro_batch_size=3, **batch)
+    _, parameters = train_tokens(None, loss=without_its_head, micro_batch_size=3, **batch)
+    assert distance(parameters, wanted_parameters) > 1e-3
 
 
 def check_uniform_windows(world: World) -> None:

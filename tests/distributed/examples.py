@@ -67,6 +67,9 @@ class TokenClassifier(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.out(torch.tanh(self.hidden(self.embedding(tokens))))
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
 
 class Normalized(nn.Module):
     """Digits with BatchNorm, whose statistics are other ones on each rank unless they are shared."""
@@ -103,6 +106,7 @@ def train_tokens(
     world_size: int = 1,
     dtype: torch.dtype = torch.float64,
     loss: Callable[[nn.Module, Any], tuple[Tensor, Tensor | float]] = token_loss,
+    model: Callable[[torch.dtype], nn.Module] = TokenClassifier,
     clip_norm: float | None = 0.05,
     equal_micro_steps: bool | None = None,
     data: RaggedTokens | None = None,
@@ -111,7 +115,7 @@ def train_tokens(
     **batch: Any,
 ) -> tuple[list[UpdateResult], Tensor]:
     """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
-    strategy = placed(TokenClassifier(dtype), config, compilation)
+    strategy = placed(model(dtype), config, compilation)
     optimizer = build_optimizer(
         AdamConfig(_target_="torch.optim.AdamW", lr=3e-2, weight_decay=0.01),
         strategy.model.parameters(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distaccum.config import DDPConfig, FSDPConfig, StrategyConfig
+from distaccum.config import DDPConfig, DPConfig, FSDPConfig, StrategyConfig
 from distaccum.config.enums import Accumulate, Compression, PrecisionName
 from distaccum.config.launcher import launch
 from distaccum.config.optimizers import NEED_ALL_STATE, NEED_WHOLE_PARAMETERS, AdamConfig, AdamW8bitConfig
@@ -27,6 +29,7 @@ from distaccum.runtime.nested import to_device
 from distaccum.strategies import needs_equal_micro_steps, shards_optimizer
 from distaccum.strategies.blocks import blocks_of
 from distaccum.tasks import CoupledTask
+from distaccum.tasks.chunked_loss import head_of
 from distaccum.tools.bench.placing import half_of, placed
 from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.memory.lines import sizes_to_measure
@@ -89,6 +92,8 @@ class _Change(NamedTuple):
     overrides: str
     label: str
     setting: Setting
+    task: Any = None
+    """In the place of the configured one."""
 
 
 class _Examination:
@@ -173,7 +178,7 @@ class _Examination:
             footprint = measure(
                 self._parts.module,
                 setting,
-                self._parts.task,
+                change.task or self._parts.task,
                 self._batches(self._parts.train_data),
                 sizes,
                 limit=self._usable,
@@ -208,6 +213,8 @@ class _Examination:
                 yield _Change(overrides, f"K = {other}", replace(configured, accumulation_steps=other))
         if has_8bit() and _can_be_8bit(configured):
             yield _Change("optim=adamw8bit", "8-bit AdamW", replace(configured, optim=AdamW8bitConfig()))
+        if (task := self._task_in_chunks()) is not None:
+            yield _Change("task.chunked_loss=true", "loss in chunks", configured, task)
         if blocks_of(self._parts.module, configured.wrap):
             on = not configured.activation_checkpointing
             label = f"activation checkpointing {'on' if on else 'off'}"
@@ -237,6 +244,17 @@ class _Examination:
             other, _ = self._cut(strategy, ranks)
             setting = replace(configured, strategy=strategy, world_size=ranks, accumulation_steps=other)
             yield _Change(overrides, label, setting)
+
+    def _task_in_chunks(self) -> Any:
+        """Returns the task with its loss in chunks; None if it has none, or has it already, or not with this model."""
+        task = copy.copy(self._parts.task)
+        if getattr(task, "chunked_loss", True) or isinstance(self._config.strategy, DPConfig):
+            return None
+        with suppress(UserError):
+            head_of(self._parts.module)
+            task.chunked_loss = True
+            return task
+        return None
 
     def _cut(self, strategy: StrategyConfig, world_size: int) -> tuple[int, int]:
         """Micro-steps of rank 0 in a full window, and the samples of the largest of them."""

@@ -56,6 +56,8 @@ def test_rows(report: Any) -> None:
     assert (configured.accumulation_steps, configured.micro_batch) == (4, 4)
     assert rows["K = 1"].micro_batch == 16
     assert rows["K = 1"].peak > 2 * configured.peak - configured.rest
+    assert rows["loss in chunks"].overrides == "task.chunked_loss=true"
+    assert rows["loss in chunks"].peak < configured.peak
     assert rows["activation checkpointing on"].peak < configured.peak
     assert rows["activation checkpointing on"].activations < 0.5 * configured.activations
     zero = rows["ddp shard_optimizer=true, 2 ranks"].footprint
