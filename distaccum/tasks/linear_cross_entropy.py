@@ -83,14 +83,7 @@ def linear_cross_entropy_sum(
     _require_shapes(hidden, weight, targets, bias, row_weights)
     require(0 <= label_smoothing < 1, f"label_smoothing={label_smoothing} must lie in [0, 1).")
     require(chunk is None or chunk >= 1, f"chunk={chunk} is impossible: it is the number of rows at a time.")
-    device = hidden.device.type
-    is_cast = torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(device) if is_cast else hidden.dtype
-    require(
-        is_cast or weight.dtype == hidden.dtype,
-        f"a linear layer needs inputs and a weight of one format, and they are {hidden.dtype} and {weight.dtype}. Use "
-        "autocast, or convert one of them.",
-    )
+    dtype, device = _format_of_products(hidden, weight), hidden.device.type
     targets = targets.long()
     is_valid = targets != ignore_index
     if device == "cpu":  # on a GPU the device stops: looking at targets would make the host wait
@@ -111,6 +104,18 @@ def linear_cross_entropy_sum(
 
 def _rows_of_a_chunk(rows: int, classes: int, device: str) -> int:
     return max(1, min(max(-(-rows // 8), _LEAST_ROWS.get(device, 1)), _MOST_NUMBERS // classes))
+
+
+def _format_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    require(
+        weight.dtype == hidden.dtype,
+        f"a linear layer needs inputs and a weight of one format, and they are {hidden.dtype} and {weight.dtype}. Use "
+        "autocast, or convert one of them.",
+    )
+    return hidden.dtype
 
 
 def _require_shapes(
