@@ -70,6 +70,7 @@ class WindowLoader:
         schedule: SizeRule | None = None,
         options: LoaderOptions | None = None,
     ) -> None:
+        self.dataset = dataset
         self.num_samples = size_of(dataset, "training")
         rank, world_size = placement(rank, world_size)
         plan = planning.resolve_batch(

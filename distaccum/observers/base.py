@@ -29,6 +29,8 @@ class RunStart:
     """None if they are not equally many in all epochs."""
     config: dict[str, Any]
     """The configuration as plain dictionaries, lists, strings and numbers."""
+    subject: str = ""
+    """The classes of the model and of the training data, as they were built: `CNN on Digits`."""
     resumed_update: int = 0
     """Updates done before, by the run that this one goes on from; 0 for a new run."""
     skipped_updates: int = 0

@@ -39,6 +39,8 @@ class RunRecord:
 
     plan: str = ""
     """How a window is cut, in one line."""
+    subject: str = ""
+    """The classes of the model and of the training data: `CNN on Digits`."""
     total_updates: int = 0
     resumed_after: list[int] = field(default_factory=list)
     """The updates after which it went on, once for each time that it was started again from a checkpoint."""
@@ -65,6 +67,7 @@ class RunRecord:
                 found = json.load(file)
             return cls(
                 plan=str(found["plan"]),
+                subject=str(found.get("subject", "")),
                 total_updates=int(found["total_updates"]),
                 resumed_after=[int(update) for update in found["resumed_after"]],
                 updates=int(found["updates"]),
@@ -90,6 +93,7 @@ class RunFile(Observer):
         resumed = [start.resumed_update] if start.resumed_update and not has_nothing_to_do else []
         self._record = RunRecord(
             plan=start.plan,
+            subject=start.subject,
             total_updates=start.total_updates,
             resumed_after=[*(before.resumed_after if before else ()), *resumed],
             updates=start.resumed_update,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distaccum.accumulation.result import UpdateResult
 from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
@@ -305,8 +305,13 @@ class Trainer:
             total_updates=last,
             updates_per_epoch=self.loader.sizes.count(0) if self.loader.sizes.is_constant else None,
             config=self.config,
+            subject=f"{_class_of(self.strategy.module)} on {type(self.loader.dataset).__name__}",
             resumed_update=self._progress.updates,
             skipped_updates=self._progress.totals.skipped_updates,
         )
         for observer in self.observers:
             observer.on_start(start)
+
+
+def _class_of(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")  # fully_shard has put it there

@@ -27,13 +27,14 @@ def test_a_run_that_finishes_and_is_made_longer(train: Callable[..., Ended]) -> 
     assert train(*TINY, "run_dir=run", "train.max_updates=4").status == 0
     first = record()
     assert first.plan.startswith("window ")
+    assert first.subject == "MLP on Synthetic"
     assert (first.outcome, first.updates, first.total_updates) == (Outcome.finished, 4, 4)
     assert (first.resumed_after, first.skipped_updates, first.reason) == ([], 0, None)
     assert train(*TINY, "run_dir=run", "train.max_updates=6").status == 0
     longer = record()
     assert (longer.outcome, longer.updates, longer.resumed_after) == (Outcome.finished, 6, [4])
     assert set(json.loads(Path("run/run.json").read_text())) == {
-        "plan", "total_updates", "resumed_after", "updates", "skipped_updates", "outcome", "reason",
+        "plan", "subject", "total_updates", "resumed_after", "updates", "skipped_updates", "outcome", "reason",
     }  # fmt: skip
 
 

@@ -78,7 +78,9 @@ def subject_of(config: dict[str, Any]) -> str:
     """Returns what was trained on what, as far as a run's configuration says: `CNN on Digits`."""
 
     def last_name(section: Any) -> str:
-        return str(section.get("_target_", "")).rpartition(".")[2] if isinstance(section, dict) else ""
+        names = str(section.get("_target_", "")).split(".") if isinstance(section, dict) else [""]
+        is_method = len(names) > 1 and names[-2][:1].isupper()  # AutoModel.from_config
+        return names[-2 if is_method else -1]
 
     data = config.get("data")
     names = [last_name(config.get("model")), last_name(data.get("train") if isinstance(data, dict) else None)]

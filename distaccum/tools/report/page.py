@@ -11,7 +11,7 @@ from pathlib import Path
 from distaccum.errors import UserError, require
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
 from distaccum.runtime.files import write_text
-from distaccum.tools.pages.page import MADE_BY, Section, render, subject_of
+from distaccum.tools.pages.page import MADE_BY, Section, render
 from distaccum.tools.report.charts import Charts, style_of, window_of_median
 from distaccum.tools.report.runs import Run, differences, read_runs
 from distaccum.tools.report.story import comparison, facts, how_it_went, what_to_look_at
@@ -46,7 +46,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
 def page_of(runs: Sequence[Run]) -> str:
     """Returns the whole page."""
     is_single = len(runs) == 1
-    subjects = list(dict.fromkeys(subject_of(run.config) or run.name for run in runs))
+    subjects = list(dict.fromkeys(run.subject for run in runs))
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics.evaluation_metrics()))[:4]
     where = " · ".join(str(run.path) for run in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
     return render(

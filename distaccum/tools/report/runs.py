@@ -16,6 +16,7 @@ from distaccum.errors import UserError
 from distaccum.observers.metrics_reading import Metrics, number_or_nan, read_metrics
 from distaccum.observers.run_file import RUN_FILE, Outcome, RunRecord
 from distaccum.runtime.files import read_plain_yaml
+from distaccum.tools.pages.page import subject_of
 
 METRICS = "metrics.jsonl"
 
@@ -34,6 +35,11 @@ class Run:
     """What `run.json` says; None if it is missing or can't be read."""
     problems: list[str] = field(default_factory=list)
     """What could not be read of the folder."""
+
+    @property
+    def subject(self) -> str:
+        """Returns what was trained on what; the run's name if that is not known."""
+        return (self.record.subject if self.record is not None else "") or subject_of(self.config) or self.name
 
     @property
     def outcome(self) -> Outcome | None:

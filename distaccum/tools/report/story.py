@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
 from distaccum.observers.metrics_reading import number_or_nan
 from distaccum.observers.run_file import Outcome
-from distaccum.tools.pages.page import TIME_PARTS, subject_of
+from distaccum.tools.pages.page import TIME_PARTS
 from distaccum.tools.report.runs import Run, is_better_low
 
 _MUCH_DATA = 0.1
@@ -44,7 +44,6 @@ def how_it_went(run: Run) -> str:
 
 
 def _extent(run: Run) -> str:
-    subject = subject_of(run.config) or run.name
     epochs = int(number_or_nan(run.last.get("epoch"))) + 1 if "epoch" in run.last else None
     amount = f"{run.num_updates:,} update{'s' * (run.num_updates > 1)}"
     if not math.isnan(run.samples):
@@ -62,7 +61,7 @@ def _extent(run: Run) -> str:
     if run.resumed_after:
         times = len(run.resumed_after)
         state += f" (went on {'once' if times == 1 else f'{times} times'} from a checkpoint)"
-    return f"{subject}, {state}."
+    return f"{run.subject}, {state}."
 
 
 def _loss(run: Run) -> str:

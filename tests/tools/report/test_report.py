@@ -118,6 +118,17 @@ def usual(number: int = 60, **changes: Any) -> list[dict[str, Any]]:
     return lines
 
 
+def test_a_run_is_named_by_the_classes_of_what_was_built(tmp_path: Path) -> None:
+    config = {
+        "model": {"_target_": "transformers.AutoModelForCausalLM.from_config"},
+        "data": {"train": {"_target_": "datasets.load_from_disk"}},
+    }
+    known = run(tmp_path / "known", usual(), config=config, subject="LlamaForCausalLM on Dataset")
+    assert "LlamaForCausalLM on Dataset, " in page(known).words
+    before = run(tmp_path / "before", usual(), config=config)
+    assert "AutoModelForCausalLM on load_from_disk, " in page(before).words
+
+
 def test_a_run_on_one_page(tmp_path: Path) -> None:
     folder = run(tmp_path / "mine", usual(peak_memory_bytes=3 * 2**20), outcome=Outcome.finished, updates=60)
     shown = page(folder)
