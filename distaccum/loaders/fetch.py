@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,6 +82,8 @@ class MicroBatches(Dataset[Any]):
             is_one = self._loading is not None
             where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {indices}"
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if is_one and (file := _file_of(self.dataset, self._loading)) and file not in said:
+                where += f" ({file})"
             failure = UserError(f"{where} of the {self.role} data could not be loaded: {said}")
             failure.add_note(traceback.format_exc())  # as text, as the exception may not be picklable
             return failure
@@ -118,6 +121,15 @@ class MicroBatches(Dataset[Any]):
         # What is not a list of samples but made into a micro-batch already can't be taken apart.
         self._one_by_one = isinstance(samples, list) and self._draws.has_drawn()
         return None if self._one_by_one else samples
+
+
+def _file_of(dataset: Any, index: int | None) -> str | None:
+    """Returns the path of a sample's file, of a dataset with a list `samples` as torchvision's `ImageFolder` has it."""
+    try:
+        entry = dataset.samples[index]
+        return os.fspath(entry[0] if isinstance(entry, tuple) else entry)
+    except Exception:  # what a dataset has under that name may be anything, and this only adds to a message
+        return None
 
 
 class BatchSource:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,21 @@ def test_failures_name_the_sample_also_when_random() -> None:
     assert all(isinstance(failure, UserError) for failure in failures)
     assert str(failures[0]).startswith("sample 4 of the training data could not be loaded: ValueError: no 0.")
     assert str(failures[0]) == str(failures[1])
+
+
+@pytest.mark.parametrize("samples", [[("a/0.png", 0), ("b/1.png", 1)], ["a/0.png", Path("b/1.png")]])
+def test_the_file_of_a_sample_is_named(samples: list[Any]) -> None:
+    class Files:
+        def __init__(self, samples: list[Any]) -> None:
+            self.samples = samples
+
+        def __getitem__(self, index: int) -> Any:
+            raise OSError("image file is truncated")
+
+    failure = MicroBatches(Files(samples), None, "training", 1)[Request(0, [1])]
+    wanted = "sample 1 (b/1.png) of the training data could not be loaded: OSError: image file is truncated"
+    assert str(failure) == wanted
+    assert str(MicroBatches(Files([3, 4]), None, "training", 1)[Request(0, [1])]) == wanted.replace(" (b/1.png)", "")
 
 
 @pytest.mark.parametrize("persistent", [True, False])

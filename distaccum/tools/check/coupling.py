@@ -218,8 +218,8 @@ def _collation(subject: Subject, trio: Trio) -> list[Finding]:
             else "The same samples make another micro-batch with another seed, and the seed follows the first of them.",
             where="data.collate_fn, or the dataset's collate_fn",
             remedy="Do what draws or looks at several samples before the windows are cut, in the dataset, whose draws "
-            "are seeded sample by sample: normalise with statistics of the whole of it; for mixup, let each sample "
-            "draw its partner there.",
+            "are seeded sample by sample: normalise with statistics of the whole of it; for mixup and CutMix, let each "
+            "sample draw its partner there, as distaccum.data.Mixed does (task=classification takes its targets).",
         )
     ]
 
