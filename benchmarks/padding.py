@@ -40,7 +40,7 @@ from torch.utils.data import Dataset
 from distaccum import Accumulator, WindowLoader, shuffled
 from distaccum.data import DocumentationText
 from distaccum.models import GPT
-from distaccum.planning.by_length import CostFit, CostModel
+from distaccum.planning.costs import CostFit, CostModel
 
 MAX_LENGTH = 512
 WINDOW = 64

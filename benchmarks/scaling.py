@@ -32,7 +32,8 @@ from torch import nn
 
 from distaccum import Accumulator, Checkpointer
 from distaccum.planning import resolve_batch
-from distaccum.planning.by_length import CostModel, cut_by_length
+from distaccum.planning.by_length import cut_by_length
+from distaccum.planning.costs import CostModel
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize
 
 _IMPORT = "import torch, time; t = time.process_time(); import distaccum.accumulation; print(time.process_time() - t)"

@@ -22,6 +22,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("the run", "", config.TrainConfig),
     ("`batch`", "batch", config.BatchConfig),
     ("`batch=by_length`", "batch", config.ByLengthBatchConfig),
+    ("`batch=packed`", "batch", config.PackedBatchConfig),
     ("`train`", "train", config.LoopConfig),
     ("`train.early_stopping`", "train.early_stopping", config.EarlyStoppingConfig),
     ("`train.ema`", "train.ema", config.EmaConfig),

@@ -12,7 +12,7 @@ or function, and the other keys of its section are passed to it. The typed secti
 from __future__ import annotations
 
 from distaccum.config.basics import MISSING, as_plain, flat, require_name
-from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
+from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig, PackedBatchConfig
 from distaccum.config.loop import (
     CheckpointConfig,
     DecayScheduleConfig,
@@ -55,6 +55,7 @@ __all__ = [
     "InsightConfig",
     "LoopConfig",
     "OptimConfig",
+    "PackedBatchConfig",
     "PolynomialScheduleConfig",
     "PrecisionConfig",
     "ScheduleConfig",

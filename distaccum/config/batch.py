@@ -146,6 +146,11 @@ class BatchConfig:
             )
 
     @property
+    def cut(self) -> str:
+        """The name of this choice: how windows are cut."""
+        return "uniform"
+
+    @property
     def is_auto(self) -> bool:
         """Whether the size of micro-batches is found on the machine."""
         return self.micro_batch_size == AUTO
@@ -181,9 +186,36 @@ class ByLengthBatchConfig(BatchConfig):
         )
         require(
             self.accumulation_steps is None,
-            f"batch.accumulation_steps={self.accumulation_steps} can't be given with batch=by_length: the number of "
+            f"batch.accumulation_steps={self.accumulation_steps} can't be given with batch={self.cut}: the number of "
             "micro-steps follows from the lengths. Leave it out, or set batch=uniform.",
         )
+
+    @property
+    def cut(self) -> str:
+        return "by_length"
+
+
+@dataclass(kw_only=True, slots=True)
+class PackedBatchConfig(ByLengthBatchConfig):
+    """The samples of a micro-batch are put end to end, within each window: nothing is padded, and the update is the
+    same.
+
+    Positions begin anew with each sample and attention stays inside it, which the model must be able to do: before the
+    first update, samples are computed packed and alone, and a model that gives something else is refused. The windows
+    are those of `batch=uniform`. Lengths are found as with `batch=by_length`.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens in a micro-batch. `null`: `micro_batch_size` times the longest sample, for which `batch=uniform`
+    needs memory too."""
+    measure_costs: bool = True
+    """Fit the costs of a token and of attention, which grow with Σ length and Σ length², to measured micro-steps at
+    updates 4, 16 and 64, and deal samples to ranks accordingly. `false`: a fixed cost, so that the same command gives
+    the same bits."""
+
+    @property
+    def cut(self) -> str:
+        return "packed"
 
 
 @dataclass(kw_only=True, slots=True)

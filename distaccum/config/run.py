@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from distaccum.config.basics import MISSING
-from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig
-from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, LrRule, WandbMode
+from distaccum.config.batch import BatchConfig, ByLengthBatchConfig, DataConfig, PackedBatchConfig
+from distaccum.config.enums import BatchSchedule, Compression, DeviceChoice, LrRule, Normalize, WandbMode
 from distaccum.config.loop import CheckpointConfig, DecayScheduleConfig, InsightConfig, LoopConfig, ScheduleConfig
 from distaccum.config.optimizers import RpropConfig, ScheduleFreeConfig, ScheduleFreeSGDConfig
-from distaccum.config.placement import DDPConfig, PrecisionConfig, StrategyConfig
+from distaccum.config.placement import DDPConfig, DPConfig, PrecisionConfig, StrategyConfig
 from distaccum.errors import require, require_at_least, require_positive
 
 
@@ -62,8 +62,8 @@ class TrainConfig:
     """Backend of `torch.compile`. `aot_eager` traces the model without generating code: a quick test of whether it can
     be compiled."""
     compile_dynamic: bool | None = None
-    """`true`: compile once for all shapes; `false`: anew for each shape. `null`: `true` with `batch=by_length`; else
-    for the first shape, and for all shapes when a second one comes."""
+    """`true`: compile once for all shapes; `false`: anew for each shape. `null`: `true` with `batch=by_length` and
+    `batch=packed`; else for the first shape, and for all shapes when a second one comes."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = MISSING
     model: Any = MISSING
@@ -84,6 +84,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_at_least(0, seed=self.seed)
         self._check_step_size()
+        if isinstance(self.batch, PackedBatchConfig):
+            self._check_packing()
         if self.batch.schedule is BatchSchedule.noise:
             require(
                 self.insight.noise_scale,
@@ -98,14 +100,34 @@ class TrainConfig:
         if self.insight.noise_scale:
             require(
                 not isinstance(self.batch, ByLengthBatchConfig),
-                "insight.noise_scale=true is not supported with batch=by_length: the noise scale needs micro-batches "
-                "that are random samples of the data. Set batch=uniform, or leave it out.",
+                f"insight.noise_scale=true is not supported with batch={self.batch.cut}: the noise scale needs "
+                "micro-batches that are random samples of the data. Set batch=uniform, or leave it out.",
             )
             require(
                 not (isinstance(self.strategy, DDPConfig) and self.strategy.compression is Compression.powersgd),
                 "insight.noise_scale=true is not supported with strategy.compression=powersgd, whose sum of gradients "
                 "can't be compared with its parts. Leave one of them out.",
             )
+
+    def _check_packing(self) -> None:
+        require(
+            not isinstance(self.strategy, DPConfig),
+            "batch=packed is not supported with strategy=dp, which scatters the rows of a micro-batch over replicas, "
+            "and a packed one is a single row. Set batch=by_length, or strategy=ddp under torchrun.",
+        )
+        require(
+            self.data == MISSING or self.data.collate_fn is None,
+            "batch=packed makes micro-batches itself, of samples put end to end, and data.collate_fn is given too. "
+            "Leave it out (the dataset's own collate_fn serves the evaluations, its pack_fn the packing), or set "
+            "batch=by_length.",
+        )
+        normalize = getattr(self.task, "normalize", None)
+        require(
+            normalize in (None, Normalize.tokens),
+            f"batch=packed is not supported with task.normalize={getattr(normalize, 'name', normalize)}: in a packed "
+            "micro-batch the loss of a sample is not told from that of the others. Set batch=by_length, or "
+            "task.normalize=tokens.",
+        )
 
     def _schedule_needs_length(self) -> bool:
         is_known = isinstance(self.schedule, ScheduleConfig) and not isinstance(self.schedule, DecayScheduleConfig)

@@ -11,6 +11,7 @@ from distaccum.config import (
     DPConfig,
     Fp16Config,
     FSDPConfig,
+    PackedBatchConfig,
     PolynomialScheduleConfig,
     PrecisionConfig,
     ScheduleConfig,
@@ -56,7 +57,7 @@ from distaccum.config.optimizers import (
 from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig},
+    "batch": {"uniform": BatchConfig, "by_length": ByLengthBatchConfig, "packed": PackedBatchConfig},
     "data": {
         "base": DataConfig,
         "coins": CoinsDataConfig,

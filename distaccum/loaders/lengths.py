@@ -52,7 +52,7 @@ def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:
         some = np.linspace(0, count - 1, min(count, _SAMPLES_TO_COMPARE), dtype=np.int64).tolist()
         if all(_length(dataset[index], index) == before[index] for index in some):
             return np.array(before, dtype=np.int64)
-        logger.info("batch=by_length: samples are no longer as long as they were: all are loaded again")
+        logger.info("lengths: samples are no longer as long as they were: all are loaded again")
     indices = track(range(count), "lengths of the samples", console=console, transient=True)
     lengths = [_length(dataset[index], index) for index in indices]
     if remembered is not None:
@@ -64,7 +64,7 @@ def _length(sample: Any, index: int) -> int:
     sizes = _sizes(sample)
     if not sizes:
         raise UserError(
-            f"batch=by_length: sample {index} has no tensor with a first dimension, so its length is not known. Give "
+            f"sample {index} has no tensor with a first dimension, so its length is not known. Give "
             "the dataset an attribute `lengths`, one number for each sample; or set batch=uniform."
         )
     return max(sizes)

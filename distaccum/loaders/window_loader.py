@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distaccum import planning
+from distaccum.errors import require
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 from distaccum.loaders.look_ahead import LookAhead
 from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
+from distaccum.loaders.pack import packing_of
 from distaccum.loaders.window import Window
 from distaccum.planning.window_sizes import BatchSizes, SizeRule
 from distaccum.runtime.nested import to_device
@@ -33,10 +35,13 @@ class WindowLoader:
         lengths: of all samples; given, samples of like length share a micro-batch, within each window (see
             `distaccum.planning.by_length.cut_by_length`).
         max_tokens: most tokens in such a micro-batch, padding included. Default: `micro_batch_size` times the longest.
+        packed: put the samples of a micro-batch end to end instead, without padding (see
+            `distaccum.planning.packed.cut_packed`); the model must keep attention inside each sample. Needs `lengths`.
         drop_last: leave out an epoch's last window when it is smaller than the others.
         seed: decides the order together with the epoch, and the dataset's random numbers.
         collate_fn: makes a micro-batch of a list of samples. Default: the dataset's own `collate_fn` if it has one,
-            else stacking with dynamic padding (`PadCollate`).
+            else stacking with dynamic padding (`PadCollate`). With `packed`: the dataset's `pack_fn`, else
+            `PackCollate()`.
         rank, world_size: default to those of the process group, or to 0 and 1 without one.
         equal_micro_steps: give all ranks the same number of micro-steps.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank: those in which
@@ -60,6 +65,7 @@ class WindowLoader:
         accumulation_steps: int | None = None,
         lengths: Sequence[int] | NDArray[np.int64] | None = None,
         max_tokens: int | None = None,
+        packed: bool = False,
         drop_last: bool = False,
         seed: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -72,6 +78,9 @@ class WindowLoader:
     ) -> None:
         self.dataset = dataset
         self.num_samples = size_of(dataset, "training")
+        if packed:
+            require(lengths is not None, "packed=True needs the samples' lengths: give lengths=…, one for each sample.")
+            collate_fn = collate_fn or packing_of(dataset)
         rank, world_size = placement(rank, world_size)
         plan = planning.resolve_batch(
             world_size=world_size,
@@ -90,6 +99,7 @@ class WindowLoader:
             size_rule=schedule,
             lengths=lengths,
             max_tokens=max_tokens,
+            is_packed=packed,
             overhead=self._options.micro_step_overhead,
             split_every=split_every,
             windows_ahead=self._options.windows_ahead,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.errors import UserError
+from distaccum.models.attention import Samples, causal_attention
 from distaccum.models.checks import require_at_least_one, require_probability
 
 INITIAL_STD = 0.02
@@ -20,8 +21,9 @@ class GPT(nn.Module):
     """Pre-norm transformer with learned positions, whose output layer is the token embedding itself.
 
     Attention is causal: padding at the end of a sequence changes nothing before it, so a padded micro-batch needs no
-    mask. Initialised as GPT-2 was (Radford et al. 2019): normal weights of std 0.02, those that write into the
-    residual stream divided by sqrt(2 * num_layers), the number of its summands.
+    mask. Samples may be packed too, put end to end in one row without padding: attention then stays inside each.
+    Initialised as GPT-2 was (Radford et al. 2019): normal weights of std 0.02, those that write into the residual
+    stream divided by sqrt(2 * num_layers), the number of its summands.
 
     Args:
         vocab_size: number of different tokens.
@@ -63,23 +65,29 @@ class GPT(nn.Module):
         self.head = TiedHead()
         self._initialise(residual_std=INITIAL_STD / math.sqrt(2 * num_layers))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, sample_lengths: Tensor | None = None) -> Tensor:
         """Returns logits `[B, T, vocab_size]` of tokens, integers `[B, T]`: at each place those of the next token.
+
+        Args:
+            sample_lengths: of samples that are put end to end in the one row of `tokens`, `[1, Σ lengths]`.
 
         Raises:
             UserError: tokens of another number of dimensions or no integers, or T above `max_length`.
         """
         if tokens.is_floating_point() or tokens.is_complex():
             raise UserError(f"GPT: tokens must be integers, and they are {tokens.dtype}. Mend the dataset.")
-        if tokens.dim() != 2 or tokens.shape[1] > self.max_length:
+        samples = None
+        if sample_lengths is not None:
+            samples = Samples(sample_lengths, tokens.shape[1], self.max_length)
+        elif tokens.dim() != 2 or tokens.shape[1] > self.max_length:
             raise UserError(
                 f"GPT: tokens of shape {list(tokens.shape)} do not fit: the shape must be [samples, length], with a "
                 f"length of at most model.max_length={self.max_length}."
             )
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if samples is None else samples.positions
         stream: Tensor = self.dropout(self.token_embedding(tokens.long()) + self.position_embedding(positions))
         for block in self.blocks:
-            stream = block(stream)
+            stream = block(stream, samples)
         logits: Tensor = self.head(self.norm(stream), self.token_embedding.weight)
         return logits
 
@@ -117,8 +125,8 @@ class _Block(nn.Module):
         self.perceptron = nn.Sequential(layers)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, stream: Tensor) -> Tensor:
-        stream = stream + self.dropout(self.attention(self.attention_norm(stream)))
+    def forward(self, stream: Tensor, samples: Samples | None = None) -> Tensor:
+        stream = stream + self.dropout(self.attention(self.attention_norm(stream), samples))
         update: Tensor = self.dropout(self.perceptron(self.perceptron_norm(stream)))
         return stream + update
 
@@ -133,12 +141,10 @@ class _Attention(nn.Module):
         self.to_query_key_value = nn.Linear(width, 3 * width)
         self.to_stream = nn.Linear(width, width)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, samples: Samples | None = None) -> Tensor:
         batch, length, width = inputs.shape
         heads = self.to_query_key_value(inputs).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, heads, T, width / heads]
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        mixed = causal_attention(query, key, value, samples, dropout=self.dropout if self.training else 0.0)
         outputs: Tensor = self.to_stream(mixed.transpose(1, 2).reshape(batch, length, width))
         return outputs

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,29 +16,12 @@ from numpy.typing import NDArray
 
 from distaccum.errors import UserError
 from distaccum.planning.batch_plan import BatchPlan
+from distaccum.planning.costs import CostModel
 from distaccum.planning.dealing import Dealer, Part
+from distaccum.planning.packed import cut_packed
 
 _MOST_BLOCKS = 512
 """Windows of more samples than this are grouped in blocks of several, which bounds the time that it takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CostModel:
-    """The cost of a micro-batch of n samples, padded to length L: n L (1 + quadratic · L) + overhead.
-
-    In units of one token of a short sequence. The quadratic term is attention's, the overhead that of a forward and
-    backward however small.
-    """
-
-    quadratic: float = 0.0
-    overhead: float = 0.0
-
-    def cost(self, count: NDArray[np.float64], length: NDArray[np.float64]) -> NDArray[np.float64]:
-        return count * self.of_sample(length) + self.overhead
-
-    def of_sample(self, length: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns what one more sample adds to a micro-batch that is padded to a length."""
-        return length * (1.0 + self.quadratic * length)
 
 
 def cut_by_length(
@@ -87,12 +69,6 @@ def cut_by_length(
     )
 
 
-def _cost(group: NDArray[np.int64], lengths: NDArray[np.int64], costs: CostModel) -> float:
-    if not len(group):
-        return 0.0
-    return float(costs.cost(np.float64(len(group)), np.float64(lengths[group].max())))  # type: ignore[arg-type]
-
-
 def _cheapest_groups(longest_first: NDArray[np.float64], max_tokens: int, costs: CostModel) -> list[tuple[int, int]]:
     """Cuts the samples where the sum of costs is least and no group is over the budget; returns bounds of groups."""
     count = len(longest_first)
@@ -134,7 +110,7 @@ def _split_largest(rank: list[Part], dealer: Dealer) -> bool:
 
 
 class Grouping:
-    """Cuts a run's windows by length, each by the costs in force for it.
+    """Cuts a run's windows by length, or packs them, each by the costs in force for it.
 
     Args:
         lengths: of all samples of the dataset.
@@ -144,6 +120,7 @@ class Grouping:
         windows_ahead: most windows that may have begun to load before the one in use is done.
         overhead: what a micro-step costs however small it is, in parts of one of `max_tokens`: a guess that holds until
             costs are measured.
+        is_packed: put samples end to end without padding, as `cut_packed` does.
 
     Raises:
         UserError: the lengths can't be those of the dataset.
@@ -157,9 +134,12 @@ class Grouping:
         max_tokens: int | None,
         windows_ahead: int = 0,
         overhead: float = 1 / 64,
+        *,
+        is_packed: bool = False,
     ) -> None:
         self._overhead = overhead
-        self.lengths = _checked_lengths(lengths, num_samples)
+        self.lengths = _checked_lengths(lengths, num_samples, "batch=packed" if is_packed else "batch=by_length")
+        self.is_packed = is_packed
         self._plan = plan
         if plan.accumulation_steps is not None:
             raise UserError(
@@ -189,7 +169,7 @@ class Grouping:
         if number not in self._known:
             if len(self._known) >= self._most_known:
                 self._known.pop(next(iter(self._known)))
-            self._known[number] = cut_by_length(
+            self._known[number] = (cut_packed if self.is_packed else cut_by_length)(
                 self.lengths[samples],
                 world_size=self._plan.world_size,
                 max_tokens=self.max_tokens,
@@ -201,8 +181,13 @@ class Grouping:
 
     def cost(self, groups: Iterable[Sequence[int]], number: int) -> float:
         """Returns the cost of micro-batches (of indices in the dataset) together in a window."""
-        costs = self.costs.at(number)
-        return sum(_cost(np.asarray(group, dtype=np.int64), self.lengths, costs) for group in groups)
+        costs, total = self.costs.at(number), 0.0
+        for group in groups:
+            if len(group):
+                lengths = self.lengths[list(group)].astype(np.float64)
+                padded = lengths if self.is_packed else np.full_like(lengths, lengths.max())
+                total += float(costs.of_sample(padded).sum()) + costs.overhead
+        return total
 
 
 T = TypeVar("T")
@@ -233,41 +218,7 @@ class Timeline(Generic[T]):
         self.changes = [*self.changes[over[-1] if over else 0 :], (first, value)]
 
 
-class CostFit:
-    """Fits a cost model to measured micro-steps, by least squares with no term below zero."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[float, float, float]] = []
-
-    def add(self, count: int, length: int, seconds: float) -> None:
-        """Adds a micro-step: its samples, the length that they were padded to, and its seconds."""
-        self._rows.append((float(count), float(length), seconds))
-
-    def fit(self) -> CostModel | None:
-        """Returns the fitted model; None as long as too little has been measured to separate its terms."""
-        if len(self._rows) < 8 or len({length for _, length, _ in self._rows}) < 4:
-            return None
-        count, length, seconds = np.array(self._rows).T
-        terms = {"linear": count * length, "quadratic": count * length**2, "overhead": np.ones_like(count)}
-        # Largest set of terms whose coefficients come out positive; relative errors count, as times range widely.
-        for names in (
-            ("linear", "quadratic", "overhead"),
-            ("linear", "overhead"),
-            ("linear", "quadratic"),
-            ("linear",),
-        ):
-            matrix = np.stack([terms[name] for name in names], axis=1) / seconds[:, None]
-            found = dict(zip(names, np.linalg.lstsq(matrix, np.ones_like(seconds), rcond=None)[0], strict=True))
-            if all(value > 0 for value in found.values()):
-                linear = found["linear"]
-                return CostModel(
-                    quadratic=float(found.get("quadratic", 0.0) / linear),
-                    overhead=float(found.get("overhead", 0.0) / linear),
-                )
-        return None
-
-
-def _checked_lengths(given: Any, num_samples: int) -> NDArray[np.int64]:
+def _checked_lengths(given: Any, num_samples: int, name: str) -> NDArray[np.int64]:
     try:
         with np.errstate(invalid="ignore"):
             lengths = np.asarray(given).astype(np.int64)
@@ -276,16 +227,15 @@ def _checked_lengths(given: Any, num_samples: int) -> NDArray[np.int64]:
         is_whole = False
     if not is_whole:
         raise UserError(
-            f"batch=by_length: the dataset's `lengths` are not whole numbers, one for each sample: {str(given)[:80]}."
+            f"{name}: the dataset's `lengths` are not whole numbers, one for each sample: {str(given)[:80]}."
         )
     if lengths.shape != (num_samples,):
         raise UserError(
-            f"batch=by_length: the dataset has {num_samples} samples, and its `lengths` have the shape "
+            f"{name}: the dataset has {num_samples} samples, and its `lengths` have the shape "
             f"{tuple(lengths.shape)}. It takes one number for each sample."
         )
     if num_samples and lengths.min() < 1:
         raise UserError(
-            f"batch=by_length: sample {int(lengths.argmin())} has the length {int(lengths.min())}, and lengths "
-            "are at least 1."
+            f"{name}: sample {int(lengths.argmin())} has the length {int(lengths.min())}, and lengths are at least 1."
         )
     return lengths

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from distaccum.errors import require
 from distaccum.planning.batch_plan import BatchPlan, Cut
-from distaccum.planning.by_length import CostModel, Grouping, Timeline
+from distaccum.planning.by_length import Grouping, Timeline
+from distaccum.planning.costs import CostModel
 from distaccum.planning.order import EpochOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
@@ -43,6 +44,7 @@ class CutSchedule:
         plan: as given, but with the micro-batch of `set_sizes`.
         sizes: numbers of samples of the windows.
         lengths: of all samples, where windows are cut by length: sizes of micro-batches are in tokens then.
+        is_packed: the samples of a micro-batch are put end to end, so that its tokens are theirs, without padding.
         found_sizes: largest micro-batch that was found to fit on each rank; None where the plan says it.
         limits: sizes that micro-batches of each rank have come down to because memory ran out, as far as known.
 
@@ -61,6 +63,7 @@ class CutSchedule:
         size_rule: SizeRule | None = None,
         lengths: Sequence[int] | NDArray[np.int64] | None = None,
         max_tokens: int | None = None,
+        is_packed: bool = False,
         overhead: float = 1 / 64,
         split_every: int | None = None,
         windows_ahead: int = 0,
@@ -78,8 +81,11 @@ class CutSchedule:
         self.sizes.check(plan.world_size)
         self._grouping = None
         if lengths is not None:
-            self._grouping = Grouping(lengths, plan, num_samples, max_tokens, windows_ahead, overhead)
+            self._grouping = Grouping(
+                lengths, plan, num_samples, max_tokens, windows_ahead, overhead, is_packed=is_packed
+            )
         self.lengths = self._grouping.lengths if self._grouping is not None else None
+        self.is_packed = self._grouping is not None and is_packed
         self.found_sizes: tuple[int, ...] | None = None
         self.limits: tuple[int | None, ...] = (None,) * plan.world_size
         self._limit: Timeline[int | None] = Timeline(None)
@@ -98,7 +104,7 @@ class CutSchedule:
         """
         pieces = self._planned(epoch, index)
         limit = limit or self._limit.at(self.sizes.number(epoch, index))
-        return pieces if limit is None else recut(pieces, limit, self.lengths)
+        return pieces if limit is None else recut(pieces, limit, self.lengths, self.is_packed)
 
     def micro_batch_sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         """Returns the number of samples of each of this rank's micro-batches of a window."""
@@ -144,7 +150,8 @@ class CutSchedule:
         """Says in one line how a window is cut."""
         how = None
         if self._grouping is not None:
-            how = f"micro-steps of at most {self._grouping.max_tokens} tokens, by length"
+            kind = "packed" if self.is_packed else "by length"
+            how = f"micro-steps of at most {self._grouping.max_tokens} tokens, {kind}"
         if self.sizes.is_constant:
             return self.plan.explain(self.sizes.num_samples, self.sizes.drop_last, how)
         return f"{self.plan.explain(how=how)}; sizes by schedule: {self.sizes.rule}"
@@ -173,7 +180,7 @@ class CutSchedule:
 
     def split(self, samples: Sequence[int]) -> list[list[int]]:
         """Cuts a micro-batch into one or more of the sizes that are allowed by now."""
-        return [list(samples)] if self.limit is None else recut([samples], self.limit, self.lengths)
+        return [list(samples)] if self.limit is None else recut([samples], self.limit, self.lengths, self.is_packed)
 
     def forbid(self, samples: Sequence[int], now: int) -> int:
         """Forbids micro-batches of this size on this rank; returns the size that is allowed from now on.
@@ -181,7 +188,7 @@ class CutSchedule:
         Args:
             now: number of the window in use.
         """
-        half = size_of_half(samples, self.lengths)
+        half = size_of_half(samples, self.lengths, self.is_packed)
         limit = half if self.limit is None else min(half, self.limit)
         # What has been asked of workers by now comes as it was cut before, and is cut anew by those who use it.
         self._limit.change(limit, self._first_free(now), now)
@@ -198,6 +205,11 @@ class CutSchedule:
     def set_shares(self, shares: tuple[float, ...], now: int) -> None:
         """Sets the ranks' shares of windows to come; `now` is the number of the window in use."""
         self._speeds.change(shares, self._first_free(now), now)
+
+    @property
+    def known_overhead(self) -> float | None:
+        """The overhead of a micro-step that stays a guess, in tokens: where samples are packed, nothing tells it."""
+        return self._grouping.costs.latest.overhead if self._grouping is not None and self.is_packed else None
 
     def set_costs(self, costs: CostModel, now: int) -> None:
         """Sets what micro-batches of windows to come cost, where these are cut by length."""

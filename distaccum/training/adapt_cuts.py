@@ -12,7 +12,7 @@ from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.result import UpdateResult
 from distaccum.loaders import Window
 from distaccum.planning import CutSchedule
-from distaccum.planning.by_length import CostFit
+from distaccum.planning.costs import CostFit
 from distaccum.planning.window_sizes import NoiseSizes
 from distaccum.runtime.nested import gather_objects
 from distaccum.strategies import Strategy
@@ -68,7 +68,7 @@ class CutTuning:
         self.noise_scale = noise_scale
         self._cuts = cuts
         self._strategy = strategy
-        self._fit = CostFit() if measure_costs and cuts.lengths is not None else None
+        self._fit = CostFit(cuts.known_overhead) if measure_costs and cuts.lengths is not None else None
         self._balances = balance_speed and strategy.world_size > 1
         self._own_clock = strategy.own_clock() if self._balances else None
         self._own_speed = 0.0
@@ -127,7 +127,9 @@ class CutTuning:
         lengths = self._cuts.lengths
         assert lengths is not None
         for samples, seconds in zip(window.sample_indices, result.micro_seconds, strict=True):
-            if samples:
+            if samples and self._cuts.is_packed:
+                fit.add_packed(lengths[samples], seconds)
+            elif samples:
                 fit.add(len(samples), int(lengths[samples].max()), seconds)
         if update not in _UPDATES_TO_FIT_COSTS_AT:
             return

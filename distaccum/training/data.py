@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, TrainConfig, as_plain
+from distaccum.config import BatchConfig, ByLengthBatchConfig, DataConfig, PackedBatchConfig, TrainConfig, as_plain
 from distaccum.config import instantiate as targets
 from distaccum.config.enums import BatchSchedule, TableUnit
 from distaccum.errors import UserError
@@ -46,7 +46,11 @@ def build_window_loader(
     if isinstance(batch, ByLengthBatchConfig):
         # A file for each rank, as ranks of one host write at the same time.
         name = f"lengths-{fingerprint([as_plain(config.data.train), type(train_data).__qualname__])}-rank{rank}"
-        by_length = {"lengths": lengths_of(train_data, Remembered(name)), "max_tokens": batch.max_tokens}
+        by_length = {
+            "lengths": lengths_of(train_data, Remembered(name)),
+            "max_tokens": batch.max_tokens,
+            "packed": isinstance(batch, PackedBatchConfig),
+        }
     return WindowLoader(
         train_data,
         global_batch_size=batch.global_batch_size,

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset
 from benchmarks.gpu_profile import copies_overlapped
 from distaccum import UserError, WindowLoader
 from distaccum.loaders import EvaluationLoader, LoaderOptions
-from distaccum.planning.by_length import CostModel
+from distaccum.planning.costs import CostModel
 from distaccum.runtime.randomness import GlobalStates
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from distaccum.errors import UserError
 from distaccum.planning import by_length, resolve_batch
-from distaccum.planning.by_length import CostFit, CostModel, Grouping, cut_by_length
+from distaccum.planning.by_length import Grouping, cut_by_length
+from distaccum.planning.costs import CostFit, CostModel
 from distaccum.planning.dealing import Dealer
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=80).map(lambda found: np.array(found, dtype=np.int64))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distaccum.planning import CutSchedule, by_length, resolve_batch
-from distaccum.planning.by_length import CostModel
+from distaccum.planning.costs import CostModel
 from distaccum.planning.window_sizes import NoiseSizes
 
 LENGTHS = [1 + (7 * index) % 40 for index in range(64)]
