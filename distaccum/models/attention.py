@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,12 +76,12 @@ def causal_attention(
         return attend(query, key, value, dropout_p=dropout, is_causal=True)
     if samples.sizes is not None:
         # One after the other: no token is compared with those of other samples, as a mask of the whole row would do.
-        parts = (tensor.split(samples.sizes, dim=2) for tensor in (query, key, value))
-        return torch.cat([attend(*part, dropout_p=dropout, is_causal=True) for part in zip(*parts, strict=True)], dim=2)
+        parts = zip(*(torch.split(tensor, samples.sizes, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat([attend(q, k, v, dropout_p=dropout, is_causal=True) for q, k, v in parts], dim=2)
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if varlen_attn is not None and query.is_cuda and is_half and not dropout:
-        rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, width]
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, heads, width]
         ends, longest = samples.ends, samples.longest
-        mixed: Tensor = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0))
-        return mixed.transpose(0, 1).unsqueeze(0)
+        mixed: Any = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+        return mixed.transpose(0, 1).unsqueeze(0)  # type: ignore[no-any-return]
     return attend(query, key, value, attn_mask=samples.mask, dropout_p=dropout)

@@ -56,6 +56,9 @@ class CausalLM(LanguageModeling):
         # Causal attention at places before the padding never sees it, so no mask is needed, and the model takes its
         # faster way without one.
         inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if isinstance(positions := inputs.get("position_ids"), Tensor):
+            # Packed samples: the first token of each is predicted from nothing.
+            labels = labels.where(positions != 0, self.ignore_index)
         # Labels are shifted, not the logits, which are larger by the size of the vocabulary. The last token of a row is
         # followed by none.
         return {**inputs, "use_cache": False}, F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)

@@ -53,6 +53,7 @@ from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
 from distaccum.training.observers import build_observers
 from distaccum.training.optim import Schedule, build_optimizer
+from distaccum.training.packing import refuse_leaks
 from distaccum.training.progress import COMPILED, scheduled_updates
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
 from distaccum.training.schedules import schedule_factor
@@ -302,6 +303,7 @@ def build_trainer(
         compilation = compilation_of(config, device)
         observers, model_observers = build_observers(config, folder, checkpoint, is_main=world.is_main)
     strategy = _placed(config, parts, world, device, compilation)
+    refuse_leaks(parts.task, parts.train_data, parts.loader.cuts, strategy, parts.precision)
     optimizer = _built_optimizer(config, strategy)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
