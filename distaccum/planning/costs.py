@@ -1,4 +1,4 @@
-"""What micro-batches cost, as a function of the lengths of their samples, and the fit of that to measured times."""
+"""Costs of micro-batches as a function of the lengths of their samples, and their fit to measured times."""
 
 from __future__ import annotations
 

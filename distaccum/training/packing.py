@@ -34,7 +34,7 @@ _TOLERANCES = {"float64": (1e-9, 0.0), "float32": (1e-4, 0.01), "16 bits": (4e-3
 
 
 class _Seen(NamedTuple):
-    """What a forward gives: the model's logits `[T, …]` (None where it gives none), loss and weight."""
+    """Results of a forward: the model's logits `[T, …]` (None where it gives none), loss and weight."""
 
     logits: Tensor | None
     loss: float
