@@ -303,7 +303,6 @@ def build_trainer(
         compilation = compilation_of(config, device)
         observers, model_observers = build_observers(config, folder, checkpoint, is_main=world.is_main)
     strategy = _placed(config, parts, world, device, compilation)
-    refuse_leaks(parts.task, parts.train_data, parts.loader.cuts, strategy, parts.precision)
     optimizer = _built_optimizer(config, strategy)
     placed = _Placed(config, parts, strategy, optimizer)
     recovery = placed.settle_sizes(plain, world, checkpoint)
@@ -358,6 +357,7 @@ def _placed(
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     with world.together():
         parts.initialise(strategy, config.strategy)
+    refuse_leaks(parts.task, parts.train_data, parts.loader.cuts, strategy, parts.precision)
     return strategy
 
 
