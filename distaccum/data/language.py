@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
 from distaccum.data.tables import rows_of
-from distaccum.data.tokens import Marked, Tokenization, load_tokenizer
-from distaccum.errors import UserError
+from distaccum.data.tokens import COLUMNS, Marked, Tokenization, load_tokenizer
+from distaccum.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class LanguageData(Dataset[dict[str, Tensor]]):
             rows = rows_of(*((files, "data.files") if split == TRAIN else (evaluation_files, "data.evaluation_files")))
         else:
             rows = _held_out(rows_of(files, "data.files"), evaluation_fraction, split)
-        self._fill(_batched(rows), tokenization, split)
+        self._fill(_batched(_checked(rows, columns or {})), tokenization, split)
 
     def _fill(self, batches: Iterable[list[tuple[str, Any]]], tokenization: Tokenization, split: str) -> None:
         tokens: list[NDArray[np.int32]] = []
@@ -189,6 +189,18 @@ def _held_out(rows: Iterable[tuple[str, Any]], fraction: float, split: str) -> I
         is_held_out = fraction > 0 and (number == 0 or zlib.crc32(str(number).encode()) < fraction * 2**32)
         if is_held_out == (split == EVALUATION):
             yield row
+
+
+def _checked(rows: Iterable[tuple[str, Any]], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yields the rows; refuses names of columns that the first one doesn't have, which would be of no effect."""
+    for number, (place, row) in enumerate(rows):
+        for name, column in columns.items() if number == 0 else ():
+            if name not in COLUMNS or column not in row:
+                raise UserError(
+                    f"data.columns={{{name}:{column}}}: {place} has the columns {listed(sorted(map(str, row)), 8)}. "
+                    f"Give the name of one of them for {', '.join(COLUMNS)}."
+                )
+        yield place, row
 
 
 def _batched(rows: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

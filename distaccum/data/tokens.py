@@ -14,6 +14,7 @@ Tokens = list[int]
 Marked = tuple[Tokens, list[bool]]
 """Tokens, and for each whether the loss counts it."""
 ASSISTANT = "assistant"
+COLUMNS = ("messages", "prompt", "completion", "text")
 FORMS = ("messages", "prompt", "text")
 """The columns by which a row's form is recognised, in this order."""
 

@@ -77,6 +77,9 @@ def test_columns_of_other_names(folder: Path) -> None:
     assert counted(found) == "white<|end|>"
     with pytest.raises(UserError, match=r"rows.jsonl, line 1 has the columns answer, id, question.*data.columns="):
         data(folder, rows)
+    for wrong in ({"text": "body"}, {"question": "prompt"}):
+        with pytest.raises(UserError, match=r"data.columns=\{.*\}: .*line 1 has the columns answer, id, question"):
+            data(folder, rows, columns={"prompt": "question", "completion": "answer", **wrong})
 
 
 def test_long_texts_are_cut_and_nothing_is_lost(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
