@@ -105,6 +105,17 @@ def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended)
         assert found.get("grad_norm", 0) == pytest.approx(wanted.get("grad_norm", 0), rel=1e-9)
 
 
+def test_no_rank_needs_to_hold_all_of_it(folder: Path, unbroken: forking.Ended) -> None:
+    """Built without memory from the configuration, sharded, and its weights read by parts: the same first update."""
+    deferred = ["model.from_config=true", "model.init_on_meta=true", "model.init_from=llama"]
+    more = ["strategy=fsdp", *deferred, "run_dir=sharded", "train.max_updates=1", "train.epochs=null"]
+    ended = forking.run(*COMMAND, *more, ranks=2, folder=folder)
+    assert ended.status == 0, ended.err
+    found, wanted = (metrics(folder / name)[0] for name in ("sharded", "whole"))
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-12)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-9)
+
+
 def test_it_is_evaluated(folder: Path, unbroken: forking.Ended) -> None:
     ended = forking.run("-m", "distaccum.evaluate", "whole", folder=folder)
     assert ended.status == 0, ended.err
