@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,28 @@ def test_a_folder_that_cannot_be_written_to_costs_nothing_else(
         Remembered("size").write(3)
     assert "can't be written" in caplog.text
     assert Remembered("size").read() is None
+
+
+def test_one_holds_a_value_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    order = []
+
+    def second() -> None:
+        with Remembered("size").held():
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with Remembered("size").held():
+        other.start()
+        other.join(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with Remembered("size").held():
+        order.append("without a cache nobody waits")
+    assert len(order) == 3
 
 
 def test_fingerprints_tell_everything_apart_but_the_order_of_keys() -> None:
