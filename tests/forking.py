@@ -189,7 +189,8 @@ def torchrun(*command: str) -> tuple[str, ...]:
 def python() -> str:
     """Returns the path of a `python` whose processes are forked as well: see `warm_python`.
 
-    For commands with pipes or a terminal of their own, or in which another program starts Python.
+    For commands with pipes or a terminal of their own, or in which another program starts Python. Beside it lies
+    `torchrun`.
     """
     return str(_server().ask(python=True))
 

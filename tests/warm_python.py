@@ -75,7 +75,7 @@ Run = Callable[[list[str], dict[str, str]], Any]
 
 
 def install(folder: Path) -> socket.socket:
-    """Writes the program `python` into a folder; returns the socket that it connects to."""
+    """Writes the programs `python` and `torchrun` into a folder; returns the socket that they connect to."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
@@ -84,7 +84,10 @@ def install(folder: Path) -> socket.socket:
     program.write_text(
         _PROGRAM.format(python=sys.executable, path=str(folder / "socket"), passed_over=passed_over), encoding="utf-8"
     )
-    program.chmod(0o755)
+    torchrun = folder / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec {program} {Path(__file__).parent / "forked_torchrun.py"} "$@"\n')
+    for path in (program, torchrun):
+        path.chmod(0o755)
     return listener
 
 

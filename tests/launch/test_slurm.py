@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import yaml
 from command_line import TINY, evaluations, files_below, updates
@@ -18,8 +20,19 @@ DIGITS = ["train.epochs=15", "model.dropout=0.1", "wandb.mode=disabled"]
 """A run of 90 updates that takes long enough to be interrupted, and whose losses depend on the random state too."""
 
 
-def submit(lab: SlurmLab, script: str, *overrides: str, cwd: Path, options: tuple[str, ...] = (), **given: str) -> str:
-    return lab.submit(SLURM / script, *overrides, options=options, cwd=cwd, **{**ENVIRONMENT, **given})
+def submit(
+    lab: SlurmLab, script: str, *overrides: str, cwd: Path, options: tuple[str, ...] = (), cold: bool = False
+) -> str:
+    """Submits a script of `launch/slurm`.
+
+    Args:
+        cold: with ranks that SLURM itself sends its signals to. Otherwise `python` and `torchrun` are those that start
+            warm, whose processes are no descendants of the job's.
+    """
+    environment = dict(ENVIRONMENT)
+    if not cold:
+        environment["PATH"] = os.pathsep.join([str(Path(forking.python()).parent), lab.environment["PATH"]])
+    return lab.submit(SLURM / script, *overrides, options=options, cwd=cwd, **environment)
 
 
 def losses(run_dir: Path) -> dict[int, Any]:
@@ -88,7 +101,8 @@ def test_a_sweep_with_an_array_of_another_size_is_refused(lab: SlurmLab, tmp_pat
 @pytest.mark.alone
 def test_a_run_that_is_interrupted_twice_goes_on_as_if_it_never_was(lab: SlurmLab, tmp_path: Path) -> None:
     """Once as before a time limit, once by a job that takes its nodes."""
-    job = submit(lab, "requeue.sbatch", *DIGITS, cwd=tmp_path, options=("--nodes=2", "--ntasks-per-node=1"))
+    options = ("--nodes=2", "--ntasks-per-node=1")
+    job = submit(lab, "requeue.sbatch", *DIGITS, cwd=tmp_path, options=options, cold=True)
     run_dir = tmp_path / "runs" / f"slurm-{job}"
 
     def number_of_updates() -> int:
@@ -117,7 +131,7 @@ def test_a_run_that_is_interrupted_twice_goes_on_as_if_it_never_was(lab: SlurmLa
 
 
 def test_a_cancelled_job_does_not_come_back(lab: SlurmLab, tmp_path: Path) -> None:
-    job = submit(lab, "requeue.sbatch", *DIGITS, cwd=tmp_path, options=("--ntasks-per-node=1",))
+    job = submit(lab, "requeue.sbatch", *DIGITS, cwd=tmp_path, options=("--ntasks-per-node=1",), cold=True)
     run_dir = tmp_path / "runs" / f"slurm-{job}"
     lab.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(updates(run_dir)) >= 2, job)
     lab.cancel(job)
