@@ -1,4 +1,4 @@
-"""What does cutting each window by length save on text of unequal lengths?
+"""What does cutting each window by length, or packing it, save on text of unequal lengths?
 
     python benchmarks/padding.py
 
@@ -7,6 +7,7 @@ Documentation paragraphs (cut at 512 bytes, most far shorter) under a small GPT,
   distaccum, uniform      micro-batches of equal sample counts, padded to their own longest: dynamic padding
   distaccum, by_length    the same windows, samples of like length together under the token budget of the costliest
                           micro-batch of `uniform`
+  distaccum, packed       the same windows, samples put end to end under the same budget, attention inside each
   Transformers, dynamic   its Trainer with a collator that pads to the longest of the micro-batch; the same samples
   Transformers, grouped   its Trainer with train_sampling_strategy="group_by_length". This one changes the sampling:
                           each window then holds neighbours in length, not a random draw
@@ -41,11 +42,12 @@ from distaccum import Accumulator, WindowLoader, shuffled
 from distaccum.data import DocumentationText
 from distaccum.models import GPT
 from distaccum.planning.costs import CostFit, CostModel
+from distaccum.tasks.model_io import call_model
 
 MAX_LENGTH = 512
 WINDOW = 64
 MICRO_BATCH_SIZE = 8
-UNIFORM, BY_LENGTH = "distaccum, uniform", "distaccum, by_length"
+UNIFORM, BY_LENGTH, PACKED = "distaccum, uniform", "distaccum, by_length", "distaccum, packed"
 DYNAMIC, GROUPED = "Transformers, dynamic", "Transformers, grouped"
 
 
@@ -59,7 +61,9 @@ class Probe:
         self.gradients: list[Tensor] = []
         self._model = model
         self._keeps_gradients = keeps_gradients
-        model.register_forward_pre_hook(lambda _, arguments: self._see(arguments[0]))
+        model.register_forward_pre_hook(
+            lambda _, arguments, by_name: self._see(arguments[0] if arguments else by_name["tokens"]), with_kwargs=True
+        )
         optimizer.register_step_post_hook(lambda *_: self._end())
 
     @property
@@ -131,16 +135,17 @@ class Text:
         order: list[int] = shuffled(range(self.windows * WINDOW), loader.num_samples, loader.seed, epoch=0).tolist()
         return order
 
-    def by_distaccum(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, by_length: bool) -> list[int]:
+    def by_distaccum(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, cut: str) -> list[int]:
         if ranks() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         loader = WindowLoader(
             self.data,
             global_batch_size=WINDOW,
             micro_batch_size=MICRO_BATCH_SIZE,
-            lengths=self.data.lengths if by_length else None,
+            lengths=self.data.lengths if cut != UNIFORM else None,
+            packed=cut == PACKED,
         )
-        if by_length and self.costs is not None:
+        if cut == BY_LENGTH and self.costs is not None:
             loader.cuts.set_costs(self.costs, now=-1 - loader.cuts.windows_ahead)  # in force from the first window on
         accumulator = Accumulator(model, optimizer, time_micro_steps=True)
         fit = CostFit()
@@ -148,15 +153,15 @@ class Text:
             shapes: list[torch.Size] = []
             with accumulator.window(window) as micro_batches:
                 for inputs, targets in micro_batches:
-                    shapes.append(inputs.shape)
-                    logits = model(inputs).flatten(0, 1)
+                    shapes.append(targets.shape)
+                    logits = call_model(model, inputs).flatten(0, 1)
                     loss_sum = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
                     accumulator.backward(loss_sum, weight=(targets != IGNORE_INDEX).sum())
             result = accumulator.step()
             # The last micro-step's time has the sync in it.
             for (count, length), seconds in zip(shapes[:-1], result.micro_seconds[:-1], strict=True):
                 fit.add(count, length, seconds)
-        if by_length and self.costs is None:
+        if cut == BY_LENGTH and self.costs is None:
             # As the Trainer does: what was measured in one part of a run is in force in those that follow.
             costs = [fit.fit()]
             if ranks() > 1:
@@ -184,8 +189,9 @@ class Text:
 
     def contenders(self) -> dict[str, Train]:
         own: dict[str, Train] = {
-            UNIFORM: functools.partial(self.by_distaccum, by_length=False),
-            BY_LENGTH: functools.partial(self.by_distaccum, by_length=True),
+            UNIFORM: functools.partial(self.by_distaccum, cut=UNIFORM),
+            BY_LENGTH: functools.partial(self.by_distaccum, cut=BY_LENGTH),
+            PACKED: functools.partial(self.by_distaccum, cut=PACKED),
         }
         if ranks() > 1:
             return own

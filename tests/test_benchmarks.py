@@ -67,9 +67,10 @@ def peers(rows: Rows) -> None:
 def padding(rows: Rows) -> None:
     assert all(float(row["error of the update"]) < 1e-12 for row in rows)
     computed = {(row["ranks"], row["contender"]): float(row["tokens computed / real"]) for row in rows}
-    assert len(computed) == 6
+    assert len(computed) == 8
     for ranks in ("1", "2"):
         assert computed[ranks, "distaccum, by_length"] < 0.6 * computed[ranks, "distaccum, uniform"]
+    assert computed["1", "distaccum, packed"] == computed["2", "distaccum, packed"] == 1
     assert computed["1", "distaccum, uniform"] == computed["1", "Transformers, dynamic"]
     assert computed["1", "Transformers, grouped"] < computed["1", "Transformers, dynamic"]
 
@@ -99,8 +100,9 @@ def gpu_peers(rows: Rows) -> None:
 
 
 def gpu_text(rows: Rows) -> None:
-    assert [row["windows cut"] for row in rows] == ["random", "by_length", "measured"]
+    assert [row["windows cut"] for row in rows] == ["random", "by_length", "measured", "packed"]
     assert float(rows[1]["padding"]) < 0.15 < 0.3 < float(rows[0]["padding"])
+    assert float(rows[3]["padding"]) == 0
 
 
 def slow_link(rows: Rows, nodes: Rows) -> None:
