@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from distaccum.accumulation.recovery import Recovery
     from distaccum.accumulation.result import LossTerm, UpdateResult
     from distaccum.checkpoints import Checkpointer
-    from distaccum.config import CheckpointConfig
+    from distaccum.config import CheckpointConfig, LoopConfig
+    from distaccum.config.compose import compose
     from distaccum.errors import UserError
     from distaccum.loaders import EvaluationLoader, LoaderOptions, Window, WindowLoader
     from distaccum.models.ensemble import Ensemble
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "accumulation": "Accumulator LossTerm NoiseScale Recovery UpdateResult accumulate_coupled",
     "checkpoints": "Checkpointer",
-    "config": "CheckpointConfig",
+    "config": "CheckpointConfig LoopConfig",
+    "config.compose": "compose",
     "errors": "UserError",
     "loaders": "EvaluationLoader LoaderOptions Window WindowLoader",
     "models.ensemble": "Ensemble",
@@ -52,6 +54,7 @@ __all__ = [
     "Ensemble",
     "EvaluationLoader",
     "LoaderOptions",
+    "LoopConfig",
     "LossTerm",
     "NoiseScale",
     "Observer",
@@ -65,6 +68,7 @@ __all__ = [
     "Window",
     "WindowLoader",
     "accumulate_coupled",
+    "compose",
     "evaluate_model",
     "resolve_batch",
     "shuffled",
