@@ -12,6 +12,7 @@ from typing import Any
 from distaccum import config
 from distaccum.config import components, language, optimizers, vision
 from distaccum.config import tools as tool_configs
+from distaccum.config.lora import LoraConfig
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -41,6 +42,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`model=cnn`", "model", components.CNNConfig),
     ("`model=gpt`", "model", components.GPTConfig),
     ("`model=causal_lm`", "model", language.CausalLMConfig),
+    ("`model.lora`", "model.lora", LoraConfig),
     ("`model=unet`", "model", components.UNetConfig),
     ("`model=encoder`", "model", components.EncoderConfig),
     ("`model=timm`", "model", vision.TimmConfig),

@@ -96,9 +96,10 @@ class Running:
         pids: their process numbers.
     """
 
-    def __init__(self, pids: list[int], folder: Path) -> None:
+    def __init__(self, pids: list[int], folder: Path, server: _Server) -> None:
         self.pids = pids
         self._folder = folder
+        self._server = server
 
     @property
     def pid(self) -> int:
@@ -133,7 +134,7 @@ class Running:
         return Ended(statuses, *texts)
 
     def _statuses(self) -> Any:
-        return _server().ask(look_at=self.pid)
+        return self._server.ask(look_at=self.pid)
 
     def _send(self, number: signal.Signals) -> None:
         if self.poll() is None:
@@ -147,6 +148,7 @@ def start(
     folder: Path | None = None,
     terminal: str | None = None,
     said: Path | None = None,
+    imported: tuple[str, ...] = (),
     **variables: str,
 ) -> Running:
     """Starts a Python command, in a process or in several; returns at once.
@@ -158,13 +160,16 @@ def start(
         folder: the current one, unless it is the caller's.
         terminal: path of a terminal to read from, to write to, and to be controlled by; by default there is none.
         said: file that all output is appended to; `ended` then has none.
+        imported: modules that the command imports besides, where that takes long: it is done once for all commands that
+            name the same.
         variables: of the environment, beside those that the caller has.
     """
     outputs = Path(_outputs(), str(next(_numbers)))
     outputs.mkdir()
     where = terminal or said
     files = [[str(where or outputs / f"{kind}{rank}") for kind in ("out", "err")] for rank in range(ranks)]
-    pids = _server().ask(
+    server = _server(imported)
+    pids = server.ask(
         command=command,
         launched=ranks > 1 if launched is None else launched,
         folder=str(folder or Path.cwd()),
@@ -172,7 +177,7 @@ def start(
         outputs=files,
         variables=environment(**variables),
     )
-    return Running(pids, outputs)
+    return Running(pids, outputs, server)
 
 
 def run(*command: str, **more: Any) -> Ended:
@@ -214,16 +219,16 @@ _starting = threading.Lock()
 _numbers = iter(range(10**9))
 
 
-def _server() -> _Server:
+def _server(imported: tuple[str, ...] = ()) -> _Server:
     with _starting:
-        return _started()
+        return _started(imported)
 
 
 @functools.cache
-def _started() -> _Server:
+def _started(imported: tuple[str, ...]) -> _Server:
     """For as long as this process lives."""
     process = subprocess.Popen(
-        [sys.executable, __file__, _outputs()],
+        [sys.executable, __file__, tempfile.mkdtemp(dir=_outputs()), *imported],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -278,7 +283,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for module in _IMPORTED:
+    for module in (*_IMPORTED, *sys.argv[2:]):
         importlib.import_module(module)
     from distaccum.config.compose import compose
 

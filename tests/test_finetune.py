@@ -7,6 +7,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import forking
 import pytest
@@ -14,6 +15,7 @@ import tiny_language_model
 import torch
 from command_line import metrics, without_measurements
 
+IMPORTED = ("with_transformers",)
 COMMAND = [
     *("-m", "distaccum.train", "experiment=finetune", "model.name_or_path=llama", "data.files=chats.jsonl"),
     *("data.max_length=48", "data.evaluation_fraction=0.2", "batch.global_batch_size=8", "batch.measure_costs=false"),
@@ -32,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(folder: Path) -> forking.Ended:
-    return forking.run(*COMMAND, "run_dir=whole", ranks=2, folder=folder)
+    return forking.run(*COMMAND, "run_dir=whole", ranks=2, folder=folder, imported=IMPORTED)
 
 
 def evaluations_of(run: Path) -> list[dict[str, float]]:
@@ -59,12 +61,19 @@ def test_transformers_loads_what_is_left(folder: Path, unbroken: forking.Ended) 
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "whole", dtype=torch.float64)
-    tokens = transformers.AutoTokenizer.from_pretrained(folder / "whole")
     assert type(model).__name__ == "LlamaForCausalLM"
+    assert loss_of(model, folder / "whole") == pytest.approx(evaluations_of(folder / "whole")[-1]["loss"], rel=1e-6)
+
+
+def loss_of(model: Any, run: Path) -> float:
+    """The loss on a run's evaluation data by transformers alone, with the tokenizer that the run has left."""
+    import transformers
+
+    tokens = transformers.AutoTokenizer.from_pretrained(run)
     assert tokens.chat_template == tiny_language_model.MARKED_TEMPLATE
     losses, counted = 0.0, 0
     held_out = [0, *(index for index in range(1, 100) if is_held_out(index))]
-    chats = [json.loads(line) for line in (folder / "chats.jsonl").read_text().splitlines()]
+    chats = [json.loads(line) for line in (run.parent / "chats.jsonl").read_text().splitlines()]
     for index in held_out:
         made = tokens.apply_chat_template(
             chats[index]["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
@@ -74,7 +83,7 @@ def test_transformers_loads_what_is_left(folder: Path, unbroken: forking.Ended) 
         count = int((labels[:, 1:] != -100).sum())
         losses += float(model(input_ids=ids, labels=labels).loss.detach()) * count
         counted += count
-    assert losses / counted == pytest.approx(evaluations_of(folder / "whole")[-1]["loss"], rel=1e-6)
+    return losses / counted
 
 
 def is_held_out(index: int) -> bool:
@@ -86,7 +95,7 @@ def is_held_out(index: int) -> bool:
 def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended) -> None:
     """With its losses in chunks, which are those of whole logits."""
     command = (*COMMAND, "run_dir=killed", "task.chunked_loss=true")
-    running = forking.start(*command, ranks=2, folder=folder)
+    running = forking.start(*command, ranks=2, folder=folder, imported=IMPORTED)
     file = folder / "killed" / "metrics.jsonl"
     while running.poll() is None and not (file.exists() and file.read_text().count("\n") > 8):
         time.sleep(0.02)
@@ -94,7 +103,7 @@ def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended)
     running.wait()
     before = len(metrics(folder / "killed"))
     assert before < len(metrics(folder / "whole")), "it had ended by itself"
-    ended = forking.run(*command, folder=folder)
+    ended = forking.run(*command, folder=folder, imported=IMPORTED)
     assert ended.status == 0, ended.err
     assert "ranks: 2 → 1" in ended.out
     whole, parts = ([without_measurements(line) for line in metrics(folder / name)] for name in ("whole", "killed"))
@@ -117,7 +126,7 @@ def test_no_rank_needs_to_hold_all_of_it(folder: Path, unbroken: forking.Ended) 
 
 
 def test_it_is_evaluated(folder: Path, unbroken: forking.Ended) -> None:
-    ended = forking.run("-m", "distaccum.evaluate", "whole", folder=folder)
+    ended = forking.run("-m", "distaccum.evaluate", "whole", folder=folder, imported=IMPORTED)
     assert ended.status == 0, ended.err
     last = evaluations_of(folder / "whole")[-1]
     row = ended.out.splitlines()[-1].split()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
-from distaccum.checkpoints.export import export_model
+from distaccum.checkpoints.export import Exported, export_model, members_of, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
 from distaccum.checkpoints.state import averaged_weights, load_model, persistent_buffers, putting_back
 from distaccum.checkpoints.weights import MODEL_FILE, load_exported
@@ -12,6 +12,7 @@ __all__ = [
     "MODEL_FILE",
     "Checkpoint",
     "Checkpointer",
+    "Exported",
     "Stateful",
     "averaged_weights",
     "checked",
@@ -20,7 +21,9 @@ __all__ = [
     "export_model",
     "load_exported",
     "load_model",
+    "members_of",
     "newest_whole",
     "persistent_buffers",
     "putting_back",
+    "remove_export",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distaccum.checkpoints.state import persistent_buffers
 from distaccum.checkpoints.storage import write_safetensors
@@ -22,8 +22,18 @@ MOST_BYTES_OF_FILE = 5 * 10**9
 """What Hugging Face's libraries put into one file."""
 
 
+Exported = tuple[Tensor, Callable[[Tensor], Tensor] | None]
+"""A tensor to save, and what is made of the whole of it first, of the same shape and format; all ranks call that."""
+
+
 def export_model(
-    strategy: Strategy, run_dir: Path, *, is_main: bool, name: str = "model", most_bytes: int = MOST_BYTES_OF_FILE
+    strategy: Strategy,
+    run_dir: Path,
+    *,
+    is_main: bool,
+    name: str = "model",
+    most_bytes: int = MOST_BYTES_OF_FILE,
+    tensors: Mapping[str, Exported] | None = None,
 ) -> None:
     """Writes the whole model, whatever the strategy, under the names of the user's own module.
 
@@ -34,19 +44,22 @@ def export_model(
     All ranks call it; the main one writes, tensor by tensor. Tied parameters are in it once, as
     `safetensors.torch.load_model` expects.
 
+    Args:
+        tensors: what to write in place of all that the model has, by name.
+
     Raises:
         UserError: it can't be written.
     """
     strategy.at_rest()
-    members = [*strategy.module.named_parameters(), *persistent_buffers(strategy.module)]
-    tensors = {key: tensor.detach() for key, tensor in members}
+    if tensors is None:
+        tensors = {key: (tensor, None) for key, tensor in members_of(strategy.module).items()}
     gathering = _Gathering(tensors)
     if not is_main:
         gathering.finish()
         return
     try:
         _remove(run_dir, f".{name}")
-        _write(run_dir, name, tensors, most_bytes, gathering)
+        _write(run_dir, name, {key: tensor for key, (tensor, _) in tensors.items()}, most_bytes, gathering)
     except (OSError, TypeError) as error:
         with suppress(OSError):
             _remove(run_dir, f".{name}")  # it would take up what room there is
@@ -61,17 +74,30 @@ def export_model(
 class _Gathering:
     """Gathers sharded tensors, one at a time and in the same order on all ranks."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Exported]) -> None:
         self._left = deque(tensors.values())
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        assert tensor is self._left.popleft()
-        return tensor.full_tensor() if is_sharded(tensor) else tensor
+        own, finish = self._left.popleft()
+        assert tensor is own
+        whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+        return whole if finish is None else finish(whole)
 
     def finish(self) -> None:
         """Takes part in what is left."""
         while self._left:
-            self(self._left[0])
+            self(self._left[0][0])
+
+
+def members_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's parameters and persistent buffers by name, each once."""
+    members = [*module.named_parameters(), *persistent_buffers(module)]
+    return {name: tensor.detach() for name, tensor in members}
+
+
+def remove_export(folder: Path, name: str) -> None:
+    """Removes the files of an earlier export of a name, if there are any."""
+    _remove(folder, name)
 
 
 def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], most_bytes: int, gathering: _Gathering) -> None:

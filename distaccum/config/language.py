@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distaccum.config import MISSING, DataConfig
 from distaccum.config.components import LanguageModelingConfig, ModelConfig
+from distaccum.config.lora import LoraConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +23,7 @@ class CausalLMConfig(ModelConfig):
     """`eager`, `sdpa`, `flex_attention`, …. `null`: transformers' choice."""
     gradient_checkpointing: bool = False
     """The model's own activation checkpointing, in place of `activation_checkpointing`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     vocab_size: int | None = None
     """Least size of the vocabulary. `null`: the number of the tokenizer's tokens."""
     max_length: int | None = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from distaccum.errors import UserError, listed
+from distaccum.config.lora import LoraConfig
+from distaccum.errors import UserError, listed, require
+from distaccum.models.lora import add_adapters
 from distaccum.runtime.torchvision_operators import tolerate_missing_operators
 
 logger = logging.getLogger(__name__)
@@ -22,6 +25,7 @@ def causal_lm(
     from_config: bool = False,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    lora: LoraConfig | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Loads a causal language model of transformers in float32, which the precision may change afterwards.
 
@@ -32,6 +36,7 @@ def causal_lm(
         from_config: read the configuration alone, and initialise the weights at random.
         attn_implementation: `eager`, `sdpa`, `flex_attention`, …; None for transformers' own choice.
         gradient_checkpointing: the model's own, if it has it.
+        lora: adapters, which are then trained alone; None or a rank of 0 for none.
 
     Raises:
         UserError: it can't be loaded, or is too small for the data.
@@ -65,15 +70,31 @@ def causal_lm(
     # Noted here, as sharding changes the class.
     module.config.architectures = [type(module).__name__]
     if gradient_checkpointing:
-        if not module.supports_gradient_checkpointing:
-            raise UserError(
-                f"model.gradient_checkpointing=true: {type(module).__name__} has none of its own. Set "
-                "model.activation_checkpointing=true instead."
-            )
-        # Renamed by transformers 5.
-        enable = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        _checkpoint_activations(module)
+    _add_adapters(module, LoraConfig(**lora) if isinstance(lora, Mapping) else lora, name_or_path, from_config)
     return module  # type: ignore[no-any-return]
+
+
+def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_config: bool) -> None:
+    if lora is None or not lora.rank:
+        return
+    require(
+        lora.merge or not from_config,
+        "model.lora.rank with model.from_config=true would save adapters of random weights that nobody has. Give a "
+        "model with weights, or set model.lora.merge=true, which saves them with the adapters.",
+    )
+    add_adapters(module, lora, name)
+
+
+def _checkpoint_activations(module: Any) -> None:
+    if not module.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.gradient_checkpointing=true: {type(module).__name__} has none of its own. Set "
+            "model.activation_checkpointing=true instead."
+        )
+    # Renamed by transformers 5.
+    enable = getattr(module, "activation_checkpointing_enable", module.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _check_size(config: Any, vocab_size: int, max_length: int) -> None:

@@ -48,6 +48,7 @@ from distaccum.training.data import build_evaluation, build_window_loader, loade
 from distaccum.training.deferred_model import DeferredModel, is_deferred
 from distaccum.training.evaluated_weights import check_statistics
 from distaccum.training.evaluation import Evaluator
+from distaccum.training.export import check_exported, saved_beside
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
@@ -126,14 +127,14 @@ class Parts:
         else:
             self.module = self._model(config)
             self._load()
-        self.beside = [getattr(self.module, name, None) for name in ("config", "generation_config")]
-        self.beside.append(getattr(self.train_data, "tokenizer", None))
+        self.beside = [*saved_beside(self.module), getattr(self.train_data, "tokenizer", None)]
         self.blocks: dict[str, str] = {}
         if config.insight.layers:
             self.blocks = blocks_by_parameter(self.module, getattr(config.strategy, "wrap", ()))
 
     def _model(self, config: TrainConfig) -> nn.Module:
         module = build_model_that_fits(config.model, self.train_data, getattr(config.strategy, "wrap", ()))
+        check_exported(module, is_loaded=self._initial is not None)
         self.woken = into_training_mode(module) if not config.train.keep_modes else []
         return cast(module, self.precision.parameter_dtype)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distaccum.accumulation.result import UpdateResult
-from distaccum.checkpoints import Checkpoint, Checkpointer, export_model
+from distaccum.checkpoints import Checkpoint, Checkpointer
 from distaccum.config import LoopConfig
 from distaccum.errors import UserError
 from distaccum.loaders import Window, WindowLoader
@@ -23,6 +23,7 @@ from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.evaluated_weights import evaluated_weights
 from distaccum.training.evaluation import Evaluator, metrics_of
+from distaccum.training.export import export_trained
 from distaccum.training.model import remarks
 from distaccum.training.observers import show_model
 from distaccum.training.progress import RunProgress
@@ -276,14 +277,14 @@ class Trainer:
         if is_finished and self.run_dir is not None:
             is_main = self.checkpointer.rank == 0
             with evaluated_weights(self.strategy, self.accumulator.optimizer):
-                export_model(self.strategy, self.run_dir, is_main=is_main)
+                export_trained(self.strategy, self.run_dir, is_main=is_main)
             for part in self.beside_weights if is_main else ():
                 if hasattr(part, "save_pretrained"):
                     part.save_pretrained(self.run_dir)
             for average in self.averages:
                 if average.has_begun:
                     with average.in_the_model():
-                        export_model(self.strategy, self.run_dir, is_main=is_main, name=f"model-{average.name}")
+                        export_trained(self.strategy, self.run_dir, is_main=is_main, suffix=f"-{average.name}")
 
     # Reporting to observers
 

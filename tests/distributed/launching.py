@@ -22,6 +22,8 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = forking.ROOT
+_IMPORTED = dict.fromkeys(("checks_language", "checks_lora"), ("with_transformers",))
+"""What checks import that takes long."""
 
 
 def names_of_checks(module: str) -> list[str]:
@@ -63,14 +65,15 @@ def torchrun(
 
 
 def forked(
-    world_size: int, *command: str, launched: bool = True, **environment: str
+    world_size: int, *command: str, launched: bool = True, imported: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Does what `torchrun` does, without torchrun. For whatever is not about the launcher: here rank 0 holds the store.
 
     Args:
         launched: tell the ranks which ones they are; False for a process that nobody launches.
+        imported: as for `forking.start`.
     """
-    ended = forking.run(*command, ranks=world_size, launched=launched, **environment)
+    ended = forking.run(*command, ranks=world_size, launched=launched, imported=imported, **environment)
     return subprocess.CompletedProcess(command, ended.status, ended.out, ended.err)
 
 
@@ -78,7 +81,7 @@ def forked(
 def outcomes(module: str, world_size: int) -> dict[str, list[str]]:
     """What each check said on each rank: an empty string, or a traceback."""
     with tempfile.TemporaryDirectory() as folder:
-        done = forked(world_size, str(HERE / "launching.py"), module, folder)
+        done = forked(world_size, str(HERE / "launching.py"), module, folder, imported=_IMPORTED.get(module, ()))
         reports = [Path(folder, f"rank{rank}.jsonl") for rank in range(world_size)]
         found: dict[str, list[str]] = {}
         for report in reports:

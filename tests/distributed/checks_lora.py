@@ -1,0 +1,149 @@
+"""Checks of low-rank adapters on real ranks: the same update for any cut. Float64, to 1e-12."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tiny_language_model
+import torch
+from checks_language import ALONE, CONFIGS, UPDATES, chats
+from examples import distance, flat, placed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distaccum import Accumulator, WindowLoader
+from distaccum.config import FSDPConfig
+from distaccum.config.lora import LoraConfig
+from distaccum.config.optimizers import SGDConfig
+from distaccum.models.lora import add_adapters, is_adapter
+from distaccum.runtime.world import World
+from distaccum.strategies import Strategy, shards_optimizer
+from distaccum.tasks import CausalLM, weights_of
+from distaccum.training.export import adapter_tensors, export_trained
+from distaccum.training.optim import build_optimizer
+
+NAMES = ["c_attn", "c_proj"]
+
+
+def plain_model(kind: str) -> nn.Module:
+    model: nn.Module = tiny_language_model.model_of(tiny_language_model.config_of(kind), dtype=torch.float64)
+    return model.train()
+
+
+def model_of(kind: str, checkpointing: bool = False, **lora: Any) -> Any:
+    """B is random too, so that all adapters have gradients in the first update already."""
+    model: Any = plain_model(kind)
+    add_adapters(model, LoraConfig(rank=4, alpha=5.0, **lora), "base")
+    model.double()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.1)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def trained(model: nn.Module, config: Any, world: World | None = None, task: Any = None, **batch: Any) -> Strategy:
+    task = task or CausalLM()
+    strategy = placed(model, config)
+    shard = config is not None and shards_optimizer(config)
+    settings = SGDConfig(lr=0.5, momentum=0.9)
+    optimizer = build_optimizer(settings, strategy.module, torch.device("cpu"), shard=shard)
+    accumulator = Accumulator(strategy.model, optimizer, clip_norm=1.0, strategy=strategy, weights=weights_of(task))
+    where = {"rank": world.rank, "world_size": world.world_size} if world else ALONE
+    equal = isinstance(config, FSDPConfig)
+    loader = WindowLoader(chats(), global_batch_size=12, equal_micro_steps=equal, seed=1, **where, **batch)
+    while accumulator.updates < UPDATES:
+        for window in loader:
+            accumulator.run(window, functools.partial(task, strategy.model))
+    return strategy
+
+
+@functools.cache
+def by_hand() -> Tensor:
+    """The same updates by plain torch: whole windows, and each adapter multiplied out into its layer's weight."""
+    model = model_of("gpt2", targets=NAMES)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.5, momentum=0.9)
+    plain = plain_model("gpt2")
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    loader, updates = WindowLoader(chats(), global_batch_size=12, micro_batch_size=12, seed=1, **ALONE), 0
+    while updates < UPDATES:
+        for (batch,) in loader:
+            weights = {
+                f"{name}.weight": layer.base_layer.weight
+                + 5 / 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).T
+                for name, layer in layers.items()
+            }
+            logits = torch.func.functional_call(plain, weights, (), {**batch, "use_cache": False}).logits
+            targets = batch["labels"][:, 1:]
+            loss_sum = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="sum")
+            (loss_sum / (targets != -100).sum()).backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            updates += 1
+    return flat(model)
+
+
+def check_every_cut_makes_the_update_of_one_shot(world: World) -> None:
+    wanted = by_hand()
+    assert distance(wanted, flat(model_of("gpt2", targets=NAMES))) > 1e-3
+    for name, config in {"single": None, **CONFIGS}.items():
+        for checkpointing in (False, True) if name in ("ddp", "fsdp") else (False,):
+            model = model_of("gpt2", checkpointing, targets=NAMES)
+            here = world if config is not None else None
+            strategy = trained(model, config, here, micro_batch_size=2)
+            assert distance(flat(strategy.module), wanted) < 1e-12, (name, checkpointing)
+
+
+def check_a_mean_of_micro_batches_misses_it(world: World) -> None:
+    class OfMicroBatch(CausalLM):
+        def __call__(self, model: nn.Module, batch: Any) -> Any:
+            output = super().__call__(model, batch)
+            output.loss_sum, output.weight = output.loss_sum / output.weight, 1
+            return output
+
+    model = model_of("gpt2", targets=NAMES)
+    found = trained(model, CONFIGS["ddp"], world, OfMicroBatch(), micro_batch_size=2)
+    assert distance(flat(found.module), by_hand()) > 1e-4
+
+
+def check_adapters_alone_cross_the_network(world: World) -> None:
+    for name in ("ddp", "fsdp"):
+        model = model_of("llama")
+        size = sum(p.nbytes for key, p in model.named_parameters() if is_adapter(key))
+        strategy = trained(model, CONFIGS[name], world, micro_batch_size=2)
+        # DDP sends a few numbers of the window with them.
+        assert UPDATES * size <= strategy.traffic.bytes < UPDATES * size * 1.1, (name, strategy.traffic.bytes, size)
+
+
+def check_what_is_saved_is_what_peft_loads(world: World) -> None:
+    """Of a sharded model as of a whole one, adapters and merged; gpt2 has layers whose weights are transposed."""
+    import peft
+    import transformers
+
+    for kind in ("llama", "gpt2"):
+        for merge in (False, True):
+            one = trained(model_of(kind, merge=merge), None, micro_batch_size=12).module
+            strategy = trained(model_of(kind, merge=merge), FSDPConfig(), world, micro_batch_size=2)
+            with tempfile.TemporaryDirectory() as text:
+                folder = Path(text)
+                export_trained(strategy, folder, is_main=True)
+                if not merge:
+                    found = load_file(folder / "adapter_model.safetensors")
+                    wanted: Any = peft.get_peft_model_state_dict(one, save_embedding_layers=False)
+                    assert {f"base_model.model.{key}" for key in wanted} == found.keys()
+                    assert all(distance(found[f"base_model.model.{key}"], wanted[key]) < 1e-12 for key in wanted)
+                    assert found.keys() == adapter_tensors(one).keys()
+                    continue
+                one.config.save_pretrained(folder)
+                merged = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+                tokens = torch.arange(12)[None]
+                with torch.no_grad():
+                    assert distance(merged(tokens).logits, one.eval()(tokens).logits) < 1e-12, kind
+                assert json.loads((folder / "config.json").read_text())["model_type"] == kind

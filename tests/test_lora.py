@@ -1,0 +1,124 @@
+"""Fine-tuning with low-rank adapters, from files to what peft loads: on two ranks, killed, and gone on with on one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import forking
+import pytest
+import tiny_language_model
+import torch
+from command_line import metrics, without_measurements
+from test_finetune import COMMAND, IMPORTED, evaluations_of, loss_of
+
+from distaccum import UserError
+from distaccum.config.compose import compose
+from distaccum.config.lora import LoraConfig
+from distaccum.models import causal_lm
+from distaccum.models.lora import add_adapters
+from distaccum.training.export import check_exported
+
+LORA = (*COMMAND, "model.lora.rank=4", "model.lora.alpha=64", "train.epochs=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora")
+    tiny_language_model.write_model(path / "llama")
+    tiny_language_model.write_chats(path / "chats.jsonl", 100)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> forking.Ended:
+    ended = forking.run(*LORA, "run_dir=whole", "strategy=fsdp", ranks=2, folder=folder, imported=IMPORTED)
+    assert ended.status == 0, ended.err
+    return ended
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
+def test_peft_loads_what_is_left(folder: Path, unbroken: forking.Ended) -> None:
+    import peft
+    import transformers
+
+    assert "model.lora: adapters of rank 4 in 14 layers, 4096 of " in unbroken.out
+    evaluations = evaluations_of(folder / "whole")
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.03
+    assert not (folder / "whole" / "model.safetensors").exists()
+    auto = transformers.AutoModelForCausalLM
+    base = auto.from_pretrained(folder / "llama", dtype=torch.float64)
+    model = peft.PeftModel.from_pretrained(base, folder / "whole", autocast_adapter_dtype=False).double()
+    assert loss_of(model, folder / "whole") == pytest.approx(evaluations[-1]["loss"], rel=1e-6)
+    assert peft.PeftConfig.from_pretrained(folder / "whole").base_model_name_or_path == str(folder / "llama")
+    # Found by its configuration alone.
+    assert loss_of(auto.from_pretrained(folder / "whole", dtype=torch.float64), folder / "whole") == pytest.approx(
+        evaluations[-1]["loss"], rel=1e-6
+    )
+
+
+def test_a_killed_run_goes_on_on_one_rank_and_is_merged_on_request(folder: Path, unbroken: forking.Ended) -> None:
+    import transformers
+
+    running = forking.start(*LORA, "run_dir=killed", ranks=2, folder=folder, imported=IMPORTED)
+    file = folder / "killed" / "metrics.jsonl"
+    while running.poll() is None and not (file.exists() and file.read_text().count("\n") > 8):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert len(metrics(folder / "killed")) < len(metrics(folder / "whole")), "it had ended by itself"
+    ended = forking.run(*LORA, "run_dir=killed", "model.lora.merge=true", folder=folder, imported=IMPORTED)
+    assert ended.status == 0, ended.err
+    assert "ranks: 2 → 1" in ended.out
+    whole, parts = ([without_measurements(line) for line in metrics(folder / name)] for name in ("whole", "killed"))
+    assert len(whole) == len(parts)
+    for wanted, found in zip(whole, parts, strict=True):
+        assert found.get("eval", found)["loss"] == pytest.approx(wanted.get("eval", wanted)["loss"], rel=1e-9)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder / "killed", dtype=torch.float64)
+    assert not (folder / "killed" / "adapter_config.json").exists()
+    last = evaluations_of(folder / "killed")[-1]["loss"]
+    assert loss_of(merged, folder / "killed") == pytest.approx(last, rel=1e-6)
+    evaluated = forking.run("-m", "distaccum.evaluate", "killed", folder=folder, imported=IMPORTED)
+    assert evaluated.status == 0, evaluated.err
+    assert float(evaluated.out.splitlines()[-1].split()[-3]) == pytest.approx(last, rel=1e-3)
+
+
+def test_the_section_of_a_command_line() -> None:
+    given = ["experiment=finetune", "model.name_or_path=a", "data.files=b"]
+    config: Any = compose([*given, "model.lora.rank=8", "model.lora.targets=[q_proj]"])
+    assert (config.model.lora.rank, config.model.lora.targets) == (8, ["q_proj"])
+    assert config.model.lora.alpha is None
+    for wrong in ("rank=-1", "dropout=1", "targets=[]", "targets=3", "ranks=8"):
+        with pytest.raises(UserError, match=r"model\.lora"):
+            compose([*given, f"model.lora.{wrong}"])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": ["nothing"]}, r"model\.lora: peft refuses: Target modules .* not found"),
+        ({"targets": ["embed_tokens"], "merge": True}, "the adapter of model.embed_tokens, a Embedding, can't be"),
+        ({"targets": ["lm_head"], "merge": True}, "the weights of lm_head are another layer's too"),
+    ],
+)
+def test_refused(lora: dict[str, Any], message: str) -> None:
+    model = tiny_language_model.model_of(tiny_language_model.config_of(tie_word_embeddings=True))
+    with pytest.raises(UserError, match=message):
+        add_adapters(model, LoraConfig(rank=2, **lora), "base")
+
+
+def test_adapters_of_random_weights_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="adapters of random weights that nobody has"):
+        causal_lm(str(folder / "llama"), vocab_size=320, max_length=48, from_config=True, lora={"rank": 2})
+
+
+@pytest.mark.parametrize("section", [{"init_from": "x"}, {"unfreeze": {1: ["*.embed_tokens.weight"]}}])
+def test_what_would_not_be_saved_is_refused(section: dict[str, Any]) -> None:
+    model = tiny_language_model.model_of(tiny_language_model.config_of())
+    add_adapters(model, LoraConfig(rank=2), "base")
+    if "unfreeze" in section:
+        model.model.embed_tokens.weight.requires_grad_(True)
+    with pytest.raises(UserError, match=f"model.{next(iter(section))}"):
+        check_exported(model, is_loaded="init_from" in section)
