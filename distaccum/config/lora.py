@@ -10,8 +10,8 @@ from distaccum.errors import require, require_at_least
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters (LoRA; Hu et al. 2022) by peft: the model is frozen, and the adapters alone are trained, sent,
-    checkpointed and saved."""
+    """Low-rank adapters (LoRA; Hu et al. 2022) by peft: the model is frozen, and the adapters alone are trained,
+    sent and saved."""
 
     rank: int = 0
     """Rank r of the adapters. 0: none, the model itself is trained."""
