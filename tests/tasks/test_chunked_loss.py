@@ -157,7 +157,7 @@ def test_compiled_models(batch: Batch) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     scaled: Any = torch.compile(Model(lambda logits: logits / 2), backend="aot_eager")
-    with pytest.raises(Exception, match="something on its logits"):
+    with pytest.raises(UserError, match="something on its logits"):
         LanguageModeling(chunked_loss=True)(scaled, batch)
 
 
