@@ -55,7 +55,7 @@ def copies_overlapped(run: Callable[[], object], device: torch.device) -> float 
     if device.type != "cuda":
         run()
         return "-"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         run()
         torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
