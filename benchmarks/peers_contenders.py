@@ -25,6 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from distaccum import Accumulator, LoaderOptions, WindowLoader
+from distaccum.runtime.torchvision_operators import tolerate_missing_operators
+
+tolerate_missing_operators()
 
 IGNORE_INDEX = -100
 

@@ -27,7 +27,7 @@ from distaccum.training.model import evaluation_mode
 logger = logging.getLogger(__name__)
 
 _TOKENS = 12
-"""Of each of the two samples, the last so many."""
+"""Of each of the two samples, at most the last so many."""
 _NOISE_STD = 0.02
 _TOLERANCES = {"float64": (1e-9, 0.0), "float32": (1e-4, 0.01), "16 bits": (4e-3, 0.1)}
 """By format: the relative difference that is rounding in any case, and the part of a full leak that still is."""
@@ -62,8 +62,10 @@ def refuse_leaks(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, pr
             "each. Set batch=by_length."
         )
     longest = np.argsort(-cuts.lengths, kind="stable")[:2].tolist()
+    # Both together are no longer than a sample may be, as the model may have no positions beyond.
+    most = max(1, min(_TOKENS, int(cuts.lengths.max()) // 2))
     with GlobalStates.now(strategy.device):
-        samples = [_ending(data[index], int(cuts.lengths[index])) for index in longest]
+        samples = [_ending(data[index], int(cuts.lengths[index]), most) for index in longest]
         with _no_zeros(strategy), evaluation_mode(strategy.module), torch.no_grad():
             reason = _leak(task, data, samples, strategy, precision)
     reasons = gather_objects(reason, strategy.process_group)
@@ -146,9 +148,9 @@ def _format(module: nn.Module, precision: Precision) -> str:
     return "float64" if dtypes == {torch.float64} else "float32"
 
 
-def _ending(sample: Any, length: int) -> Any:
+def _ending(sample: Any, length: int, most: int) -> Any:
     """Returns the end of a sample: the last tokens of each field that has as many as the sample is long."""
-    return _mapped(sample, lambda field: field[-_TOKENS:] if len(field) == length else field)
+    return _mapped(sample, lambda field: field[-most:] if len(field) == length else field)
 
 
 def _joined(first: Any, second: Any) -> Any:
