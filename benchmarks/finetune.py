@@ -159,6 +159,9 @@ def by_trl(job: Job) -> None:
         collate(job),
         classes=(SFTConfig, functools.partial(SFTTrainer, processing_class=job.samples.tokenizer)),
         dataset_kwargs={"skip_prepare_dataset": True},
+        # As for the others: its defaults are checkpointing, and bfloat16.
+        gradient_checkpointing=False,
+        bf16=False,
         **trainer_options(job),
     )
 
