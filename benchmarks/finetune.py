@@ -5,8 +5,8 @@
 A LLaMA-shaped model of transformers with random weights, on prompts (a loss that doesn't count them) and completions of
 very unequal lengths: halves of the paragraphs of Python's own documentation. One epoch in windows of 32 samples, the
 last of which is smaller, in micro-batches of 4, by distaccum (`CausalLM` with `Accumulator` and `WindowLoader`, cut at
-random and by length), transformers' `Trainer`, and TRL's `SFTTrainer` with its own defaults, activation checkpointing and bfloat16 autocast. All
-see the same windows.
+random and by length), transformers' `Trainer`, and TRL's `SFTTrainer` with its own defaults, activation checkpointing
+and bfloat16 autocast. All see the same windows.
 
 - error: how far the final weights are from those of one batch a window, as part of the way that training has led.
   Float64, plain SGD, a small model: Adam would hide an update of a wrong size.
