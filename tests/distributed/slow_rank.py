@@ -35,7 +35,7 @@ class SlowBlocksOnRank1(GPT):
             block.forward = functools.partial(_slowed, block, block.forward)
 
 
-def _slowed(block: nn.Module, forward: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+def _slowed(block: nn.Module, forward: Callable[..., Tensor], stream: Tensor, *more: Any) -> Tensor:
     slowness = TIMES_SLOWER if os.environ.get("RANK") == "1" else 1
     time.sleep(SECONDS_PER_TOKEN / 2 * slowness * stream.shape[:2].numel() if block.training else 0.0)
-    return forward(stream)
+    return forward(stream, *more)
