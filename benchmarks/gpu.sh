@@ -49,7 +49,12 @@ part() { # name, seconds, command…
     return $status
 }
 
-if ! "$python" -c 'import distaccum.train, pytest, xdist, pytest_timeout, accelerate, lightning, transformers' 2>/dev/null; then
+# Looked for and not imported: what imports torchvision may fail (distaccum/runtime/torchvision_operators.py).
+needed='pytest xdist pytest_timeout accelerate lightning transformers'
+if ! "$python" -c "
+import sys, distaccum.train
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, '$needed'.split())))" 2>/dev/null; then
     part "installation" 120 "$python" -m pip install --quiet -e '.[test,bench]'
 fi
 if [[ $device == cuda ]] && command -v nvidia-smi >/dev/null; then
