@@ -96,10 +96,15 @@ def test_goodbyes_tell_success_from_failure(store: dist.TCPStore, beating: Heart
     assert _sign(store).state is State.left
 
 
+def _own_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("distaccum-heartbeat", "distaccum-store")]
+
+
 def test_stopping_leaves_no_thread(beating: Heartbeat) -> None:
+    assert _own_threads()
     beating.stop()
     beating.stop()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("distaccum")]
+    assert not _own_threads()
 
 
 def test_its_own_failure_is_not_another_ranks(store: dist.TCPStore, beating: Heartbeat) -> None:

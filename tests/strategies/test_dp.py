@@ -220,19 +220,19 @@ def test_tied_parameters_stay_tied() -> None:
     tokens = torch.randint(0, 11, (5, 7), generator=torch.Generator().manual_seed(1))
     model = ThreadedReplicas(module, 3)
     # The model above uses one parameter twice; here two modules hold the same one.
-    module.head = nn.Linear(8, 11, bias=False)
-    module.head.weight = module.token_embedding.weight
+    module.other = nn.Linear(8, 11, bias=False)
+    module.other.weight = module.token_embedding.weight
     same = []
-    module.head.register_forward_pre_hook(lambda head, _: same.append(head.weight))
+    module.other.register_forward_pre_hook(lambda head, _: same.append(head.weight))
     module.register_forward_pre_hook(lambda gpt, _: same.append(gpt.token_embedding.weight))
-    module.register_forward_hook(lambda gpt, _, logits: gpt.head(torch.ones(1, 8).double()) * 0 + logits)
+    module.register_forward_hook(lambda gpt, _, logits: gpt.other(torch.ones(1, 8).double()) * 0 + logits)
     for _ in range(2):
         same.clear()
         model(tokens).square().sum().backward()
         plain(tokens).square().sum().backward()
         assert len(same) == 2 * 3
         assert len({id(weight) for weight in same}) == 3
-    assert module.head.weight is module.token_embedding.weight
+    assert module.other.weight is module.token_embedding.weight
     assert distance(_gradients(module), _gradients(plain)) < 1e-12
 
 
