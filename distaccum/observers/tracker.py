@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Row:
         return {f"{self.group}/{name}": value for name, value in self.values.items()}
 
 
-class Tracker(Observer):
+class Tracker(Observer, ABC):
     """Writes the numbers of updates (`train/…`) and evaluations (`eval/…`), over the number of the update, for a
     program that shows them. What can't start is an error; afterwards a thread writes, and if it fails or hangs, a
     warning says so, and the training goes on.
@@ -50,6 +51,7 @@ class Tracker(Observer):
         self._waiting: deque[Row] = deque()
         self._background: Background | None = None
 
+    @abstractmethod
     def _open(self, run_dir: Path, start: RunStart, history: list[Row]) -> list[Row]:
         """Opens the tracker, and drops what is not of the run.
 
@@ -59,11 +61,10 @@ class Tracker(Observer):
         Returns:
             Those of them that are still to be written.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(self, rows: list[Row]) -> None:
         """Writes rows, in the thread."""
-        raise NotImplementedError
 
     def _close(self, end: RunEnd | None) -> None:
         """Called last, in the thread. `end`: None for a run that failed."""
