@@ -70,7 +70,7 @@ options=(--device "$device" "${quick[@]}")
 [[ $device == cpu ]] && backend=(--backend aot_eager) || backend=()
 part "one GPU" 210 "$python" benchmarks/gpu.py "${options[@]}" "${backend[@]}"
 part "peers" 80 "$python" benchmarks/gpu_peers.py "${options[@]}"
-part "text" 60 "$python" benchmarks/gpu_text.py "${options[@]}"
+part "text" 100 "$python" benchmarks/gpu_text.py "${options[@]}"
 
 echo
 if ((${#failed[@]})); then

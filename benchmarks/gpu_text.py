@@ -7,6 +7,8 @@ bfloat16 autocast with fused AdamW and clipping, windows of 256 drawn at random,
 
   random      micro-batches of 32 samples, padded to their own longest
   by_length   samples of like length together, as many as make the tokens of the costliest micro-batch of `random`
+  flash       by_length without cuDNN's attention, which may plan anew for each shape of a micro-batch; torch prefers
+              it on some cards
   measured    by_length, with costs of micro-batches fitted to the first updates, as the trainer does
   packed      samples put end to end, as many as make the same tokens, with attention inside each (torch's varlen_attn)
 
@@ -36,7 +38,7 @@ from distaccum.tasks.model_io import call_model
 from distaccum.training.adapt_cuts import CutTuning
 
 MAX_LENGTH = 512
-WAYS = ("random", "by_length", "measured", "packed")
+WAYS = ("random", "by_length", "flash", "measured", "packed")
 """How windows are cut."""
 
 
@@ -67,6 +69,7 @@ class Reading:
     model: torch.nn.Module
     accumulator: Accumulator
     tuning: CutTuning | None
+    uses_cudnn: bool
     seconds: list[float]
     updates: int = 0
     micro_steps: int = 0
@@ -75,6 +78,7 @@ class Reading:
 
     def take(self, extent: Extent, device: torch.device) -> None:
         """Makes the updates of a round."""
+        torch.backends.cuda.enable_cudnn_sdp(self.uses_cudnn)
         self.micro_steps = self.computed = 0
         weights = []
         wait(device)
@@ -110,7 +114,7 @@ def reading(way: str, data: DocumentationText, scale: Scale, extent: Extent, dev
     )
     tuning = CutTuning(loader.cuts, SingleStrategy(model)) if way == "measured" else None
     accumulator = Accumulator(model, adamw(model), clip_norm=1.0, time_micro_steps=tuning is not None)
-    return Reading(loader, model, accumulator, tuning, [])
+    return Reading(loader, model, accumulator, tuning, way != "flash", [])
 
 
 def ways(scale: Scale, extent: Extent, device: torch.device) -> Iterator[common.Row]:

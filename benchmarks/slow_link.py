@@ -18,7 +18,8 @@ PowerSGD's collectives wait for each other, and for its own computing between th
 
 The second table has two ranks on each host, and a link of 100 Mbit/s: DDP, and FSDP with the gradients of a window
 added up whole on each rank, in shards, and in shards of a node (`strategy.accumulate`). The bytes are those between the
-hosts.
+hosts. The third table has a model of 38 MB and 256 rows a micro-batch, which is nearer to what FSDP is for: gloo takes
+a few milliseconds for a collective inside a host however small it is.
 
 Needs Linux, root, and `ip` and `tc` (apt-get install iproute2).
 """
@@ -30,6 +31,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import common
 import torch
@@ -50,15 +52,31 @@ STEPS = (1, 2, 4, 8, 16)
 EVERY, NO_SYNC, BF16, POWERSGD = "every micro-step", "no_sync", "no_sync, bf16", "no_sync, PowerSGD"
 RANKS_OF_HOST = 2
 STEPS_SHARDED = (1, 4, 16)
-FEW_ROWS, MANY_ROWS = 4, 256
-"""Of a micro-batch: next to nothing to compute, and as much as FSDP's collectives take inside a host."""
 BLOCKS = 2
 """That FSDP gathers one by one."""
 DDP = "ddp, no_sync"
-WIDTH, LAYERS = 256, 8
 POWERSGD_START = 2
 WARM_UP = POWERSGD_START + 2
 """Updates before any is measured: DDP lays out its buckets, PowerSGD begins to compress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model, and the rows of a micro-batch."""
+
+    width: int
+    layers: int
+    rows: int
+
+    def model(self, blocks: int = 1) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(self.width, self.width), nn.ReLU()) for _ in range(self.layers)]
+        each = self.layers // blocks
+        return nn.Sequential(*(nn.Sequential(*layers[first : first + each]) for first in range(0, self.layers, each)))
+
+
+SMALL = Size(width=256, layers=8, rows=4)
+LARGE = Size(width=768, layers=16, rows=256)
 
 
 class SyncingEvery(DDPStrategy):
@@ -71,12 +89,12 @@ class SyncingEvery(DDPStrategy):
 class Way:
     """One way of making updates, on a copy of the model."""
 
-    def __init__(self, model: nn.Module, strategy_of: Callable[[nn.Module], Strategy], rows: int = FEW_ROWS) -> None:
+    def __init__(self, model: nn.Module, strategy_of: Callable[[nn.Module], Strategy], size: Size = SMALL) -> None:
         module = copy.deepcopy(model)
         self.strategy = strategy_of(module)
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
         self.accumulator = Accumulator(self.strategy.model, optimizer, strategy=self.strategy)
-        self.batch = torch.randn(rows, WIDTH)
+        self.batch = torch.randn(size.rows, size.width)
 
     def update(self, steps: int) -> UpdateResult:
         with self.accumulator.window([self.batch] * steps) as micro_batches:
@@ -85,16 +103,9 @@ class Way:
         return self.accumulator.step()
 
 
-def new_model(blocks: int = 1) -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(LAYERS)]
-    each = LAYERS // blocks
-    return nn.Sequential(*(nn.Sequential(*layers[first : first + each]) for first in range(0, LAYERS, each)))
-
-
 def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
     """All ways, between the ranks of a group; None for all ranks."""
-    model, cpu = new_model(), torch.device("cpu")
+    model, cpu = SMALL.model(), torch.device("cpu")
 
     def ddp(compression: Compression) -> Callable[[nn.Module], Strategy]:
         config = DDPConfig(compression=compression, powersgd_start_update=POWERSGD_START)
@@ -113,19 +124,19 @@ def ways(group: dist.ProcessGroup | None = None) -> dict[str, Way]:
     }
 
 
-def sharded_ways(rows: int, flavours: Iterable[Accumulate]) -> dict[str, Way]:
+def sharded_ways(size: Size, flavours: Iterable[Accumulate]) -> dict[str, Way]:
     """DDP, and flavours of FSDP, between all ranks."""
     # Here and not above: importing FSDP takes as long as a quick run.
     from distaccum.strategies.fsdp import place_fsdp
 
-    model, cpu = new_model(BLOCKS), torch.device("cpu")
+    model, cpu = size.model(BLOCKS), torch.device("cpu")
 
     def fsdp(accumulate: Accumulate, *, reshard: bool = True, shard_size: int | None = None) -> Way:
         config = FSDPConfig(accumulate=accumulate, reshard_in_window=reshard, shard_size=shard_size)
-        return Way(model, lambda module: place_fsdp(module, config, cpu, PrecisionName.fp32), rows)
+        return Way(model, lambda module: place_fsdp(module, config, cpu, PrecisionName.fp32), size)
 
     return {
-        DDP: Way(model, lambda module: place_ddp(module, DDPConfig(), cpu), rows),
+        DDP: Way(model, lambda module: place_ddp(module, DDPConfig(), cpu), size),
         **{f"fsdp, {accumulate}": fsdp(accumulate) for accumulate in flavours},
         "fsdp, node, gathered once": fsdp(Accumulate.node, reshard=False),
         # Nothing is left to send inside a host but for the last micro-step.
@@ -207,36 +218,36 @@ def on_a_rank(rate: str, is_quick: bool) -> None:
     dist.destroy_process_group()
 
 
-def on_a_rank_of_two(is_quick: bool) -> None:
+def on_a_rank_of_two(size: Size, is_quick: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for rows in (FEW_ROWS,) if is_quick else (FEW_ROWS, MANY_ROWS):
-        # What sends more in each micro-step takes its time whatever there is to compute.
-        all_ways = sharded_ways(rows, (Accumulate.node,) if is_quick or rows == MANY_ROWS else Accumulate)
-        for way in all_ways.values():
-            way.update(1)
-        for steps in (1, 4) if is_quick else STEPS_SHARDED:
-            found = measure(all_ways, steps, rounds=1 if is_quick else 5, updates=1 if is_quick else -(-4 // steps))
-            for name, own in found.items():
-                common.send(
-                    {
-                        "link": RATES[0],
-                        "rows of a micro-batch": rows,
-                        "K": steps,
-                        "placement": name,
-                        "s/update": own["seconds"],
-                        "of DDP's": own["seconds"] / found[DDP]["seconds"],
-                        "MB between hosts": own["wire"] / 1e6,
-                        "collectives of gradients": own["calls"],
-                    }
-                )
+    # What sends more over the link in each micro-step takes its time, of a large model minutes.
+    all_ways = sharded_ways(size, Accumulate if size == SMALL and not is_quick else (Accumulate.node,))
+    for way in all_ways.values():
+        way.update(1)
+    for steps in (1, 4) if is_quick else STEPS_SHARDED:
+        few = is_quick or size == LARGE
+        found = measure(all_ways, steps, rounds=1 if is_quick else 3, updates=1 if few else -(-4 // steps))
+        for name, own in found.items():
+            common.send(
+                {
+                    "link": RATES[0],
+                    "MB of gradients": sum(parameter.nbytes for parameter in size.model().parameters()) / 1e6,
+                    "K": steps,
+                    "placement": name,
+                    "s/update": own["seconds"],
+                    "of DDP's": own["seconds"] / found[DDP]["seconds"],
+                    "MB between hosts": own["wire"] / 1e6,
+                    "collectives of gradients": own["calls"],
+                }
+            )
     dist.barrier()
     dist.destroy_process_group()
 
 
-def of_two_ranks(is_quick: bool) -> Iterator[common.Row]:
+def of_two_ranks(which: str, is_quick: bool) -> Iterator[common.Row]:
     with two_hosts(RATES[0]) as hosts:
-        words = RATES[0], "quick" if is_quick else "full", "sharded"
+        words = RATES[0], "quick" if is_quick else "full", which
         yield from on_hosts(hosts, __file__, *words, ranks_of_host=RANKS_OF_HOST)
 
 
@@ -250,19 +261,19 @@ def main() -> None:
     if words := common.rank_words():
         is_quick = words[1] == "quick"
         if words[2:]:
-            as_ranks_of_host(lambda: on_a_rank_of_two(is_quick))
+            as_ranks_of_host(lambda: on_a_rank_of_two(LARGE if words[2] == "large" else SMALL, is_quick))
         else:
             on_a_rank(words[0], is_quick)
         return
-    options = common.begin(common.arguments(__doc__, quick="25 seconds", full="7 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="30 seconds", full="10 minutes"))
     if reason := why_impossible():
         raise SystemExit(f"hosts can't be emulated here: {reason}")
     rows = common.show(
         "Updates of 2.1 MB of gradients over a slow link between 2 hosts", over_both_links(options.quick)
     )
-    rows += common.show(
-        "Updates of the same model over 100 Mbit/s between 2 hosts with 2 ranks each", of_two_ranks(options.quick)
-    )
+    for which, what in (("small", "the same model"), ("large", "a model of 38 MB")):
+        title = f"Updates of {what} over 100 Mbit/s between 2 hosts with 2 ranks each"
+        rows += common.show(title, of_two_ranks(which, options.quick))
     if options.write:
         common.write(__doc__, rows)
 

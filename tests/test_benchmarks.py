@@ -100,12 +100,12 @@ def gpu_peers(rows: Rows) -> None:
 
 
 def gpu_text(rows: Rows) -> None:
-    assert [row["windows cut"] for row in rows] == ["random", "by_length", "measured", "packed"]
+    assert [row["windows cut"] for row in rows] == ["random", "by_length", "flash", "measured", "packed"]
     assert float(rows[1]["padding"]) < 0.15 < 0.3 < float(rows[0]["padding"])
-    assert float(rows[3]["padding"]) == 0
+    assert float(rows[4]["padding"]) == 0
 
 
-def slow_link(rows: Rows, nodes: Rows) -> None:
+def slow_link(rows: Rows, nodes: Rows, large: Rows) -> None:
     sent = {(row["K"], row["sync"]): float(row["MB on the wire"]) for row in rows}
     assert len(sent) == 2 * 4, "K, ways"
     one = sent["1", "no_sync"]
@@ -118,6 +118,8 @@ def slow_link(rows: Rows, nodes: Rows) -> None:
         assert between["1", way] == pytest.approx(one, rel=0.1), "each half of the gradients once"
         assert between["4", way] == pytest.approx(one, rel=0.1)
     assert between["4", "ddp, no_sync"] == pytest.approx(1.5 * one, rel=0.1)
+    node = {row["K"]: float(row["MB between hosts"]) for row in large if row["placement"] == "fsdp, node"}
+    assert node["4"] == pytest.approx(node["1"], rel=0.1)
 
 
 def tuning(rows: Rows) -> None:
