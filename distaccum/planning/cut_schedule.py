@@ -140,6 +140,11 @@ class CutSchedule:
         return "samples" if self.lengths is None else "tokens"
 
     @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of a micro-batch where windows are cut by length; a longer sample is one of its own."""
+        return self._grouping.max_tokens if self._grouping is not None else None
+
+    @property
     def micro_batch_size(self) -> int:
         """Samples of the largest micro-batch; where windows are cut by length, of the longest that fit into one."""
         if self._grouping is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ from distaccum.strategies import Strategy, local_parts
 from distaccum.tasks import CoupledTask, checked_output
 from distaccum.training.model import evaluation_mode
 
-logger = logging.getLogger(__name__)
-
 _TOKENS = 12
 """Of each of the two samples, at most the last so many."""
 _NOISE_STD = 0.02
@@ -42,6 +39,19 @@ class _Seen(NamedTuple):
 
 
 def refuse_leaks(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, precision: Precision) -> None:
+    """Refuses a model or task that `leak_of` finds a reason against. All ranks call it.
+
+    Raises:
+        UserError: what the model gives for a sample depends on those before it, or the task can't be packed.
+    """
+    if reason := leak_of(task, data, cuts, strategy, precision):
+        raise UserError(
+            f"batch=packed is not supported by this model and task: {reason}. Set batch=by_length, which pads little "
+            "and asks nothing of them."
+        )
+
+
+def leak_of(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, precision: Precision) -> str | None:
     """Computes the ends of two samples packed and alone, if windows are packed. All ranks call it.
 
     Nothing of it stays. Parameters that are all zeros (such as the last layer of a block often is at first) are random
@@ -51,16 +61,13 @@ def refuse_leaks(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, pr
         task, data: of the training.
         cuts: of the windows.
 
-    Raises:
-        UserError: what the model gives for a sample depends on those before it, or the task can't be packed.
+    Returns:
+        Why samples can't be packed; None if they can, or if windows are not packed.
     """
     if not cuts.is_packed or cuts.lengths is None:
-        return
+        return None
     if isinstance(task, CoupledTask):
-        raise UserError(
-            f"batch=packed does not support {type(task).__name__}, whose loss couples samples: it needs a row for "
-            "each. Set batch=by_length."
-        )
+        return f"the loss of {type(task).__name__} couples samples, and needs a row for each"
     longest = np.argsort(-cuts.lengths, kind="stable")[:2].tolist()
     # Both together are no longer than a sample may be, as the model may have no positions beyond.
     most = max(1, min(_TOKENS, int(cuts.lengths.max()) // 2))
@@ -69,12 +76,7 @@ def refuse_leaks(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, pr
         with _no_zeros(strategy), evaluation_mode(strategy.module), torch.no_grad():
             reason = _leak(task, data, samples, strategy, precision)
     reasons = gather_objects(reason, strategy.process_group)
-    if first := next(filter(None, reasons), None):
-        raise UserError(
-            f"batch=packed is not supported by this model and task: {first}. Set batch=by_length, which pads little "
-            "and asks nothing of them."
-        )
-    logger.debug("batch=packed: two samples give the same packed and alone")
+    return next(filter(None, reasons), None)
 
 
 def _leak(task: Any, data: Any, samples: list[Any], strategy: Strategy, precision: Precision) -> str | None:

@@ -18,10 +18,10 @@ from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.randomness import GlobalStates
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.bench.terminal import status_line
-from distaccum.tools.check import conclusions, coupling, numerics, randomness
+from distaccum.tools.check import conclusions, coupling, numerics, packing, randomness
 from distaccum.tools.check.measuring import Update, ddp_config, difference, measure
 from distaccum.tools.check.report import CheckReport, CutRow, Difference, ParameterRow, Severity
-from distaccum.tools.check.subject import FOUND_OUT, NOISE, Subject, cuts_of, split, window_samples
+from distaccum.tools.check.subject import FOUND_OUT, NOISE, Subject, cuts_of, packed_cuts, split, window_samples
 from distaccum.training.build import Parts
 from distaccum.training.run import check_same_config
 
@@ -127,6 +127,9 @@ class _Examination:
         is_repeatable = not self._has("nondeterministic")
         if is_repeatable:
             findings += randomness.find_state(subject, few)
+            if subject.loader.cuts.is_packed:
+                self._tell("packed samples")
+                findings += packing.find_leaks(subject, few)
         for number, window in enumerate(windows):
             for one in self._in_each_precision():
                 self._measure_alone(one, number, window)
@@ -172,18 +175,13 @@ class _Examination:
             self._add(subject, number, "one shot", [[len(window)]], one_shot)
             self._explain_failure(subject, window, one_shot)
             return
-        plan, size = subject.loader.plan, len(window)
-        steps = plan.accumulation_steps or -(-size // (plan.micro_batch_size or size))
-        sizes = cuts_of(size, split_evenly(size, max(1, min(steps, size))))
-        if not subject.in_float64:  # rounding is all that is left to see: two cuts show it
-            sizes = {name: cut for name, cut in sizes.items() if name in ("as configured", "micro-batches of 1")}
-        for name, cut in sizes.items():
+        for name, cut in _cuts(subject, window).items():
             self._tell(f"{where}, {name}")
             try:
-                update = measure(subject, list(split(window, cut)))
-            except (ValueError, RuntimeError) as error:
-                update = Update(failure=f"{type(error).__name__}: {str(error).splitlines()[0]}")
-            self._add(subject, number, name, [cut], update)
+                update = measure(subject.as_trained(), cut)
+            except Exception as error:  # of the cut, as the window in one shot was computed
+                update = Update(failure=_said(error))
+            self._add(subject, number, name, [list(map(len, cut))], update)
 
     def _explain_failure(self, subject: Subject, window: list[int], update: Update) -> None:
         if update.is_miscounted:
@@ -211,7 +209,7 @@ class _Examination:
                 cut = list(split(mine, split_evenly(len(mine), steps)))
                 failure, placed = self._rehearse(world, cut, config)
                 for subject in self._in_each_precision():
-                    update = Update(failure=failure) if failure else measure(subject, cut, ddp=placed)
+                    update = Update(failure=failure) if failure else measure(subject.as_trained(), cut, ddp=placed)
                     cuts = world.gather([len(part) for part in cut])
                     if world.is_main:
                         calls.setdefault(name, update.sync_calls)
@@ -224,9 +222,9 @@ class _Examination:
         """Runs this rank's micro-batches without the others: what fails on one rank alone would leave them waiting."""
         failure, lacks_gradient = "", False
         try:
-            lacks_gradient = any(measure(self.subject, [part]).without_gradient for part in cut)
-        except (ValueError, RuntimeError, UserError) as error:
-            failure = f"rank {world.rank}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            lacks_gradient = any(measure(self.subject.as_trained(), [part]).without_gradient for part in cut)
+        except Exception as error:
+            failure = f"rank {world.rank}: {_said(error)}"
         failures = [said for said in world.gather(failure) if said]
         if any(world.gather(lacks_gradient)):
             config = dataclasses.replace(config, find_unused_parameters=True, static_graph=False)
@@ -246,7 +244,7 @@ class _Examination:
                 window=window + 1,
                 precision=subject.digits,
                 ranks=len(cuts),
-                cut=name,
+                cut=f"{name}, packed" if subject.loader.cuts.is_packed else name,
                 micro_steps=len(cuts[0]),
                 sizes=[size for sizes in cuts for size in sizes],
                 loss=update.loss,
@@ -285,6 +283,25 @@ class _Examination:
             for name in names
         ]
         return sorted(rows, key=lambda row: (row.float64_error or 0.0, row.configured_error or 0.0), reverse=True)
+
+
+def _cuts(subject: Subject, window: list[int]) -> dict[str, list[list[int]]]:
+    """Returns the cuts of a window to measure in one process, by name: the dataset indices of their micro-batches."""
+    if subject.loader.cuts.is_packed:
+        found = packed_cuts(subject, window)
+    else:
+        plan, size = subject.loader.plan, len(window)
+        steps = plan.accumulation_steps or -(-size // (plan.micro_batch_size or size))
+        sizes = cuts_of(size, split_evenly(size, max(1, min(steps, size))))
+        found = {name: list(split(window, cut)) for name, cut in sizes.items()}
+    if subject.in_float64:
+        return found
+    # Rounding is all that is left to see: two cuts show it.
+    return {name: cut for name, cut in found.items() if name in ("as configured", "micro-batches of 1")}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _keep_largest(known: dict[str, float], errors: dict[str, float]) -> None:

@@ -17,6 +17,8 @@ from distaccum.config.enums import PrecisionName
 from distaccum.config.tools import CheckConfig
 from distaccum.errors import UserError
 from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.pack import packing_of
+from distaccum.planning.packed import cut_packed
 from distaccum.runtime.devices import cast
 from distaccum.runtime.nested import tensors_of, to_device
 from distaccum.runtime.randomness import derived_seed, seed_everything
@@ -45,6 +47,12 @@ class Samples:
         self.device = device
         self._seed = derived_seed(config.seed, "check", "samples")
         self._loaded: dict[int, Any] = {}
+
+    def packed(self) -> Samples:
+        """Returns the same samples, whose micro-batches are packed as a training's are."""
+        other = copy.copy(self)
+        other.collate = packing_of(self.dataset)
+        return other
 
     def load(self, index: int, repeat: int = 0) -> Any:
         """Loads a sample from the dataset, with the seeds of this repeat."""
@@ -162,6 +170,10 @@ class Subject:
         vars(other).update(attributes)
         return other
 
+    def as_trained(self) -> Subject:
+        """Returns this subject with the micro-batches that a training has: with batch=packed, packed ones."""
+        return self.replaced(samples=self.samples.packed()) if self.loader.cuts.is_packed else self
+
     @property
     def task_name(self) -> str:
         task = f"task ({type(self.task).__name__})"
@@ -257,6 +269,19 @@ def cuts_of(size: int, configured: Sequence[int]) -> dict[str, list[int]]:
         if sizes != [size] and min(sizes) > 0 and sizes not in found.values():
             found[name] = sizes
     return found
+
+
+def packed_cuts(subject: Subject, window: Sequence[int]) -> dict[str, list[list[int]]]:
+    """Returns packed cuts of a window for one process, by name: the dataset indices of their micro-batches."""
+    schedule = subject.loader.cuts
+    assert schedule.lengths is not None
+    assert schedule.max_tokens is not None
+    [steps] = cut_packed(schedule.lengths[list(window)], world_size=1, max_tokens=schedule.max_tokens)
+    return {
+        "as configured": [[window[place] for place in step] for step in steps],
+        "in one row": [list(window)],
+        **{name: list(split(window, sizes)) for name, sizes in cuts_of(len(window), [len(window)]).items()},
+    }
 
 
 def split(indices: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:

@@ -122,6 +122,17 @@ def test_batchnorm_on_two_ranks() -> None:
     assert row["gradient_error"] > 1e-3
 
 
+def test_packed_samples_that_see_each_other_on_two_ranks() -> None:
+    packed = ["data.train._target_=zoo.Sequences", "task=language_modeling", "batch=packed", "check.windows=1"]
+    done = on_ranks("model._target_=zoo.AttendsAcross", *packed)
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert [entry["kind"] for entry in found["findings"]] == ["packed_samples_meet"]
+    rows = [row for row in found["rows"] if row["ranks"] == 2]
+    assert {row["cut"] for row in rows} >= {"one micro-step a rank, packed", "three micro-steps a rank, packed"}
+    assert not any(row["equal"] for row in rows)
+
+
 def test_bad_input_on_ranks_is_said_once() -> None:
     done = on_ranks("model._target_=zoo.NoSuchModel")
     assert done.stdout == ""

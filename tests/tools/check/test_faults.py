@@ -37,6 +37,27 @@ FAULTS: list[tuple[str, dict[str, Any], list[str], str, str]] = [
         "mixes_samples",
         "rnn (LSTM)",
     ),
+    (
+        "packed samples that see each other",
+        {"model": "AttendsAcross", "sequences": True},
+        ["batch=packed"],
+        "packed_samples_meet",
+        "blocks.0.attention (_Attention)",
+    ),
+    (
+        "packed samples whose positions go on a little",
+        {"model": "PositionsGoOn", "sequences": True},
+        ["batch=packed"],
+        "packed_samples_meet",
+        "position_embedding (Embedding)",
+    ),
+    (
+        "a model that can't be packed",
+        {"model": "Recurrent", "sequences": True},
+        ["batch=packed"],
+        "packing_refused",
+        "the model itself (Recurrent), task (LanguageModeling)",
+    ),
     ("mixed-up samples", {"model": "MixesUp"}, [], "mixes_samples", "the model itself (MixesUp)"),
     (
         "attention to padding",

@@ -24,6 +24,7 @@ HEALTHY: list[tuple[str, dict[str, Any], list[str], set[str]]] = [
     ("BatchNorm with frozen statistics", {"model": "FrozenBatchNorm"}, ["+data.evaluation._target_=zoo.Points"], set()),
     ("a GPT with ragged lengths", {"model": None, "sequences": True}, GPT, set()),
     ("a GPT with dropout", {"model": None, "sequences": True}, [*GPT, "model.dropout=0.1"], {"random_forward"}),
+    ("a packed GPT", {"model": None, "sequences": True}, [*GPT, "batch=packed", "batch.max_tokens=20"], set()),
     ("shared weights", {"model": "Shared", "sequences": True}, [], set()),
     ("packed sequences", {"model": "Recurrent", "sequences": True}, [], set()),
     ("a recurrence with time first", {"model": "TimeFirst", "sequences": True}, [], set()),

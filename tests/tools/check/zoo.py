@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distaccum import LossTerm, TaskOutput, tasks
+from distaccum.models import GPT
 from distaccum.tasks import Classification, LanguageModeling
 
 CLASSES = 3
@@ -497,6 +498,34 @@ class Recurrent(nn.Module):
         packed = nn.utils.rnn.pack_padded_sequence(self.embedding(tokens), lengths, True, enforce_sorted=False)
         outputs, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], True, total_length=tokens.shape[1])
         return self.out(outputs)
+
+
+class PackableGPT(GPT):
+    """Small, and with positions for a whole row of samples that are packed."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=VOCABULARY, max_length=256, num_layers=2, num_heads=2, width=8)
+
+
+class AttendsAcross(PackableGPT):
+    """Fault: positions begin anew with each packed sample, and attention looks beyond it."""
+
+    def forward(self, tokens: Tensor, sample_lengths: Tensor | None = None) -> Tensor:
+        lengths = [tokens.shape[1]] if sample_lengths is None else sample_lengths.tolist()
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        stream = self.token_embedding(tokens) + self.position_embedding(positions)
+        for block in self.blocks:
+            stream = block(stream)
+        return torch.as_tensor(self.head(self.norm(stream), self.token_embedding.weight))
+
+
+class PositionsGoOn(PackableGPT):
+    """Fault: attention stays inside samples, and positions don't begin anew, in a part that is too small to notice in
+    float32."""
+
+    def forward(self, tokens: Tensor, sample_lengths: Tensor | None = None) -> Tensor:
+        positions = self.position_embedding(torch.arange(tokens.shape[1]))
+        return super().forward(tokens, sample_lengths) + 1e-6 * positions @ self.token_embedding.weight.T
 
 
 class RootMeanSquareNorm(nn.Module):
