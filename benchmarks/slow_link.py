@@ -225,8 +225,8 @@ def on_a_rank_of_two(size: Size, is_quick: bool) -> None:
     all_ways = sharded_ways(size, Accumulate if size == SMALL and not is_quick else (Accumulate.node,))
     for way in all_ways.values():
         way.update(1)
+    few = is_quick or size == LARGE
     for steps in (1, 4) if is_quick else STEPS_SHARDED:
-        few = is_quick or size == LARGE
         found = measure(all_ways, steps, rounds=1 if is_quick else 3, updates=1 if few else -(-4 // steps))
         for name, own in found.items():
             common.send(
@@ -265,13 +265,14 @@ def main() -> None:
         else:
             on_a_rank(words[0], is_quick)
         return
-    options = common.begin(common.arguments(__doc__, quick="30 seconds", full="10 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="25 seconds", full="10 minutes"))
     if reason := why_impossible():
         raise SystemExit(f"hosts can't be emulated here: {reason}")
     rows = common.show(
         "Updates of 2.1 MB of gradients over a slow link between 2 hosts", over_both_links(options.quick)
     )
-    for which, what in (("small", "the same model"), ("large", "a model of 38 MB")):
+    # The large one takes half a minute for a single round.
+    for which, what in (("small", "the same model"), ("large", "a model of 38 MB"))[: 1 if options.quick else 2]:
         title = f"Updates of {what} over 100 Mbit/s between 2 hosts with 2 ranks each"
         rows += common.show(title, of_two_ranks(which, options.quick))
     if options.write:
