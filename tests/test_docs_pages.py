@@ -19,8 +19,8 @@ def _blocks(page: str) -> list[str]:
     return re.findall(rf"{re.escape(MARK)}(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
 
 
-def _block(page: str) -> str:
-    (found,) = _blocks(page)
+def _block(page: str, having: str = "") -> str:
+    (found,) = [block for block in _blocks(page) if having in block]
     return found
 
 
@@ -39,10 +39,14 @@ def test_the_schedule_and_the_factory_of_groups() -> None:
     exec(groups, {})
 
 
+def test_objects_are_read() -> None:
+    exec(_block("data.md", "open_file"), {})
+
+
 def test_the_dataset_and_the_observers_are_found_by_name(
     train: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks = [_block("data.md"), *_blocks("observing.md")]
+    blocks = [_block("data.md", "class Points"), *_blocks("observing.md")]
     (tmp_path / "documented_project.py").write_text("\n\n".join(blocks))
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.save(torch.randn(2, 1, 8, 8), "inputs.pt")

@@ -56,8 +56,9 @@ class LanguageDataConfig(DataConfig):
     """Chats, prompts with completions, or texts from files, as tokens."""
 
     files: Any = MISSING
-    """Path or pattern of files, or a list of them: `.jsonl`, `.json`, `.csv`, `.parquet`, `.txt`, or a folder that
-    `save_to_disk` of datasets has written. Rows have `messages`, `prompt` and `completion`, or `text`."""
+    """Path, address in an object store or pattern of files, or a list of them: `.jsonl`, `.json`, `.csv`, `.parquet`,
+    `.txt`, or a folder that `save_to_disk` of datasets has written. Rows have `messages`, `prompt` and `completion`, or
+    `text`."""
     evaluation_files: Any = None
     """Files to evaluate on. `null`: a part of `files` is held out."""
     evaluation_fraction: float = 0.05

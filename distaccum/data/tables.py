@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import glob
+import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from distaccum.data.storage import list_files, open_file
 from distaccum.errors import UserError, listed
 
 Row = dict[str, Any]
@@ -18,7 +19,8 @@ def rows_of(files: str | Sequence[str], key: str) -> Iterator[tuple[str, Row]]:
     """Yields each row of all files with its place, such as `chat.jsonl, line 3`, for messages.
 
     Args:
-        files: paths or patterns (`chats/*.jsonl`), which are read in the order given, those of a pattern by name.
+        files: paths or patterns (`chats/*.jsonl`), local or in an object store (`s3://bucket/chats/*.jsonl`), which are
+            read in the order given, those of a pattern by name.
             Endings: `.jsonl`, `.json` (a list of objects), `.csv` (with a header), `.parquet`, `.txt` (one row with
             the whole file as `text`); a folder is one that a `Dataset.save_to_disk` of datasets has written.
         key: the configuration key, for messages.
@@ -26,31 +28,12 @@ def rows_of(files: str | Sequence[str], key: str) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: a file isn't there, can't be read, or has no rows of this kind.
     """
-    for path in paths_of(files, key):
+    for path in list_files(files, key):
         yield from _rows(path, key)
 
 
-def paths_of(files: str | Sequence[str], key: str) -> list[Path]:
-    """Returns the paths that patterns name.
-
-    Raises:
-        UserError: one names nothing.
-    """
-    patterns = [files] if isinstance(files, str) else list(files)
-    if not patterns:
-        raise UserError(f"{key}=[] names no file. Give at least one.")
-    found: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not matches:
-            raise UserError(f"{key}: there is no file {pattern} in {Path.cwd()}. Give a path or a pattern.")
-        found += matches
-    return found
-
-
-def _rows(path: Path, key: str) -> Iterator[tuple[str, Row]]:
-    read = _read_dataset if path.is_dir() else _READERS.get(path.suffix.lower())
+def _rows(path: str, key: str) -> Iterator[tuple[str, Row]]:
+    read = _read_dataset if os.path.isdir(path) else _READERS.get(os.path.splitext(path)[1].lower())
     if read is None:
         raise UserError(
             f"{key}: {path} is of no known kind. Known endings are {', '.join(_READERS)}; a folder is one that "
@@ -65,8 +48,12 @@ def _rows(path: Path, key: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{key}: {path} can't be read: {type(error).__name__}: {error}.") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+def _text(path: str, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline=newline)
+
+
+def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
+    with _text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -75,41 +62,43 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"line {number}: {error}") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    found = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_json(path: str) -> Iterator[tuple[str, Any]]:
+    with _text(path) as file:
+        found = json.load(file)
     if not isinstance(found, list):
         raise ValueError(f"it holds a {type(found).__name__}, not a list of objects")
     for number, row in enumerate(found, 1):
         yield f"object {number}", row
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+def _read_csv(path: str) -> Iterator[tuple[str, Any]]:
+    with _text(path, newline="") as file:
         for number, row in enumerate(csv.DictReader(file, strict=True), 1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number} has another number of fields than the header")
             yield f"row {number}", row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
     parquet = _imported("pyarrow.parquet", "pyarrow")
     number = 0
-    with parquet.ParquetFile(path) as file:
+    with open_file(path) as raw, parquet.ParquetFile(raw) as file:
         for batch in file.iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
-    yield "text", {"text": path.read_text(encoding="utf-8-sig")}
+def _read_text(path: str) -> Iterator[tuple[str, Any]]:
+    with _text(path) as file:
+        yield "text", {"text": file.read()}
 
 
-def _read_dataset(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_dataset(path: str) -> Iterator[tuple[str, Any]]:
     datasets = _imported("datasets", "datasets")
-    found = datasets.load_from_disk(str(path))
+    found = datasets.load_from_disk(path)
     if isinstance(found, datasets.DatasetDict):
-        raise ValueError(f"it has several parts: name one of {listed([str(path / part) for part in found], 6)}")
+        raise ValueError(f"it has several parts: name one of {listed([os.path.join(path, part) for part in found], 6)}")
     for number, row in enumerate(found, 1):
         yield f"row {number}", row
 
@@ -123,7 +112,7 @@ def _imported(module: str, package: str) -> Any:
         raise UserError(f'{package} is needed to read this, and is missing: pip install "distaccum[hf]".') from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+_READERS: dict[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
