@@ -8,6 +8,10 @@ the process's memory rises above where it stood; empty where it isn't measured.
 
   cut by length       a window is cut (batch=by_length), lengths log-normal up to 512, 16 × 512 tokens a micro-batch
   window bounds       an epoch of windows of one sample is laid out, and its last window is looked up
+  a plan's start      of a loader over so many samples: its line, the updates of 1,000 epochs, the first and the last
+                      window of the last epoch (with K micro-steps)
+  lengths in a file   the same start with batch=by_length, lengths in a mapped file, two bytes each; MB is what the
+                      process allocates, as pages of the file are the system's
   sums, an update     K micro-steps that report so many numbers each, the same tensor
   checkpoint, save()  until it returns, for a model of so many tensors of 16 numbers with Adam, two more of each
   … the update beside  the one that begins when it returns
@@ -22,15 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from distaccum import Accumulator, Checkpointer
+from distaccum.loaders import WindowLoader
 from distaccum.planning import resolve_batch
 from distaccum.planning.by_length import cut_by_length
 from distaccum.planning.costs import CostModel
@@ -87,6 +96,45 @@ def bounds(is_quick: bool) -> Iterator[common.Row]:
             resolve_batch(world_size=1, global_batch_size=1, micro_batch_size=1).explain(num_samples)
 
         yield row("window bounds", f"10^{power} samples", *timed(lay_out, 5))
+
+
+class Counted(Dataset[int]):
+    """As many samples as one likes: sample i is i."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def start(count: int, micro_steps: int, lengths: Any = None) -> None:
+    loader = WindowLoader(Counted(count), global_batch_size=1024, micro_batch_size=1024 // micro_steps, lengths=lengths)
+    loader.explain()
+    loader.sizes.first_number(1000)
+    for index in (0, len(loader) - 1):
+        next(loader.epoch(999, index)).sample_indices  # noqa: B018
+
+
+def starts(is_quick: bool) -> Iterator[common.Row]:
+    for power in (6, 9) if is_quick else (6, 9, 12):
+        for micro_steps in (4, 64):
+            at = f"10^{power} samples, K={micro_steps}"
+            yield row("a plan's start", at, *timed(partial(start, 10**power, micro_steps), 5))
+    for power in (6, 7) if is_quick else (6, 9):
+        with tempfile.TemporaryDirectory() as folder:
+            lengths = np.memmap(Path(folder) / "lengths", np.uint16, mode="w+", shape=(10**power,))
+            for begin in range(0, len(lengths), 10**6):
+                lengths[begin : begin + 10**6] = np.random.default_rng(begin).integers(1, 2048, 10**6)
+            seconds, _ = timed(partial(start, 10**power, 4, lengths), 3)
+            tracemalloc.start()
+            start(10**power, 4, lengths)
+            allocated = round(tracemalloc.get_traced_memory()[1] / 1e6, 1)
+            tracemalloc.stop()
+            yield row("lengths in a file", f"10^{power} samples", seconds, allocated)
 
 
 def sums(is_quick: bool) -> Iterator[common.Row]:
@@ -163,7 +211,7 @@ def imports(is_quick: bool) -> Iterator[common.Row]:
 
 
 def rows(is_quick: bool) -> Iterator[common.Row]:
-    for part in (cuts, bounds, sums, checkpoints, imports):
+    for part in (cuts, bounds, starts, sums, checkpoints, imports):
         common.progress(part.__name__)
         yield from part(is_quick)
 

@@ -151,6 +151,8 @@ def scaling(rows: Rows) -> None:
     assert [row["at"] for row in rows if row["what"] == "cut by length"][-1] == "window 4096, 256 ranks"
     assert {row["what"] for row in rows} > {"window bounds", "sums, an update", "checkpoint, save()"}
     assert [row["at"] for row in rows if row["what"] == "window bounds"][-1] == "10^9 samples"
+    mapped = {row["at"]: float(row["MB"]) for row in rows if row["what"] == "lengths in a file"}
+    assert mapped["10^7 samples"] < 20, "copied as int64 it would be 80"
 
 
 def no_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -26,7 +27,7 @@ class EvaluationLoader:
         equal_batches: give all ranks the same number of batches, by placeholders of size 0 (see `Window`).
 
     Attributes:
-        sizes: samples of each of this rank's batches.
+        batch_size: as given, or as it has come to be.
     """
 
     def __init__(
@@ -52,10 +53,18 @@ class EvaluationLoader:
 
     def set_batch_size(self, batch_size: int) -> None:
         """Sets the batch size of iterations to come; with equal batches, for all ranks alike."""
-        share = self._share
-        self._batches = [range(begin, min(begin + batch_size, share.stop)) for begin in share[::batch_size]]
-        self._batches += [range(0)] * (-(-self._largest_share // batch_size) - len(self._batches))
-        self.sizes = [len(batch) for batch in self._batches]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Returns the number of this rank's batches."""
+        return -(-max(len(self._share), self._largest_share) // self.batch_size)
+
+    def size(self, number: int) -> int:
+        """Returns the number of samples of this rank's batch with a number, from 0."""
+        return len(self._samples(number))
+
+    def _samples(self, number: int) -> range:
+        return self._share[number * self.batch_size : (number + 1) * self.batch_size]
 
     def halve(self, said: str) -> None:
         """Halves the batches of iterations to come, as memory has run out.
@@ -66,7 +75,7 @@ class EvaluationLoader:
         Raises:
             UserError: batches are of one sample, or ranks take their forwards together.
         """
-        size = max(self.sizes)
+        size = self.size(0)
         if size < 2 or self._largest_share:
             mend = "Take a smaller model, sample or number format."
             if size > 1:
@@ -76,9 +85,9 @@ class EvaluationLoader:
         logger.warning("out of memory in an evaluation: it begins again with batches of %d samples", size // 2)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = self._batches
         # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
-        return on_device(self._source.batches(lambda: (Request(0, list(b) or [0]) for b in batches)), self._options)
+        requests = partial(map, lambda number: Request(0, list(self._samples(number)) or [0]), range(len(self)))
+        return on_device(self._source.batches(requests), self._options)
 
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""

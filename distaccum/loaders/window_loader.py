@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -33,7 +32,8 @@ class WindowLoader:
         dataset: map-style dataset (`__len__` and `__getitem__`).
         global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.batch_plan.resolve_batch`.
         lengths: of all samples; given, samples of like length share a micro-batch, within each window (see
-            `distaccum.planning.by_length.cut_by_length`).
+            `distaccum.planning.by_length.cut_by_length`). An array of integers, of any size and mapped from a file or
+            not, is used as it is.
         max_tokens: most tokens in such a micro-batch, padding included. Default: `micro_batch_size` times the longest.
         packed: put the samples of a micro-batch end to end instead, without padding (see
             `distaccum.planning.packed.cut_packed`); the model must keep attention inside each sample. Needs `lengths`.
@@ -63,7 +63,7 @@ class WindowLoader:
         global_batch_size: int | None = None,
         micro_batch_size: int | None = None,
         accumulation_steps: int | None = None,
-        lengths: Sequence[int] | NDArray[np.int64] | None = None,
+        lengths: Sequence[int] | NDArray[Any] | None = None,
         max_tokens: int | None = None,
         packed: bool = False,
         drop_last: bool = False,

@@ -18,6 +18,7 @@ from distaccum.errors import UserError
 from distaccum.planning.batch_plan import BatchPlan
 from distaccum.planning.costs import CostModel
 from distaccum.planning.dealing import Dealer, Part
+from distaccum.planning.lengths import SampleLengths
 from distaccum.planning.packed import cut_packed
 
 _MOST_BLOCKS = 512
@@ -128,7 +129,7 @@ class Grouping:
 
     def __init__(
         self,
-        lengths: Sequence[int] | NDArray[np.int64],
+        lengths: Sequence[int] | NDArray[Any],
         plan: BatchPlan,
         num_samples: int,
         max_tokens: int | None,
@@ -138,7 +139,7 @@ class Grouping:
         is_packed: bool = False,
     ) -> None:
         self._overhead = overhead
-        self.lengths = _checked_lengths(lengths, num_samples, "batch=packed" if is_packed else "batch=by_length")
+        self.lengths = SampleLengths(lengths, num_samples, "batch=packed" if is_packed else "batch=by_length")
         self.is_packed = is_packed
         self._plan = plan
         if plan.accumulation_steps is not None:
@@ -148,7 +149,7 @@ class Grouping:
             )
         self._most_known = windows_ahead + 4  # the one in use, its neighbours, and those that are being loaded ahead
         self._known: dict[int, tuple[tuple[tuple[int, ...], ...], ...]] = {}
-        self.set_max_tokens(max_tokens or (plan.micro_batch_size or 1) * int(self.lengths.max()))
+        self.set_max_tokens(max_tokens or (plan.micro_batch_size or 1) * self.lengths.longest)
 
     def set_max_tokens(self, max_tokens: int) -> None:
         """Sets the budget of a micro-batch, before any window has been cut."""
@@ -216,26 +217,3 @@ class Timeline(Generic[T]):
         """
         over = [number for number, (start, _) in enumerate(self.changes) if start <= now]
         self.changes = [*self.changes[over[-1] if over else 0 :], (first, value)]
-
-
-def _checked_lengths(given: Any, num_samples: int, name: str) -> NDArray[np.int64]:
-    try:
-        with np.errstate(invalid="ignore"):
-            lengths = np.asarray(given).astype(np.int64)
-        is_whole = np.array_equal(given, lengths)
-    except (TypeError, ValueError, OverflowError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(
-            f"{name}: the dataset's `lengths` are not whole numbers, one for each sample: {str(given)[:80]}."
-        )
-    if lengths.shape != (num_samples,):
-        raise UserError(
-            f"{name}: the dataset has {num_samples} samples, and its `lengths` have the shape "
-            f"{tuple(lengths.shape)}. It takes one number for each sample."
-        )
-    if num_samples and lengths.min() < 1:
-        raise UserError(
-            f"{name}: sample {int(lengths.argmin())} has the length {int(lengths.min())}, and lengths are at least 1."
-        )
-    return lengths

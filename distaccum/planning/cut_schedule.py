@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.errors import require
@@ -35,7 +34,8 @@ class CutSchedule:
         seed: decides the order of the samples together with the epoch.
         drop_last: leave out an epoch's last window when it is smaller than planned.
         size_rule: sizes of the windows. Default: all have the global batch size.
-        lengths: of all samples; given, windows are cut by length.
+        lengths: of all samples; given, windows are cut by length. Integers in an array, of any size and mapped from a
+            file or not, are used as they are.
         max_tokens, overhead: as for `Grouping`.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank.
         windows_ahead: most windows that may have begun to load before the one in use is done.
@@ -61,7 +61,7 @@ class CutSchedule:
         seed: int = 0,
         drop_last: bool = False,
         size_rule: SizeRule | None = None,
-        lengths: Sequence[int] | NDArray[np.int64] | None = None,
+        lengths: Sequence[int] | NDArray[Any] | None = None,
         max_tokens: int | None = None,
         is_packed: bool = False,
         overhead: float = 1 / 64,
@@ -148,7 +148,7 @@ class CutSchedule:
     def micro_batch_size(self) -> int:
         """Samples of the largest micro-batch; where windows are cut by length, of the longest that fit into one."""
         if self._grouping is not None:
-            return max(1, self._grouping.max_tokens // int(self._grouping.lengths.max()))
+            return max(1, self._grouping.max_tokens // self._grouping.lengths.longest)
         return max(size for sizes in self.plan.cut(self.plan.global_batch_size).sizes for size in sizes)
 
     def explain(self) -> str:

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.planning.batch_plan import split_evenly
+from distaccum.planning.lengths import SampleLengths
 from distaccum.planning.packed import cut_packed
 
+Lengths = SampleLengths | NDArray[np.int64]
 
-def size_of(samples: Sequence[int], lengths: NDArray[np.int64] | None, is_packed: bool = False) -> int:
+
+def size_of(samples: Sequence[int], lengths: Lengths | None, is_packed: bool = False) -> int:
     """Returns a micro-batch's size: its samples; or with `lengths` (of all samples) its tokens, padding included."""
     if lengths is None or not samples:
         return len(samples)
@@ -23,7 +26,7 @@ def size_of(samples: Sequence[int], lengths: NDArray[np.int64] | None, is_packed
     return int(own.sum()) if is_packed else len(samples) * int(own.max())
 
 
-def size_of_half(samples: Sequence[int], lengths: NDArray[np.int64] | None, is_packed: bool = False) -> int:
+def size_of_half(samples: Sequence[int], lengths: Lengths | None, is_packed: bool = False) -> int:
     """Returns the size that half a micro-batch may have, wherever its longest sample ends up."""
     size = size_of(samples, lengths, is_packed)
     if is_packed and lengths is not None:
@@ -32,7 +35,7 @@ def size_of_half(samples: Sequence[int], lengths: NDArray[np.int64] | None, is_p
 
 
 def recut(
-    pieces: Sequence[Sequence[int]], limit: int, lengths: NDArray[np.int64] | None, is_packed: bool = False
+    pieces: Sequence[Sequence[int]], limit: int, lengths: Lengths | None, is_packed: bool = False
 ) -> list[list[int]]:
     """Cuts a rank's micro-batches of one window, so that none is larger than the limit unless it is a single sample.
 
@@ -51,7 +54,7 @@ def recut(
     return [part for piece in pieces for part in split(piece, limit, lengths)]
 
 
-def _split_padded(samples: Sequence[int], limit: int, lengths: NDArray[np.int64]) -> list[list[int]]:
+def _split_padded(samples: Sequence[int], limit: int, lengths: Lengths) -> list[list[int]]:
     # Shortest first, as the costliest micro-step comes last in its window.
     rest = sorted(samples, key=lambda sample: -int(lengths[sample]))
     parts: list[list[int]] = []
@@ -62,7 +65,7 @@ def _split_padded(samples: Sequence[int], limit: int, lengths: NDArray[np.int64]
     return parts[::-1]
 
 
-def _split_packed(samples: Sequence[int], limit: int, lengths: NDArray[np.int64]) -> list[list[int]]:
+def _split_packed(samples: Sequence[int], limit: int, lengths: Lengths) -> list[list[int]]:
     if size_of(samples, lengths, is_packed=True) <= limit or not samples:
         return [list(samples)]
     (steps,) = cut_packed(lengths[list(samples)], world_size=1, max_tokens=limit)

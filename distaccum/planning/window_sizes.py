@@ -7,8 +7,10 @@ Nothing here knows a rank, a device or a model, so a run has the same windows wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from distaccum.errors import UserError, require
@@ -79,7 +81,7 @@ class SizeTable(SizeRule):
         self.smallest, self.largest = min(sizes), max(sizes)
 
     def _entry(self, place: int) -> int:
-        return max((number for number, (first, _) in enumerate(self._entries) if first <= place), default=0)
+        return max(0, bisect_right(self._entries, place, key=itemgetter(0)) - 1)
 
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         entry = self._entry(epoch if self._by_epoch else number)
@@ -111,7 +113,14 @@ class SizeRamp(SizeRule):
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
         if number >= self._updates:
             return self.base, None
-        return self._start + (self.base - self._start) * number // self._updates, number + 1
+        rise = self.base - self._start
+        risen = rise * number // self._updates
+        later = self._updates
+        if rise > 0:  # where rise · number / updates comes to the next whole number
+            later = -(-(risen + 1) * self._updates // rise)
+        elif rise < 0:  # where it comes to be less than this one
+            later = risen * self._updates // rise + 1
+        return self._start + risen, min(later, self._updates)
 
     def __str__(self) -> str:
         return f"ramp from {self._start} to {self.base} over {self._updates} updates"
@@ -135,7 +144,7 @@ class NoiseSizes(SizeRule):
         self.changes: list[tuple[int, int]] = [(0, base)]
 
     def at(self, epoch: int, number: int) -> tuple[int, int | None]:
-        entry = max(place for place, (first, _) in enumerate(self.changes) if first <= number)
+        entry = bisect_right(self.changes, number, key=itemgetter(0)) - 1
         later = self.changes[entry + 1][0] if entry + 1 < len(self.changes) else None
         return self.changes[entry][1], later
 
@@ -246,7 +255,9 @@ class BatchSizes:
         """Puts another size in force, from a window on that no rank has begun to load. For `NoiseSizes` alone."""
         assert isinstance(self.rule, NoiseSizes)
         assert first > self.rule.changes[-1][0], "sizes change one after the other"
+        known = [number for number in self._firsts if number <= first]  # epochs that begin before stay where they are
         self._set_changes([*self.rule.changes, (first, size)])
+        self._firsts = known
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sizes that were chosen on the way. All else follows from the plan."""

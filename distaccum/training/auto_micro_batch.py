@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from distaccum.checkpoints import Checkpoint, putting_back
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
 from distaccum.planning import split_evenly
+from distaccum.planning.lengths import longest_samples
 from distaccum.runtime.buffers import KeptBuffers
 from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.memory import KeptForBackward, free_cached_memory, free_memory, is_out_of_memory
@@ -117,7 +117,7 @@ class Fitting:
 
     def _costliest_sample(self) -> int:
         if self.lengths is not None and len(self.lengths) == self.loader.num_samples:
-            return int(np.argmax(np.asarray(self.lengths)))
+            return longest_samples(self.lengths, 1)[0]
         count = min(_SAMPLES_TO_LOOK_AT, self.loader.num_samples)
         indices = [number * self.loader.num_samples // count for number in range(count)]
         batches = self.loader.load(0, 0, [[index] for index in indices])
@@ -290,7 +290,7 @@ def settle_sizes(fitting: Fitting, plain: dict[str, Any], world: World, checkpoi
         how = f"as found before on this machine (remove {memory.path.parent} to search again)"
     else:
         with world.together():
-            own = fitting.samples() * (1 if cuts.lengths is None else int(cuts.lengths.max()))
+            own = fitting.samples() * (1 if cuts.lengths is None else cuts.lengths.longest)
             memory.write(own)
         sizes, how = world.gather(own), "found by trying" if not strategy.equal_micro_steps else "reckoned"
     cuts.set_sizes(sizes)

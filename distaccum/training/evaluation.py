@@ -102,7 +102,7 @@ def evaluated(
                 for number, batch in enumerate(batches):
                     between(False)
                     doing("forward of an evaluation", micro_step=number + 1)
-                    is_counted = not isinstance(batches, EvaluationLoader) or batches.sizes[number] > 0
+                    is_counted = not isinstance(batches, EvaluationLoader) or batches.size(number) > 0
                     with autocast():
                         output = evaluation.compute(model, batch)
                     if is_counted:

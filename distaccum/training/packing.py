@@ -68,9 +68,9 @@ def leak_of(task: Any, data: Any, cuts: CutSchedule, strategy: Strategy, precisi
         return None
     if isinstance(task, CoupledTask):
         return f"the loss of {type(task).__name__} couples samples, and needs a row for each"
-    longest = np.argsort(-cuts.lengths, kind="stable")[:2].tolist()
+    longest = cuts.lengths.longest_samples(2)
     # Both together are no longer than a sample may be, as the model may have no positions beyond.
-    most = max(1, min(_TOKENS, int(cuts.lengths.max()) // 2))
+    most = max(1, min(_TOKENS, cuts.lengths.longest // 2))
     with GlobalStates.now(strategy.device):
         samples = [_ending(data[index], int(cuts.lengths[index]), most) for index in longest]
         with _no_zeros(strategy), evaluation_mode(strategy.module), torch.no_grad():

@@ -171,7 +171,7 @@ def check_an_evaluation_under_fsdp_is_exact(world: World) -> None:
     for num_samples in (41, 3):
         data = RaggedTokens(num_samples)
         loader = EvaluationLoader(data, batch_size=2, equal_batches=True)
-        assert len(set(world.gather(len(loader.sizes)))) == 1
+        assert len(set(world.gather(len(loader)))) == 1
         loss, weight, sums = evaluate_model(strategy.module, task, loader, device=CPU)
         loss_sum, valid = token_loss(TokenClassifier(), data.collate_fn(data.samples))
         assert math.isclose(loss, float(loss_sum.detach() / valid), rel_tol=1e-12)

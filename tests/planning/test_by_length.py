@@ -224,5 +224,5 @@ def test_lengths_that_cannot_be(lengths: Any, said: str) -> None:
 
 def test_whole_numbers_of_any_format_are_lengths() -> None:
     plan = resolve_batch(world_size=1, global_batch_size=4)
-    for lengths in ([2.0, 3.0], np.array([2, 3], np.uint8), torch.tensor([2, 3])):
-        assert Grouping(lengths, plan, 2, None).lengths.tolist() == [2, 3]  # type: ignore[arg-type]
+    for lengths in ([2.0, 3.0], np.array([2, 3], np.uint8), np.array([2, 3], np.uint64), torch.tensor([2, 3])):
+        assert Grouping(lengths, plan, 2, None).lengths[:].tolist() == [2, 3]  # type: ignore[arg-type]

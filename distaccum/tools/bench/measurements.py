@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -278,7 +279,7 @@ class Measuring:
         lengths = training.lengths
         trained = [p for p in training.strategy.module.parameters() if p.requires_grad]
         return {
-            "lengths_differ": lengths is not None and len(set(lengths)) > 1,
+            "lengths_differ": lengths is not None and bool(np.ptp(np.asarray(lengths))),
             "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
             "device": self.device.type,
         }

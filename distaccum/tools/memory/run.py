@@ -22,6 +22,7 @@ from distaccum.config.tools import MemoryConfig
 from distaccum.errors import UserError, is_one_value_per_channel
 from distaccum.loaders.collate import PadCollate
 from distaccum.planning import resolve_batch
+from distaccum.planning.lengths import longest_samples
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.logs import print_error
 from distaccum.runtime.memory import is_out_of_memory
@@ -272,11 +273,11 @@ class _Examination:
     def _batches(self, data: Any) -> Callable[[int], Any]:
         """Makes micro-batches of the costliest samples there are: the longest, where the dataset says its lengths."""
         lengths = getattr(data, "lengths", None)
-        order = sorted(range(len(data)), key=lambda index: -int(lengths[index])) if lengths is not None else None
         collate = collate_fn(self._config.data) or getattr(data, "collate_fn", None) or PadCollate()
 
         def batch_of(samples: int) -> Any:
-            chosen = [data[order[number] if order else number] for number in range(samples)]
+            numbers = longest_samples(lengths, samples) if lengths is not None else range(samples)
+            chosen = [data[number] for number in numbers]
             return to_device(collate(chosen), self._device, float_dtype=self._parts.precision.input_dtype)
 
         return batch_of
