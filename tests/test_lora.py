@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import tiny_language_model
 import torch
 from command_line import metrics, without_measurements
+from safetensors.torch import load_file, save_file
 from test_finetune import COMMAND, IMPORTED, evaluations_of, loss_of
 
 from distaccum import UserError
+from distaccum.checkpoints.folder import checkpoints_in, read_checkpoint
 from distaccum.config.compose import compose
 from distaccum.config.lora import LoraConfig
 from distaccum.models import causal_lm
-from distaccum.models.lora import add_adapters
+from distaccum.models.lora import add_adapters, is_adapter
 from distaccum.training.export import check_exported
 
 LORA = (*COMMAND, "model.lora.rank=4", "model.lora.alpha=64", "train.epochs=2")
@@ -79,9 +82,25 @@ def test_a_killed_run_goes_on_on_one_rank_and_is_merged_on_request(folder: Path,
     assert not (folder / "killed" / "adapter_config.json").exists()
     last = evaluations_of(folder / "killed")[-1]["loss"]
     assert loss_of(merged, folder / "killed") == pytest.approx(last, rel=1e-6)
-    evaluated = forking.run("-m", "distaccum.evaluate", "killed", folder=folder, imported=IMPORTED)
+    shutil.copytree(folder / "llama", folder / "moved")
+    evaluating = ("-m", "distaccum.evaluate", "killed", "model.name_or_path=moved")
+    evaluated = forking.run(*evaluating, folder=folder, imported=IMPORTED)
     assert evaluated.status == 0, evaluated.err
     assert float(evaluated.out.splitlines()[-1].split()[-3]) == pytest.approx(last, rel=1e-3)
+
+
+def test_checkpoints_hold_the_adapters_alone(folder: Path, unbroken: forking.Ended) -> None:
+    newest = read_checkpoint(checkpoints_in(folder / "whole" / "checkpoints")[0])
+    assert all(is_adapter(name) for name in newest.manifest["tensors"] if name.startswith("model/"))
+    assert len(newest.frozen) == 21
+    shutil.copytree(folder / "llama", folder / "other")
+    weights = load_file(folder / "other" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-6
+    save_file(weights, folder / "other" / "model.safetensors", {"format": "pt"})
+    words = ("run_dir=whole", "strategy=single", "train.epochs=3", "model.name_or_path=other", "data.tokenizer=llama")
+    ended = forking.run(*LORA, *words, folder=folder, imported=IMPORTED)
+    assert "leaves out 21 frozen weights" in ended.message
+    assert "some are others here: model.norm.weight (fingerprint: float64" in ended.message
 
 
 def test_the_section_of_a_command_line() -> None:

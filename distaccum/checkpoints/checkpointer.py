@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from distaccum.checkpoints.best import BestEvaluations
 from distaccum.checkpoints.encoding import decoded
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, newest_whole, prune
+from distaccum.checkpoints.frozen import check_same_frozen, fingerprints, frozen_parameters
 from distaccum.checkpoints.optimizer_state import (
     adopt_group_settings,
     check_optimizer,
@@ -137,11 +138,19 @@ class Checkpointer:
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
         check_optimizer(optimizer)
         self._check()
+        self._frozen_at_start = self._frozen()
 
     def _check(self) -> None:
         """Refuses what can't be saved as it is now."""
         check_formats({**self.strategy.module.state_dict(keep_vars=True), **self._tensors()})
         self._state({})
+
+    def _frozen(self) -> dict[str, dict[str, Any]]:
+        """Returns format, shape and fingerprint of frozen parameters, by name, if those need not be saved."""
+        if not self.config.trainable_only:
+            return {}
+        self.strategy.at_rest()
+        return fingerprints(frozen_parameters(self.strategy.module, self.optimizer), self._group)
 
     def _new_group(self) -> dist.ProcessGroup | None:
         """A group for checkpoints alone, as their collectives run in a thread beside the training's."""
@@ -218,6 +227,15 @@ class Checkpointer:
         self._is_owed = False
         self._saved_at = time.monotonic()
         tensors, state = self._tensors(), self._state(progress)
+        try:
+            frozen = self._frozen()
+        except RuntimeError as error:  # a rank was waited for in vain
+            self._report_failure(update, error)
+            return
+        # What has changed since the start is not what a restart begins with, and saved as any other.
+        state["frozen"] = {name: entry for name, entry in frozen.items() if self._frozen_at_start.get(name) == entry}
+        for name in state["frozen"]:
+            del tensors[f"model/{name}"]
         if wait or not self.config.async_save:
             self._write(update, tensors, state)
             return
@@ -303,15 +321,17 @@ class Checkpointer:
         another number, generators stay as they are, and buffers are rank 0's.
 
         Raises:
-            UserError: the checkpoint holds another model, or another optimizer.
+            UserError: the checkpoint holds another model or another optimizer, or leaves out other frozen weights.
         """
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
         formats = ManifestReader(checkpoint).formats()
         self.strategy.at_rest()
-        check_same_model(module, {name: shape for name, (shape, _) in formats.items()})
+        check_same_model(module, checkpoint.shapes)
         check_same_optimizer(module, self.optimizer, checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
-        targets: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in module.named_parameters()}
+        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        check_same_frozen(checkpoint, parameters, self._group)
+        targets = {f"model/{name}": p for name, p in parameters.items() if name not in checkpoint.frozen}
         targets |= {name: p.detach() for name, p in outside_parameters(module, self.optimizer).items()}
         for name, buffer in persistent_buffers(module):
             own = f"rank/{self.rank}/buffers/{name}"

@@ -70,6 +70,17 @@ class Checkpoint:
         return states
 
     @property
+    def frozen(self) -> dict[str, dict[str, Any]]:
+        """Format, shape and fingerprint of the frozen weights that were left out, by their names in the model."""
+        return self.state.get("frozen") or {}
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of all tensors by name, those that were left out among them."""
+        left_out = {f"model/{name}": entry["shape"] for name, entry in self.frozen.items()}
+        return {name: entry["shape"] for name, entry in self.manifest["tensors"].items()} | left_out
+
+    @property
     def files(self) -> list[str]:
         return sorted(self.manifest["files"])
 

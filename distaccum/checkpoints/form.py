@@ -59,7 +59,8 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) < 64 and all(map(is_natural, value)) and prod(value) < 1 << 53
 
 
-_TENSOR: Form = {"dtype": lambda value: is_text(value) and value in SAFETENSORS_NAMES, "shape": _is_shape}
+_TENSOR: dict[Any, Any] = {"dtype": lambda value: is_text(value) and value in SAFETENSORS_NAMES, "shape": _is_shape}
+_FROZEN: Form = {**_TENSOR, "fingerprint": is_text}
 _CHUNK: Form = {"offsets": _is_shape, "shape": _is_shape, "file": is_text, "key": is_text}
 
 
@@ -83,6 +84,10 @@ def _is_tensor(value: Any) -> bool:
     return is_gapless and ends[0][0] == 0 and ends[-1][1] == shape[dimension]
 
 
+def _is_frozen(value: Any) -> bool:
+    return value is None or misfit(value, {str: _FROZEN}) is None
+
+
 def _is_settings(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_dict, value))
 
@@ -98,6 +103,7 @@ MANIFEST: Form = {
         "optimizer": {"name": is_text, "settings": _is_settings, "settings_at_start": _is_settings},
         "extra": is_dict,
         "world_size": is_natural,
+        "frozen": _is_frozen,
         "best": {str: is_number},
         "best_by": lambda value: value is None or (isinstance(value, list) and all(map(is_text, value))),
     },

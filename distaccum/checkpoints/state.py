@@ -1,6 +1,7 @@
 """Tensors of a checkpoint by name, whatever the strategy:
 
-    model/<name>                       parameters, and rank 0's persistent buffers
+    model/<name>                       parameters, and rank 0's persistent buffers; of frozen parameters that were left
+                                       out, the manifest has `frozen`, by which they are told from others
     outside/.outside.<n>               parameters of the optimizer that the model doesn't have, by their place there
     optimizer/<parameter>/<name>       the optimizer's state of a parameter
     optimizer_json/…                   the same of all that is no tensor, as JSON; tensors that it holds are
@@ -34,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.encoding import decoded, encoded
 from distaccum.checkpoints.folder import Checkpoint
+from distaccum.checkpoints.frozen import check_same_frozen
 from distaccum.checkpoints.optimizer_state import optimizer_tensors, outside_parameters
 from distaccum.checkpoints.storage import ManifestReader
 from distaccum.errors import UserError
@@ -182,16 +184,21 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
         average: `ema` or `swa`, to take those weights where there are any; frozen parameters have none.
 
     Raises:
-        UserError: the checkpoint holds another model, or can't be read.
+        UserError: the checkpoint holds another model, or can't be read; or it leaves out frozen weights, and the module
+            has other ones.
     """
     stored = checkpoint.manifest["tensors"]
-    check_same_model(module, {name: entry["shape"] for name, entry in stored.items()})
+    check_same_model(module, checkpoint.shapes)
     members = {name: parameter.detach() for name, parameter in module.named_parameters()}
     members |= dict(persistent_buffers(module))
+    check_same_frozen(checkpoint, members, None)
     targets = {}
     for name, tensor in members.items():
         path = f"also/{average}/{name}"
-        targets[path if average is not None and path in stored else f"model/{name}"] = tensor
+        if average is not None and path in stored:
+            targets[path] = tensor
+        elif name not in checkpoint.frozen:
+            targets[f"model/{name}"] = tensor
     read_tensors(checkpoint, targets, None)
     if average is None:
         with putting_back(checkpoint, "optimizer"):

@@ -249,6 +249,10 @@ class CheckpointConfig:
     optimises: `loss`, `accuracy`, `ema/loss`, `loss/NAME` of one of several losses, …"""
     best_goal: Goal | None = None
     """`min` or `max`. `null`: `min` for the loss, `max` for everything else."""
+    trainable_only: bool | None = None
+    """Leave out frozen weights, which are then those that the model is built with at a restart; a fingerprint in the
+    checkpoint shows whether they are the same. `null`: `true` for language models of transformers whose weights come
+    from files."""
     async_save: bool = True
     """Write while the training goes on, which waits only until its state is copied in memory. `false`: the training
     waits until the checkpoint is on the disk."""

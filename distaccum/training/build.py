@@ -51,7 +51,7 @@ from distaccum.training.evaluation import Evaluator
 from distaccum.training.export import check_exported, saved_beside
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
-from distaccum.training.model import build_model_that_fits, into_training_mode, options_of
+from distaccum.training.model import build_model_that_fits, into_training_mode, options_of, reads_weights_again
 from distaccum.training.observers import build_observers
 from distaccum.training.optim import Schedule, build_optimizer
 from distaccum.training.packing import refuse_leaks
@@ -220,13 +220,16 @@ class _Placed:
         return recovery
 
     def checkpointer(self, folder: RunFolder) -> Checkpointer | None:
-        if not self.config.checkpoint.enabled:
+        config = self.config.checkpoint
+        if not config.enabled:
             return None
+        if config.trainable_only is None:
+            config = dataclasses.replace(config, trainable_only=reads_weights_again(self.config.model))
         return Checkpointer(
             folder.path / CHECKPOINTS,
             self.strategy.model,
             self.optimizer,
-            config=self.config.checkpoint,
+            config=config,
             strategy=self.strategy,
             timeout_seconds=self.config.distributed.timeout_seconds,
             files=[folder.path / METRICS],

@@ -92,6 +92,16 @@ def options_of(section: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return rest, options
 
 
+def reads_weights_again(section: Any) -> bool:
+    """Whether the weights of a section `model` come from files, so that a restart has them without a checkpoint.
+
+    That is so of language models of transformers; others may draw some of theirs at random.
+    """
+    section = targets.arguments_of(section, "model")
+    is_loaded = not section.get("from_config") or bool(section.get("init_from"))
+    return section[targets.TARGET] == "distaccum.models.causal_lm" and is_loaded
+
+
 def into_training_mode(module: nn.Module) -> list[str]:
     """Puts a module into training mode, as its own `train()` has it; returns the names of parts that were not in it."""
     names = [name for name, part in module.named_modules() if not part.training]

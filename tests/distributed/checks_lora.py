@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_language_model
 import torch
 from checks_language import ALONE, CONFIGS, UPDATES, chats
@@ -15,11 +16,12 @@ from examples import distance, flat, placed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distaccum import Accumulator, WindowLoader
-from distaccum.config import FSDPConfig
+from distaccum import Accumulator, Checkpointer, UserError, WindowLoader
+from distaccum.config import CheckpointConfig, FSDPConfig
 from distaccum.config.lora import LoraConfig
 from distaccum.config.optimizers import SGDConfig
 from distaccum.models.lora import add_adapters, is_adapter
+from distaccum.runtime.sharded import local_part
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, shards_optimizer
 from distaccum.tasks import CausalLM, weights_of
@@ -47,20 +49,29 @@ def model_of(kind: str, checkpointing: bool = False, **lora: Any) -> Any:
     return model
 
 
-def trained(model: nn.Module, config: Any, world: World | None = None, task: Any = None, **batch: Any) -> Strategy:
-    task = task or CausalLM()
+def accumulator_of(model: nn.Module, config: Any, task: Any = None) -> Accumulator:
     strategy = placed(model, config)
     shard = config is not None and shards_optimizer(config)
     settings = SGDConfig(lr=0.5, momentum=0.9)
     optimizer = build_optimizer(settings, strategy.module, torch.device("cpu"), shard=shard)
-    accumulator = Accumulator(strategy.model, optimizer, clip_norm=1.0, strategy=strategy, weights=weights_of(task))
+    return Accumulator(
+        strategy.model, optimizer, clip_norm=1.0, strategy=strategy, weights=weights_of(task or CausalLM())
+    )
+
+
+def trained(model: nn.Module, config: Any, world: World | None = None, task: Any = None, **batch: Any) -> Strategy:
+    accumulator = accumulator_of(model, config, task)
+    train(accumulator, config, world, task, **batch)
+    return accumulator.strategy
+
+
+def train(accumulator: Accumulator, config: Any, world: World | None, task: Any = None, **batch: Any) -> None:
     where = {"rank": world.rank, "world_size": world.world_size} if world else ALONE
-    equal = isinstance(config, FSDPConfig)
+    equal, model = isinstance(config, FSDPConfig), accumulator.strategy.model
     loader = WindowLoader(chats(), global_batch_size=12, equal_micro_steps=equal, seed=1, **where, **batch)
     while accumulator.updates < UPDATES:
         for window in loader:
-            accumulator.run(window, functools.partial(task, strategy.model))
-    return strategy
+            accumulator.run(window, functools.partial(task or CausalLM(), model))
 
 
 @functools.cache
@@ -147,3 +158,62 @@ def check_what_is_saved_is_what_peft_loads(world: World) -> None:
                 with torch.no_grad():
                     assert distance(merged(tokens).logits, one.eval()(tokens).logits) < 1e-12, kind
                 assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+
+
+def check_a_checkpoint_holds_what_trains(world: World) -> None:
+    """On the same ranks it goes on bit for bit, on one to 1e-12; frozen weights that have changed are in it."""
+    plain = model_of("llama")
+    sizes = {name: p.nbytes for name, p in plain.named_parameters()}
+    frozen = {name for name in sizes if not is_adapter(name)}
+    every = {}
+    configs = {name: CONFIGS[name] for name in ("ddp", "ddp, zero", "fsdp")}
+    for kind, config in {**configs, "replicas": FSDPConfig(shard_size=1)}.items():
+        folder = Path(world.from_main(tempfile.mkdtemp()))
+        accumulator, checkpointer = saving(folder, config)
+        train(accumulator, config, world, micro_batch_size=2)
+        checkpointer.save(UPDATES, {}, wait=True)
+        first = checkpointer.newest()
+        assert first is not None
+        assert first.frozen.keys() == frozen
+        every[kind] = first.frozen
+        held = sum(path.stat().st_size for path in first.path.glob("*.safetensors"))
+        adapters = sum(size for name, size in sizes.items() if name not in frozen)
+        assert held < 3 * adapters + 60_000 < sum(sizes.values()), (kind, held, adapters)  # and generators, names
+        ends = []
+        for going_on, on in ((config, world), (None, None)):
+            other, resumed = saving(folder, going_on)
+            resumed.restore(first)
+            assert torch.equal(flat(other.strategy.module), flat(accumulator.strategy.module)), kind
+            train(other, going_on, on, micro_batch_size=2)
+            ends.append(flat(other.strategy.module))
+        accumulator.load_state_dict({**accumulator.state_dict(), "updates": 0})
+        train(accumulator, config, world, micro_batch_size=2)
+        wanted = flat(accumulator.strategy.module)
+        assert torch.equal(ends[0], wanted), kind
+        assert distance(ends[1], wanted) < 1e-12, kind
+        accumulator.strategy.at_rest()
+        embedding = dict(accumulator.strategy.module.named_parameters())["model.embed_tokens.weight"]
+        part, place = local_part(embedding)
+        if place[0].start == 0 and len(part):
+            part[0] += 1  # of a sharded model on one rank alone
+        checkpointer.save(9, {}, wait=True)
+        last = checkpointer.newest()
+        assert last is not None
+        assert last.frozen.keys() == frozen - {"model.embed_tokens.weight"}, kind
+        for going_on in (config, None):
+            with pytest.raises(UserError, match=r"leaves out 21 frozen weights.* model\.norm\.weight"):
+                saving(folder, going_on, 1e-9)[1].restore(first)
+    assert all(entries == every["ddp"] for entries in every.values())
+
+
+def saving(folder: Path, config: Any, change: float = 0.0) -> tuple[Accumulator, Checkpointer]:
+    model = model_of("llama")
+    model.model.norm.weight.data[-1] += change
+    accumulator = accumulator_of(model, config)
+    return accumulator, Checkpointer(
+        folder,
+        accumulator.strategy.model,
+        accumulator.optimizer,
+        strategy=accumulator.strategy,
+        config=CheckpointConfig(trainable_only=True),
+    )

@@ -11,7 +11,15 @@ from typing import Any
 import yaml
 from torch import nn
 
-from distaccum.checkpoints import Checkpoint, averaged_weights, checked, checkpoints_in, load_model, newest_whole
+from distaccum.checkpoints import (
+    Checkpoint,
+    averaged_weights,
+    checked,
+    checkpoints_in,
+    load_exported,
+    load_model,
+    newest_whole,
+)
 from distaccum.checkpoints.form import Form, is_dict, misfit
 from distaccum.config import flat
 from distaccum.config import instantiate as targets
@@ -19,10 +27,14 @@ from distaccum.config.enums import Weights, WhichCheckpoint
 from distaccum.config.redaction import REDACTED, hide
 from distaccum.errors import UserError
 from distaccum.runtime.world import World
+from distaccum.training.model import options_of
 from distaccum.training.progress import check_progress
 from distaccum.training.run_folder import CHECKPOINTS
 
-_OPEN_TO_CHANGE = ("data.", "task.", "precision.name", "train.eval_batch_size")
+_OPEN_TO_CHANGE = (
+    *("data.", "task.", "precision.name", "train.eval_batch_size"),
+    *("model.name_or_path", "model.init_from"),  # files may have been moved
+)
 _IN_COMMON = ("data.evaluation.", "data.collate_fn", "task.")
 """Keys that must be equal for the members' metrics to be comparable."""
 _OWN = ("distaccum.data", "distaccum.models", "distaccum.tasks")
@@ -114,6 +126,8 @@ def _configured(checkpoint: Checkpoint, overrides: Sequence[str], trust: Sequenc
         raise UserError(f"{checkpoint.path}: its configuration is not as a run saves it: config{where}.")
     for override in overrides:
         key, _, text = override.partition("=")
+        if key == "model.init_from" and not checkpoint.frozen:
+            raise UserError(f"{override}: {checkpoint.path} holds all weights of the model. Leave it out.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -175,7 +189,7 @@ def _is_trusted(target: str, key: str, trusted: Collection[str]) -> bool:
 def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     known = [name for name in flat(config) if name.startswith(_OPEN_TO_CHANGE)]
     section, _, name = key.rpartition(".")
-    is_section = any(other.startswith(f"{key}.") for other in known)
+    is_section = key != "model" and any(other.startswith(f"{key}.") for other in known)
     is_new_argument = bool(name) and any(other.startswith(f"{section}.") for other in known)
     if is_section and not isinstance(value, dict) and not (key == "data.evaluation" and value is None):
         inside = next(other for other in known if other.startswith(f"{key}."))
@@ -187,7 +201,7 @@ def _changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     if key in config or key in flat(config):
         raise UserError(
             f"{key} can't be changed for an evaluation, as the model was trained with it. Keys that can be changed are "
-            "those of data and task, precision.name and train.eval_batch_size."
+            "those of data and task, precision.name, train.eval_batch_size, model.name_or_path and model.init_from."
         )
     raise UserError(f"there is no key {key} in the training's configuration. There are: {', '.join(known)}.")
 
@@ -211,11 +225,14 @@ def _differences(members: Sequence[Member]) -> list[tuple[str, list[str]]]:
 
 
 def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
-    """Loads a checkpoint's weights into a plain module.
+    """Loads a checkpoint's weights into a plain module, and first those of `model.init_from` if it leaves some out.
 
     Raises:
         UserError: the weights are another model's, or the checkpoint has no such average.
     """
+    initial = options_of(member.config["model"])[1].get("init_from")
+    if member.checkpoint.frozen and initial:
+        load_exported(module, str(initial), "model.init_from")
     kind = None if weights is Weights.raw else weights.value
     if kind is not None:
         averaged = averaged_weights(member.checkpoint, kind)

@@ -138,6 +138,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([runs / "a", "other"], "not made for the same data or task"),
         (["other", "sead=1"], "there is no key sead in the training's configuration"),
         ([runs / "a", "model.channels=[4]"], "model.channels can't be changed for an evaluation"),
+        ([runs / "a", "model.init_from=x"], "holds all weights of the model. Leave it out"),
         (["other", "model=cnn"], "model can't be changed for an evaluation"),
         ([runs / "a", "data.evaluation.splt=train"], "unexpected keyword argument 'splt'"),
         ([runs / "a", "--weights", "swa"], "has no swa weights"),
