@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum import config
-from distaccum.config import components, language, optimizers, vision
+from distaccum.config import components, language, optimizers, sources, vision
 from distaccum.config import tools as tool_configs
 from distaccum.config.lora import LoraConfig
 
@@ -37,6 +37,9 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=image_folder`", "data", vision.ImageFolderDataConfig),
     ("`data=language`", "data", language.LanguageDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
+    ("`data=jsonl`", "data", sources.RowsDataConfig),
+    ("`data=parquet`", "data", sources.ParquetDataConfig),
+    ("`data=hf_dataset`", "data", sources.HubDataConfig),
     ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),

@@ -54,6 +54,7 @@ from distaccum.config.optimizers import (
     ScheduleFreeSGDConfig,
     SGDConfig,
 )
+from distaccum.config.sources import HubDataConfig, ParquetDataConfig, RowsDataConfig
 from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -65,6 +66,9 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "image_folder": ImageFolderDataConfig,
         "language": LanguageDataConfig,
         "synthetic": SyntheticDataConfig,
+        "jsonl": RowsDataConfig,
+        "parquet": ParquetDataConfig,
+        "hf_dataset": HubDataConfig,
     },
     "model": {
         "mlp": MLPConfig,

@@ -10,6 +10,7 @@ from distaccum.data.digits import Digits, DigitViews
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.language import LanguageData
 from distaccum.data.mixing import Mixed, Mixing
+from distaccum.data.rows import HubDataset, Rows
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 from distaccum.loaders.collate import PadCollate
@@ -20,10 +21,12 @@ __all__ = [
     "DigitViews",
     "Digits",
     "DocumentationText",
+    "HubDataset",
     "ImageFolder",
     "LanguageData",
     "Mixed",
     "Mixing",
     "PadCollate",
+    "Rows",
     "Synthetic",
 ]

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sources import COUNT, Source, assert_exact
 from torch.utils.data import Dataset
 
+from distaccum.data import Rows
 from distaccum.runtime.world import World
 
 
 def check_a_list(world: World) -> None:
     assert_exact(world, Source(open=lambda folder: [{"id": number} for number in range(COUNT)]))
+
+
+def _rows(first: int, stop: int) -> list[dict[str, Any]]:
+    return [{"id": number, "text": str(number), "values": [0.5] * (1 + number % 5)} for number in range(first, stop)]
+
+
+def _json_lines(folder: Path) -> None:
+    for first, stop in ((0, 20), (20, 21), (21, COUNT)):
+        lines = [json.dumps(row) + "\n" for row in _rows(first, stop)]
+        Path(folder, f"rows-{first:02d}.jsonl").write_text("".join(lines))
+
+
+def check_json_lines(world: World) -> None:
+    pattern = "rows-*.jsonl"
+    assert_exact(
+        world, Source(write=_json_lines, open=lambda folder: Rows(str(folder / pattern), evaluation_fraction=0))
+    )
+
+
+def _parquet(folder: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    for first, stop in ((0, 20), (20, COUNT)):
+        table = pyarrow.Table.from_pylist(_rows(first, stop))
+        parquet.write_table(table, folder / f"rows-{first:02d}.parquet", row_group_size=6)
+
+
+def check_parquet(world: World) -> None:
+    for cache in (False, True):
+
+        def opened(folder: Path, cache: bool = cache) -> Rows:
+            return Rows(str(folder / "*.parquet"), evaluation_fraction=0, columns=["values", "id"], cache=cache)
+
+        assert_exact(world, Source(write=_parquet, open=opened))
 
 
 class _Forwards(Dataset[Any]):

@@ -1,0 +1,54 @@
+"""Typed sections of data in files and streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distaccum.config import MISSING, DataConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RowsDataConfig(DataConfig):
+    """Rows of JSON lines as samples, found by an index of where they begin."""
+
+    files: Any = MISSING
+    """Path, pattern or address of files, or a list of them."""
+    evaluation_files: Any = None
+    """Files to evaluate on. `null`: a part of `files` is held out."""
+    evaluation_fraction: float = 0.05
+    """Fraction of the rows to hold out for evaluation when there are no `evaluation_files`, spread evenly over all."""
+    columns: Any = None
+    """Columns to read, as in `[image,label]`, or what the fields of a sample are called too, as in
+    `{pixels:image,labels:label}`. `null`: all."""
+    transform: Any = None
+    """Component that is called with a row, a dictionary, and returns a sample. `null`: the row is the sample."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParquetDataConfig(RowsDataConfig):
+    """Rows of Parquet files as samples, read by row group."""
+
+    cache: bool = False
+    """Read a decoded copy, made once and mapped into memory: without it, a row costs the decoding of its row group
+    whenever that is not one of those that a process has decoded last, 256 MB of them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HubDataConfig(DataConfig):
+    """Rows of a dataset of Hugging Face's as samples."""
+
+    name: str = MISSING
+    """Its name on the hub, or a folder that `save_to_disk` has written."""
+    subset: str | None = None
+    """Name of its configuration."""
+    train_split: str = "train"
+    """Part to train on; slices as in `train[:10%]` are allowed."""
+    evaluation_split: str | None = None
+    """Part to evaluate on. `null`: a part of `train_split` is held out."""
+    evaluation_fraction: float = 0.05
+    """Fraction of the rows to hold out for evaluation when there is no `evaluation_split`, spread evenly over all."""
+    columns: Any = None
+    """Columns to read, as for `data=jsonl`."""
+    transform: Any = None
+    """Component that makes a sample of a row, as for `data=jsonl`."""

@@ -1,0 +1,129 @@
+"""Files that are made of others once, and used by all later starts: indexes, decoded copies, tokens."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distaccum.data.storage import is_remote, local, size_and_version
+from distaccum.errors import UserError
+from distaccum.runtime.cache import cache_folder, fingerprint
+from distaccum.runtime.files import replacing
+
+logger = logging.getLogger("distaccum.data")
+
+FOLDER = ".distaccum"
+"""Name of the folder beside the data, for what is made of it."""
+_LONGEST_NAME = 80
+
+
+def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str], *, depends_on: Any = None) -> Path:
+    """Returns the path of a file that is made of others, after making it if it isn't there or they have changed.
+
+    It is kept in a folder `.distaccum` beside the first of them, or in the cache folder where that can't be written
+    (see `distaccum.runtime.cache`). Of all processes that want the same file one makes it, and the others wait, as far
+    as the file system knows locks; where it doesn't, each makes it and all are the same.
+
+    Args:
+        sources: paths, those of folders for all files in them, and addresses. Whether they have changed is told by
+            their sizes and times of change.
+        kind: the end of the file's name, which says what it holds.
+        make: writes the file, and returns what the log is to say of it.
+        depends_on: all else that its content depends on, as JSON values.
+
+    Raises:
+        UserError: a source can't be read, or the file can't be written anywhere.
+    """
+    versions = [list(_version(source)) for source in sources]
+    own = fingerprint([kind, [os.path.basename(source) for source in sources], depends_on])
+    name = os.path.basename(local(sources[0]).rstrip("/"))[-_LONGEST_NAME:]
+    folders = [cache_folder() / fingerprint(os.path.abspath(local(sources[0])))]
+    if not is_remote(sources[0]):
+        folders.insert(0, Path(local(sources[0])).absolute().parent / FOLDER)
+    paths = [folder / f"{name}.{own}.{fingerprint(versions)}.{kind}" for folder in folders]
+    failures: list[str] = []
+    for path in [path for path in paths if path.is_file()] or paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path, f"{name}.{own}.*.{kind}", f"{kind} of {', '.join(sources[:3])}", make)
+            return path
+        except OSError as error:
+            failures.append(f"{path.parent}: {error.strerror or error}")
+    raise UserError(
+        f"the {kind} of {sources[0]} can't be written ({'; '.join(failures)}). Make room or the folder writable, or "
+        "set XDG_CACHE_HOME to one that is."
+    )
+
+
+def _make(path: Path, pattern: str, what: str, make: Callable[[BinaryIO], str]) -> None:
+    if path.is_file():
+        return
+    with _held(path.parent / f".{pattern.replace('.*.', '.')}.lock"):
+        if path.is_file():
+            return
+        started = time.monotonic()
+        logger.info("making the %s", what)
+        with replacing(path) as file:
+            said = make(file)
+        logger.info("made the %s: %s; %.1f s, kept in %s", what, said, time.monotonic() - started, path)
+        for outdated in path.parent.glob(pattern):
+            if outdated != path:
+                outdated.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
+        except OSError as error:
+            logger.debug("%s can't be locked: %s", path, error)
+        yield
+
+
+def _version(source: str) -> Iterator[Any]:
+    if is_remote(source) or not os.path.isdir(local(source)):
+        yield list(size_and_version(source))
+        return
+    for folder, names, files in os.walk(local(source)):
+        names.sort()
+        for name in sorted(files):
+            yield [name, *size_and_version(os.path.join(folder, name))]
+
+
+class Numbers:
+    """int64 numbers in a part of a file, mapped into memory when first asked for; pickled by the file's path.
+
+    Args:
+        path: of the file.
+        start: byte of the first one, a multiple of 8.
+        count: how many there are. None: to the end of the file.
+    """
+
+    def __init__(self, path: Path, start: int = 0, count: int | None = None) -> None:
+        self._place = path, start, count
+        self._mapped: NDArray[np.int64] | None = None
+        self._count = (path.stat().st_size - start) // 8 if count is None else count
+
+    def __reduce__(self) -> Any:
+        return type(self), self._place
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def array(self) -> NDArray[np.int64]:
+        """All of them."""
+        if self._mapped is None:
+            path, start, _ = self._place
+            self._mapped = np.memmap(path, "<i8", "r", start, (self._count,)) if self._count else np.empty(0, np.int64)
+        return self._mapped

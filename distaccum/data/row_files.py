@@ -1,0 +1,272 @@
+"""Reads rows of one file by their numbers: JSON lines, Parquet, and datasets of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distaccum.data.made_once import Numbers, made_once
+from distaccum.data.storage import RangeReader, is_remote, local, open_file
+from distaccum.data.tables import Row, imported
+from distaccum.errors import UserError, listed
+
+_BLOCK = 16 << 20
+_BOM = b"\xef\xbb\xbf"
+_BLANKS = np.frombuffer(b" \t\r\n", np.uint8)
+_ROWS_OF_BATCH = 1024
+"""Rows of a record batch in a decoded copy: one is looked up at once, without reading the others."""
+MOST_DECODED = 256 << 20
+"""Bytes of decoded row groups that a process keeps."""
+
+
+class RowFile(Protocol):
+    """Rows that are read by their numbers. Can be pickled, and used after a fork.
+
+    Attributes:
+        path: names it in messages.
+    """
+
+    path: str
+
+    def __len__(self) -> int: ...
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Returns rows, in the order of their numbers given, each a dictionary of columns."""
+        ...
+
+
+class JsonLines:
+    """Reads rows of a file of JSON lines by an index of where they begin, which is made once. Blank lines don't count.
+
+    Args:
+        path: path or address of the file.
+        reader: opens the files; those of a dataset share it.
+    """
+
+    def __init__(self, path: str, reader: RangeReader) -> None:
+        self.path = path
+        self._reader = reader
+        self._starts = Numbers(made_once([path], "row-index", partial(_write_starts, path)))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        starts = self._starts.array
+        return [self._parsed(number, int(starts[number]), int(starts[number + 1])) for number in numbers]
+
+    def _parsed(self, number: int, start: int, stop: int) -> Row:
+        try:
+            row = json.loads(self._reader.read(self.path, start, stop))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}, row {number + 1} is no JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{self.path}, row {number + 1} is a {type(row).__name__}, not an object with named columns."
+            )
+        return row
+
+
+def _write_starts(path: str, file: BinaryIO) -> str:
+    """Writes where each row begins, and the size of the file behind the last one: int64, little-endian."""
+    count = 0
+    with open_file(path) as source:
+        for starts in _line_starts(source):
+            file.write(starts.astype("<i8").tobytes())
+            count += len(starts)
+        file.write(np.array([source.tell()], "<i8").tobytes())
+    return f"{count:,} rows"
+
+
+def _line_starts(source: BinaryIO) -> Iterator[NDArray[np.int64]]:
+    """Yields where lines begin that are not blank, of a block at a time, which ends with a whole line."""
+    position = len(_BOM) if source.read(len(_BOM)) == _BOM else 0
+    source.seek(position)
+    rest = b""
+    while block := source.read(_BLOCK):
+        block = rest + block
+        end = block.rfind(b"\n") + 1
+        yield position + _starts_within(block[:end])
+        position, rest = position + end, block[end:]
+    yield position + _starts_within(rest)
+
+
+def _starts_within(lines: bytes) -> NDArray[np.int64]:
+    if not lines:
+        return np.empty(0, np.int64)
+    content = np.frombuffer(lines, np.uint8)
+    starts = np.concatenate([[0], np.flatnonzero(content == ord("\n")) + 1])
+    starts = starts[starts < len(content)]
+    may_be_blank = np.flatnonzero(np.isin(content[starts], _BLANKS))
+    ends = np.append(starts[1:], len(lines))
+    blank = [index for index in may_be_blank if not lines[starts[index] : ends[index]].strip()]
+    return np.delete(starts, blank)
+
+
+class Parquet:
+    """Reads rows of a Parquet file: row groups, of which the last used ones stay decoded, or a decoded copy.
+
+    Args:
+        path: path or address of the file.
+        columns: to read. None: all.
+        is_cached: read a copy as an Arrow file without compression, made once and mapped into memory, in which any row
+            is found without decoding others.
+        decoded: keeps row groups; the files of a dataset share it.
+
+    Raises:
+        UserError: it can't be read, or lacks a column.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str] | None, is_cached: bool, decoded: RecentTables) -> None:
+        self.path = path
+        self._columns = list(columns) if columns is not None else None
+        self._decoded = decoded
+        with self._opened() as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            sizes = [group.num_rows for group in groups]
+            self.decoded_bytes = 0 if is_cached else sum(map(self._size_of, groups))
+            """About what all row groups take when decoded, if they are."""
+            names = file.schema_arrow.names
+        if missing := [name for name in self._columns or () if name not in names]:
+            raise UserError(f"data.columns: {path} has no column {missing[0]}. It has {listed(names, 12)}.")
+        self._copy: Path | None = None
+        if is_cached:
+            self._copy = made_once([path], "arrow", self._write_copy, depends_on=self._columns)
+            sizes = [size for rows in sizes for size in _batch_sizes(rows)]
+        self._ends = np.array([0, *accumulate(sizes)])
+        self._file: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        wanted = np.asarray(numbers)
+        pieces = np.searchsorted(self._ends, wanted, side="right") - 1
+        found: list[Row] = [{}] * len(wanted)
+        for piece in np.unique(pieces).tolist():
+            places = np.flatnonzero(pieces == piece)
+            table = self._piece(piece)
+            for place in places.tolist():
+                found[place] = table.slice(int(wanted[place] - self._ends[piece]), 1).to_pylist()[0]
+        return found
+
+    def _size_of(self, group: Any) -> int:
+        chunks = (group.column(number) for number in range(group.num_columns))
+        wanted = None if self._columns is None else set(self._columns)
+        return sum(
+            chunk.total_uncompressed_size
+            for chunk in chunks
+            if wanted is None or chunk.path_in_schema.partition(".")[0] in wanted
+        )
+
+    def _piece(self, piece: int) -> Any:
+        if self._copy is not None:
+            return self._reader().get_batch(piece)
+        return self._decoded.get((self.path, piece), lambda: self._row_group(self._reader(), piece))
+
+    def _row_group(self, file: Any, number: int) -> Any:
+        try:
+            return file.read_row_group(number, columns=self._columns, use_threads=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}, row group {number + 1} can't be read: {error}.") from error
+
+    def _reader(self) -> Any:
+        """Returns the open file, opened by this process: what forks share would have one position."""
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = os.getpid(), self._opened() if self._copy is None else _mapped(self._copy)
+        return self._file[1]
+
+    def _opened(self) -> Any:
+        parquet = imported("pyarrow.parquet", "pyarrow")
+        try:
+            return parquet.ParquetFile(open_file(self.path) if is_remote(self.path) else local(self.path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} can't be read: {type(error).__name__}: {error}.") from error
+
+    def _write_copy(self, file: BinaryIO) -> str:
+        pyarrow = imported("pyarrow", "pyarrow")
+
+        with self._opened() as source:
+            first = _plain(source.schema_arrow.empty_table())
+            schema = first.select(self._columns).schema if self._columns is not None else first.schema
+            with pyarrow.ipc.new_file(file, schema) as writer:
+                for number in range(source.metadata.num_row_groups):
+                    table = _plain(self._row_group(source, number)).select(schema.names)
+                    for start in range(0, table.num_rows, _ROWS_OF_BATCH):
+                        part = table.slice(start, _ROWS_OF_BATCH).combine_chunks()
+                        writer.write_batch(part.to_batches()[0])
+        return f"{source.metadata.num_rows:,} rows, {file.tell() / 1e6:,.1f} MB"
+
+
+def _batch_sizes(rows: int) -> list[int]:
+    return [min(_ROWS_OF_BATCH, rows - start) for start in range(0, rows, _ROWS_OF_BATCH)]
+
+
+def _plain(table: Any) -> Any:
+    """Returns a table without dictionaries, of which an Arrow file can hold but one for a column."""
+    pyarrow = imported("pyarrow", "pyarrow")
+
+    for place, field in enumerate(table.schema):
+        if pyarrow.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    return table
+
+
+def _mapped(path: Path) -> Any:
+    pyarrow = imported("pyarrow", "pyarrow")
+
+    return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
+
+
+class RecentTables:
+    """Keeps the tables that were used last, up to a number of bytes in all; each process its own."""
+
+    def __init__(self, most_bytes: int = MOST_DECODED) -> None:
+        self._most_bytes = most_bytes
+        self._tables: OrderedDict[Any, Any] = OrderedDict()
+        self._bytes = 0
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._most_bytes,)
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        """Returns the table of a key, which is read if it isn't here any more."""
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = read()
+            self._bytes += table.nbytes
+            while self._bytes > self._most_bytes and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+        self._tables.move_to_end(key)
+        return table
+
+
+class HubRows:
+    """Reads rows of a dataset of Hugging Face, which maps its Arrow files into memory.
+
+    Args:
+        path: names it in messages.
+        dataset: with the columns to read alone.
+    """
+
+    def __init__(self, path: str, dataset: Any) -> None:
+        self.path = path
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        return list(self._dataset.__getitems__(list(numbers)))

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distaccum.data import HubDataset, PadCollate, Rows, made_once, row_files
+from distaccum.data.splits import HeldOut
+from distaccum.errors import UserError
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def rows(first: int, count: int) -> list[dict[str, Any]]:
+    return [
+        {"id": number, "text": f"ü{number}\n" * (number % 3), "values": [number / 2] * (1 + number % 4)}
+        for number in range(first, first + count)
+    ]
+
+
+def write(folder: Path, kind: str, *, files: int = 3, each: int = 7) -> str:
+    """Writes rows numbered through several files; returns a pattern that names them."""
+    for number in range(files):
+        found, path = rows(number * each, each), folder / f"part{number}.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+        elif kind == "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(found), path, row_group_size=3)
+        else:
+            import datasets
+
+            datasets.Dataset.from_list(found).save_to_disk(str(path))
+    return str(folder / f"*.{kind}")
+
+
+ALL = [("jsonl", {}), ("parquet", {}), ("parquet", {"cache": True}), ("saved", {})]
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL, ids=["jsonl", "parquet", "parquet cached", "saved"])
+def test_any_row_of_any_file_in_any_order(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    data = Rows(write(tmp_path, kind), evaluation_fraction=0, **options)
+    wanted = rows(0, 21)
+    assert len(data) == 21
+    assert [data[index] for index in range(21)] == wanted
+    order = np.random.default_rng(0).permutation(21).tolist()
+    for found in (data, pickle.loads(pickle.dumps(data))):
+        assert found.__getitems__(order) == [wanted[index] for index in order]
+    assert data[-1] == wanted[20]
+    with pytest.raises(IndexError):
+        data[21]
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL, ids=["jsonl", "parquet", "parquet cached", "saved"])
+def test_columns_and_transform(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    class Doubled:
+        num_classes = 0
+
+        def __init__(self) -> None:
+            self.num_classes = 7
+            self.collate_fn = PadCollate((-1,))
+
+        def __call__(self, row: dict[str, Any]) -> Any:
+            return torch.tensor(row["x"]) * 2
+
+    files = write(tmp_path, kind)
+    data = Rows(files, evaluation_fraction=0, columns={"x": "values"}, transform=Doubled(), **options)
+    assert data.num_classes == 7
+    assert data.collate_fn(data.__getitems__([0, 1])).tolist() == [[0.0, -1.0], [1.0, 1.0]]
+    assert Rows(files, evaluation_fraction=0, columns=["id"], **options)[4] == {"id": 4}
+    with pytest.raises(UserError, match=r"has no column idd\. It has .*id.*text.*values"):
+        Rows(files, columns=["idd"], **options)[0]
+
+    def broken(row: dict[str, Any]) -> Any:
+        return 1 / row["id"]
+
+    with pytest.raises(UserError, match=r"part0\..*, row 1, in data.transform: ZeroDivisionError"):
+        Rows(files, evaluation_fraction=0, transform=broken, **options).__getitems__([3, 0])
+
+
+@given(st.integers(1, 400), st.floats(0, 0.999))
+def test_a_part_is_held_out_evenly(count: int, fraction: float) -> None:
+    training = HeldOut(count, fraction, "train")
+    found = training.rows(np.arange(training.num_samples)).tolist()
+    share = round(fraction * 10**6)
+    try:
+        evaluation = HeldOut(count, fraction, "evaluation")
+    except UserError:
+        assert count * share < 10**6
+        assert found == list(range(count))
+        return
+    held_out = evaluation.rows(np.arange(evaluation.num_samples)).tolist()
+    assert sorted(found + held_out) == list(range(count))
+    assert found == sorted(found)
+    assert held_out == [row for row in range(count) if (row + 1) * share // 10**6 > row * share // 10**6]
+
+
+def test_evaluation_by_a_fraction_or_by_files(tmp_path: Path) -> None:
+    files = write(tmp_path, "jsonl")
+    parts = [Rows(files, split, evaluation_fraction=0.25) for split in ("train", "evaluation")]
+    ids = [[row["id"] for row in part.__getitems__(range(len(part)))] for part in parts]
+    assert ids[1] == [3, 7, 11, 15, 19]
+    assert sorted(ids[0] + ids[1]) == list(range(21))
+    first = str(tmp_path / "part0.jsonl")
+    assert len(Rows(files, "train", evaluation_files=first)) == 21
+    assert len(Rows(files, "evaluation", evaluation_files=first)) == 7
+    with pytest.raises(UserError, match=r"leaves nothing to evaluate on"):
+        Rows(files, "evaluation", evaluation_fraction=0)
+
+
+@given(st.lists(st.sampled_from(['{"a": 1}', '  {"a": 2} ', "", "   ", "\t", '{"a": "x\\ny"}']), max_size=9))
+def test_an_index_finds_each_line_that_is_not_blank(lines: list[str]) -> None:
+    import io
+
+    for ending in ("", "\n"):
+        for mark in ("", "\ufeff"):
+            for newline in ("\n", "\r\n"):
+                content = (mark + newline.join(lines) + ending).encode()
+                source = io.BytesIO(content)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(row_files, "_BLOCK", 5)
+                    starts = [int(start) for part in row_files._line_starts(source) for start in part]
+                starts.append(len(content))
+                found = [json.loads(content[begin:end]) for begin, end in pairwise(starts)]
+                assert found == [json.loads(line) for line in lines if line.strip()]
+
+
+def test_an_index_is_made_once_and_again_when_the_file_has_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "distaccum.data")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 0}\n')
+    assert [len(Rows(str(path), evaluation_fraction=0)) for _ in range(2)] == [1, 1]
+    assert caplog.text.count("made the row-index of") == 1
+    assert "1 rows; 0.0 s, kept in" in caplog.text
+    path.write_text('{"id": 0}\n{"id": 1}\n')
+    assert len(Rows(str(path), evaluation_fraction=0)) == 2
+    assert len(list((tmp_path / made_once.FOLDER).glob("a.jsonl*"))) == 1
+    assert len(Rows(str(tmp_path / "*"), evaluation_fraction=0)) == 2, "what is made once is no data itself"
+
+
+def test_what_is_made_once_lies_in_the_cache_where_the_folder_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / made_once.FOLDER).write_text("a file where a folder should be")
+    path = tmp_path / "data" / "a.jsonl"
+    path.write_text('{"id": 0}\n')
+    assert Rows(str(path), evaluation_fraction=0)[0] == {"id": 0}
+    assert len(list((tmp_path / "cache").rglob("*.row-index"))) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"row-index of .*a.jsonl can't be written .*XDG_CACHE_HOME"):
+        Rows(str(path))
+
+
+def test_a_process_keeps_few_row_groups_and_a_copy_needs_none(tmp_path: Path) -> None:
+    write(tmp_path, "parquet", files=1, each=5000)
+    data = Rows(str(tmp_path / "part0.parquet"), evaluation_fraction=0)
+    reads: list[int] = []
+    file: Any = data._files[0]
+    read = file._row_group
+    file._row_group = lambda opened, number: reads.append(number) or read(opened, number)
+    data.__getitems__([0, 4999, 1, 4998])
+    assert reads == [0, 1666]
+    data.__getitems__([2, 4998])
+    assert reads == [0, 1666]
+    recent = row_files.RecentTables(most_bytes=1000)
+    sizes = [pyarrow.table({"a": [0.0] * 60}) for _ in range(5)]
+    for number in (0, 1, 0, 2, 0):
+        recent.get(number, lambda number=number: sizes[number])
+    assert list(recent._tables) == [2, 0]
+
+
+def test_categories_have_a_copy_too(tmp_path: Path) -> None:
+    column = pyarrow.array(["a", "b", "a", None, "c"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"kind": column, "id": range(5)}), tmp_path / "a.parquet", row_group_size=2)
+    data = Rows(str(tmp_path / "a.parquet"), evaluation_fraction=0, cache=True, columns=["kind"])
+    assert [data[index]["kind"] for index in range(5)] == ["a", "b", "a", None, "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, row 2 is no JSON"),
+        ("a.jsonl", "1\n[1]\n", r"a.jsonl, row 2 is a list, not an object"),
+        ("a.jsonl", "\n", r"the train data has no row: .*a.jsonl"),
+        ("a.parquet", "no parquet", r"a.parquet can't be read"),
+        ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl and .parquet"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        Rows(str(tmp_path / name), evaluation_fraction=0).__getitems__([1, 0])
+
+
+def test_a_dataset_by_name_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    parts = {"train": datasets.Dataset.from_list(rows(0, 20)), "test": datasets.Dataset.from_list(rows(20, 4))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    name = str(tmp_path / "both")
+    assert HubDataset(name, columns={"x": "id"}, evaluation_fraction=0)[3] == {"x": 3}
+    assert len(HubDataset(name, "evaluation", evaluation_fraction=0.1)) == 2
+    evaluation = HubDataset(name, "evaluation", evaluation_split="test")
+    assert [row["id"] for row in evaluation.__getitems__([3, 0])] == [23, 20]
+    with pytest.raises(UserError, match=r"has no part dev\. It has train, test"):
+        HubDataset(name, train_split="dev")
+    with pytest.raises(UserError, match=r"has no column idd"):
+        HubDataset(name, columns=["idd"])
+    with pytest.raises(UserError, match=r"nowhere can't be loaded by datasets"):
+        HubDataset(os.path.join(name, "nowhere"))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.jsonl").write_text('{"id": 5}\n')
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    assert HubDataset(str(tmp_path / "plain"), evaluation_fraction=0)[0] == {"id": 5}
