@@ -80,7 +80,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, Any]]:
-    parquet = _imported("pyarrow.parquet", "pyarrow")
+    parquet = imported("pyarrow.parquet", "pyarrow")
     number = 0
     with open_file(path) as raw, parquet.ParquetFile(raw) as file:
         for batch in file.iter_batches(1024):
@@ -95,7 +95,7 @@ def _read_text(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_dataset(path: str) -> Iterator[tuple[str, Any]]:
-    datasets = _imported("datasets", "datasets")
+    datasets = imported("datasets", "datasets")
     found = datasets.load_from_disk(path)
     if isinstance(found, datasets.DatasetDict):
         raise ValueError(f"it has several parts: name one of {listed([os.path.join(path, part) for part in found], 6)}")
@@ -103,7 +103,12 @@ def _read_dataset(path: str) -> Iterator[tuple[str, Any]]:
         yield f"row {number}", row
 
 
-def _imported(module: str, package: str) -> Any:
+def imported(module: str, package: str) -> Any:
+    """Imports what reading a kind of file needs.
+
+    Raises:
+        UserError: it is missing.
+    """
     import importlib
 
     try:

@@ -39,6 +39,9 @@ EXPERIMENTS = sorted(conf_dir().glob("experiment/*.yaml"))
 
 NEEDED = {
     "data=image_folder": ["data.root=images"],
+    "data=jsonl": ["data.files=a.jsonl"],
+    "data=parquet": ["data.files=a.parquet"],
+    "data=hf_dataset": ["data.name=folder"],
     "data=language": ["data.files=chat.jsonl", "data.tokenizer=folder"],
     "model=causal_lm": ["model.name_or_path=folder"],
     "experiment=finetune": ["data.files=chat.jsonl", "model.name_or_path=folder"],

@@ -14,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distaccum.config.compose import compose
+from distaccum.config.instantiate import build
 from distaccum.data import HubDataset, PadCollate, Rows, made_once, row_files
 from distaccum.data.splits import HeldOut
 from distaccum.errors import UserError
@@ -205,6 +207,20 @@ def test_files_that_are_something_else(tmp_path: Path, name: str, content: str, 
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         Rows(str(tmp_path / name), evaluation_fraction=0).__getitems__([1, 0])
+
+
+def test_by_configuration(tmp_path: Path) -> None:
+    saved = write(tmp_path, "saved", files=1).replace("*", "part0")
+    files = {kind: write(tmp_path, kind) for kind in ("jsonl", "parquet")}
+    transform = ["+data.transform._target_=operator.itemgetter", "+data.transform._args_=[x]"]
+    for more in (
+        ["data=jsonl", f"data.files={files['jsonl']}"],
+        ["data=parquet", f"data.files=[{files['parquet']}]", "data.cache=true"],
+        ["data=hf_dataset", f"data.name={saved}"],
+    ):
+        config = compose([*more, *transform, "data.columns={x:id}", "data.evaluation_fraction=0.25"])
+        train, evaluation = (build(getattr(config.data, name), f"data.{name}") for name in ("train", "evaluation"))
+        assert [train[0], train[1], train[3], evaluation[0]] == [0, 1, 4, 3]
 
 
 def test_a_dataset_by_name_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
