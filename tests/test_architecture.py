@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "distaccum"
 
 LAYERS = [
-    *("errors", "config", "runtime", "planning", "loaders", "strategies", "accumulation", "checkpoints"),
+    *("errors", "config", "runtime", "testing", "planning", "loaders", "strategies", "accumulation", "checkpoints"),
     *("data", "models", "tasks", "observers", "training", "tools", "cli"),
 ]
 """Packages and modules, each of which imports only what stands before it."""

@@ -1,0 +1,15 @@
+"""Proves a training step of anybody's own: that its update does not depend on how the window of samples is cut.
+
+Needs torch, and nothing else of distaccum:
+
+    from distaccum.testing import assert_same_update
+
+    def test_my_step():
+        assert_same_update(build, samples, step)
+
+Under torchrun, or wherever a process group has been joined, the window is cut over the ranks too.
+"""
+
+from distaccum.testing.same_update import UpdateDiffersError, assert_same_update
+
+__all__ = ["UpdateDiffersError", "assert_same_update"]

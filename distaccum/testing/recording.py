@@ -1,0 +1,104 @@
+"""Makes an update of a step that is to be proved, in float64, and records what the optimizer got and left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(slots=True)
+class Update:
+    """One update. Tensors are float64 on the CPU, whole where they are sharded.
+
+    Attributes:
+        gradients: as the optimizer got them at its last step.
+        raw: as the last backward left them, before clipping or scaling; empty if the model is sharded.
+        after: parameters and buffers.
+        steps: how often the optimizer stepped.
+        statistics: names of BatchNorm layers that have taken statistics of the micro-batch.
+    """
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    raw: dict[str, Tensor] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    statistics: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def prepare(model: nn.Module) -> None:
+    """Converts a model to float64, and switches dropout off."""
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in model.parameters()):
+        if hasattr(model, "module") or any(hasattr(tensor, "full_tensor") for tensor in model.parameters()):
+            raise ValueError(
+                "the wrapped model has parameters that are not float64: call .double() before it is wrapped."
+            )
+        model.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            module.dropout = 0.0
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer of torch's inside those that Accelerate, Fabric and others put around it."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"build must return a torch.optim.Optimizer, and has returned a {type(optimizer).__name__}.")
+    return optimizer
+
+
+def record(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update) -> None:
+    """Has an update's gradients recorded where the last backward and the optimizer's step leave them."""
+
+    def on_step(*_: object) -> None:
+        update.steps += 1
+        update.gradients = {
+            name: copied(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    def on_accumulated(name: str) -> Callable[[Tensor], None]:
+        def keep(parameter: Tensor) -> None:
+            if parameter.grad is not None and not hasattr(parameter.grad, "full_tensor"):
+                update.raw[name] = copied(parameter.grad)
+
+        return keep
+
+    optimizer.register_step_pre_hook(on_step)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(on_accumulated(name))  # type: ignore[no-untyped-call]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            update.statistics.append(name)
+
+
+def as_float64(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def copied(tensor: Any) -> Tensor:
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    found: Tensor = whole.detach().to("cpu", torch.float64, copy=True)
+    return found
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
