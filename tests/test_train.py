@@ -473,7 +473,7 @@ def test_an_unreadable_image_is_named(train: Train, tmp_path: Path) -> None:
         "ImageFolder: 1 of 8 images of images can't be read: images/dogs/1.png: cannot identify image file. Replace or"
     )
     assert train(*everything, "data.on_damaged=late").message.startswith(
-        "sample 5 of the training data could not be loaded: ImageFolder: images/dogs/1.png cannot be read as an image:"
+        "sample 5 of the training data could not be loaded: images/dogs/1.png cannot be read as an image:"
     )
 
 

@@ -54,7 +54,7 @@ from distaccum.config.optimizers import (
     ScheduleFreeSGDConfig,
     SGDConfig,
 )
-from distaccum.config.sources import HubDataConfig, ParquetDataConfig, RowsDataConfig
+from distaccum.config.sources import HubDataConfig, ParquetDataConfig, RowsDataConfig, WebDatasetDataConfig
 from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -69,6 +69,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "jsonl": RowsDataConfig,
         "parquet": ParquetDataConfig,
         "hf_dataset": HubDataConfig,
+        "webdataset": WebDatasetDataConfig,
     },
     "model": {
         "mlp": MLPConfig,

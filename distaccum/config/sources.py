@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distaccum.config import MISSING, DataConfig
+from distaccum.config.vision import ImageDataConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,3 +53,28 @@ class HubDataConfig(DataConfig):
     """Columns to read, as for `data=jsonl`."""
     transform: Any = None
     """Component that makes a sample of a row, as for `data=jsonl`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WebDatasetDataConfig(ImageDataConfig):
+    """Samples in tar files, found by an index that is made once, and shuffled fully."""
+
+    shards: Any = MISSING
+    """Path, pattern or address of tar files, or a list of them, as in `"shards/{000..099}.tar"`, with its quotes. They
+    must not be compressed."""
+    evaluation_shards: Any = None
+    """Tar files to evaluate on. `null`: a part of the samples of `shards` is held out."""
+    evaluation_fraction: float = 0.05
+    """Fraction of the samples to hold out for evaluation when there are no `evaluation_shards`, spread evenly over
+    all."""
+    image: str = "jpg;jpeg;png;webp"
+    """Extensions of the image; each sample has one of them."""
+    label: str = "cls"
+    """Extensions of the label; each sample has one of them."""
+    fields: Any = None  # a dict[str, str], which OmegaConf can't replace as a whole where it is typed
+    """Extensions by the names of a sample's fields, as in `{pixels:jpg,caption:txt}`, in place of `image` and `label`.
+    The sample is a dictionary then."""
+    num_classes: int | None = None
+    """Number of classes. `null`: the largest label in members `cls`, and one more."""
+    transform: Any = None
+    """Component that is called with a sample, and returns what is used in its place."""

@@ -34,15 +34,9 @@ class TimmConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class ImageFolderDataConfig(DataConfig):
-    """Images in one folder per class."""
+class ImageDataConfig(DataConfig):
+    """Images from files, as tensors of one size, augmented and mixed."""
 
-    root: str = MISSING
-    """Folder of class folders to train on."""
-    evaluation_root: str | None = None
-    """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
-    evaluation_fraction: float = 0.1
-    """Fraction of each class to hold out for evaluation when there is no `evaluation_root`."""
     image_size: int = 64
     """Height and width that images are resized to."""
     fit: Fit = Fit.stretch
@@ -66,6 +60,18 @@ class ImageFolderDataConfig(DataConfig):
     both, one of them by a fair coin."""
     mix_probability: float = 1.0
     """Fraction of the samples that are mixed, with `mixup` or `cutmix`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ImageFolderDataConfig(ImageDataConfig):
+    """Images in one folder per class."""
+
+    root: str = MISSING
+    """Folder of class folders to train on."""
+    evaluation_root: str | None = None
+    """Folder of class folders to evaluate on. `null`: a part of `root` is held out."""
+    evaluation_fraction: float = 0.1
+    """Fraction of each class to hold out for evaluation when there is no `evaluation_root`."""
     on_damaged: OnDamaged = OnDamaged.stop
     """Images that can't be read: `stop` before training and name them, `skip` them and log which; all are read once for
     that, the result is kept. `late`: don't look beforehand, stop when one is loaded."""

@@ -13,6 +13,7 @@ from distaccum.data.mixing import Mixed, Mixing
 from distaccum.data.rows import HubDataset, Rows
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
+from distaccum.data.webdataset import WebDataset
 from distaccum.loaders.collate import PadCollate
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "PadCollate",
     "Rows",
     "Synthetic",
+    "WebDataset",
 ]

@@ -7,14 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distaccum.config.enums import Fit, OnDamaged
+from distaccum.config.enums import OnDamaged
 from distaccum.data.augment import Augment
-from distaccum.data.image_files import image_extensions, pillow_image, read_rgb
+from distaccum.data.image_files import Pixels, image_extensions, read_rgb
 from distaccum.data.image_index import ImageIndex, image_index
 from distaccum.data.mixing import Mixing
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
@@ -83,19 +81,18 @@ class ImageFolder(Dataset[tuple[Tensor, int | Tensor]]):
         on_damaged: str = "stop",
     ) -> None:
         check_split(split, type(self).__name__)
-        _check_arguments(evaluation_fraction, image_size, mean, std)
-        require(fit in list(Fit), f"ImageFolder: fit={fit} is none of {', '.join(Fit)}.")
+        require(
+            0 <= evaluation_fraction < 1, f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1)."
+        )
+        self._pixels = Pixels(image_size, mean, std, fit, augment)
         require(
             on_damaged in list(OnDamaged), f"ImageFolder: on_damaged={on_damaged} is none of {', '.join(OnDamaged)}."
         )
         root = Path(root)
         self.classes = _class_names(root, "root")
         self.num_classes = len(self.classes)
-        self.input_shape = (3, image_size, image_size)
+        self.input_shape = self._pixels.shape
         self.mean, self.std = tuple(mean), tuple(std)
-        self._scale = [torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)]
-        self._fit = Fit(fit)
-        self._augment = augment
         self._mixing = mixing if mixing is not None and mixing.mixes else None
         files = self._files(split, root, evaluation_root, evaluation_fraction, OnDamaged(on_damaged))
         self._paths = [path for paths in files for path in paths.values()]
@@ -120,21 +117,7 @@ class ImageFolder(Dataset[tuple[Tensor, int | Tensor]]):
         return self._mixing(self._load, index, len(self), self.num_classes)
 
     def _load(self, index: int) -> tuple[Tensor, int]:
-        path, size = self._paths[index], self.input_shape[-1]
-        image = read_rgb(path)
-        if self._augment is None or not self._augment.crops:
-            bilinear = pillow_image().Resampling.BILINEAR
-            if self._fit is Fit.crop:
-                from PIL import ImageOps
-
-                image = ImageOps.fit(image, (size, size), bilinear)
-            else:
-                image = image.resize((size, size), bilinear)
-        if self._augment is not None:
-            image = self._augment(image, size)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        mean, std = self._scale
-        return (pixels - mean) / std, self._labels[index]
+        return self._pixels(read_rgb(self._paths[index])), self._labels[index]
 
     def _files(
         self,
@@ -174,16 +157,6 @@ def _part(paths: dict[str, str], split: str, evaluation_fraction: float) -> dict
         count = min(max(1, round(evaluation_fraction * len(paths))), len(paths) - 1)
     held_out = set(evenly_spread(len(paths), count))
     return {real: paths[real] for place, real in enumerate(paths) if (place in held_out) == (split == EVALUATION)}
-
-
-def _check_arguments(evaluation_fraction: float, image_size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    require(0 <= evaluation_fraction < 1, f"ImageFolder: evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
-    require(image_size >= 1, f"ImageFolder: image_size={image_size} is impossible: it must be at least 1.")
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise UserError(
-            f"ImageFolder: mean={list(mean)} and std={list(std)} must have three values each, one per channel, "
-            "and those of std must be greater than 0."
-        )
 
 
 def _class_names(root: Path, argument: str) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,8 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from distaccum.data.object_stores import shown
 from distaccum.data.storage import is_remote, local, size_and_version
-from distaccum.errors import UserError
+from distaccum.errors import UserError, listed
 from distaccum.runtime.cache import cache_folder, fingerprint
 from distaccum.runtime.files import replacing
 
@@ -43,9 +45,13 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
     Raises:
         UserError: a source can't be read, or the file can't be written anywhere.
     """
-    versions = [list(_version(source)) for source in sources]
+    # A store answers many at a time.
+    with ThreadPoolExecutor(32 if any(map(is_remote, sources)) else 1) as pool:
+        versions = list(pool.map(lambda source: list(_version(source)), sources))
     own = fingerprint([kind, [os.path.basename(source) for source in sources], depends_on])
-    name = os.path.basename(local(sources[0]).rstrip("/"))[-_LONGEST_NAME:]
+    name = os.path.basename(local(sources[0]).rstrip("/"))
+    # What follows in an address may be a signature, which is secret.
+    name = (name.partition("?")[0] if is_remote(sources[0]) else name)[-_LONGEST_NAME:]
     folders = [cache_folder() / fingerprint(os.path.abspath(local(sources[0])))]
     if not is_remote(sources[0]):
         folders.insert(0, Path(local(sources[0])).absolute().parent / FOLDER)
@@ -54,13 +60,13 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
     for path in [path for path in paths if path.is_file()] or paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, f"{name}.{own}.*.{kind}", f"{kind} of {', '.join(sources[:3])}", make)
+            _make(path, f"{name}.{own}.*.{kind}", f"{kind} of {shown(listed(sources, 3))}", make)
             return path
         except OSError as error:
             failures.append(f"{path.parent}: {error.strerror or error}")
     raise UserError(
-        f"the {kind} of {sources[0]} can't be written ({'; '.join(failures)}). Make room or the folder writable, or "
-        "set XDG_CACHE_HOME to one that is."
+        f"the {kind} of {shown(sources[0])} can't be written ({'; '.join(failures)}). Make room, or one of them "
+        "writable, or set XDG_CACHE_HOME to a folder that is."
     )
 
 

@@ -41,6 +41,7 @@ NEEDED = {
     "data=image_folder": ["data.root=images"],
     "data=jsonl": ["data.files=a.jsonl"],
     "data=parquet": ["data.files=a.parquet"],
+    "data=webdataset": ["data.shards=a.tar"],
     "data=hf_dataset": ["data.name=folder"],
     "data=language": ["data.files=chat.jsonl", "data.tokenizer=folder"],
     "model=causal_lm": ["model.name_or_path=folder"],

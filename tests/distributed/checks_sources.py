@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from sources import COUNT, Source, assert_exact
+from tar_files import write_images
 from torch.utils.data import Dataset
 
-from distaccum.data import Rows
+from distaccum.data import Rows, WebDataset
 from distaccum.runtime.world import World
 
 
@@ -51,6 +52,17 @@ def check_parquet(world: World) -> None:
             return Rows(str(folder / "*.parquet"), evaluation_fraction=0, columns=["values", "id"], cache=cache)
 
         assert_exact(world, Source(write=_parquet, open=opened))
+
+
+def check_tar_files(world: World) -> None:
+    """The id of a sample is the red of its image; two of the five files are smaller than a window, one is empty."""
+    plain = {"image_size": 2, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    source = Source(
+        write=lambda folder: write_images(folder, (12, 3, 0, 2, 20)),
+        open=lambda folder: WebDataset(f"{folder}/*.tar", evaluation_fraction=0, **plain),
+        ids=lambda batch: (batch[0][:, 0, 0, 0] * 255).round().int().tolist(),
+    )
+    assert_exact(world, source)
 
 
 class _Forwards(Dataset[Any]):

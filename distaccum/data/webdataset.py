@@ -1,0 +1,258 @@
+"""Samples in tar files, as WebDataset has them, read by number."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from distaccum.data.augment import Augment
+from distaccum.data.image_files import Pixels, image_extensions, read_rgb
+from distaccum.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from distaccum.data.mixing import Mixing
+from distaccum.data.object_stores import shown
+from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
+from distaccum.data.storage import RangeReader, list_files, local
+from distaccum.data.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
+from distaccum.data.tar_members import BLOCK, name_at
+from distaccum.errors import UserError, listed, require
+
+_GAP = 16 << 10
+"""Bytes between two members up to which both are read at once."""
+
+
+class WebDataset(Dataset[Any]):
+    """Samples of tar files, shuffled fully: an index that is made once says where each one lies.
+
+    What is before the first dot of a member's name is its sample's key, what is after it its extension. The members of
+    a sample stand together, as WebDataset's own writer and `tar --sort=name` put them. Keys need only differ within a
+    file. Names that begin with a dot are ignored.
+
+    A sample is `(image, label)`: float32 `[3, image_size, image_size]` as `ImageFolder` makes it, and an int; or, with
+    `fields`, a dictionary of members. Members are decoded by the last part of their extension: what Pillow opens as an
+    image; `cls` an int, `txt` a text, `json`, `npy` a tensor, `pt` and `pth` what `torch.load` returns with
+    `weights_only=True`; all else is `bytes`, for a `transform` alone.
+
+    Args:
+        shards: paths, patterns or addresses of tar files that are not compressed (see `list_files`).
+        split: `train` or `evaluation`.
+        evaluation_shards: those to evaluate on. None: a part of the samples of `shards` is held out.
+        evaluation_fraction: that part, spread evenly over all.
+        image: extensions of the image, of which each sample has one, as in `jpg;png`.
+        label: extensions of the label, of which each sample has one. The index holds those of `cls`.
+        fields: extensions by the names of a sample's fields, in place of `image` and `label`.
+        num_classes: number of classes. None: the largest label in members `cls`, of both splits, and one more.
+        transform: is given the sample as above, and returns the sample. Its public attributes (`collate_fn`,
+            `num_classes`, …) are the dataset's too.
+        image_size: height and width in pixels, and so are the next ones as for `ImageFolder`.
+
+    Attributes:
+        num_classes: if it is known.
+        input_shape: of images, if there are any.
+
+    Raises:
+        UserError: tar files or arguments that don't fit; and from `__getitem__`, a member that can't be decoded.
+    """
+
+    def __init__(
+        self,
+        shards: str | Sequence[str],
+        split: str = TRAIN,
+        *,
+        evaluation_shards: str | Sequence[str] | None = None,
+        evaluation_fraction: float = 0.05,
+        image: str = "jpg;jpeg;png;webp",
+        label: str = LABEL,
+        fields: Mapping[str, str] | None = None,
+        num_classes: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        image_size: int = 64,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        fit: str = "stretch",
+        augment: Augment | None = None,
+        mixing: Mixing | None = None,
+    ) -> None:
+        check_split(split, type(self).__name__)
+        require(transform is None or callable(transform), f"data.transform={transform!r} can't be called.")
+        indexes = _indexes(shards, evaluation_shards)
+        self._index = indexes[-1] if split == EVALUATION else indexes[0]
+        self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
+        self._is_pair = fields is None
+        wanted = {"image": image, "label": label} if fields is None else dict(fields)
+        self._fields = [_field(name, extensions, self._index) for name, extensions in wanted.items()]
+        self._pixels = Pixels(image_size, mean, std, fit, augment)
+        self._transform = transform
+        self._mixing = mixing if mixing is not None and mixing.mixes else None
+        self._reader = RangeReader()
+        used = {extension.rpartition(".")[2] for field in self._fields for extension in field.columns}
+        unknown = [extension for extension in used if extension not in _DECODERS and not _is_image(extension)]
+        if unknown and transform is None:
+            raise UserError(
+                f"members {listed(sorted(unknown))} can't be decoded: decoded are images, {', '.join(_DECODERS)}. Give "
+                "data.transform, which gets their bytes."
+            )
+        if any(map(_is_image, used)):
+            self.input_shape = self._pixels.shape
+        self._set_classes(num_classes, indexes)
+        for name, value in vars(transform).items() if hasattr(transform, "__dict__") else ():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+
+    def _set_classes(self, num_classes: int | None, indexes: Sequence[TarIndex]) -> None:
+        labels = [field for field in self._fields if LABEL in field.columns]
+        found = max(index.num_classes for index in indexes) if labels else 0
+        for index in indexes if labels else ():
+            if index.bad_label:
+                raise UserError(f"{index.bad_label} holds no class, an integer from 0 on in decimal.")
+        if num_classes is None and not found and self._is_pair:
+            raise UserError(f"data.num_classes must be given, as the labels are not in members {LABEL}.")
+        if num_classes is not None and found > num_classes:
+            raise UserError(f"data.num_classes={num_classes}, and there is the label {found - 1} in the tar files.")
+        if num_classes is not None or found:
+            self.num_classes = num_classes if num_classes is not None else found
+
+    def __len__(self) -> int:
+        return len(self._index) if self._held_out is None else self._held_out.num_samples
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._mixing is None:
+            return self._load(index)
+        return self._mixing(self._load, index, len(self), self.num_classes)
+
+    def _load(self, index: int) -> Any:
+        number = index if self._held_out is None else int(self._held_out.rows(np.array([index], dtype=np.int64))[0])
+        path, row = self._index.shard_of(number), self._index.row(number)
+        offsets, sizes = row["offset"], row["size"]
+        found: dict[str, Any] = {}
+        spans: dict[str, tuple[str, int, int]] = {}
+        for field in self._fields:
+            extension, column = next(item for item in field.columns.items() if offsets[item[1]])
+            if extension == LABEL:
+                found[field.name] = int(row["label"])
+            else:
+                spans[field.name] = extension, int(offsets[column]), int(offsets[column] + sizes[column])
+        for name, content in self._contents(path, spans).items():
+            found[name] = self._decoded(content, spans[name][0], path, spans[name][1])
+        sample = (found["image"], self._label(found["label"], path)) if self._is_pair else found
+        if self._transform is None:
+            return sample
+        try:
+            return self._transform(sample)
+        except Exception as error:
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"a sample of {shown(path)}, in data.transform: {said}") from error
+
+    def _contents(self, path: str, spans: Mapping[str, tuple[str, int, int]]) -> dict[str, bytes]:
+        """Reads members; in one request if they are near to each other."""
+        if not spans:
+            return {}
+        first, last = min(start for _, start, _ in spans.values()), max(stop for *_, stop in spans.values())
+        if last - first > sum(stop - start for _, start, stop in spans.values()) + _GAP * len(spans):
+            return {name: self._reader.read(path, start, stop) for name, (_, start, stop) in spans.items()}
+        content = self._reader.read(path, first, last)
+        return {name: content[start - first : stop - first] for name, (_, start, stop) in spans.items()}
+
+    def _decoded(self, content: bytes, extension: str, path: str, offset: int) -> Any:
+        kind = extension.rpartition(".")[2]
+        decode = _DECODERS.get(kind)
+        if decode is None:
+            if not _is_image(kind):
+                return content
+            try:
+                return self._pixels(read_rgb("it", content))
+            except UserError as error:
+                raise UserError(f"{self._place(path, offset)}: {error}") from error
+        try:
+            return decode(content)
+        except Exception as error:  # whatever is in it
+            raise UserError(f"{self._place(path, offset)} can't be decoded as {kind}: {error}") from error
+
+    def _label(self, label: Any, path: str) -> int:
+        try:
+            found = int(label)
+        except (TypeError, ValueError, RuntimeError):
+            found = NO_LABEL
+        if not 0 <= found < self.num_classes:
+            raise UserError(
+                f"a sample of {shown(path)} has the label {label!r}, and there are {self.num_classes} classes."
+            )
+        return found
+
+    def _place(self, path: str, offset: int) -> str:
+        """Returns which member begins there, for messages."""
+        return f"{name_at(self._reader.read(path, offset - BLOCK, offset))} in {shown(path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field of a sample: the extensions that its member may have, with their columns in the index."""
+
+    name: str
+    columns: dict[str, int]
+
+
+def _field(name: str, extensions: str, index: TarIndex) -> _Field:
+    """Returns a field, of which each sample must have one member."""
+    wanted = [extension.strip().lower().removeprefix(".") for extension in str(extensions).split(";")]
+    columns = {extension: index.extensions.index(extension) for extension in wanted if extension in index.extensions}
+    bits = sum(1 << column for column in columns.values())
+    for kind, count, first in index.kinds:
+        if (kind & bits).bit_count() != 1:
+            has = [extension for column, extension in enumerate(index.extensions) if kind >> column & 1]
+            what = "several members" if kind & bits else "no member"
+            raise UserError(
+                f"data.{name if name in ('image', 'label') else f'fields.{name}'}={extensions}: {count:,} of "
+                f"{len(index):,} samples have {what} of these extensions; the first is number {first}, in "
+                f"{shown(index.shard_of(first))}, with {', '.join(has)}. Each sample must have one of them."
+            )
+    return _Field(name, columns)
+
+
+def _indexes(shards: str | Sequence[str], evaluation_shards: str | Sequence[str] | None) -> list[TarIndex]:
+    """Returns the index of the training's tar files and, if there are others to evaluate on, of those."""
+    given = {"data.shards": shards, "data.evaluation_shards": evaluation_shards}
+    seen: dict[str, str] = {}
+    indexes = []
+    for key, patterns in given.items():
+        if patterns is None:
+            continue
+        paths = list_files(patterns, key)
+        for path in paths:
+            real = os.path.realpath(local(path)) if "://" not in path else path
+            if real in seen:
+                raise UserError(f"{key}: {shown(path)} is named twice, also in {seen[real]}. Name each tar file once.")
+            seen[real] = key
+        indexes.append(tar_index(paths))
+    return indexes
+
+
+def _is_image(extension: str) -> bool:
+    return extension not in _DECODERS and f".{extension}" in image_extensions()
+
+
+def _tensor(content: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+
+
+def _tensors(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    LABEL: int,
+    "txt": bytes.decode,
+    "json": json.loads,
+    "npy": _tensor,
+    "pt": _tensors,
+    "pth": _tensors,
+}
