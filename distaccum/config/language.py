@@ -8,6 +8,7 @@ from typing import Any
 from distaccum.config import MISSING, DataConfig
 from distaccum.config.components import LanguageModelingConfig, ModelConfig
 from distaccum.config.lora import LoraConfig
+from distaccum.errors import require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,11 +24,21 @@ class CausalLMConfig(ModelConfig):
     """`eager`, `sdpa`, `flex_attention`, …. `null`: transformers' choice."""
     gradient_checkpointing: bool = False
     """The model's own activation checkpointing, in place of `activation_checkpointing`."""
+    load_in_4bit: bool = False
+    """Keep the weights of linear layers in 4 bits (NF4) by bitsandbytes, frozen under the adapters of `model.lora`
+    (QLoRA)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     vocab_size: int | None = None
     """Least size of the vocabulary. `null`: the number of the tokenizer's tokens."""
     max_length: int | None = None
     """Least number of positions. `null`: the data's `max_length`."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.load_in_4bit and self.init_on_meta),
+            "model.load_in_4bit=true does not support model.init_on_meta=true: it quantises pretrained weights as it "
+            "reads them, and never holds the whole model. Set model.init_on_meta=false.",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

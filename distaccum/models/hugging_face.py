@@ -11,6 +11,7 @@ from torch import nn
 
 from distaccum.config.lora import LoraConfig
 from distaccum.errors import UserError, listed, require
+from distaccum.models import four_bit
 from distaccum.models.lora import add_adapters
 from distaccum.runtime.torchvision_operators import tolerate_missing_operators
 
@@ -25,6 +26,7 @@ def causal_lm(
     from_config: bool = False,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    load_in_4bit: bool = False,
     lora: LoraConfig | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Loads a causal language model of transformers in float32, which the precision may change afterwards.
@@ -36,11 +38,15 @@ def causal_lm(
         from_config: read the configuration alone, and initialise the weights at random.
         attn_implementation: `eager`, `sdpa`, `flex_attention`, …; None for transformers' own choice.
         gradient_checkpointing: the model's own, if it has it.
+        load_in_4bit: keep the weights of linear layers in 4 bits, under adapters.
         lora: adapters, which are then trained alone; None or a rank of 0 for none.
 
     Raises:
         UserError: it can't be loaded, or is too small for the data.
     """
+    lora = LoraConfig(**lora) if isinstance(lora, Mapping) else lora
+    if load_in_4bit:
+        _require_adapters(lora, from_config)
     tolerate_missing_operators()
     try:
         import transformers
@@ -50,10 +56,13 @@ def causal_lm(
     options: dict[str, Any] = {"dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        options |= four_bit.loading_options()
     auto: Any = transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         _check_size(config, vocab_size, max_length)
+        _check_quantised(name_or_path, config, load_in_4bit)
         if from_config:
             module = auto.from_config(config, **options)
         else:
@@ -71,7 +80,9 @@ def causal_lm(
     module.config.architectures = [type(module).__name__]
     if gradient_checkpointing:
         _checkpoint_activations(module)
-    _add_adapters(module, LoraConfig(**lora) if isinstance(lora, Mapping) else lora, name_or_path, from_config)
+    _add_adapters(module, lora, name_or_path, from_config)
+    if load_in_4bit:
+        four_bit.take_over(module)
     return module  # type: ignore[no-any-return]
 
 
@@ -84,6 +95,44 @@ def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_co
         "model with weights, or set model.lora.merge=true, which saves them with the adapters.",
     )
     add_adapters(module, lora, name)
+
+
+def _require_adapters(lora: LoraConfig | None, from_config: bool) -> None:
+    require(
+        not from_config,
+        "model.load_in_4bit=true keeps pretrained weights in 4 bits, and model.from_config=true has none. Leave one of "
+        "them out.",
+    )
+    require(
+        lora is not None and lora.rank > 0,
+        "model.load_in_4bit=true freezes the model, as weights of 4 bits can't be trained, and needs adapters that "
+        "are: set model.lora.rank, as in model.lora.rank=16.",
+    )
+    require(
+        lora is None or not lora.merge,
+        "model.lora.merge=true does not support model.load_in_4bit=true: the sum of weights of 4 bits and adapters has "
+        "more than 4 bits. Set model.lora.merge=false, and merge the adapters that are saved into the whole weights "
+        "with peft (PeftModel.merge_and_unload).",
+    )
+
+
+def _check_quantised(name: str, config: Any, load_in_4bit: bool) -> None:
+    """Refuses a model that was saved in a quantised format, unless it is the one that is asked for."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    found = found if isinstance(found, Mapping) else found.to_dict()
+    is_of_4_bits = bool(found.get("load_in_4bit") or found.get("_load_in_4bit"))
+    require(
+        is_of_4_bits,
+        f"model.name_or_path={name} is quantised by {found.get('quant_method')}, in a format that is not supported. "
+        "Give the model that it was made of.",
+    )
+    require(
+        load_in_4bit,
+        f"model.name_or_path={name} holds weights of 4 bits, which can't be trained: set model.load_in_4bit=true and "
+        "model.lora.rank, or give the model that it was made of.",
+    )
 
 
 def _checkpoint_activations(module: Any) -> None:

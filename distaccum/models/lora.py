@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from distaccum.config.lora import LoraConfig
@@ -72,13 +73,18 @@ def add_adapters(module: nn.Module, config: LoraConfig, base: str) -> None:
     if config.merge:
         _require_mergeable(module, layers)
     trained, total = (
-        sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not only)
+        sum(_count(parameter) for parameter in module.parameters() if parameter.requires_grad or not only)
         for only in (True, False)
     )
     logger.info(
         "model.lora: adapters of rank %d in %d layers, %d of %d parameters (%.2f %%)",
         *(config.rank, len(layers), trained, total, 100 * trained / total),
     )
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Returns the number of a parameter's numbers, of which a byte of bitsandbytes' holds two."""
+    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)
 
 
 def adapters_of(module: nn.Module) -> Adapters | None:

@@ -247,7 +247,7 @@ class _Sync:
         """
         for name, parameter in model.named_parameters():
             # FSDP adds up shards in the parameter's own format.
-            if torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
+            if parameter.is_floating_point() and torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
                 raise UserError(
                     f"strategy.accumulate={accumulate} would add up the gradients of {name} in its own format "
                     f"{str(parameter.dtype).removeprefix('torch.')}, whose digits don't suffice. Keep parameters in "

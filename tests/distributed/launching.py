@@ -22,7 +22,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = forking.ROOT
-_IMPORTED = dict.fromkeys(("checks_language", "checks_lora"), ("with_transformers",))
+_IMPORTED = dict.fromkeys(("checks_four_bit", "checks_language", "checks_lora"), ("with_transformers",))
 """What checks import that takes long."""
 
 
