@@ -7,8 +7,7 @@ from typing import Any
 
 from distaccum.config import MISSING, DataConfig
 from distaccum.config.components import LanguageModelingConfig, ModelConfig
-from distaccum.config.lora import LoraConfig
-from distaccum.errors import require
+from distaccum.config.lora import LoraConfig, require_four_bit
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,11 +33,8 @@ class CausalLMConfig(ModelConfig):
     """Least number of positions. `null`: the data's `max_length`."""
 
     def __post_init__(self) -> None:
-        require(
-            not (self.load_in_4bit and self.init_on_meta),
-            "model.load_in_4bit=true does not support model.init_on_meta=true: it quantises pretrained weights as it "
-            "reads them, and never holds the whole model. Set model.init_on_meta=false.",
-        )
+        if self.load_in_4bit:
+            require_four_bit(self.lora, from_config=self.from_config, init_on_meta=self.init_on_meta)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -34,3 +34,28 @@ class LoraConfig:
             f"model.lora.targets={self.targets!r} must be all-linear, a list of names of layers, or a regular "
             "expression.",
         )
+
+
+def require_four_bit(lora: LoraConfig | None, *, from_config: bool = False, init_on_meta: bool = False) -> None:
+    """Refuses what needs whole weights, with `model.load_in_4bit`."""
+    require(
+        not from_config,
+        "model.load_in_4bit=true keeps pretrained weights in 4 bits, and model.from_config=true has none. Leave one of "
+        "them out.",
+    )
+    require(
+        not init_on_meta,
+        "model.load_in_4bit=true does not support model.init_on_meta=true: it quantises pretrained weights as it reads "
+        "them, and never holds the whole model. Set model.init_on_meta=false.",
+    )
+    require(
+        lora is not None and lora.rank > 0,
+        "model.load_in_4bit=true freezes the model, as weights of 4 bits can't be trained, and needs adapters that "
+        "are: set model.lora.rank, as in model.lora.rank=16.",
+    )
+    require(
+        lora is None or not lora.merge,
+        "model.lora.merge=true does not support model.load_in_4bit=true: 4-bit weights and adapters add up to more "
+        "than 4 bits. Set model.lora.merge=false, and add the adapters that are saved to the whole weights by peft "
+        "(PeftModel.merge_and_unload).",
+    )

@@ -18,10 +18,13 @@ _CODES = 256
 _KERNELS_FOR = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def loading_options() -> dict[str, Any]:
+def loading_options(is_quantised: bool) -> dict[str, Any]:
     """Returns what makes `from_pretrained` of transformers quantise one linear layer after another as it reads them.
 
     They are quantised on the CPU, where the same weights give the same bytes on every machine.
+
+    Args:
+        is_quantised: they are saved in 4 bits already.
 
     Raises:
         UserError: bitsandbytes is missing.
@@ -35,9 +38,12 @@ def loading_options() -> dict[str, Any]:
         raise UserError(
             'model.load_in_4bit=true needs bitsandbytes, which is missing: pip install "distaccum[bnb]".'
         ) from error
+    options: dict[str, Any] = {"device_map": {"": "cpu"}}
+    if is_quantised:
+        return options
     # The scales are quantised too, but by FourBitLinear.
     how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)  # type: ignore[no-untyped-call]
-    return {"quantization_config": how, "device_map": {"": "cpu"}}
+    return {**options, "quantization_config": how}
 
 
 def take_over(module: Any) -> None:
@@ -48,7 +54,7 @@ def take_over(module: Any) -> None:
     Raises:
         UserError: the model has none.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     layers = {name: part for name, part in module.named_modules() if isinstance(part, Linear4bit)}
     if not layers:

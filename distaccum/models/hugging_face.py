@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distaccum.config.lora import LoraConfig
+from distaccum.config.lora import LoraConfig, require_four_bit
 from distaccum.errors import UserError, listed, require
 from distaccum.models import four_bit
 from distaccum.models.lora import add_adapters
@@ -42,11 +42,11 @@ def causal_lm(
         lora: adapters, which are then trained alone; None or a rank of 0 for none.
 
     Raises:
-        UserError: it can't be loaded, or is too small for the data.
+        UserError: it can't be loaded, is too small for the data, or 4 bits don't fit to the rest.
     """
     lora = LoraConfig(**lora) if isinstance(lora, Mapping) else lora
     if load_in_4bit:
-        _require_adapters(lora, from_config)
+        require_four_bit(lora, from_config=from_config)
     tolerate_missing_operators()
     try:
         import transformers
@@ -56,13 +56,13 @@ def causal_lm(
     options: dict[str, Any] = {"dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    if load_in_4bit:
-        options |= four_bit.loading_options()
     auto: Any = transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         _check_size(config, vocab_size, max_length)
-        _check_quantised(name_or_path, config, load_in_4bit)
+        is_quantised = _is_quantised(name_or_path, config, load_in_4bit)
+        if load_in_4bit:
+            options |= four_bit.loading_options(is_quantised)
         if from_config:
             module = auto.from_config(config, **options)
         else:
@@ -97,30 +97,15 @@ def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_co
     add_adapters(module, lora, name)
 
 
-def _require_adapters(lora: LoraConfig | None, from_config: bool) -> None:
-    require(
-        not from_config,
-        "model.load_in_4bit=true keeps pretrained weights in 4 bits, and model.from_config=true has none. Leave one of "
-        "them out.",
-    )
-    require(
-        lora is not None and lora.rank > 0,
-        "model.load_in_4bit=true freezes the model, as weights of 4 bits can't be trained, and needs adapters that "
-        "are: set model.lora.rank, as in model.lora.rank=16.",
-    )
-    require(
-        lora is None or not lora.merge,
-        "model.lora.merge=true does not support model.load_in_4bit=true: the sum of weights of 4 bits and adapters has "
-        "more than 4 bits. Set model.lora.merge=false, and merge the adapters that are saved into the whole weights "
-        "with peft (PeftModel.merge_and_unload).",
-    )
+def _is_quantised(name: str, config: Any, load_in_4bit: bool) -> bool:
+    """Returns whether a model was saved in 4 bits.
 
-
-def _check_quantised(name: str, config: Any, load_in_4bit: bool) -> None:
-    """Refuses a model that was saved in a quantised format, unless it is the one that is asked for."""
+    Raises:
+        UserError: it was and that isn't asked for, or it was saved in another quantised format.
+    """
     found = getattr(config, "quantization_config", None)
     if found is None:
-        return
+        return False
     found = found if isinstance(found, Mapping) else found.to_dict()
     is_of_4_bits = bool(found.get("load_in_4bit") or found.get("_load_in_4bit"))
     require(
@@ -133,6 +118,7 @@ def _check_quantised(name: str, config: Any, load_in_4bit: bool) -> None:
         f"model.name_or_path={name} holds weights of 4 bits, which can't be trained: set model.load_in_4bit=true and "
         "model.lora.rank, or give the model that it was made of.",
     )
+    return True
 
 
 def _checkpoint_activations(module: Any) -> None:
