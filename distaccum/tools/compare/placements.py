@@ -20,6 +20,7 @@ from distaccum.config import (
 )
 from distaccum.config.enums import Accumulate, Compression
 from distaccum.config.tools import CompareConfig, PlacementName
+from distaccum.errors import UserError
 from distaccum.tools.bench.placing import half_of, placed
 
 
@@ -179,7 +180,8 @@ class Case:
 def cases_of(config: CompareConfig) -> list[Case]:
     """Returns the rows of a comparison, in the order in which they take their turns.
 
-    A placement that none of the numbers fits has a row too, which gives the reason.
+    A placement that none of the numbers fits, or that the configuration can't have, has a row too, which gives the
+    reason.
     """
     section = config.compare
     names = list(PLACEMENTS) if section.placements is None else section.placements
@@ -208,7 +210,16 @@ def cases_of(config: CompareConfig) -> list[Case]:
             for count in steps
             for is_uniform in ((False, True) if is_by_length and placement.name is PlacementName.single else (False,))
         ]
-    return cases
+    return [_unless_refused(case, config) for case in cases]
+
+
+def _unless_refused(case: Case, config: CompareConfig) -> Case:
+    """Returns a case; with the reason if the configuration can't have its placement, as packing can't have DP."""
+    try:
+        case.configuration(config)
+    except UserError as error:
+        return dataclasses.replace(case, impossible=str(error))
+    return case
 
 
 def _shard_size(placement: Placement, world_size: int, config: CompareConfig) -> int | None:

@@ -139,7 +139,7 @@ class _Comparison:
 
     def _session(self, case: Case, name: str) -> Session:
         return Session(
-            config=case.configuration(self.config),
+            config=self.config if case.impossible else case.configuration(self.config),
             num_processes=case.num_processes,
             sync_every_step=case.placement.syncs_every_step,
             threads=self.section.threads_per_rank,
