@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import tiny_language_model
 import torch
 from command_line import metrics, without_measurements
+from safetensors.torch import load_file, save_file
 from test_finetune import COMMAND, IMPORTED, evaluations_of, loss_of
 
 from distaccum import UserError
@@ -88,6 +90,18 @@ def test_a_killed_run_goes_on_on_one_rank(folder: Path, unbroken: forking.Ended)
     assert evaluated.status == 0, evaluated.err
     last = evaluations_of(folder / "killed")[-1]["loss"]
     assert float(evaluated.out.splitlines()[-1].split()[-3]) == pytest.approx(last, rel=1e-3)
+
+
+def test_another_base_is_refused_though_its_codes_are_the_same(folder: Path, unbroken: forking.Ended) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    shutil.copytree(folder / "llama", folder / "doubled")
+    weights = load_file(folder / "doubled" / "model.safetensors")
+    weights[f"{name}.weight"] *= 2
+    save_file(weights, folder / "doubled" / "model.safetensors", {"format": "pt"})
+    words = ("-m", "distaccum.evaluate", "whole", "model.name_or_path=doubled")
+    ended = forking.run(*words, folder=folder, imported=IMPORTED)
+    assert ended.status == 2
+    assert f"some are others here: {name}.base_layer.scales_of_scales (fingerprint: uint8" in ended.message
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +19,22 @@ _CODES = 256
 _KERNELS_FOR = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def loading_options(is_quantised: bool) -> dict[str, Any]:
+def loading_options(name: str, config: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Returns what makes `from_pretrained` of transformers quantise one linear layer after another as it reads them.
 
     They are quantised on the CPU, where the same weights give the same bytes on every machine.
 
     Args:
-        is_quantised: they are saved in 4 bits already.
+        name: of the model, for messages.
+        config: transformers' of the model, by which it may be saved in 4 bits already.
+        load_in_4bit: as for `causal_lm`; if it is false, there are no options.
 
     Raises:
-        UserError: bitsandbytes is missing.
+        UserError: bitsandbytes is missing, or the model is saved in a quantised format that isn't asked for.
     """
+    is_quantised = _is_quantised(name, config, load_in_4bit)
+    if not load_in_4bit:
+        return {}
     # It says on machines without GPUs that kernels for them are missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -46,8 +52,8 @@ def loading_options(is_quantised: bool) -> dict[str, Any]:
     return {**options, "quantization_config": how}
 
 
-def take_over(module: Any) -> None:
-    """Replaces bitsandbytes' layers in a model, in place, and what transformers knows of them.
+def taken_over(module: Any) -> Any:
+    """Replaces bitsandbytes' layers in a model, in place, and what transformers knows of them; returns the model.
 
     Adapters are put into the model before, as peft knows bitsandbytes' layers.
 
@@ -74,6 +80,31 @@ def take_over(module: Any) -> None:
         *(len(made), 100 * weights / (weights + others)),
         *(sum(part.nbytes for part in made) / 1e6, 2 * weights / 1e6),
     )
+    return module
+
+
+def _is_quantised(name: str, config: Any, load_in_4bit: bool) -> bool:
+    """Returns whether a model was saved in 4 bits.
+
+    Raises:
+        UserError: it was and that isn't asked for, or it was saved in another quantised format.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
+    found = found if isinstance(found, Mapping) else found.to_dict()
+    is_of_4_bits = bool(found.get("load_in_4bit") or found.get("_load_in_4bit"))
+    require(
+        is_of_4_bits,
+        f"model.name_or_path={name} is quantised by {found.get('quant_method')}, in a format that is not supported. "
+        "Give the model that it was made of.",
+    )
+    require(
+        load_in_4bit,
+        f"model.name_or_path={name} holds weights of 4 bits, which can't be trained: set model.load_in_4bit=true and "
+        "model.lora.rank, or give the model that it was made of.",
+    )
+    return True
 
 
 class FourBitLinear(nn.Module):

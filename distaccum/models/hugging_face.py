@@ -47,22 +47,15 @@ def causal_lm(
     lora = LoraConfig(**lora) if isinstance(lora, Mapping) else lora
     if load_in_4bit:
         require_four_bit(lora, from_config=from_config)
-    tolerate_missing_operators()
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError('model=causal_lm needs transformers, which is missing: pip install "distaccum[hf]".') from error
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers = _transformers()
     options: dict[str, Any] = {"dtype": torch.float32}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    auto: Any = transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForCausalLM
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         _check_size(config, vocab_size, max_length)
-        is_quantised = _is_quantised(name_or_path, config, load_in_4bit)
-        if load_in_4bit:
-            options |= four_bit.loading_options(is_quantised)
+        options |= four_bit.loading_options(name_or_path, config, load_in_4bit)
         if from_config:
             module = auto.from_config(config, **options)
         else:
@@ -81,9 +74,17 @@ def causal_lm(
     if gradient_checkpointing:
         _checkpoint_activations(module)
     _add_adapters(module, lora, name_or_path, from_config)
-    if load_in_4bit:
-        four_bit.take_over(module)
-    return module  # type: ignore[no-any-return]
+    return four_bit.taken_over(module) if load_in_4bit else module  # type: ignore[no-any-return]
+
+
+def _transformers() -> Any:
+    tolerate_missing_operators()
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError('model=causal_lm needs transformers, which is missing: pip install "distaccum[hf]".') from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers
 
 
 def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_config: bool) -> None:
@@ -95,30 +96,6 @@ def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_co
         "model with weights, or set model.lora.merge=true, which saves them with the adapters.",
     )
     add_adapters(module, lora, name)
-
-
-def _is_quantised(name: str, config: Any, load_in_4bit: bool) -> bool:
-    """Returns whether a model was saved in 4 bits.
-
-    Raises:
-        UserError: it was and that isn't asked for, or it was saved in another quantised format.
-    """
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return False
-    found = found if isinstance(found, Mapping) else found.to_dict()
-    is_of_4_bits = bool(found.get("load_in_4bit") or found.get("_load_in_4bit"))
-    require(
-        is_of_4_bits,
-        f"model.name_or_path={name} is quantised by {found.get('quant_method')}, in a format that is not supported. "
-        "Give the model that it was made of.",
-    )
-    require(
-        load_in_4bit,
-        f"model.name_or_path={name} holds weights of 4 bits, which can't be trained: set model.load_in_4bit=true and "
-        "model.lora.rank, or give the model that it was made of.",
-    )
-    return True
 
 
 def _checkpoint_activations(module: Any) -> None:

@@ -57,6 +57,13 @@ def test_a_placement_that_no_world_size_fits_is_a_row_that_says_so() -> None:
     assert ddp.impossible == "DDP, no_sync needs two or more ranks, and compare.world_sizes=[1]"
 
 
+def test_a_placement_that_the_configuration_refuses_is_a_row_that_says_so() -> None:
+    chosen = ["experiment=text", "batch=packed", "compare.placements=[dp,ddp]", "compare.world_sizes=[2]"]
+    by_name = {case.placement.name: case.impossible for case in cases_of(compose(chosen, "compare"))}
+    assert by_name[PlacementName.ddp] is None
+    assert str(by_name[PlacementName.dp]).startswith("batch=packed is not supported with strategy=dp")
+
+
 def test_the_command_of_a_row_trains_what_was_compared() -> None:
     overrides = ["experiment=text", "strategy=ddp", "strategy.bucket_cap_mb=3", "optim.lr=1e-3"]
     given = [*overrides, "compare.rounds=1", "run_dir=a b", "+data.x=[1, 2]"]
