@@ -111,6 +111,7 @@ def test_another_base_is_refused_though_its_codes_are_the_same(folder: Path, unb
         (("model.lora.rank=4", "model.lora.merge=true"), "model.lora.merge=true does not support model.load_in_4bit"),
         (("model.lora.rank=4", "model.from_config=true"), "model.from_config=true has none"),
         (("model.lora.rank=4", "model.init_on_meta=true"), "does not support model.init_on_meta=true"),
+        (("model.lora.rank=4", "model.init_from=x"), "does not support model.init_from"),
     ],
 )
 def test_what_needs_whole_weights_is_refused(more: tuple[str, ...], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -129,15 +130,43 @@ def test_refused(lora: dict[str, Any], message: str) -> None:
 
 
 def test_adapters_of_random_weights_are_refused(folder: Path) -> None:
+    model = causal_lm(str(folder / "llama"), vocab_size=320, max_length=48, from_config=True, lora={"rank": 2})
     with pytest.raises(UserError, match="adapters of random weights that nobody has"):
-        causal_lm(str(folder / "llama"), vocab_size=320, max_length=48, from_config=True, lora={"rank": 2})
+        check_exported(model, None)
+    check_exported(model, "llama")
+    with torch.device("meta"), pytest.raises(UserError, match=r"model\.init_from, and set model\.from_config=true"):
+        causal_lm(str(folder / "llama"), vocab_size=320, max_length=48)
 
 
-@pytest.mark.parametrize("section", [{"init_from": "x"}, {"unfreeze": {1: ["*.embed_tokens.weight"]}}])
-def test_what_would_not_be_saved_is_refused(section: dict[str, Any]) -> None:
+def test_what_would_not_be_saved_is_refused() -> None:
     model = tiny_language_model.model_of(tiny_language_model.config_of())
     add_adapters(model, LoraConfig(rank=2), "base")
-    if "unfreeze" in section:
-        model.model.embed_tokens.weight.requires_grad_(True)
-    with pytest.raises(UserError, match=f"model.{next(iter(section))}"):
-        check_exported(model, is_loaded="init_from" in section)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    with pytest.raises(UserError, match=r"model\.unfreeze"):
+        check_exported(model, None)
+
+
+def test_no_rank_needs_to_hold_all_of_its_base(folder: Path) -> None:
+    """Built without memory, and its base read by parts; it goes on as a whole model, and is evaluated."""
+    shutil.copytree(folder / "llama", folder / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
+    words = ["model.name_or_path=sizes", "model.from_config=true", "model.init_from=llama", "train.epochs=null"]
+    command = (*LORA, "schedule=constant", *words)
+    fsdp = ("strategy=fsdp", "model.init_on_meta=true", "train.max_updates=2")
+    for more, ranks in (
+        (("run_dir=one", "train.max_updates=4"), 1),
+        (("run_dir=parts", *fsdp), 2),
+        (("run_dir=parts", "train.max_updates=4"), 1),
+    ):
+        ended = forking.run(*command, *more, ranks=ranks, folder=folder, imported=IMPORTED)
+        assert ended.status == 0, ended.err
+    one, parts = ([line for line in metrics(folder / name) if "eval" not in line] for name in ("one", "parts"))
+    assert [line["update"] for line in parts] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in parts] == pytest.approx([line[key] for line in one], rel=1e-9)
+    adapter = json.loads((folder / "parts" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(folder / "llama")
+    assert len(read_checkpoint(checkpoints_in(folder / "parts" / "checkpoints")[0]).frozen) == 21
+    evaluated = forking.run("-m", "distaccum.evaluate", "parts", folder=folder, imported=IMPORTED)
+    assert evaluated.status == 0, evaluated.err
+    last = evaluations_of(folder / "parts")[-1]["loss"]
+    assert float(evaluated.out.splitlines()[-1].split()[-3]) == pytest.approx(last, rel=1e-3)

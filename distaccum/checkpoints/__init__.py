@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
-from distaccum.checkpoints.export import Exported, export_model, members_of, remove_export
+from distaccum.checkpoints.export import Exported, export_model, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
-from distaccum.checkpoints.state import averaged_weights, load_model, persistent_buffers, putting_back
+from distaccum.checkpoints.state import averaged_weights, load_model, members_of, persistent_buffers, putting_back
 from distaccum.checkpoints.weights import MODEL_FILE, load_exported
 
 __all__ = [

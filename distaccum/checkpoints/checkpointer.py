@@ -35,6 +35,7 @@ from distaccum.checkpoints.staging import Staging
 from distaccum.checkpoints.state import (
     check_same_model,
     extra_states,
+    members_of,
     named_also,
     of_python,
     persistent_buffers,
@@ -326,7 +327,7 @@ class Checkpointer:
         module, stored = self.strategy.module, checkpoint.manifest["tensors"]
         formats = ManifestReader(checkpoint).formats()
         self.strategy.at_rest()
-        check_same_model(module, checkpoint.shapes)
+        check_same_model(members_of(module), checkpoint.shapes)
         check_same_optimizer(module, self.optimizer, checkpoint)
         is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
         parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from distaccum.checkpoints.state import persistent_buffers
+from distaccum.checkpoints.state import members_of
 from distaccum.checkpoints.storage import write_safetensors
 from distaccum.errors import UserError
 from distaccum.runtime.files import sync
@@ -87,12 +87,6 @@ class _Gathering:
         """Takes part in what is left."""
         while self._left:
             self(self._left[0][0])
-
-
-def members_of(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a module's parameters and persistent buffers by name, each once."""
-    members = [*module.named_parameters(), *persistent_buffers(module)]
-    return {name: tensor.detach() for name, tensor in members}
 
 
 def remove_export(folder: Path, name: str) -> None:

@@ -87,8 +87,14 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}".lstrip("."), buffer
 
 
+def members_of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's parameters and persistent buffers by name, each once."""
+    members = [*module.named_parameters(), *persistent_buffers(module)]
+    return {name: tensor.detach() for name, tensor in members}
+
+
 def check_same_model(
-    module: nn.Module,
+    members: Mapping[str, Tensor],
     shapes: Mapping[str, list[int]],
     source: str = "the checkpoint",
     otherwise: str = "begin anew with resume=none and another run_dir",
@@ -96,14 +102,14 @@ def check_same_model(
     """Refuses a checkpoint of another model.
 
     Args:
+        members: parameters and persistent buffers of the model, by name.
         shapes: of all tensors in the checkpoint, by name.
         source, otherwise: what holds them, and what else can be done, for the message.
 
     Raises:
         UserError: names what is missing, unexpected or of another shape.
     """
-    members = [*module.named_parameters(), *persistent_buffers(module)]
-    here = {name: list(value.shape) for name, value in members}
+    here = {name: list(value.shape) for name, value in members.items()}
     there = {name.removeprefix("model/"): shape for name, shape in shapes.items() if name.startswith("model/")}
     both = here.keys() & there.keys()
     problems = [f"{name} is missing from it" for name in here.keys() - both]
@@ -187,10 +193,8 @@ def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = 
         UserError: the checkpoint holds another model, or can't be read; or it leaves out frozen weights, and the module
             has other ones.
     """
-    stored = checkpoint.manifest["tensors"]
-    check_same_model(module, checkpoint.shapes)
-    members = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    members |= dict(persistent_buffers(module))
+    stored, members = checkpoint.manifest["tensors"], members_of(module)
+    check_same_model(members, checkpoint.shapes)
     check_same_frozen(checkpoint, members, None)
     targets = {}
     for name, tensor in members.items():

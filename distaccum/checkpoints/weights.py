@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from distaccum.checkpoints.form import SAFETENSORS_NAMES
-from distaccum.checkpoints.state import check_same_model, persistent_buffers
+from distaccum.checkpoints.state import check_same_model, members_of
 from distaccum.errors import UserError
 from distaccum.runtime.sharded import local_part
 
@@ -27,7 +27,7 @@ _MOST_BYTES_OF_INDEX = 1 << 28
 
 
 @torch.no_grad()
-def load_exported(module: nn.Module, path: str, key: str) -> None:
+def load_exported(module: nn.Module, path: str, key: str, members: Mapping[str, Tensor] | None = None) -> None:
     """Puts the weights of safetensors files into a module, which may be sharded already.
 
     No more than one tensor is in memory at a time, and of a sharded one only this rank's part.
@@ -36,18 +36,20 @@ def load_exported(module: nn.Module, path: str, key: str) -> None:
         path: a safetensors file; an index of several; or a folder with `model.safetensors`, or with an index of that
             name, as a finished run leaves it.
         key: the configuration key that named the path, for messages.
+        members: those tensors of the module that are to be filled, by their names in the files. Default: all.
 
     Raises:
         UserError: it can't be read, holds another model, or its numbers would be rounded.
     """
+    members = members_of(module) if members is None else members
     with ExitStack() as stack:
         try:
             stored = _stored(Path(path).expanduser(), stack)
             shapes = {f"model/{name}": list(value.get_shape()) for name, value in stored.items()}
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise _unreadable(path, key, error) from error
-        check_same_model(module, shapes, f"{key}={path}", "take over what fits of it in a model._target_ of your own")
-        for name, own in [*module.named_parameters(), *persistent_buffers(module)]:
+        check_same_model(members, shapes, f"{key}={path}", "take over what fits of it in a model._target_ of your own")
+        for name, own in members.items():
             kind = stored[name].get_dtype()
             if kind not in _DTYPES or torch.promote_types(_DTYPES[kind], own.dtype) != own.dtype:
                 raise UserError(

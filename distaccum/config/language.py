@@ -34,7 +34,9 @@ class CausalLMConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if self.load_in_4bit:
-            require_four_bit(self.lora, from_config=self.from_config, init_on_meta=self.init_on_meta)
+            require_four_bit(
+                self.lora, from_config=self.from_config, init_on_meta=self.init_on_meta, init_from=self.init_from
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -36,7 +36,9 @@ class LoraConfig:
         )
 
 
-def require_four_bit(lora: LoraConfig | None, *, from_config: bool = False, init_on_meta: bool = False) -> None:
+def require_four_bit(
+    lora: LoraConfig | None, *, from_config: bool = False, init_on_meta: bool = False, init_from: str | None = None
+) -> None:
     """Refuses what needs whole weights, with `model.load_in_4bit`."""
     require(
         not from_config,
@@ -47,6 +49,11 @@ def require_four_bit(lora: LoraConfig | None, *, from_config: bool = False, init
         not init_on_meta,
         "model.load_in_4bit=true does not support model.init_on_meta=true: it quantises pretrained weights as it reads "
         "them, and never holds the whole model. Set model.init_on_meta=false.",
+    )
+    require(
+        not init_from,
+        "model.load_in_4bit=true does not support model.init_from, whose weights are whole. Give them by "
+        "model.name_or_path.",
     )
     require(
         lora is not None and lora.rank > 0,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ def causal_lm(
         config = transformers.AutoConfig.from_pretrained(name_or_path)
         _check_size(config, vocab_size, max_length)
         options |= four_bit.loading_options(name_or_path, config, load_in_4bit)
+        _check_memory(from_config)
         if from_config:
-            module = auto.from_config(config, **options)
+            with _initialised_without_memory(transformers.modeling_utils):
+                module = auto.from_config(config, **options)
         else:
             module, info = auto.from_pretrained(name_or_path, config=config, output_loading_info=True, **options)
             _check_loaded(name_or_path, info)
@@ -73,7 +76,8 @@ def causal_lm(
     module.config.architectures = [type(module).__name__]
     if gradient_checkpointing:
         _checkpoint_activations(module)
-    _add_adapters(module, lora, name_or_path, from_config)
+    if lora is not None and lora.rank:
+        add_adapters(module, lora, name_or_path, is_random=from_config)
     return four_bit.taken_over(module) if load_in_4bit else module  # type: ignore[no-any-return]
 
 
@@ -87,15 +91,25 @@ def _transformers() -> Any:
     return transformers
 
 
-def _add_adapters(module: nn.Module, lora: LoraConfig | None, name: str, from_config: bool) -> None:
-    if lora is None or not lora.rank:
-        return
+def _check_memory(from_config: bool) -> None:
     require(
-        lora.merge or not from_config,
-        "model.lora.rank with model.from_config=true would save adapters of random weights that nobody has. Give a "
-        "model with weights, or set model.lora.merge=true, which saves them with the adapters.",
+        from_config or torch.get_default_device().type != "meta",
+        "model.init_on_meta=true builds the model without weights, which are then read by parts: give their folder by "
+        "model.init_from, and set model.from_config=true.",
     )
-    add_adapters(module, lora, name)
+
+
+@contextmanager
+def _initialised_without_memory(modeling: Any) -> Iterator[None]:
+    """Has transformers initialise weights on the meta device too, which it leaves out: a deferred model records it."""
+    name = "get_torch_context_manager_or_global_device"
+    original = getattr(modeling, name)
+    if torch.get_default_device().type == "meta":
+        setattr(modeling, name, lambda: None)
+    try:
+        yield
+    finally:
+        setattr(modeling, name, original)
 
 
 def _checkpoint_activations(module: Any) -> None:

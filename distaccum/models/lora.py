@@ -28,17 +28,20 @@ class Adapters:
     Attributes:
         merge: save the model with the adapters added to its weights, and not the adapters.
         config: peft's configuration of them.
+        is_random: the weights that they are for are random.
     """
 
     merge: bool
     config: Any
+    is_random: bool
 
 
-def add_adapters(module: nn.Module, config: LoraConfig, base: str) -> None:
+def add_adapters(module: nn.Module, config: LoraConfig, base: str, *, is_random: bool = False) -> None:
     """Freezes a model and puts adapters into it, in place: A is random, B is zero.
 
     Args:
         base: where the model's weights come from, for whoever loads the adapters.
+        is_random: they come from nowhere.
 
     Raises:
         UserError: peft is missing or refuses, or what would be merged can't be.
@@ -68,7 +71,7 @@ def add_adapters(module: nn.Module, config: LoraConfig, base: str) -> None:
     wanted.inference_mode = True  # for whoever loads them: not to be trained
     found: Any = wanted.target_modules
     wanted.target_modules = found if isinstance(found, str) else sorted(found)
-    module.distaccum_adapters = Adapters(config.merge, wanted)  # type: ignore[assignment]
+    module.distaccum_adapters = Adapters(config.merge, wanted, is_random)  # type: ignore[assignment]
     layers = layers_with_adapters(module)
     if config.merge:
         _require_mergeable(module, layers)
@@ -95,6 +98,11 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of a model with adapters is one of an adapter, by its name."""
     return ".lora_" in name and f".{ADAPTER}" in name
+
+
+def base_name(name: str) -> str:
+    """Returns the name that a tensor beside adapters has in the model without them."""
+    return name.replace(".base_layer.", ".")
 
 
 def layers_with_adapters(module: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
-from distaccum.checkpoints import Checkpoint, Checkpointer, load_exported
+from distaccum.checkpoints import Checkpoint, Checkpointer
 from distaccum.config import (
     ByLengthBatchConfig,
     EarlyStoppingConfig,
@@ -48,7 +48,7 @@ from distaccum.training.data import build_evaluation, build_window_loader, loade
 from distaccum.training.deferred_model import DeferredModel, is_deferred
 from distaccum.training.evaluated_weights import check_statistics
 from distaccum.training.evaluation import Evaluator
-from distaccum.training.export import check_exported, saved_beside
+from distaccum.training.export import check_exported, load_initial, saved_beside
 from distaccum.training.layer_norms import LayerNorms, blocks_by_parameter
 from distaccum.training.memory_line import MemoryLine
 from distaccum.training.model import build_model_that_fits, into_training_mode, options_of, reads_weights_again
@@ -120,21 +120,21 @@ class Parts:
         self.woken: list[str] = []
         self._deferred: DeferredModel | None = None
         options = options_of(config.model)[1]
-        self._initial = options.get("init_from") or None
+        self._initial = str(options["init_from"]) if options.get("init_from") else None
         if may_defer and is_deferred(options, config.strategy):
             self._deferred = DeferredModel(lambda: self._model(config))
             self.module = self._deferred.module
         else:
             self.module = self._model(config)
             self._load()
-        self.beside = [*saved_beside(self.module), getattr(self.train_data, "tokenizer", None)]
+        self.beside = [*saved_beside(self.module, self._initial), getattr(self.train_data, "tokenizer", None)]
         self.blocks: dict[str, str] = {}
         if config.insight.layers:
             self.blocks = blocks_by_parameter(self.module, getattr(config.strategy, "wrap", ()))
 
     def _model(self, config: TrainConfig) -> nn.Module:
         module = build_model_that_fits(config.model, self.train_data, getattr(config.strategy, "wrap", ()))
-        check_exported(module, is_loaded=self._initial is not None)
+        check_exported(module, self._initial)
         self.woken = into_training_mode(module) if not config.train.keep_modes else []
         return cast(module, self.precision.parameter_dtype)
 
@@ -151,7 +151,7 @@ class Parts:
 
     def _load(self) -> None:
         if self._initial:
-            load_exported(self.module, str(self._initial), "model.init_from")
+            load_initial(self.module, self._initial)
             logger.info("model.init_from: the weights come from %s", self._initial)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distaccum.checkpoints import Exported, export_model, members_of, remove_export
+from distaccum.checkpoints import Exported, export_model, load_exported, members_of, remove_export
 from distaccum.errors import UserError, listed, require
-from distaccum.models.lora import ADAPTER, adapters_of, is_adapter, layers_with_adapters
+from distaccum.models.lora import ADAPTER, adapters_of, base_name, is_adapter, layers_with_adapters
 from distaccum.runtime.sharded import is_sharded
 from distaccum.strategies import Strategy
 
@@ -20,22 +21,22 @@ _OF_PEFT_MODEL = "base_model.model."
 """What peft's files put before the names of the model inside a `PeftModel`."""
 
 
-def check_exported(module: nn.Module, *, is_loaded: bool) -> None:
+def check_exported(module: nn.Module, initial: str | None) -> None:
     """Refuses a model with adapters of which what is saved at the end would lack something.
 
     Args:
-        is_loaded: `model.init_from` is set.
+        initial: `model.init_from`.
 
     Raises:
-        UserError: more than the adapters is trained, or the weights come from a file, which has none of the adapters.
+        UserError: more than the adapters is trained, or they belong to weights that nobody has.
     """
     adapters = adapters_of(module)
     if adapters is None:
         return
     require(
-        not is_loaded,
-        "model.init_from does not support model.lora.rank: it takes all weights of a model, and those of adapters are "
-        "new. Give the weights by model.name_or_path.",
+        adapters.merge or initial is not None or not adapters.is_random,
+        "model.lora.rank with model.from_config=true would save adapters of random weights that nobody has. Give a "
+        "model with weights, or set model.lora.merge=true, which saves them with the adapters.",
     )
     others = [name for name, part in module.named_parameters() if part.requires_grad and not is_adapter(name)]
     if others and not adapters.merge:
@@ -45,11 +46,31 @@ def check_exported(module: nn.Module, *, is_loaded: bool) -> None:
         )
 
 
-def saved_beside(module: nn.Module) -> list[Any]:
-    """Returns what has files of its own to be saved with the trained weights, if it has `save_pretrained`."""
+def load_initial(module: nn.Module, path: str) -> None:
+    """Puts the weights of `model.init_from` into a model, beside adapters if it has some (see `load_exported`).
+
+    Raises:
+        UserError: as there.
+    """
+    members = members_of(module)
+    if adapters_of(module) is not None:
+        members = {base_name(name): tensor for name, tensor in members.items() if not is_adapter(name)}
+    load_exported(module, path, "model.init_from", members)
+
+
+def saved_beside(module: nn.Module, initial: str | None) -> list[Any]:
+    """Returns what has files of its own to be saved with the trained weights, if it has `save_pretrained`.
+
+    Args:
+        initial: `model.init_from`, which adapters then belong to.
+    """
     adapters = adapters_of(module)
     if adapters is not None and not adapters.merge:
-        return [adapters.config]
+        config = copy.copy(adapters.config)
+        if initial is not None:
+            place = Path(initial).expanduser().resolve()
+            config.base_model_name_or_path = str(place if place.is_dir() else place.parent)
+        return [config]
     return [getattr(module, name, None) for name in ("config", "generation_config")]
 
 
@@ -95,7 +116,7 @@ def merged_tensors(module: nn.Module) -> dict[str, Exported]:
         if not is_adapter(name):
             owner, _, attribute = name.rpartition(".base_layer.")
             finish = partial(_with_adapter, layers[owner]) if owner in layers and attribute == "weight" else None
-            found[name.replace(".base_layer.", ".")] = tensor, finish
+            found[base_name(name)] = tensor, finish
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_language_model
 import torch
+from checks_deferred import built, deferred, differences
 from checks_language import ALONE, CONFIGS, UPDATES, chats
 from examples import distance, flat, placed
 from safetensors.torch import load_file
@@ -20,12 +21,14 @@ from distaccum import Accumulator, Checkpointer, UserError, WindowLoader
 from distaccum.config import CheckpointConfig, FSDPConfig
 from distaccum.config.lora import LoraConfig
 from distaccum.config.optimizers import SGDConfig
-from distaccum.models.lora import add_adapters, is_adapter
+from distaccum.models import causal_lm
+from distaccum.models.lora import add_adapters, base_name, is_adapter
+from distaccum.runtime.devices import cast
 from distaccum.runtime.sharded import local_part
 from distaccum.runtime.world import World
 from distaccum.strategies import Strategy, shards_optimizer
 from distaccum.tasks import CausalLM, weights_of
-from distaccum.training.export import adapter_tensors, export_trained
+from distaccum.training.export import adapter_tensors, export_trained, load_initial
 from distaccum.training.optim import build_optimizer
 
 NAMES = ["c_attn", "c_proj"]
@@ -217,3 +220,31 @@ def saving(folder: Path, config: Any, change: float = 0.0) -> tuple[Accumulator,
         strategy=accumulator.strategy,
         config=CheckpointConfig(trainable_only=True),
     )
+
+
+def check_a_base_is_read_by_parts(world: World) -> None:
+    """Built without memory, sharded, and initialised: adapters and base as of a whole model, bit for bit."""
+    for kind in ("llama", "gpt2"):
+        folder = Path(world.from_main(tempfile.mkdtemp()))
+        base: Any = plain_model(kind)
+        with world.together():
+            if world.is_main:
+                base.save_pretrained(folder)
+
+        def build(path: Path = folder) -> nn.Module:
+            sizes = {"vocab_size": 320, "max_length": 48}
+            module = causal_lm(str(path), **sizes, from_config=True, lora={"rank": 4})  # type: ignore[arg-type]
+            return cast(module, torch.float64)
+
+        wanted = built(build)
+        load_initial(wanted, str(folder))
+        named = {base_name(name): value for name, value in wanted.named_parameters()}
+        assert all(torch.equal(value, named[name]) for name, value in base.named_parameters())
+        strategy = deferred(build)
+        assert differences(strategy, built(build)) == []  # random, as transformers initialises it
+        assert differences(strategy, wanted) != []
+        load_initial(strategy.module, str(folder))
+        assert differences(strategy, wanted) == []
+        other = deferred(build, seed=4)
+        load_initial(other.module, str(folder))
+        assert any(".lora_A." in name for name in differences(other, wanted))

@@ -11,15 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from distaccum.checkpoints import (
-    Checkpoint,
-    averaged_weights,
-    checked,
-    checkpoints_in,
-    load_exported,
-    load_model,
-    newest_whole,
-)
+from distaccum.checkpoints import Checkpoint, averaged_weights, checked, checkpoints_in, load_model, newest_whole
 from distaccum.checkpoints.form import Form, is_dict, misfit
 from distaccum.config import flat
 from distaccum.config import instantiate as targets
@@ -27,6 +19,7 @@ from distaccum.config.enums import Weights, WhichCheckpoint
 from distaccum.config.redaction import REDACTED, hide
 from distaccum.errors import UserError
 from distaccum.runtime.world import World
+from distaccum.training.export import load_initial
 from distaccum.training.model import options_of
 from distaccum.training.progress import check_progress
 from distaccum.training.run_folder import CHECKPOINTS
@@ -232,7 +225,7 @@ def load_weights(module: nn.Module, member: Member, weights: Weights) -> None:
     """
     initial = options_of(member.config["model"])[1].get("init_from")
     if member.checkpoint.frozen and initial:
-        load_exported(module, str(initial), "model.init_from")
+        load_initial(module, str(initial))
     kind = None if weights is Weights.raw else weights.value
     if kind is not None:
         averaged = averaged_weights(member.checkpoint, kind)
