@@ -25,7 +25,13 @@ HELPERS = {"common", "emulated_hosts", "gpu_memory", "gpu_model", "gpu_profile",
 ON_A_GPU = ("gpu", "gpu_peers", "gpu_text")
 """Run by gpu.sh."""
 PEERS = {"accelerate", "lightning", "transformers"}
-NEEDED = {"finetune": {"transformers"}, "padding": PEERS, "peers": PEERS, "picture_of_segmentation": {"matplotlib"}}
+NEEDED = {
+    "exactness_of_trainers": PEERS,
+    "finetune": {"transformers"},
+    "padding": PEERS,
+    "peers": PEERS,
+    "picture_of_segmentation": {"matplotlib"},
+}
 """Packages of the extra `bench` that a benchmark can't do without."""
 
 Rows = list[dict[str, str]]
@@ -36,6 +42,13 @@ def exactness(rows: Rows) -> None:
     assert len(rows) == 3 * 2 * 2, "K, methods, windows"
     for row in [*rows, *json.loads((common.RESULTS / "exactness.json").read_text())["rows"]]:
         assert (float(row["relative error of the update"]) < 1e-12) == (row["method"] == "distaccum")
+
+
+def exactness_of_trainers(rows: Rows) -> None:
+    for row in [*rows, *json.loads((common.RESULTS / "exactness_of_trainers.json").read_text())["rows"]]:
+        is_right = row["trainer"] in ("distaccum", "Accelerate, recipe", "Transformers Trainer, count")
+        assert row["same update"] == ("yes" if is_right else "no")
+    assert [row["likeliest cause"] for row in rows if row["trainer"] == "the tutorials' loop"] == ["mean of means"] * 2
 
 
 def sync(rows: Rows) -> None:
@@ -160,7 +173,10 @@ def no_table() -> None:
 
 
 CHECKS: dict[str, Callable[..., None]] = {
-    **{check.__name__: check for check in (exactness, sync, noise_scale, peers, padding, slow_link, tuning)},
+    **{
+        check.__name__: check
+        for check in (exactness, exactness_of_trainers, sync, noise_scale, peers, padding, slow_link, tuning)
+    },
     **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step)},
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,

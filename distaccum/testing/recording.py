@@ -67,11 +67,18 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
 def record(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update) -> None:
     """Has an update's gradients recorded where the last backward and the optimizer's step leave them."""
 
-    def on_step(*_: object) -> None:
-        update.steps += 1
+    def keep_gradients() -> None:
         update.gradients = {
             name: copied(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
         }
+
+    def before_step(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        update.steps += 1
+        keep_gradients()
+
+    def after_step(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if any(map(callable, [*arguments[1:], *options.values()])):  # the backwards are in a closure, as Lightning's
+            keep_gradients()
 
     def on_accumulated(name: str) -> Callable[[Tensor], None]:
         def keep(parameter: Tensor) -> None:
@@ -80,7 +87,8 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update) -
 
         return keep
 
-    optimizer.register_step_pre_hook(on_step)
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(on_accumulated(name))  # type: ignore[no-untyped-call]

@@ -113,6 +113,20 @@ def test_a_wrong_step_fails_with_its_cause(step: Step, cause: str) -> None:
     assert "window of 12 samples is cut (micro-batches of [6, 6] samples)" in str(caught.value)
 
 
+def test_a_step_with_a_closure() -> None:
+    def closed(step: Step) -> Step:
+        def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Any]) -> None:
+            take = optimizer.step
+            optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+            take(lambda: step(model, optimizer, micro_batches))  # type: ignore[arg-type]
+
+        return with_closure
+
+    assert_same_update(build, sentences(), closed(loop(divisor=by_total)), collate=padded)
+    with pytest.raises(UpdateDiffersError, match="mean of means"):
+        assert_same_update(build, sentences(), closed(loop()), collate=padded)
+
+
 def test_what_micro_batches_count_is_shown() -> None:
     with pytest.raises(UpdateDiffersError) as caught:
         assert_same_update(build, sentences(), loop(), collate=padded)
