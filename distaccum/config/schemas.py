@@ -54,7 +54,13 @@ from distaccum.config.optimizers import (
     ScheduleFreeSGDConfig,
     SGDConfig,
 )
-from distaccum.config.sources import HubDataConfig, ParquetDataConfig, RowsDataConfig, WebDatasetDataConfig
+from distaccum.config.sources import (
+    HubDataConfig,
+    ParquetDataConfig,
+    RowsDataConfig,
+    StreamDataConfig,
+    WebDatasetDataConfig,
+)
 from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
 
 SCHEMAS: dict[str, dict[str, type]] = {
@@ -70,6 +76,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "parquet": ParquetDataConfig,
         "hf_dataset": HubDataConfig,
         "webdataset": WebDatasetDataConfig,
+        "stream": StreamDataConfig,
     },
     "model": {
         "mlp": MLPConfig,

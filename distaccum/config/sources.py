@@ -7,6 +7,7 @@ from typing import Any
 
 from distaccum.config import MISSING, DataConfig
 from distaccum.config.vision import ImageDataConfig
+from distaccum.errors import require, require_at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,3 +79,49 @@ class WebDatasetDataConfig(ImageDataConfig):
     """Number of classes. `null`: the largest label in members `cls`, and one more."""
     transform: Any = None
     """Component that is called with a sample, and returns what is used in its place."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamDataConfig(DataConfig):
+    """Samples that can only be read forwards: lines of files, an iterable dataset, a generator for each shard."""
+
+    files: Any = None
+    """Text files of which each line is a sample, by paths, patterns or addresses: one of a `.jsonl` is what it holds as
+    JSON, any other `{"text": …}`; `.gz` behind it: compressed. `null`: `source` is given."""
+    source: Any = None
+    """In place of `files`: a component that builds an `IterableDataset` of torch or of Hugging Face's datasets, or
+    `distaccum.data.Shards` with a function that opens a shard."""
+    transform: Any = None
+    """A component that is called with a sample as it was read, on its own rank alone, and returns what a micro-batch
+    is made of. `null`: the sample is taken as it is."""
+    num_samples: int | None = None
+    """Samples in an epoch; what there is beyond is left out. `null`: counted by reading everything once."""
+    endless: bool = False
+    """Passes follow each other without the end of an epoch; needs `train.max_updates`."""
+    shuffle: bool = True
+    """Shuffle the shards, and the samples within blocks."""
+    buffer: int = 1000
+    """Samples of a block. Each process that loads holds up to two blocks, and a run that goes on reads at most one
+    again."""
+    lanes: int = 8
+    """Shards that are read in turn, one sample of each."""
+    evaluation_files: Any = None
+    """Files to evaluate on, like `files`."""
+    evaluation_samples: int | None = None
+    """Without `evaluation_files`: samples to evaluate on, held out of the beginning of the first shard."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1,
+            data__num_samples=self.num_samples,
+            data__lanes=self.lanes,
+            data__evaluation_samples=self.evaluation_samples,
+        )
+        require(
+            not (self.endless and self.num_samples is not None),
+            f"data.endless=true and data.num_samples={self.num_samples} contradict each other: leave one of them out.",
+        )
+        require(
+            self.evaluation_files is None or self.evaluation_samples is None,
+            "data.evaluation_files and data.evaluation_samples are both given: leave one of them out.",
+        )

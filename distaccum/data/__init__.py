@@ -11,6 +11,8 @@ from distaccum.data.image_folder import ImageFolder
 from distaccum.data.language import LanguageData
 from distaccum.data.mixing import Mixed, Mixing
 from distaccum.data.rows import HubDataset, Rows
+from distaccum.data.stream import Stream
+from distaccum.data.stream_sources import Lines, Shards
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 from distaccum.data.webdataset import WebDataset
@@ -25,10 +27,13 @@ __all__ = [
     "HubDataset",
     "ImageFolder",
     "LanguageData",
+    "Lines",
     "Mixed",
     "Mixing",
     "PadCollate",
     "Rows",
+    "Shards",
+    "Stream",
     "Synthetic",
     "WebDataset",
 ]

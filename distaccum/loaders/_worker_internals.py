@@ -6,9 +6,12 @@ tests/loaders/test_worker_internals.py asserts that all of it is there.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils import worker as worker_loop
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 _SECONDS_TO_PIN = 6.0
@@ -24,6 +27,16 @@ def workers_of(iterator: Any) -> list[Any]:
 def shut_down(iterator: Any) -> None:
     """Ends workers that are all alive, as torch does when the iterator is collected."""
     iterator._shutdown_workers()
+
+
+@contextmanager
+def hidden_worker() -> Iterator[None]:
+    """Has `get_worker_info()` say that this is no worker: an iterable dataset would give a part of its samples."""
+    info, worker_loop._worker_info = worker_loop._worker_info, None
+    try:
+        yield
+    finally:
+        worker_loop._worker_info = info
 
 
 def kill_and_join(workers: list[Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,13 @@ class Request(NamedTuple):
     indices: list[int]
 
 
+class _WithCursors(NamedTuple):
+    """A micro-batch, and as JSON the places that its loading has come by in what can only be read forwards."""
+
+    batch: Any
+    cursors: str
+
+
 class MicroBatches(Dataset[Any]):
     """Fetches and collates a whole micro-batch; returns a `UserError` that names the sample if one can't be loaded.
 
@@ -38,6 +47,9 @@ class MicroBatches(Dataset[Any]):
 
     Generators that a dataset owns are not seeded here: those that keep a state between samples make a sample depend on
     the order of loading. `python -m distaccum.check` names such datasets.
+
+    A dataset whose samples depend on the epoch has a method `samples_of_epoch(epoch, indices)` in place of
+    `__getitems__`, which returns a list.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, role: str, seed: int) -> None:
@@ -53,9 +65,15 @@ class MicroBatches(Dataset[Any]):
         self._loading: int | None = None
 
     def __getitem__(self, request: Request) -> Any:
+        batch = self._batch(request)
+        take_cursors = getattr(self.dataset, "take_cursors", None)
+        cursors = take_cursors() if take_cursors is not None else None
+        return _WithCursors(batch, json.dumps(cursors)) if cursors else batch
+
+    def _batch(self, request: Request) -> Any:
         if not self.is_random:
             states = self._draws.start()
-            fetched = self._fetch(request.indices, self._load)
+            fetched = self._fetch(request, self._load)
             if not self._draws.has_drawn():
                 return fetched
             states.put_back()
@@ -69,18 +87,18 @@ class MicroBatches(Dataset[Any]):
             self._epoch = request.epoch
         states = self._draws.start()
         try:
-            return self._fetch(request.indices, self._load_seeded)
+            return self._fetch(request, self._load_seeded)
         finally:
             states.put_back()
 
-    def _fetch(self, indices: list[int], load: Callable[[list[int]], Any]) -> Any:
+    def _fetch(self, request: Request, load: Callable[[Request], Any]) -> Any:
         try:
-            samples = load(indices)
+            samples = load(request)
             self._loading = None
             return self.collate_fn(samples)
         except Exception as error:
             is_one = self._loading is not None
-            where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {indices}"
+            where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {request.indices}"
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if is_one and (file := _file_of(self.dataset, self._loading)) and file not in said:
                 where += f" ({file})"
@@ -90,34 +108,40 @@ class MicroBatches(Dataset[Any]):
         finally:
             self._loading = None
 
-    def _load(self, indices: list[int]) -> Any:
-        if hasattr(self.dataset, "__getitems__"):
-            return self.dataset.__getitems__(indices)
+    def _together(self, epoch: int) -> Callable[[list[int]], Any] | None:
+        """Returns the dataset's way to load samples in one call; None if it has none."""
+        if hasattr(self.dataset, "samples_of_epoch"):
+            return partial(self.dataset.samples_of_epoch, epoch)
+        return getattr(self.dataset, "__getitems__", None)
+
+    def _load(self, request: Request) -> Any:
+        if (together := self._together(request.epoch)) is not None:
+            return together(request.indices)
         samples = []
-        for self._loading in indices:
+        for self._loading in request.indices:
             samples.append(self.dataset[self._loading])
         return samples
 
-    def _load_seeded(self, indices: list[int]) -> Any:
+    def _load_seeded(self, request: Request) -> Any:
         base, collate_base = self._bases
-        has_getitems = hasattr(self.dataset, "__getitems__")
+        together, indices = self._together(request.epoch), request.indices
         samples: Any = None
-        if has_getitems and not self._one_by_one:
-            samples = self._load_together(indices, mixed_seed(base, indices[0]))
+        if together is not None and not self._one_by_one:
+            samples = self._load_together(together, indices, mixed_seed(base, indices[0]))
         if samples is None:
             samples = []
             for self._loading in indices:
                 seed_cpu(mixed_seed(base, self._loading))
-                sample = self.dataset.__getitems__([self._loading])[0] if has_getitems else self.dataset[self._loading]
+                sample = together([self._loading])[0] if together is not None else self.dataset[self._loading]
                 samples.append(sample)
         seed_cpu(mixed_seed(collate_base, indices[0]))
         return samples
 
-    def _load_together(self, indices: list[int], seed: int) -> Any:
+    def _load_together(self, together: Callable[[list[int]], Any], indices: list[int], seed: int) -> Any:
         """Returns the samples of one batched call; None if it draws random numbers, which must belong to one sample."""
         seed_cpu(seed)
         self._draws.start()
-        samples = self.dataset.__getitems__(indices)
+        samples = together(indices)
         # What is not a list of samples but made into a micro-batch already can't be taken apart.
         self._one_by_one = isinstance(samples, list) and self._draws.has_drawn()
         return None if self._one_by_one else samples
@@ -156,11 +180,11 @@ class BatchSource:
         """
         if self._options.num_workers == 0 and not self._options.pin_memory:
             # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
-            yield from (_whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
+            yield from (self._whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
             return
         self._sampler.requests = requests
         if self._options.num_workers == 0:
-            yield from map(_whole, self._new_loader())
+            yield from map(self._whole, self._new_loader())
             return
         self._iteration = None
         self._workers.start()
@@ -176,7 +200,7 @@ class BatchSource:
                     batch = self._workers.next()
                 except StopIteration:
                     return
-                yield _whole(batch)
+                yield self._whole(batch)
         finally:
             if self._iteration is iteration and not self._options.persistent_workers:
                 self.close()
@@ -197,6 +221,14 @@ class BatchSource:
         """Ends the workers. A later iteration starts new ones."""
         self._iteration = None
         self._workers.end()
+
+    def _whole(self, batch: Any) -> Any:
+        if isinstance(batch, _WithCursors):
+            self._fetcher.dataset.learn(json.loads(batch.cursors))
+            batch = batch.batch
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
     def _new_loader(self, begin_worker: Callable[[int], None] | None = None) -> DataLoader[Any]:
         return DataLoader(
@@ -221,9 +253,3 @@ class _Requests(Sampler[Request]):
 
     def __iter__(self) -> Iterator[Request]:
         return self.requests()
-
-
-def _whole(batch: Any) -> Any:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch

@@ -36,13 +36,24 @@ def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
             are compared with it each time.
 
     Raises:
-        UserError: a sample has no tensor with a first dimension.
+        UserError: a sample has no tensor with a first dimension, or samples can only be read forwards.
     """
     known = getattr(dataset, "lengths", None)
     if known is not None:
         return known
+    if getattr(dataset, "is_ordered", False):
+        raise lengths_unknown(dataset)
     with GlobalStates.now():
         return _scanned(dataset, remembered)
+
+
+def lengths_unknown(dataset: Any) -> UserError:
+    """Returns the error to raise where the lengths are needed of samples that can only be read forwards."""
+    return UserError(
+        f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
+        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or read the same files by "
+        "an index, which knows them: data=jsonl, parquet or tokens."
+    )
 
 
 def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:

@@ -131,8 +131,9 @@ def size_of(dataset: Any, role: str) -> int:
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise UserError(
             f"the {role} data is a {type(dataset).__name__}, which has no __len__ and __getitem__. Windows need a "
-            "map-style dataset: one whose samples have numbers. Load the same files as one (for Hugging Face's "
-            "datasets without streaming=True), or put the samples into a list if they fit into memory."
+            "map-style dataset: one whose samples have numbers. For what can only be read forwards take data=stream "
+            "(distaccum.data.Stream around it), or read the same files by an index: data=jsonl, parquet, webdataset or "
+            "tokens."
         )
     try:
         size = len(dataset)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from distaccum import planning
 from distaccum.errors import require
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
+from distaccum.loaders.lengths import lengths_unknown
 from distaccum.loaders.look_ahead import LookAhead
 from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
 from distaccum.loaders.pack import packing_of
@@ -29,7 +30,7 @@ class WindowLoader:
     and whenever it is loaded, and loading leaves those generators as they were.
 
     Args:
-        dataset: map-style dataset (`__len__` and `__getitem__`).
+        dataset: map-style dataset (`__len__` and `__getitem__`), or a `distaccum.data.Stream`.
         global_batch_size, micro_batch_size, accumulation_steps: see `distaccum.planning.batch_plan.resolve_batch`.
         lengths: of all samples; given, samples of like length share a micro-batch, within each window (see
             `distaccum.planning.by_length.cut_by_length`). An array of integers, of any size and mapped from a file or
@@ -81,6 +82,9 @@ class WindowLoader:
         if packed:
             require(lengths is not None, "packed=True needs the samples' lengths: give lengths=…, one for each sample.")
             collate_fn = collate_fn or packing_of(dataset)
+        is_ordered = bool(getattr(dataset, "is_ordered", False))
+        if is_ordered and lengths is not None:
+            raise lengths_unknown(dataset)
         rank, world_size = placement(rank, world_size)
         plan = planning.resolve_batch(
             world_size=world_size,
@@ -103,11 +107,14 @@ class WindowLoader:
             overhead=self._options.micro_step_overhead,
             split_every=split_every,
             windows_ahead=self._options.windows_ahead,
+            is_ordered=is_ordered,
         )
         self.seed = seed
         self.next_epoch = 0
         self._loads_together = self._options.waits_for_loading
         self._source = BatchSource(MicroBatches(dataset, collate_fn, "training", seed), self._options)
+        self._in_use: tuple[int, int] | None = None
+        self._cursors: list[dict[str, Any]] = []
 
     @property
     def plan(self) -> planning.BatchPlan:
@@ -151,6 +158,7 @@ class WindowLoader:
                 together=self._loads_together,
             )
             passed += len(sizes)
+            self._in_use = epoch, index
             yield window
             window.skip_rest()
 
@@ -188,12 +196,27 @@ class WindowLoader:
         return self.cuts.explain()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has been put in force of cuts and sizes of windows since the beginning."""
-        return self.cuts.state_dict()
+        """Returns what has been put in force of cuts and sizes of windows since the beginning.
+
+        Of a dataset that can only be read forwards also where reading goes on, be the window in use done or not.
+        """
+        state = self.cuts.state_dict()
+        if self.cuts.is_ordered and self._in_use is not None:
+            epoch, index = self._in_use
+            self._cursors = self.dataset.cursors_at(epoch, self.sizes.bounds(epoch)[index])  # type: ignore[attr-defined]
+        return {**state, "cursors": self._cursors} if self.cuts.is_ordered else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`'s answer, as far as it fits: speeds and sizes are those of as many ranks."""
         self.cuts.load_state_dict(state)
+        self.load_places(state)
+
+    def load_places(self, state: dict[str, Any]) -> None:
+        """Restores of `state_dict()`'s answer what says where the next windows are: their sizes, and where to read."""
+        self.sizes.load_state_dict(state)
+        if self.cuts.is_ordered:
+            self._cursors = list(state.get("cursors", []))
+            self.dataset.learn(self._cursors)  # type: ignore[attr-defined]
 
     def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
         for index in self._indices(epoch, first_window):

@@ -13,7 +13,7 @@ from distaccum.errors import require
 from distaccum.planning.batch_plan import BatchPlan, Cut
 from distaccum.planning.by_length import Grouping, Timeline
 from distaccum.planning.costs import CostModel
-from distaccum.planning.order import EpochOrder
+from distaccum.planning.order import ENDLESS, EpochOrder, InOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
 
@@ -39,12 +39,14 @@ class CutSchedule:
         max_tokens, overhead: as for `Grouping`.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank.
         windows_ahead: most windows that may have begun to load before the one in use is done.
+        is_ordered: the dataset's indices are positions in an order that it has itself.
 
     Attributes:
         plan: as given, but with the micro-batch of `set_sizes`.
         sizes: numbers of samples of the windows.
         lengths: of all samples, where windows are cut by length: sizes of micro-batches are in tokens then.
         is_packed: the samples of a micro-batch are put end to end, so that its tokens are theirs, without padding.
+        is_ordered: as given.
         found_sizes: largest micro-batch that was found to fit on each rank; None where the plan says it.
         limits: sizes that micro-batches of each rank have come down to because memory ran out, as far as known.
 
@@ -67,6 +69,7 @@ class CutSchedule:
         overhead: float = 1 / 64,
         split_every: int | None = None,
         windows_ahead: int = 0,
+        is_ordered: bool = False,
     ) -> None:
         self.plan = plan
         self.rank = rank
@@ -90,7 +93,8 @@ class CutSchedule:
         self.limits: tuple[int | None, ...] = (None,) * plan.world_size
         self._limit: Timeline[int | None] = Timeline(None)
         self._speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
-        self._order = EpochOrder(num_samples, seed)
+        self.is_ordered = is_ordered
+        self._order = InOrder() if is_ordered else EpochOrder(num_samples, seed)
         self._split_every = split_every
 
     # Cuts
@@ -105,6 +109,10 @@ class CutSchedule:
         pieces = self._planned(epoch, index)
         limit = limit or self._limit.at(self.sizes.number(epoch, index))
         return pieces if limit is None else recut(pieces, limit, self.lengths, self.is_packed)
+
+    def samples(self, epoch: int, index: int) -> NDArray[np.int64]:
+        """Returns the dataset indices of a window, over all ranks."""
+        return self._order.samples(epoch, *self.sizes.bounds(epoch)[index])
 
     def micro_batch_sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         """Returns the number of samples of each of this rank's micro-batches of a window."""
@@ -158,7 +166,8 @@ class CutSchedule:
             kind = "packed" if self.is_packed else "by length"
             how = f"micro-steps of at most {self._grouping.max_tokens} tokens, {kind}"
         if self.sizes.is_constant:
-            return self.plan.explain(self.sizes.num_samples, self.sizes.drop_last, how)
+            num_samples = self.sizes.num_samples if self.sizes.num_samples < ENDLESS else None
+            return self.plan.explain(num_samples, self.sizes.drop_last, how)
         return f"{self.plan.explain(how=how)}; sizes by schedule: {self.sizes.rule}"
 
     # Sizes of micro-batches

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FEISTEL_ROUNDS = 8
+ENDLESS = 2**62
+"""The number of samples of an epoch that doesn't end."""
 
 
 def shuffled(
@@ -52,6 +54,14 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
         # The top bits are the best mixed ones.
         left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) >> top)
     return (left << bits) | right
+
+
+class InOrder:
+    """The order of a dataset whose indices are positions."""
+
+    def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the positions from `start` to `stop - 1`."""
+        return np.arange(start, stop)
 
 
 class EpochOrder:

@@ -42,6 +42,8 @@ def build_window_loader(
     micro_batch_size = batch.given_size
     if batch.is_auto and batch.global_batch_size is not None:
         micro_batch_size = -(-batch.global_batch_size // world_size)  # until it is known what fits
+    if getattr(train_data, "is_endless", False):
+        _check_endless(config)
     by_length: dict[str, Any] = {}
     if isinstance(batch, ByLengthBatchConfig):
         # A file for each rank, as ranks of one host write at the same time.
@@ -67,6 +69,13 @@ def build_window_loader(
         schedule=size_rule(batch),
         options=options,
     )
+
+
+def _check_endless(config: TrainConfig) -> None:
+    if config.train.max_updates is None:
+        raise UserError("data.endless=true has no end of an epoch, so the run would have none: set train.max_updates.")
+    if config.data.evaluation is not None and config.train.eval_every is None:
+        logger.info("an endless stream is evaluated at the end of the run alone, unless train.eval_every is set")
 
 
 def build_evaluation(

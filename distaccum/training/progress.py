@@ -257,7 +257,7 @@ class RunProgress:
         progress = checkpoint.state["progress"]
         # The next window depends on them.
         with putting_back(checkpoint, "loader"):
-            self._loader.sizes.load_state_dict(checkpoint.states.get("loader", {}))
+            self._loader.load_places(checkpoint.states.get("loader", {}))
         if different := _different_windows(progress["windows"], self._loader):
             if not override:
                 raise UserError(
@@ -303,6 +303,7 @@ def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
         "batch.drop_last": loader.sizes.drop_last,
         "seed": loader.seed,
         "training samples": loader.num_samples,
+        **({"training data": loader.dataset.order} if loader.cuts.is_ordered else {}),  # type: ignore[attr-defined]
     }
 
 
@@ -310,7 +311,7 @@ def _different_windows(before: dict[str, Any], loader: WindowLoader) -> str:
     """Describes how `_windows_identity` has changed; empty if it has not."""
     now = _windows_identity(loader)
     before = {"batch.schedule": "constant", **before}
-    return ", ".join(f"{key}={before[key]} and now has {now[key]}" for key in now if before[key] != now[key])
+    return ", ".join(f"{key}={before.get(key)} and now has {now[key]}" for key in now if before.get(key) != now[key])
 
 
 def _next_window(progress: dict[str, Any], loader: WindowLoader) -> int:

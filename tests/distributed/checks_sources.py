@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sources import COUNT, Source, assert_exact
 from tar_files import write_images
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from distaccum.data import Rows, WebDataset
+from distaccum.data import Lines, Rows, Stream, WebDataset
 from distaccum.runtime.world import World
 
 
@@ -63,6 +66,31 @@ def check_tar_files(world: World) -> None:
         ids=lambda batch: (batch[0][:, 0, 0, 0] * 255).round().int().tolist(),
     )
     assert_exact(world, source)
+
+
+def _write_lines(folder: Path) -> None:
+    """Shards of unequal sizes, one of them empty and one compressed."""
+    for number, (first, stop) in enumerate(pairwise((0, 5, 5, 20, 21, COUNT))):
+        lines = "".join(f'{{"id": {sample}}}\n' for sample in range(first, stop)).encode()
+        name = f"{number}.jsonl" + (".gz" if number == 2 else "")
+        (folder / name).write_bytes(gzip.compress(lines) if number == 2 else lines)
+
+
+def check_a_stream_of_lines(world: World) -> None:
+    def opened(folder: Path) -> Stream:
+        return Stream(Lines(str(folder / "*.jsonl*")), num_samples=COUNT, buffer=16, lanes=3, seed=5)
+
+    assert_exact(world, Source(write=_write_lines, open=opened))
+
+
+class _DividedByWorker(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        return ({"id": number} for number in range(info.id if info else 0, COUNT, info.num_workers if info else 1))
+
+
+def check_a_stream_of_an_iterable_dataset(world: World) -> None:
+    assert_exact(world, Source(open=lambda folder: Stream(_DividedByWorker(), num_samples=COUNT, buffer=16)))
 
 
 class _Forwards(Dataset[Any]):

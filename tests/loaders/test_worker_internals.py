@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils import signal_handling, worker
 
 
 def test_what_is_used_of_an_iterator_with_workers() -> None:
@@ -15,3 +15,4 @@ def test_what_is_used_of_an_iterator_with_workers() -> None:
     iterator._shutdown_workers()
     for name in ("_remove_worker_pids", "_set_SIGCHLD_handler"):
         assert hasattr(signal_handling, name), f"torch {torch.__version__} has no signal_handling.{name}"
+    assert hasattr(worker, "_worker_info"), f"torch {torch.__version__} has no worker._worker_info"

@@ -241,14 +241,11 @@ class Subject:
 def window_samples(subject: Subject) -> list[list[int]]:
     """Returns the dataset indices of the windows to measure: the first ones and the last one of the first epoch."""
     loader, section = subject.loader, subject.config.check
-    all_bounds = loader.sizes.bounds(0)
-    bounds = all_bounds[: section.windows]
-    if 1 < section.windows < len(all_bounds):
-        bounds[-1] = all_bounds[-1]
-    return [
-        planning.shuffled(range(start, stop), loader.num_samples, loader.seed, 0).tolist()[: section.samples]
-        for start, stop in bounds
-    ]
+    count = loader.sizes.count(0)
+    windows = list(range(min(section.windows, count)))
+    if 1 < section.windows < count and not loader.cuts.is_ordered:  # to the end of a stream it is a long way
+        windows[-1] = count - 1
+    return [loader.cuts.samples(0, index).tolist()[: section.samples] for index in windows]
 
 
 def cuts_of(size: int, configured: Sequence[int]) -> dict[str, list[int]]:
