@@ -391,8 +391,9 @@ def test_a_bug_in_a_users_own_part_keeps_its_traceback(tmp_path: Path, monkeypat
         pytest.param(
             [*POINTS, "data.train._target_=user_project.Stream", "~data.train.num_points"],
             "the training data is a Stream, which has no __len__ and __getitem__. Windows need a map-style dataset: "
-            "one whose samples have numbers. Load the same files as one (for Hugging Face's datasets without "
-            "streaming=True), or put the samples into a list if they fit into memory.",
+            "one whose samples have numbers. For what can only be read forwards take data=stream "
+            "(distaccum.data.Stream around it), or read the same files by an index: data=jsonl, parquet, webdataset or "
+            "tokens.",
             id="no length",
         ),
         pytest.param(

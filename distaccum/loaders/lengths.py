@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distaccum.errors import UserError
 from distaccum.loaders.collate import is_numbers
+from distaccum.loaders.options import lengths_unknown
 from distaccum.runtime.cache import Remembered
 from distaccum.runtime.logs import console
 from distaccum.runtime.randomness import GlobalStates
@@ -45,15 +46,6 @@ def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
         raise lengths_unknown(dataset)
     with GlobalStates.now():
         return _scanned(dataset, remembered)
-
-
-def lengths_unknown(dataset: Any) -> UserError:
-    """Returns the error to raise where the lengths are needed of samples that can only be read forwards."""
-    return UserError(
-        f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
-        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or read the same files by "
-        "an index, which knows them: data=jsonl, parquet or tokens."
-    )
 
 
 def _scanned(dataset: Any, remembered: Remembered | None) -> NDArray[np.int64]:

@@ -149,6 +149,15 @@ def size_of(dataset: Any, role: str) -> int:
     return size
 
 
+def lengths_unknown(dataset: Any) -> UserError:
+    """Returns the error to raise where the lengths are needed of samples that can only be read forwards."""
+    return UserError(
+        f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
+        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or read the same files by "
+        "an index, which knows them: data=jsonl, parquet or tokens."
+    )
+
+
 def placement(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Returns rank and world size as given, or those of the process group, or 0 and 1 without one."""
     if (rank is None) != (world_size is None):

@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 from distaccum import planning
 from distaccum.errors import require
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
-from distaccum.loaders.lengths import lengths_unknown
 from distaccum.loaders.look_ahead import LookAhead
-from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
+from distaccum.loaders.options import LoaderOptions, lengths_unknown, on_device, placement, size_of
 from distaccum.loaders.pack import packing_of
 from distaccum.loaders.window import Window
 from distaccum.planning.window_sizes import BatchSizes, SizeRule

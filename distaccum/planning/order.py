@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FEISTEL_ROUNDS = 8
-ENDLESS = 2**62
-"""The number of samples of an epoch that doesn't end."""
+ENDLESS = 2**52
+"""The number of samples of an epoch that doesn't end: more than anybody reads, and exact as a float."""
 
 
 def shuffled(
