@@ -38,6 +38,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=webdataset`", "data", sources.WebDatasetDataConfig),
     ("`data=image_folder`, `webdataset`", "data", vision.ImageDataConfig),
     ("`data=language`", "data", language.LanguageDataConfig),
+    ("`data=stream`", "data", sources.StreamDataConfig),
     ("`data=synthetic`", "data", components.SyntheticDataConfig),
     ("`data=jsonl`", "data", sources.RowsDataConfig),
     ("`data=parquet`", "data", sources.ParquetDataConfig),

@@ -43,6 +43,10 @@ def test_objects_are_read() -> None:
     exec(_block("data.md", "open_file"), {})
 
 
+def test_a_stream_has_windows() -> None:
+    exec(_block("data.md", "import Stream"), {})
+
+
 def test_the_dataset_and_the_observers_are_found_by_name(
     train: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

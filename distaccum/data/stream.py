@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -137,27 +138,30 @@ class Stream(Dataset[Any]):
         Raises:
             UserError: a shard can't be read, or the stream ends too early.
         """
-        return [self._made(self._read(epoch, position)) for position in positions]
-
-    def _made(self, sample: Any) -> Any:
-        decode = getattr(self.source, "decode", None)
-        decoded = decode(sample) if decode is not None else sample
-        return decoded if self.transform is None else self.transform(decoded)
-
-    def _read(self, epoch: int, position: int) -> Any:
-        number, place = divmod(position, self._order.block)
         worker = get_worker_info()
+        is_first = worker is None or worker.id == 0
+        found: list[Any] = []
+        with hidden_worker():
+            for number, group in itertools.groupby(positions, lambda position: position // self._order.block):
+                found += self._read(epoch, number, list(group), is_first)
+        if (decode := getattr(self.source, "decode", None)) is not None:
+            found = [decode(sample) for sample in found]
+        return found if self.transform is None else [self.transform(sample) for sample in found]
+
+    def _read(self, epoch: int, number: int, positions: list[int], is_first: bool) -> list[Any]:
+        """Returns samples of one block, as they were read."""
+        size = self._order.block
         try:
-            with hidden_worker():
-                reader = self._reader_at(epoch, number)
-                # One block ahead, little by little: all at once would have the training wait at each block's beginning.
-                reader.read_to(position + self._order.block + 1, keep_from=number)
-                if worker is None or worker.id == 0:
-                    self._look_beyond(reader)
+            reader = self._reader_at(epoch, number)
+            # One block ahead, little by little: all at once would have the training wait at each block's beginning.
+            reader.read_to(max(positions) + size + 1, keep_from=number)
+            if is_first:
+                self._look_beyond(reader)
         except BaseException:
             self._reader = None  # what has failed may go on as if it had ended
             raise
-        return reader.blocks[number][self._order.places(epoch, number)[place]]
+        places, block = self._order.places(epoch, number), reader.blocks[number]
+        return [block[places[position - number * size]] for position in positions]
 
     def _reader_at(self, epoch: int, number: int) -> Reader:
         """Returns a reader that has the beginning of a block, or has not come to it yet."""

@@ -61,9 +61,9 @@ class Lines:
         """Makes a sample of a line, on the rank that it belongs to alone."""
         path, start, line = sample
         if not path.removesuffix(".gz").lower().endswith(".jsonl"):
-            return {"text": line.decode("utf-8", "strict").rstrip("\r\n")}
+            return {"text": line.decode().rstrip("\r\n")}
         try:
-            return json.loads(line)
+            return json.loads(line.decode())
         except ValueError as error:
             raise UserError(f"{path}: the line at byte {start:,} is no JSON: {error}.") from error
 
