@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import TINY, Ended
 from launching import ROOT
+
+from distaccum.data import Shards, Stream
 
 MARK = "<!-- run by tests/test_docs_pages.py -->\n```python\n"
 
@@ -43,8 +46,13 @@ def test_objects_are_read() -> None:
     exec(_block("data.md", "open_file"), {})
 
 
-def test_a_stream_has_windows() -> None:
+def test_a_stream_has_windows(tmp_path: Path) -> None:
     exec(_block("data.md", "import Stream"), {})
+    (tmp_path / "part-0.bin").write_bytes(bytes(range(20)))
+    names: dict[str, Any] = {}
+    exec(_block("data.md", "open_shard"), names)
+    stream = Stream(Shards(str(tmp_path / "part-*.bin"), names["open_shard"]), shuffle=False)
+    assert stream.samples_of_epoch(0, [1, 4]) == [bytes(range(4, 8)), bytes(range(16, 20))]
 
 
 def test_the_dataset_and_the_observers_are_found_by_name(
