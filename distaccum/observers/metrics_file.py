@@ -100,7 +100,8 @@ class MetricsFile(Observer):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         # A checkpoint may have been made between an update and its evaluation, which then comes again.
         if record.update > self._last_evaluated:
-            self._write({"update": record.update, "epoch": record.epoch, "eval": record.metrics})
+            sample = {} if record.sample is None else {"sample": record.sample}
+            self._write({"update": record.update, "epoch": record.epoch, "eval": record.metrics, **sample})
 
     def on_end(self, end: RunEnd) -> None:
         # A run that is to be started again must not end as one that was given bad input.

@@ -24,7 +24,7 @@ _MOST_METRICS = 1000
 """Most that MLflow takes in one call."""
 _MOST_PARAMS = 100
 _MOST_CHARACTERS = 6000
-"""Longest value of a parameter."""
+"""Longest value of a parameter or a tag."""
 
 _KEYS = {"train": "train/samples", "eval": "eval/loss"}
 """A metric that each row of the group has."""
@@ -38,8 +38,8 @@ _ENVIRONMENT = {
 
 
 class MLflow(Tracker):
-    """Logs metrics over the number of the update, and the configuration as parameters, to a database in the run folder,
-    `mlflow/mlflow.db`, or to a server. MLflow is imported when the run starts.
+    """Logs metrics over the number of the update, the configuration as parameters, and the last sample as a tag, to a
+    database in the run folder, `mlflow/mlflow.db`, or to a server. MLflow is imported when the run starts.
 
     A run that goes on is the same run to MLflow: its id is in `mlflow/run_id`. MLflow can't drop values of a run: if it
     has some of updates that will be made again, a new run gets the history, and the old one is deleted (which
@@ -126,6 +126,8 @@ class MLflow(Tracker):
         metrics = [Metric(_allowed(name), x, now, row.update) for row in rows for name, x in row.named().items()]
         for first in range(0, len(metrics), _MOST_METRICS):
             self._client.log_batch(self._run_id, metrics=metrics[first : first + _MOST_METRICS])
+        if samples := [row.sample for row in rows if row.sample is not None]:
+            self._client.set_tag(self._run_id, "eval/sample", samples[-1][:_MOST_CHARACTERS])
 
     def _close(self, end: RunEnd | None) -> None:
         status = "FAILED" if end is None else "FINISHED" if end.interrupted is None else "KILLED"

@@ -20,8 +20,8 @@ _CHECKSUM_BYTES = 4
 
 
 class TensorBoard(Tracker):
-    """Writes `tensorboard/` in the run folder: scalars, and the configuration as a text. `tensorboard --logdir` shows
-    it, or several runs below a folder.
+    """Writes `tensorboard/` in the run folder: scalars, and the configuration and samples as texts.
+    `tensorboard --logdir` shows it, or several runs below a folder.
 
     A run that goes on appends to the file, beginning with a mark by which TensorBoard drops what it has from there on.
     The file is written here, and not by the writers of tensorboard and torch, whose threads end with a traceback when
@@ -53,15 +53,7 @@ class TensorBoard(Tracker):
         return [row for row in history if row.update >= first]
 
     def _write(self, rows: list[Row]) -> None:
-        self._append(
-            [
-                {
-                    "step": row.update,
-                    "summary": {"value": [{"tag": name, "simple_value": x} for name, x in row.named().items()]},
-                }
-                for row in rows
-            ]
-        )
+        self._append([{"step": row.update, "summary": {"value": _values(row)}} for row in rows])
 
     def _append(self, events: list[dict[str, Any]]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -95,6 +87,12 @@ def _last_step(path: Path) -> tuple[int, int]:
         if end <= len(content) and is_intact(start, end - _CHECKSUM_BYTES):
             return Event.FromString(content[start : end - _CHECKSUM_BYTES]).step, end
     return 0, 0
+
+
+def _values(row: Row) -> list[dict[str, Any]]:
+    """Returns a row's summaries."""
+    texts = [] if row.sample is None else [_text("eval/sample", row.sample)]
+    return [*({"tag": name, "simple_value": x} for name, x in row.named().items()), *texts]
 
 
 def _text(name: str, text: str) -> dict[str, Any]:

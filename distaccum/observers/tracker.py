@@ -27,6 +27,8 @@ class Row:
     group: str
     """`train` or `eval`."""
     values: dict[str, float]
+    sample: str | None = None
+    """A text of an evaluation's."""
 
     def named(self) -> dict[str, float]:
         """Returns the numbers by their names under the group: `train/loss`."""
@@ -95,7 +97,7 @@ class Tracker(Observer, ABC):
     def on_evaluation(self, record: EvaluationRecord) -> None:
         # A checkpoint may have been made between an update and its evaluation, which then comes again.
         if record.update > self._last_evaluated:
-            self._log([Row(record.update, "eval", _numbers(record.metrics))])
+            self._log([Row(record.update, "eval", _numbers(record.metrics), record.sample)])
 
     def _log(self, rows: Iterable[Row]) -> None:
         assert self._background is not None, "on_start comes first"
@@ -125,7 +127,10 @@ def _history(path: Path, last_update: int) -> list[Row]:
         return []
     metrics = read_metrics(path)
     rows = [Row(line["update"], "train", _numbers(flattened(line))) for line in metrics.updates]
-    rows += [Row(line["update"], "eval", _numbers(line["eval"])) for line in metrics.evaluations]
+    rows += [
+        Row(line["update"], "eval", _numbers(line["eval"]), str(line["sample"]) if "sample" in line else None)
+        for line in metrics.evaluations
+    ]
     return sorted((row for row in rows if row.update <= last_update), key=lambda row: (row.update, row.group == "eval"))
 
 

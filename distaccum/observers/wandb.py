@@ -125,9 +125,10 @@ class Wandb(Observer):
 
     def on_evaluation(self, record: EvaluationRecord) -> None:
         references = {f"reference/{name}": value for name, value in record.references.items()}
-        self._log("eval", record.update, {**record.metrics, **references, "seconds": record.seconds})
+        sample = {} if record.sample is None else {"sample": record.sample}
+        self._log("eval", record.update, {**record.metrics, **references, **sample, "seconds": record.seconds})
 
-    def _log(self, group: str, update: int, values: dict[str, float]) -> None:
+    def _log(self, group: str, update: int, values: dict[str, Any]) -> None:
         assert self._run is not None, "on_start comes first"
         run, row = self._run, {"update": update, **{f"{group}/{name}": value for name, value in values.items()}}
         self._later(lambda: run.log(row))

@@ -103,10 +103,12 @@ def test_evaluations_stand_between_the_updates(tmp_path: Path) -> None:
         observer.on_update(records.update(6))
         observer.on_evaluation(records.evaluation(6, references={"unigram_entropy": 3.2}))
         observer.on_update(records.update(7))
+        observer.on_evaluation(records.evaluation(7, metrics={"loss": 0.5}, sample="a → b"))
         observer.on_end(records.end(tmp_path))
     lines = _read(tmp_path)
     assert lines[1] == {"update": 6, "epoch": 0, "eval": {"loss": 0.1234, "accuracy": 0.981}}
-    assert [line["update"] for line in lines] == [6, 6, 7]
+    assert lines[3] == {"update": 7, "epoch": 1, "eval": {"loss": 0.5}, "sample": "a → b"}
+    assert [line["update"] for line in lines] == [6, 6, 7, 7]
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 2.0**53 + 2])

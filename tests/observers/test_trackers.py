@@ -54,7 +54,8 @@ def _run(run_dir: Path, trackers: list[Observer], updates: range, evaluated: lis
                 scale = {"noise_scale": 5.0, "noise_scale_error": math.inf} if number % 4 == 3 else {}
                 observer.on_update(records.update(number, loss=loss + number, **scale))
             if number in evaluated:
-                observer.on_evaluation(records.evaluation(number, metrics={"loss": loss - number}))
+                sample = f"{number} → “{loss}”"
+                observer.on_evaluation(records.evaluation(number, metrics={"loss": loss - number}, sample=sample))
     observers[0].close()
 
 
@@ -205,6 +206,24 @@ def test_trackers_are_imported_only_when_used() -> None:
 
 
 # Of one of them
+
+
+def test_samples_are_texts(tmp_path: Path, tables: Path) -> None:
+    """Those of before a resume too, which come from `metrics.jsonl`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(tables, tmp_path / "mlflow")
+    _run(tmp_path, [], range(1, 5), [2, 4])
+    trackers = [TensorBoard(), MLflow()]
+    _run(tmp_path, [*trackers], range(5, 7), [6], loss=0.25)
+    for tracker in trackers:
+        _end(tmp_path, tracker)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("eval/sample/text_summary")
+    found = [(event.step, event.tensor_proto.string_val[0].decode()) for event in events]
+    assert found == [(2, "    2 → “0.5”\n"), (4, "    4 → “0.5”\n"), (6, "    6 → “0.25”\n")]
+    client, run_id = mlflow_run(tmp_path)
+    assert client.get_run(run_id).data.tags["eval/sample"] == "6 → “0.25”"
 
 
 def test_mlflow_has_the_configuration_and_how_the_run_ended(tmp_path: Path, tables: Path) -> None:

@@ -119,7 +119,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
     observer.on_start(records.start(run_dir))
     observer.on_update(records.update(1))
     observer.on_update(records.update(2, loss=math.nan, skipped=True, peak_memory_bytes=123_456, terms={"aux": 0.25}))
-    observer.on_evaluation(records.evaluation(2, references={"unigram_entropy": 3.2}))
+    observer.on_evaluation(records.evaluation(2, references={"unigram_entropy": 3.2}, sample="a → b"))
     observer.on_end(records.end(run_dir))
     observer.close()
     observer.close()
@@ -161,6 +161,7 @@ def test_an_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[
         "eval/loss": 0.1234,
         "eval/accuracy": 0.981,
         "eval/reference/unigram_entropy": 3.2,
+        "eval/sample": "a → b",
         "eval/seconds": 0.5,
     }
     assert logged.summary["samples_per_second"] == 3214.4
