@@ -43,6 +43,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=jsonl`", "data", sources.RowsDataConfig),
     ("`data=parquet`", "data", sources.ParquetDataConfig),
     ("`data=hf_dataset`", "data", sources.HubDataConfig),
+    ("`data=tokens`", "data", sources.TokensDataConfig),
     ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),

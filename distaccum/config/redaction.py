@@ -9,7 +9,7 @@ from typing import Any
 REDACTED = "<redacted>"
 
 _OF_A_TOKENIZER = "".join(
-    f"(?<!{kind}_)" for kind in ("pad", "eos", "bos", "unk", "mask", "sep", "cls", "start", "end", "image")
+    f"(?<!{kind}[_-])" for kind in ("pad", "eos", "bos", "unk", "mask", "sep", "cls", "start", "end", "image")
 )
 _NAME = (
     rf"(?:(?:api|access|secret|private|auth|signing)[_-]?keys?|{_OF_A_TOKENIZER}token|secrets?|passwords?|passwd|"

@@ -59,6 +59,7 @@ from distaccum.config.sources import (
     ParquetDataConfig,
     RowsDataConfig,
     StreamDataConfig,
+    TokensDataConfig,
     WebDatasetDataConfig,
 )
 from distaccum.config.vision import ImageFolderDataConfig, TimmConfig
@@ -77,6 +78,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "hf_dataset": HubDataConfig,
         "webdataset": WebDatasetDataConfig,
         "stream": StreamDataConfig,
+        "tokens": TokensDataConfig,
     },
     "model": {
         "mlp": MLPConfig,

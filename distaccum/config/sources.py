@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distaccum.config import MISSING, DataConfig
+from distaccum.config.enums import TokenDtype, TokenForm
 from distaccum.config.vision import ImageDataConfig
 from distaccum.errors import require, require_at_least
 
@@ -125,3 +126,31 @@ class StreamDataConfig(DataConfig):
             self.evaluation_files is None or self.evaluation_samples is None,
             "data.evaluation_files and data.evaluation_samples are both given: leave one of them out.",
         )
+
+
+@dataclass(kw_only=True, slots=True)
+class TokensDataConfig(DataConfig):
+    """Tokens in files of any size, for language models: pieces of a fixed length, or whole documents."""
+
+    files: Any = MISSING
+    """File, pattern or folder, or a list of them: `.bin` as nanoGPT and llm.c write them, one-dimensional `.npy`, or a
+    folder that `python -m distaccum.data.tokenize` has made. In other folders, files named as for an evaluation
+    (`val.bin`) are taken for it."""
+    evaluation_files: Any = None
+    """Files to evaluate on. `null`: those of folders that are named so, or else a part of the samples is held out."""
+    evaluation_fraction: float = 0.01
+    """That part: of the documents, or of blocks of 16 samples of a fixed length."""
+    max_length: int = 1024
+    """Length of a sample in tokens; with whole documents the largest."""
+    whole_documents: bool = False
+    """Take documents as samples. Longer ones are cut into several."""
+    end_token: int | None = None
+    """Token at the end of each document, with `whole_documents`. `null`: files beside those of tokens say where
+    documents end."""
+    vocab_size: int | None = None
+    """Number of the tokenizer's tokens. `null`: as the folder says."""
+    dtype: TokenDtype = TokenDtype.uint16
+    """Of a token in files that don't say it, which are nanoGPT's: `uint16` or `uint32`."""
+    form: TokenForm = TokenForm.targets
+    """`targets`: samples are `(inputs, targets)`, for `task=language_modeling` and `model=gpt`; `labels`: they are
+    `{input_ids, labels}`, for `task=causal_lm` and models of transformers."""

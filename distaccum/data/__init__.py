@@ -15,6 +15,7 @@ from distaccum.data.stream import Stream
 from distaccum.data.stream_sources import Lines, Shards
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
+from distaccum.data.token_data import TokenData
 from distaccum.data.webdataset import WebDataset
 from distaccum.loaders.collate import PadCollate
 
@@ -35,5 +36,6 @@ __all__ = [
     "Shards",
     "Stream",
     "Synthetic",
+    "TokenData",
     "WebDataset",
 ]

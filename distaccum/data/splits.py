@@ -1,6 +1,8 @@
-"""The two parts that each reference dataset has."""
+"""The two parts that each reference dataset has, and which samples of one sequence belong to which."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from distaccum.errors import UserError
 
 TRAIN = "train"
 EVALUATION = "evaluation"
+_MOST_PARTS = 10**6
 
 
 def check_split(split: str, dataset: str) -> None:
@@ -52,3 +55,45 @@ class HeldOut:
         if self._is_held_out:
             return -(-(samples + 1) * self._WHOLE // self._held_out) - 1
         return samples * self._WHOLE // (self._WHOLE - self._held_out)
+
+
+class HeldOutBlocks:
+    """Blocks of consecutive samples that are held out for evaluation, spread evenly; the first one always is.
+
+    Block b is held out where ceil((b + 1) · fraction) > ceil(b · fraction). So it follows from a sample's number alone,
+    whatever comes after it, and both counting and finding the i-th sample of a part are arithmetic.
+
+    Args:
+        fraction: of the blocks, in [0, 1); 0 for none. Taken to the nearest fraction of a denominator up to 10^6.
+        block: samples of a block.
+
+    Raises:
+        UserError: the fraction lies outside.
+    """
+
+    def __init__(self, fraction: float, block: int = 1) -> None:
+        if not 0 <= fraction < 1:
+            raise UserError(f"data.evaluation_fraction={fraction} must lie in [0, 1).")
+        self._part, self._whole = Fraction(fraction).limit_denominator(_MOST_PARTS).as_integer_ratio()
+        self._block = block
+
+    def count(self, total: int, split: str) -> int:
+        """Returns how many of the first `total` samples belong to a part."""
+        blocks, rest = divmod(total, self._block)
+        before, after = (-(-number * self._part // self._whole) for number in (blocks, blocks + 1))
+        held_out = before * self._block + (rest if after > before else 0)
+        return held_out if split == EVALUATION else total - held_out
+
+    def place(self, index: int, split: str) -> int:
+        """Returns the number of the sample that is the `index`-th of a part."""
+        number, within = divmod(index, self._block)
+        if split == EVALUATION:
+            block = number * self._whole // self._part
+        else:
+            block = -(-(number + 1) * self._whole // (self._whole - self._part)) - 1
+        return block * self._block + within
+
+    def contains(self, first: int, count: int) -> NDArray[np.bool_]:
+        """Returns for each of `count` blocks from `first` on whether it is held out."""
+        up_to = -(-np.arange(first, first + count + 1) * self._part // self._whole)
+        return up_to[1:] > up_to[:-1]

@@ -51,7 +51,8 @@ class CausalLM(LanguageModeling):
         inputs, labels = super()._inputs_and_targets(batch)
         if not isinstance(inputs, Mapping) or labels.dim() != 2:
             raise UserError(
-                "CausalLM needs micro-batches that are mappings, of input_ids and labels [samples, length]."
+                "CausalLM needs micro-batches that are mappings, of input_ids and labels [samples, length]. With "
+                "data=tokens set data.form=labels."
             )
         # Causal attention at places before the padding never sees it, so no mask is needed, and the model takes its
         # faster way without one.

@@ -43,6 +43,7 @@ NEEDED = {
     "data=parquet": ["data.files=a.parquet"],
     "data=webdataset": ["data.shards=a.tar"],
     "data=hf_dataset": ["data.name=folder"],
+    "data=tokens": ["data.files=train.bin"],
     "data=language": ["data.files=chat.jsonl", "data.tokenizer=folder"],
     "model=causal_lm": ["model.name_or_path=folder"],
     "experiment=finetune": ["data.files=chat.jsonl", "model.name_or_path=folder"],

@@ -40,7 +40,7 @@ def test_credentials_are_known_by_where_they_stand(text: str, expected: str) -> 
         "update 3/8  loss 0.5  lr 0.1",
         "https://host/path/me@example.org?page=3",
         "file:///home/me/a:b",
-        "pad_token=0 max_tokens=512 author=me compat=1 cut=by_length",
+        "pad_token=0 --end-token=3 max_tokens=512 author=me compat=1 cut=by_length",
         "git@github.com:me/it.git",
         "the bearer of news",
         "give it again, as in data.train.api_key=…",

@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sources import COUNT, Source, assert_exact
 from tar_files import write_images
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from distaccum.data import Lines, Rows, Stream, WebDataset
+from distaccum.data import Lines, Rows, Stream, TokenData, WebDataset
 from distaccum.runtime.world import World
 
 
@@ -91,6 +92,58 @@ class _DividedByWorker(IterableDataset[Any]):
 
 def check_a_stream_of_an_iterable_dataset(world: World) -> None:
     assert_exact(world, Source(open=lambda folder: Stream(_DividedByWorker(), num_samples=COUNT, buffer=16)))
+
+
+def _token_files(folder: Path) -> None:
+    """Tokens that count up from 0, as nanoGPT, numpy and llm.c write them; samples lie across the ends of files."""
+    tokens = np.arange(4 * COUNT + 1)
+    tokens[:50].astype(np.uint16).tofile(folder / "a.bin")
+    np.save(folder / "b.npy", tokens[50:51].astype(np.uint32))
+    header = np.array([20240520, 1, len(tokens) - 51] + [0] * 253, np.int32)
+    (folder / "c.bin").write_bytes(header.tobytes() + tokens[51:].astype(np.uint16).tobytes())
+
+
+def check_tokens(world: World) -> None:
+    def opened(folder: Path) -> TokenData:
+        return TokenData("train", str(folder), max_length=4, vocab_size=1000, evaluation_fraction=0)
+
+    def ids(batch: Any) -> list[int]:
+        inputs, targets = batch
+        assert (inputs[:, 1:] == targets[:, :-1]).all()
+        return (inputs[:, 0] // 4).tolist()
+
+    assert_exact(world, Source(write=_token_files, open=opened, ids=ids))
+
+
+_DOCUMENT_LENGTHS = [3 + 5 * number % 7 for number in range(COUNT)]
+
+
+def _documents(folder: Path) -> None:
+    for first, stop in ((0, 20), (20, COUNT)):
+        tokens = [token for number in range(first, stop) for token in _document(number)]
+        np.array(tokens, np.uint16).tofile(folder / f"{first:02d}.bin")
+
+
+def _document(number: int) -> list[int]:
+    return [100 + number, *[1] * (_DOCUMENT_LENGTHS[number] - 1), 0]
+
+
+def check_whole_documents(world: World) -> None:
+    """By length and packed; all ranks but one wait for the index."""
+
+    def opened(folder: Path) -> TokenData:
+        options: dict[str, Any] = {"whole_documents": True, "end_token": 0, "form": "labels", "evaluation_fraction": 0}
+        data = TokenData("train", str(folder), max_length=16, vocab_size=1000, **options)
+        assert data.lengths.tolist() == [length + 1 for length in _DOCUMENT_LENGTHS]
+        return data
+
+    def ids(batch: Any) -> list[int]:
+        tokens = batch["input_ids"]
+        return (tokens[tokens >= 100] - 100).tolist()
+
+    for packed in (False, True):
+        loader = {"lengths": [length + 1 for length in _DOCUMENT_LENGTHS], "packed": packed}
+        assert_exact(world, Source(write=_documents, open=opened, ids=ids, loader=loader))
 
 
 class _Forwards(Dataset[Any]):
