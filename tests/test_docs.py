@@ -18,6 +18,7 @@ import distaccum
 from distaccum import evaluate, report
 from distaccum.config import conf_dir
 from distaccum.config.compose import ROOTS, compose
+from distaccum.data.tokenize import command_line
 from distaccum.errors import UserError
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -34,7 +35,7 @@ COMPONENTS = ("data.train", "data.evaluation", "data.collate_fn", "observers", "
 """Sections that name a component, which may take any keys."""
 WRITTEN = ("conf/experiment/tuned.yaml",)
 """What a command that a page shows writes into a checkout."""
-FILES = r"\.(html|json|jsonl|svg|png|yaml|yml|py|md|safetensors|sbatch|sh|lock|log|out)$"
+FILES = r"\.(html|json|jsonl|svg|png|yaml|yml|py|md|safetensors|sbatch|sh|lock|log|out|bin|npy)$"
 
 
 def _shown(page: Path) -> str:
@@ -90,6 +91,8 @@ def test_a_command_is_understood(command: Command, files_of_pages: Path, monkeyp
     elif command.name == "evaluate":
         given = evaluate._parser().parse_intermixed_args(command.arguments)
         compose([word for word in given.argument if "=" in word])
+    elif command.name == "data.tokenize":
+        command_line().parse_args(command.arguments)
     elif {"--help", "--cfg"} & set(command.arguments):
         assert command.arguments in (("--help",), ("--cfg", "job"))
     else:

@@ -19,11 +19,12 @@ FORMS = ("messages", "prompt", "text")
 """The columns by which a row's form is recognised, in this order."""
 
 
-def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(name: str, chat_template: str | None = None, key: str = "data.tokenizer") -> Any:
     """Loads a tokenizer of transformers, from a folder or by its name on the hub.
 
     Args:
         chat_template: a file with a Jinja template, in place of the tokenizer's own.
+        key: configuration key, for messages.
 
     Raises:
         UserError: it can't be loaded.
@@ -32,14 +33,13 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise UserError('data.tokenizer needs transformers, which is missing: pip install "distaccum[hf]".') from error
+        raise UserError(f'{key} needs transformers, which is missing: pip install "distaccum[hf]".') from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many kinds, by the tokenizer's
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"data.tokenizer={name} can't be loaded: {reason}. Give a folder that holds one, or a name on the Hugging "
-            "Face hub."
+            f"{key}={name} can't be loaded: {reason}. Give a folder that holds one, or a name on the Hugging Face hub."
         ) from error
     if chat_template is not None:
         try:
@@ -103,7 +103,7 @@ class Tokenization:
         column = self.columns.get(name, name)
         value = row.get(column)
         if not isinstance(value, kinds):
-            raise UserError(f"{place}: {column} is {_shown(value)}, and must be a text.")
+            raise UserError(f"{place}: {column} is {shown(value)}, and must be a text.")
         return value
 
     def _messages(self, place: str, row: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
@@ -184,5 +184,6 @@ class Tokenization:
         return tokens, [bool(mark) for mark in found["assistant_masks"]] if marks else [True] * len(tokens)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Says in a message what a row has in place of a text."""
     return "missing" if value is None else f"a {type(value).__name__}"
