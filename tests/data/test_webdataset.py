@@ -219,8 +219,9 @@ def test_augmented_and_mixed(tmp_path: Path) -> None:
     assert float(target.sum()) == pytest.approx(1)
 
 
-def test_tar_files_in_object_stores(tmp_path: Path) -> None:
+def test_tar_files_in_object_stores(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Little more is read than the members that are asked for: an index of headers, then a request a sample."""
+    caplog.set_level(logging.INFO)
     members: dict[str, bytes] = {}
     for number in range(3):
         members |= {f"{number}.png": image_bytes((number, 0, 0)), f"{number}.cls": b"%d" % number}
@@ -235,6 +236,12 @@ def test_tar_files_in_object_stores(tmp_path: Path) -> None:
         server.faults += [503]
         assert numbers(data) == [(0, 0), (1, 1), (2, 2)]
         assert len(server.requests) == before + 4
+        signed = WebDataset(f"{server.url}/a.tar?X-Amz-Signature=0123456789", evaluation_fraction=0, **PLAIN)
+        assert numbers(signed) == numbers(data)
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len([path for path in kept if path.suffix == ".tar-index"]) == 2
+    assert not [path for path in kept if "0123456789" in path.name or b"0123456789" in path.read_bytes()]
+    assert "0123456789" not in caplog.text
     fsspec.filesystem("memory").pipe_file("/tars/b.tar", tar_bytes(members))
     assert numbers(WebDataset("memory://tars/*.tar", evaluation_fraction=0, **PLAIN)) == [(0, 0), (1, 1), (2, 2)]
 
@@ -266,7 +273,7 @@ def test_a_run(train: Callable[..., Ended], tmp_path: Path) -> None:
     assert "made the tar-index of tars ä/shard-000.tar" in whole.out
     losses = [line["loss"] for line in updates(Path("whole"))]
     assert len(losses) == 8
-    assert train(*settings, "train.max_updates=3", "run_dir=parts").status == 0
+    assert train(*settings, "train.max_updates=3", "data.evaluation=null", "run_dir=parts").status == 0
     again = train(*settings, "batch.micro_batch_size=2", "data.num_workers=1", "run_dir=parts")
     assert again.status == 0, again
     assert [line["loss"] for line in updates(Path("parts"))] == pytest.approx(losses, rel=1e-5)
