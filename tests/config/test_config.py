@@ -101,6 +101,18 @@ def test_an_experiment_gives_way_to_the_command_line() -> None:
     assert config.data.train["_target_"] == "distaccum.data.DocumentationText"
 
 
+def test_an_option_may_follow_another_groups() -> None:
+    given = [
+        "data=custom",
+        "data.train._target_=somewhere.Data",
+        "task=classification",
+        "model._target_=somewhere.Model",
+    ]
+    assert compose([*given, "model=${data}"]) == compose([*given, "model=custom"])
+    with pytest.raises(UserError, match=r"\$\{nowhere\} can't choose an option of a group"):
+        compose(["data=${nowhere}"])
+
+
 def test_a_name_is_one_of_its_enum() -> None:
     assert compose(["precision=bf16"]).precision.name is PrecisionName.bf16
 
