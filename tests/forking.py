@@ -47,6 +47,7 @@ _IMPORTED = (
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
+    "torch.distributed.optim",  # for the sharded optimizer
     "torch.distributed.run",
     "torch.nn.parallel",
     "distaccum.training.run",
