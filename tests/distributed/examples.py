@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distaccum import Accumulator, UpdateResult, WindowLoader
 from distaccum.config import StrategyConfig
 from distaccum.config.optimizers import AdamConfig
+from distaccum.data import DocumentationText
 from distaccum.runtime.compilation import Compilation
 from distaccum.strategies import SingleStrategy, Strategy, needs_equal_micro_steps, place, shards_optimizer
 from distaccum.tasks import LanguageModeling, TaskOutput
@@ -53,6 +54,14 @@ class RaggedTokens(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         inputs, targets = zip(*samples, strict=True)
         pad = nn.utils.rnn.pad_sequence
         return pad(list(inputs), batch_first=True), pad(list(targets), batch_first=True, padding_value=-100)
+
+
+class FewTexts(DocumentationText):
+    """The first samples of the documentation's texts."""
+
+    def __init__(self, split: str, max_length: int, num_samples: int) -> None:
+        super().__init__(split, max_length)
+        self.lengths = self.lengths[:num_samples]
 
 
 class TokenClassifier(nn.Module):
@@ -101,7 +110,7 @@ def placed(module: nn.Module, config: StrategyConfig | None, compilation: Compil
 def train_tokens(
     config: StrategyConfig | None,
     *,
-    updates: int = 7,
+    updates: int = 4,
     rank: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float64,
@@ -114,7 +123,10 @@ def train_tokens(
     compilation: Compilation | None = None,
     **batch: Any,
 ) -> tuple[list[UpdateResult], Tensor]:
-    """Trains the token classifier over several epochs of ragged windows; returns the results and the parameters."""
+    """Trains the token classifier, by default over an epoch, whose last window is ragged, and into the next.
+
+    Returns the results and the parameters.
+    """
     strategy = placed(model(dtype), config, compilation)
     optimizer = build_optimizer(
         AdamConfig(_target_="torch.optim.AdamW", lr=3e-2, weight_decay=0.01),

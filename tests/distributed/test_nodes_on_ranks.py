@@ -13,6 +13,8 @@ from launching import forked
 SETTINGS = [
     "data=text",
     "data.max_length=48",
+    "data.evaluation._target_=examples.FewTexts",
+    "+data.evaluation.num_samples=45",
     "data.num_workers=0",
     "model=gpt",
     "model.width=16",

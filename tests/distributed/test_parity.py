@@ -18,11 +18,15 @@ from launching import HERE, forked
 SETTINGS = [
     "experiment=text",
     "precision=fp64",
+    "data.train._target_=examples.FewTexts",
+    "+data.train.num_samples=401",
+    "data.evaluation._target_=examples.FewTexts",
+    "+data.evaluation.num_samples=45",
     "data.max_length=48",
     "model.num_layers=1",
     "model.width=16",
     "model.num_heads=2",
-    "batch.global_batch_size=1900",
+    "batch.global_batch_size=95",
     "train.epochs=2",
     "train.max_updates=8",
     "train.clip_norm=0.5",
@@ -64,7 +68,7 @@ def _read(folder: Path) -> Run:
 @pytest.fixture(scope="module")
 def one_shot(run: Any) -> Run:
     """One process, the whole window in one micro-batch."""
-    found: Run = run(1, "batch.micro_batch_size=1900")
+    found: Run = run(1, "batch.micro_batch_size=95")
     assert set(found["micro_steps"]) == {1}
     assert len(found["loss"]) == 8
     sizes = {b - a for a, b in zip(found["samples"], found["samples"][1:], strict=False)}
@@ -90,7 +94,7 @@ def one_shot(run: Any) -> Run:
 def test_every_placement_makes_the_same_run(
     run: Any, one_shot: Run, world_size: int, overrides: tuple[str, ...]
 ) -> None:
-    found = run(world_size, "batch.micro_batch_size=170", *overrides)
+    found = run(world_size, "batch.micro_batch_size=9", *overrides)
     assert max(found["micro_steps"]) > 1
     for key in ("loss", "grad_norm", "evaluations", "parameters", "accuracy"):
         assert distance(found[key], one_shot[key]) < 1e-12, key
@@ -100,7 +104,13 @@ def test_every_placement_makes_the_same_run(
 
 def test_dividing_by_the_number_of_micro_steps_misses(run: Any) -> None:
     """The negative control: the same comparison notices what tutorials do, and passes without it."""
-    small = ("data.evaluation=null", "data.max_length=256", "batch.global_batch_size=16", "optim.lr=0.02")
+    small = (
+        "data.evaluation=null",
+        "data.train.num_samples=8000",
+        "data.max_length=256",
+        "batch.global_batch_size=16",
+        "optim.lr=0.02",
+    )
     wanted = run(1, *small, "batch.micro_batch_size=16")
     exact = run(2, *small, "batch.micro_batch_size=2")
     wrong = run(2, *small, "batch.micro_batch_size=2", "task=custom", "task._target_=examples.DividedByK")
@@ -113,6 +123,6 @@ def test_dividing_by_the_number_of_micro_steps_misses(run: Any) -> None:
 def test_one_sync_per_update(run: Any, one_shot: Run) -> None:
     assert set(one_shot["sync_calls"]) == {0}
     for world_size in (2, 4):
-        found = run(world_size, "batch.micro_batch_size=170")
+        found = run(world_size, "batch.micro_batch_size=9")
         assert set(found["sync_calls"]) == {1}
         assert set(found["sync_bytes"]) == {one_shot["parameters"].nbytes}
