@@ -56,15 +56,16 @@ def flavours(world: World) -> dict[str, FSDPConfig]:
 
 
 def check_every_flavour_makes_the_same_update(world: World) -> None:
-    windows: list[dict[str, Any]] = [
-        {"global_batch_size": 16, "micro_batch_size": 2},
-        {"global_batch_size": 8, "micro_batch_size": 1},
+    windows: list[tuple[int, dict[str, Any]]] = [
+        (4, {"global_batch_size": 16, "micro_batch_size": 2}),
+        (7, {"global_batch_size": 8, "micro_batch_size": 1}),
     ]
-    for batch in windows:
+    for updates, batch in windows:  # beyond the ragged window that ends the epoch
         whole = {**batch, "micro_batch_size": batch["global_batch_size"]}
-        wanted, wanted_parameters = train_tokens(None, updates=7, **whole)
+        wanted, wanted_parameters = train_tokens(None, updates=updates, **whole)
         for name, config in flavours(world).items():
-            found, parameters = train_tokens(config, rank=world.rank, world_size=world.world_size, updates=7, **batch)
+            here = {"rank": world.rank, "world_size": world.world_size, "updates": updates}
+            found, parameters = train_tokens(config, **here, **batch)
             for mine, reference in zip(curves(found), curves(wanted), strict=True):
                 assert distance(mine, reference) < 1e-12, (name, batch)
             assert distance(parameters, wanted_parameters) < 1e-12, (name, batch)
@@ -88,7 +89,7 @@ def check_without_the_last_all_reduce_it_misses(world: World) -> None:
         _trained(strategy.model, world, strategy, updates=2)
 
 
-def _trained(model: nn.Module, world: World, strategy: Any = None, updates: int = 7, **options: Any) -> Tensor:
+def _trained(model: nn.Module, world: World, strategy: Any = None, updates: int = 4, **options: Any) -> Tensor:
     """The parameters after the same updates as `train_tokens` makes by default, by a loop of one's own."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2, weight_decay=0.01)
     accumulator = Accumulator(model, optimizer, clip_norm=0.05, strategy=strategy, **options)
@@ -268,7 +269,7 @@ def _odd(config: FSDPConfig | None, world: World, prepare: Callable[[nn.Module],
     strategy = placed(model, config)
     accumulator = Accumulator(strategy.model, adamw(strategy.model), strategy=strategy)
     batches = [RaggedTokens.collate_fn([RaggedTokens()[i + 3 * k] for i in range(3)]) for k in range(4)]
-    for _ in range(3):
+    for _ in range(2):
         with accumulator.window(batches) as micro_batches:
             for tokens in micro_batches:
                 accumulator.backward(*token_loss(strategy.model, tokens))
@@ -286,17 +287,17 @@ def check_odd_models(world: World) -> None:
 
 def check_compiled_models(world: World) -> None:
     wanted, wanted_parameters = train_tokens(None, micro_batch_size=16, updates=3)
-    for name in ("sharded", "node"):
-        found, parameters = train_tokens(
-            flavours(world)[name],
-            rank=world.rank,
-            world_size=world.world_size,
-            micro_batch_size=2,
-            updates=3,
-            compilation=Compilation("aot_eager", dynamic=True),
-        )
-        assert distance(curves(found)[0], curves(wanted)[0]) < 1e-12, name
-        assert distance(parameters, wanted_parameters) < 1e-12, name
+    # Compiling is dear. Four ranks have a node of two ranks, and two of each.
+    found, parameters = train_tokens(
+        flavours(world)["sharded" if world.world_size == 2 else "node"],
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch_size=2,
+        updates=3,
+        compilation=Compilation("aot_eager", dynamic=True),
+    )
+    assert distance(curves(found)[0], curves(wanted)[0]) < 1e-12
+    assert distance(parameters, wanted_parameters) < 1e-12
 
 
 def check_noise_scale(world: World) -> None:
@@ -341,7 +342,7 @@ def check_fp16(world: World) -> None:
         accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, scaler=scaler)
         batch = RaggedTokens.collate_fn([RaggedTokens()[i] for i in range(4)])
         found = []
-        for _ in range(6):
+        for _ in range(3):
             with accumulator.window([batch, batch]) as micro_batches:
                 for inputs, targets in micro_batches:
                     logits = strategy.model(inputs)

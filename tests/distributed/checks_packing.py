@@ -12,11 +12,11 @@ from distaccum.tasks import CausalLM, LanguageModeling
 
 
 def check_gpt(world: World) -> None:
-    assert_equal(world, gpt, LanguageModeling(), RaggedTokens(), updates=6)
+    assert_equal(world, gpt, LanguageModeling(), RaggedTokens())
 
 
 def check_llama_and_gpt2_of_transformers(world: World) -> None:
     if world.world_size > 2:
         return  # two ranks have shown it, and importing transformers takes seconds of each
     for kind in ("llama", "gpt2"):
-        assert_equal(world, functools.partial(from_transformers, kind), CausalLM(), ForTransformers(), updates=4)
+        assert_equal(world, functools.partial(from_transformers, kind), CausalLM(), ForTransformers(), budgets=(20,))

@@ -94,17 +94,27 @@ def train(
     return results, flat(strategy.module)
 
 
-def assert_equal(world: World, model: Callable[[], nn.Module], task: Any, data: RaggedTokens, updates: int) -> None:
+def assert_equal(
+    world: World,
+    model: Callable[[], nn.Module],
+    task: Any,
+    data: RaggedTokens,
+    budgets: tuple[int, ...] = (20, 9),
+    updates: int = 4,
+) -> None:
     """Asserts that packed windows give the updates of padded ones, in every placement, and that leaks would show.
 
     41 samples in windows of 16: the last window of an epoch is ragged.
+
+    Args:
+        budgets: of a micro-batch, in tokens; 9 are less than the longest sample has.
     """
     whole = {"rank": 0, "world_size": 1, "micro_batch_size": 16}
     wanted, wanted_parameters = train(None, model, task, data, updates, **whole)
     here = {"rank": world.rank, "world_size": world.world_size, "lengths": LENGTHS, "packed": True}
     placements: dict[str, StrategyConfig | None] = {**PLACEMENTS} if world.world_size > 1 else {"single": None}
     for name, config in placements.items():
-        for max_tokens in (20, 9):  # with a budget below the longest sample too
+        for max_tokens in budgets:
             found, parameters = train(config, model, task, data, updates, max_tokens=max_tokens, **here)
             for mine, reference in zip(curves(found), curves(wanted), strict=True):
                 assert distance(mine, reference) < 1e-12, (name, max_tokens)
