@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import updates
@@ -57,6 +58,14 @@ SLOW_TASK = ["task=custom", "task._target_=slow_rank.SlowOnRank1", "data.num_wor
 SLOW_BLOCKS = ["model._target_=slow_rank.SlowBlocksOnRank1", "strategy=fsdp"]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The updates of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    _run(1, str(folder), "strategy=single", "train.max_updates=24")
+    return updates(folder)
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("cut", "slow"),
@@ -69,12 +78,13 @@ SLOW_BLOCKS = ["model._target_=slow_rank.SlowBlocksOnRank1", "strategy=fsdp"]
         pytest.param("by_length", SLOW_BLOCKS, id="fsdp-by_length"),
     ],
 )
-def test_a_slow_rank_gets_less_and_the_update_is_the_same(cut: str, slow: list[str]) -> None:
-    _run(1, "alone", "strategy=single", "train.max_updates=24")
+def test_a_slow_rank_gets_less_and_the_update_is_the_same(
+    alone: list[dict[str, Any]], cut: str, slow: list[str]
+) -> None:
     _run(2, "balanced", f"batch={cut}", "batch.balance=speed", *slow, "train.max_updates=24")
-    wanted, found = updates(Path("alone")), updates(Path("balanced"))
+    found = updates(Path("balanced"))
     for key in ("loss", "grad_norm", "weight", "samples"):
-        assert [line[key] for line in found] == pytest.approx([line[key] for line in wanted], rel=1e-12), key
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in alone], rel=1e-12), key
     said = re.findall(r"update \d+: shares of the ranks by their speed: ([\d.]+)%, ([\d.]+)%", _log("balanced"))
     assert said, "the shares were changed while the run went on"
     first, second = map(float, said[-1])
