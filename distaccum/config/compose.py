@@ -86,7 +86,7 @@ def _store_schemas() -> None:
         is_used = any(entry.is_interpolation() for entry in defaults)
         return collected(overrides, defaults, self_added) if is_used else DictConfig({})
 
-    defaults_list._create_interpolation_map = collected_if_used
+    defaults_list._create_interpolation_map = collected_if_used  # type: ignore[assignment]
     store = ConfigStore.instance()
     for name, root in ROOTS.items():
         store.store(group=f"schema/{name}", name=name, node=root)
