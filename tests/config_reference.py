@@ -44,6 +44,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("`data=parquet`", "data", sources.ParquetDataConfig),
     ("`data=hf_dataset`", "data", sources.HubDataConfig),
     ("`data=tokens`", "data", sources.TokensDataConfig),
+    ("`data=mix`", "data", sources.MixDataConfig),
     ("`model=…`", "model", components.ModelConfig),
     ("`model=mlp`", "model", components.MLPConfig),
     ("`model=cnn`", "model", components.CNNConfig),

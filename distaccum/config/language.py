@@ -83,3 +83,5 @@ class LanguageDataConfig(DataConfig):
     """Names of columns that are called otherwise, as in `{prompt:question,completion:answer}`."""
     chat_template: str | None = None
     """File with a Jinja template for `messages`, in place of the tokenizer's own."""
+    cache: bool = False
+    """Keep the tokens in a file, made once by one rank and mapped into memory by all, in place of memory of each."""

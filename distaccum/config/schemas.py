@@ -56,6 +56,7 @@ from distaccum.config.optimizers import (
 )
 from distaccum.config.sources import (
     HubDataConfig,
+    MixDataConfig,
     ParquetDataConfig,
     RowsDataConfig,
     StreamDataConfig,
@@ -79,6 +80,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "webdataset": WebDatasetDataConfig,
         "stream": StreamDataConfig,
         "tokens": TokensDataConfig,
+        "mix": MixDataConfig,
     },
     "model": {
         "mlp": MLPConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distaccum.config import MISSING, DataConfig
@@ -154,3 +154,19 @@ class TokensDataConfig(DataConfig):
     form: TokenForm = TokenForm.targets
     """`targets`: samples are `(inputs, targets)`, for `task=language_modeling` and `model=gpt`; `labels`: they are
     `{input_ids, labels}`, for `task=causal_lm` and models of transformers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MixDataConfig(DataConfig):
+    """Samples of several datasets, mixed by weights."""
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Components by names of your choice: the datasets to draw from."""
+    mix: Any = MISSING
+    """Weight of each source, as in `{a:0.7,b:0.3}`: its share of an epoch's samples."""
+    mix_samples: int | None = None
+    """Samples of an epoch. `null`: as many as the sources have together."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        require_at_least(1, data__mix_samples=self.mix_samples)

@@ -9,6 +9,7 @@ from distaccum.data.coins import Coins
 from distaccum.data.digits import Digits, DigitViews
 from distaccum.data.image_folder import ImageFolder
 from distaccum.data.language import LanguageData
+from distaccum.data.mix import Mix
 from distaccum.data.mixing import Mixed, Mixing
 from distaccum.data.rows import HubDataset, Rows
 from distaccum.data.stream import Stream
@@ -16,6 +17,7 @@ from distaccum.data.stream_sources import Lines, Shards
 from distaccum.data.synthetic import Synthetic
 from distaccum.data.text import DocumentationText
 from distaccum.data.token_data import TokenData
+from distaccum.data.tokenize_row import TokenizeRow
 from distaccum.data.webdataset import WebDataset
 from distaccum.loaders.collate import PadCollate
 
@@ -29,6 +31,7 @@ __all__ = [
     "ImageFolder",
     "LanguageData",
     "Lines",
+    "Mix",
     "Mixed",
     "Mixing",
     "PadCollate",
@@ -37,5 +40,6 @@ __all__ = [
     "Stream",
     "Synthetic",
     "TokenData",
+    "TokenizeRow",
     "WebDataset",
 ]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distaccum.data.made_once import made_once
+from distaccum.data.marked_tokens import MarkedTokens, write_samples
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
+from distaccum.data.storage import list_files
 from distaccum.data.tables import rows_of
-from distaccum.data.tokens import COLUMNS, Marked, Tokenization, load_tokenizer
+from distaccum.data.tokens import COLUMNS, Marked, Tokenization, identity_of, load_tokenizer
 from distaccum.errors import UserError, listed
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class LanguageData(Dataset[dict[str, Tensor]]):
         loss_on: `completion`: completions and the assistant's messages alone; `all`: every token.
         columns: names of the columns that are called otherwise, by `messages`, `prompt`, `completion`, `text`.
         chat_template: a file with a Jinja template, in place of the tokenizer's.
+        cache: keep the tokens in a file that is made once and mapped into memory.
 
     Attributes:
         tokenizer: as loaded.
@@ -72,44 +75,58 @@ class LanguageData(Dataset[dict[str, Tensor]]):
         loss_on: str = "completion",
         columns: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        cache: bool = False,
     ) -> None:
         check_split(split, type(self).__name__)
-        if max_length < 2:
-            raise UserError(f"data.max_length={max_length} is impossible: a token and the next one are 2.")
-        if loss_on not in LOSS_ON:
-            raise UserError(f"data.loss_on={loss_on} is none of {', '.join(LOSS_ON)}.")
+        check_options(max_length, loss_on)
         if not 0 <= evaluation_fraction < 1:
             raise UserError(f"data.evaluation_fraction={evaluation_fraction} must lie in [0, 1).")
         self.tokenizer = load_tokenizer(tokenizer, chat_template)
         self.vocab_size = len(self.tokenizer)
         self.max_length = max_length
-        self.collate_fn = _Padding(_padding_of(self.tokenizer))
+        self.collate_fn = Padding(padding_of(self.tokenizer))
         tokenization = Tokenization(self.tokenizer, columns or {}, counts_all=loss_on == "all")
-        if evaluation_files is not None:
-            rows = rows_of(*((files, "data.files") if split == TRAIN else (evaluation_files, "data.evaluation_files")))
-        else:
-            rows = _held_out(rows_of(files, "data.files"), evaluation_fraction, split)
-        self._fill(_batched(_checked(rows, columns or {})), tokenization, split)
+        files, key = (
+            (files, "data.files")
+            if evaluation_files is None or split == TRAIN
+            else (evaluation_files, "data.evaluation_files")
+        )
+        held_out = evaluation_fraction if evaluation_files is None else None
+        paths = list_files(files, key)
 
-    def _fill(self, batches: Iterable[list[tuple[str, Any]]], tokenization: Tokenization, split: str) -> None:
-        tokens: list[NDArray[np.int32]] = []
-        marks: list[NDArray[np.bool_]] = []
-        counts: Counter[str] = Counter()
-        for rows in batches:
-            for form, (row_tokens, row_marks) in tokenization.tokens_of(rows):
+        def write(file: BinaryIO) -> str:
+            rows = _checked(_part(rows_of(paths, key), held_out, split), columns or {})
+            counts: Counter[str] = Counter()
+            write_samples(file, self._samples(rows, tokenization, counts, split), counts)
+            return f"{counts['tokens']:,} tokens"
+
+        if cache:
+            part = [split, held_out] if held_out is not None else []
+            depends_on = [identity_of(self.tokenizer), max_length, loss_on, dict(columns or {}), part]
+            self._tokens = MarkedTokens(made_once(paths, "tokens", write, depends_on=depends_on))
+        else:
+            content = io.BytesIO()
+            write(content)
+            self._tokens = MarkedTokens(content.getvalue())
+        self.lengths = self._tokens.lengths
+        self._log(self._tokens.counts, split)
+
+    def _samples(
+        self, rows: Iterable[tuple[str, Any]], tokenization: Tokenization, counts: Counter[str], split: str
+    ) -> Iterator[Marked]:
+        for batch in _batched(rows):
+            for form, marked in tokenization.tokens_of(batch):
                 counts["rows"] += 1
-                for piece in self._pieces(form, (row_tokens, row_marks), counts):
-                    tokens.append(np.array(piece[0], dtype=np.int32))
-                    marks.append(np.array(piece[1], dtype=np.bool_))
-        if not tokens:
+                for piece in self._pieces(form, marked, counts):
+                    counts["samples"] += 1
+                    counts["tokens"] += len(piece[0])
+                    counts["counted"] += sum(piece[1])
+                    yield piece
+        if not counts["samples"]:
             raise UserError(
                 f"the {split} data has {counts['rows']} rows and no sample: nothing is left that the loss would count. "
                 "Give other data.files, a larger data.max_length, or another data.evaluation_fraction."
             )
-        self.lengths = np.array([len(piece) for piece in tokens], dtype=np.int64)
-        self._ends = np.cumsum(self.lengths)
-        self._tokens, self._marks = np.concatenate(tokens), np.concatenate(marks)
-        self._log(counts, split)
 
     def _pieces(self, form: str, marked: Marked, counts: Counter[str]) -> Iterator[Marked]:
         """Yields a row's samples: cut or shortened to `max_length`, without those that have nothing to learn."""
@@ -129,9 +146,9 @@ class LanguageData(Dataset[dict[str, Tensor]]):
                 counts["dropped"] += 1
 
     def _log(self, counts: Counter[str], split: str) -> None:
-        said = [f"{len(self):,} samples, {len(self._tokens):,} tokens, of which the loss counts {self._marks.sum():,}"]
+        said = [f"{len(self):,} samples, {counts['tokens']:,} tokens, of which the loss counts {counts['counted']:,}"]
         if counts["shortened"]:
-            share = counts["lost tokens"] / (len(self._tokens) + counts["lost tokens"])
+            share = counts["lost tokens"] / (counts["tokens"] + counts["lost tokens"])
             said.append(
                 f"{counts['shortened']:,} were longer than data.max_length={self.max_length} and are cut off there "
                 f"({counts['lost tokens']:,} tokens, {share:.1%} of all)"
@@ -148,10 +165,8 @@ class LanguageData(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        stop = int(self._ends[index])
-        place = slice(stop - int(self.lengths[index]), stop)
-        tokens = torch.from_numpy(self._tokens[place].astype(np.int64))
-        return {"input_ids": tokens, "labels": tokens.where(torch.from_numpy(self._marks[place]), IGNORE_INDEX)}
+        tokens, marks = map(torch.from_numpy, self._tokens.sample(index))
+        return {"input_ids": tokens, "labels": tokens.where(marks, IGNORE_INDEX)}
 
     def prompt(self) -> Tensor:
         """Returns the tokens of the first sample up to what the loss counts, or its first half: int64 `[T]`, T >= 1."""
@@ -160,7 +175,15 @@ class LanguageData(Dataset[dict[str, Tensor]]):
         return sample["input_ids"][: before or max(1, len(sample["input_ids"]) // 2)]
 
 
-class _Padding:
+def check_options(max_length: int, loss_on: str) -> None:
+    """Refuses impossible arguments."""
+    if max_length < 2:
+        raise UserError(f"data.max_length={max_length} is impossible: a token and the next one are 2.")
+    if loss_on not in LOSS_ON:
+        raise UserError(f"data.loss_on={loss_on} is none of {', '.join(LOSS_ON)}.")
+
+
+class Padding:
     """Makes a micro-batch of samples, padded at the right: `input_ids`, `labels` and `attention_mask`, `[B, T]`."""
 
     def __init__(self, padding: int) -> None:
@@ -175,19 +198,22 @@ class _Padding:
         return {**found, "attention_mask": (torch.arange(found["labels"].shape[1]) < lengths[:, None]).long()}
 
 
-def _padding_of(tokenizer: Any) -> int:
+def padding_of(tokenizer: Any) -> int:
     """Returns any token: no other one sees it, and the loss doesn't count it."""
     known = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if known is None else int(known)
 
 
-def _held_out(rows: Iterable[tuple[str, Any]], fraction: float, split: str) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a split; whether a row is held out follows from its number alone: the first always is."""
-    if not fraction and split == EVALUATION:
+def _part(rows: Iterable[tuple[str, Any]], fraction: float | None, split: str) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a split, all if no part is held out.
+
+    Whether a row is held out follows from its number alone: the first always is.
+    """
+    if fraction == 0 and split == EVALUATION:
         raise UserError("data.evaluation_fraction=0 leaves nothing to evaluate on: set data.evaluation=null as well.")
     for number, row in enumerate(rows):
-        is_held_out = fraction > 0 and (number == 0 or zlib.crc32(str(number).encode()) < fraction * 2**32)
-        if is_held_out == (split == EVALUATION):
+        is_held_out = bool(fraction) and (number == 0 or zlib.crc32(str(number).encode()) < (fraction or 0) * 2**32)
+        if fraction is None or is_held_out == (split == EVALUATION):
             yield row
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distaccum.errors import UserError, listed
+from distaccum.runtime.cache import fingerprint
 from distaccum.runtime.torchvision_operators import tolerate_missing_operators
 
 Tokens = list[int]
@@ -47,6 +48,14 @@ def load_tokenizer(name: str, chat_template: str | None = None, key: str = "data
         except (OSError, ValueError) as error:
             raise UserError(f"data.chat_template={chat_template} can't be read: {error}.") from error
     return tokenizer
+
+
+def identity_of(tokenizer: Any) -> str:
+    """Returns a hash of all that a tokenizer's answers depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
+    more = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return fingerprint([rules, *more])
 
 
 @dataclass(frozen=True, slots=True)

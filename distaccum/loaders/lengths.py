@@ -37,12 +37,12 @@ def lengths_of(dataset: Any, remembered: Remembered | None = None) -> Any:
             are compared with it each time.
 
     Raises:
-        UserError: a sample has no tensor with a first dimension, or samples can only be read forwards.
+        UserError: a sample has no tensor with a first dimension, or samples depend on the epoch.
     """
     known = getattr(dataset, "lengths", None)
     if known is not None:
         return known
-    if getattr(dataset, "is_ordered", False):
+    if hasattr(dataset, "samples_of_epoch"):
         raise lengths_unknown(dataset)
     with GlobalStates.now():
         return _scanned(dataset, remembered)

@@ -150,11 +150,11 @@ def size_of(dataset: Any, role: str) -> int:
 
 
 def lengths_unknown(dataset: Any) -> UserError:
-    """Returns the error to raise where the lengths are needed of samples that can only be read forwards."""
+    """Returns the error to raise where the lengths are needed of samples that depend on the epoch."""
     return UserError(
         f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
-        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or read the same files by "
-        "an index, which knows them: data=jsonl, parquet or tokens."
+        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or in place of a stream "
+        "read the same files by an index: data=jsonl, parquet or tokens."
     )
 
 

@@ -82,7 +82,7 @@ class WindowLoader:
             require(lengths is not None, "packed=True needs the samples' lengths: give lengths=…, one for each sample.")
             collate_fn = collate_fn or packing_of(dataset)
         is_ordered = bool(getattr(dataset, "is_ordered", False))
-        if is_ordered and lengths is not None:
+        if lengths is not None and hasattr(dataset, "samples_of_epoch"):
             raise lengths_unknown(dataset)
         rank, world_size = placement(rank, world_size)
         plan = planning.resolve_batch(

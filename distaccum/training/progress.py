@@ -297,14 +297,16 @@ def updates_ahead(progress: dict[str, Any], loader: WindowLoader) -> int:
 
 def _windows_identity(loader: WindowLoader) -> dict[str, Any]:
     """Returns all that the samples of a window depend on."""
-    return {
+    identity = {
         "batch.global_batch_size": loader.plan.global_batch_size,
         "batch.schedule": str(loader.sizes.rule),
         "batch.drop_last": loader.sizes.drop_last,
         "seed": loader.seed,
         "training samples": loader.num_samples,
-        **({"training data": loader.dataset.order} if loader.cuts.is_ordered else {}),  # type: ignore[attr-defined]
     }
+    if hasattr(loader.dataset, "samples_of_epoch") and hasattr(loader.dataset, "order"):
+        identity["training data"] = loader.dataset.order
+    return identity
 
 
 def _different_windows(before: dict[str, Any], loader: WindowLoader) -> str:

@@ -44,6 +44,7 @@ NEEDED = {
     "data=webdataset": ["data.shards=a.tar"],
     "data=hf_dataset": ["data.name=folder"],
     "data=tokens": ["data.files=train.bin"],
+    "data=mix": ["data.mix={a: 1}"],
     "data=language": ["data.files=chat.jsonl", "data.tokenizer=folder"],
     "model=causal_lm": ["model.name_or_path=folder"],
     "experiment=finetune": ["data.files=chat.jsonl", "model.name_or_path=folder"],

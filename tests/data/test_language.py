@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny_language_model
 import torch
 from tiny_language_model import MARKED_TEMPLATE, UNMARKED_TEMPLATE
 
-from distaccum.data import LanguageData
+from distaccum.data import LanguageData, Rows, TokenizeRow
 from distaccum.errors import UserError
 
 CHAT = [
@@ -183,3 +184,56 @@ def test_a_tokenizer_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.tokenizer=.*can't be loaded: .*Give a folder"):
         LanguageData(str(folder / "rows.jsonl"), str(tmp_path / "none"))
     assert MARKED_TEMPLATE != UNMARKED_TEMPLATE
+
+
+def test_a_cache_has_the_same_samples_and_is_made_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "distaccum.data")
+    rows = [*tiny_language_model.chats(9), {"text": "snow " * 90}, {"prompt": "sky? " * 30, "completion": "blue"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(**options: Any) -> LanguageData:
+        return LanguageData(str(path), str(folder), max_length=48, **options)
+
+    for options in ({}, {"split": "evaluation"}, {"loss_on": "all"}, {"evaluation_files": str(path)}):
+        kept = read(**options)
+        assert "made the tokens" not in caplog.text
+        said = caplog.messages[-1]
+        first = read(cache=True, **options)
+        assert caplog.text.count("made the tokens of") == 1
+        for found in (first, read(cache=True, **options), pickle.loads(pickle.dumps(first))):
+            assert len(found) == len(kept)
+            assert found.lengths.tolist() == kept.lengths.tolist()
+            for index in range(len(kept)):
+                assert all(torch.equal(found[index][name], kept[index][name]) for name in ("input_ids", "labels"))
+        assert caplog.text.count("made the tokens of") == 1
+        assert caplog.messages[-1] == said, "what has been left out is said at each start"
+        caplog.clear()
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert len(read(cache=True, evaluation_files=str(path))) == 1
+    with pytest.raises(UserError, match=r"has 0 rows and no sample"):
+        read(cache=True)
+    assert not list((tmp_path / ".distaccum").glob("*.writing"))
+
+
+def test_rows_are_tokenised_when_they_are_asked_for(folder: Path) -> None:
+    rows = [{"messages": CHAT}, {"prompt": "sky?", "completion": "blue"}, {"text": "snow"}]
+    whole = data(folder, rows)
+    transform = TokenizeRow(str(folder), max_length=128)
+    found = Rows(str(folder / "rows.jsonl"), evaluation_fraction=0, transform=transform)
+    assert (found.vocab_size, found.max_length) == (whole.vocab_size, whole.max_length)
+    for index in range(3):
+        assert all(torch.equal(found[index][name], whole[index][name]) for name in ("input_ids", "labels"))
+    batch = found.collate_fn(found.__getitems__([2, 0]))
+    assert batch["attention_mask"].sum(1).tolist() == whole.lengths[[2, 0]].tolist()
+    short = TokenizeRow(str(folder), max_length=4)
+    assert short({"prompt": "What colour has snow?", "completion": "white"})["labels"].tolist() == [-100] * 4
+    assert short({"text": ""})["labels"].tolist() == [0, -100], "never less than two tokens"
+    (folder / "rows.jsonl").write_text('{"question": "sky?"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl, row 1, in data.transform: it has the columns question"):
+        found = Rows(str(folder / "rows.jsonl"), evaluation_fraction=0, transform=transform)[0]
+    for options in ({"max_length": 1}, {"loss_on": "prompt"}):
+        with pytest.raises(UserError, match=r"data.max_length=1 is impossible|data.loss_on=prompt is none of"):
+            TokenizeRow(str(folder), **options)

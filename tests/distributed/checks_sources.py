@@ -15,7 +15,9 @@ from sources import COUNT, Source, assert_exact
 from tar_files import write_images
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from distaccum.data import Lines, Rows, Stream, TokenData, WebDataset
+from distaccum.data import Lines, Mix, Rows, Stream, TokenData, WebDataset
+from distaccum.planning import shuffled
+from distaccum.runtime.randomness import derived_seed
 from distaccum.runtime.world import World
 
 
@@ -144,6 +146,26 @@ def check_whole_documents(world: World) -> None:
     for packed in (False, True):
         loader = {"lengths": [length + 1 for length in _DOCUMENT_LENGTHS], "packed": packed}
         assert_exact(world, Source(write=_documents, open=opened, ids=ids, loader=loader))
+
+
+def _mix(folder: Path) -> Mix:
+    sources = {"few": [{"id": 100 + number} for number in range(20)], "rows": _narrow_rows(folder)}
+    return Mix(sources, {"few": 0.7, "rows": 0.3}, num_samples=COUNT, seed=5)
+
+
+def _narrow_rows(folder: Path) -> Rows:
+    return Rows(str(folder / "rows-*.jsonl"), evaluation_fraction=0, columns=["id"])
+
+
+def check_a_mix_of_sources(world: World) -> None:
+    """Of 26 samples from 20, and 11 from 37."""
+
+    def wanted(epoch: int) -> list[int]:
+        few, rows = (range(epoch * count, (epoch + 1) * count) for count in (26, 11))
+        order = [shuffled([draw % 20], 20, derived_seed(5, "mix", "few"), draw // 20)[0] + 100 for draw in few]
+        return order + [shuffled([draw % 37], 37, derived_seed(5, "mix", "rows"), draw // 37)[0] for draw in rows]
+
+    assert_exact(world, Source(write=_json_lines, open=_mix, wanted=wanted))
 
 
 class _Forwards(Dataset[Any]):
