@@ -230,20 +230,29 @@ class DataConfig:
     collate_fn: Any = None
     """Component: a function that makes a micro-batch of a list of samples. `null`: the dataset's attribute
     `collate_fn`, else stacking, with padding to the longest sample of the micro-batch."""
-    num_workers: int = 0
-    """Worker processes per rank that load samples. 0: the training process loads them itself."""
+    num_workers: Any = 0
+    """Worker processes per rank that load samples. 0: the training process loads them itself. `auto`: one for the first
+    updates, then as many as it takes to load as fast as the training goes, as far as there are cores for them; none
+    where samples are read faster than handed over."""
     pin_memory: bool | None = None
     """Load into page-locked memory, from which copies to the GPU can be asynchronous. `null`: yes on CUDA."""
     persistent_workers: bool | None = None
     """Keep the workers between epochs. `null`: yes if there are any."""
     prefetch_factor: int | None = None
-    """Micro-batches that each worker loads ahead. `null`: torch's own default, 2."""
+    """Micro-batches that each worker loads ahead. `null`: torch's own default, 2; with `num_workers=auto` more of them
+    where some take far longer to load than others."""
     non_blocking: bool = True
     """Copy to the GPU without waiting: the next micro-batch is copied while this one computes."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, data__num_workers=self.num_workers)
-        require(self.num_workers <= 4096, f"data.num_workers={self.num_workers} is impossible: at most 4096.")
+        count = self.num_workers
+        require(
+            type(count) is int or count == AUTO,
+            f"data.num_workers={count} is impossible: it takes a whole number or auto.",
+        )
+        if type(count) is int:
+            require_at_least(0, data__num_workers=count)
+            require(count <= 4096, f"data.num_workers={count} is impossible: at most 4096.")
         require_at_least(1, data__prefetch_factor=self.prefetch_factor)
         for key in ("persistent_workers", "prefetch_factor"):
             require(

@@ -13,6 +13,7 @@ from distaccum import planning
 from distaccum.errors import UserError
 from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 from distaccum.loaders.options import LoaderOptions, on_device, placement, size_of
+from distaccum.loaders.window_loader import WindowLoader
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class EvaluationLoader:
         dataset: map-style dataset.
         batch_size: samples per batch; each rank's last one may be smaller.
         collate_fn, rank, world_size, options: as for `WindowLoader`.
+        workers_of: with `num_workers="auto"`, take as many workers as this loader has by now.
         equal_batches: give all ranks the same number of batches, by placeholders of size 0 (see `Window`).
 
     Attributes:
@@ -39,6 +41,7 @@ class EvaluationLoader:
         rank: int | None = None,
         world_size: int | None = None,
         options: LoaderOptions | None = None,
+        workers_of: WindowLoader | None = None,
         equal_batches: bool = False,
     ) -> None:
         self.num_samples = size_of(dataset, "evaluation")
@@ -49,6 +52,7 @@ class EvaluationLoader:
         self._largest_share = shares[0] if equal_batches else 0
         self.set_batch_size(batch_size)
         self._options = options or LoaderOptions()
+        self._workers_of = workers_of if self._options.is_auto else None
         self._source = BatchSource(MicroBatches(dataset, collate_fn, "evaluation", seed=0), self._options)
 
     def set_batch_size(self, batch_size: int) -> None:
@@ -85,6 +89,10 @@ class EvaluationLoader:
         logger.warning("out of memory in an evaluation: it begins again with batches of %d samples", size // 2)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._workers_of is not None:
+            found, own = self._workers_of.options, self._source.options
+            if (found.workers, found.prefetch_factor) != (own.workers, own.prefetch_factor):
+                self._source.use_workers(found.workers, found.prefetch_factor)
         # Always the same epoch: random numbers of a dataset are the same in all evaluations, which stay comparable.
         requests = partial(map, lambda number: Request(0, list(self._samples(number)) or [0]), range(len(self)))
         return on_device(self._source.batches(requests), self._options)

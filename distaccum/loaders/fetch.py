@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from distaccum.errors import UserError
 from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.load_clock import LoadClock, LoadTimes, Timed
 from distaccum.loaders.options import LoaderOptions
 from distaccum.loaders.workers import DataWorkers
 from distaccum.runtime.randomness import DrawDetector, derived_seed, mixed_seed, seed_cpu
@@ -162,11 +164,16 @@ class BatchSource:
     Args:
         fetcher: loads a micro-batch.
         options: those of a `torch.utils.data.DataLoader` are used.
+
+    Attributes:
+        options: with the number of workers in use.
     """
 
     def __init__(self, fetcher: MicroBatches, options: LoaderOptions) -> None:
         self._fetcher = fetcher
-        self._options = options
+        self.options = options.with_workers(options.workers, options.prefetch_factor) if options.is_auto else options
+        self._is_auto = options.is_auto
+        self._clock: LoadClock | None = None
         self._sampler = _Requests()
         self._iteration: object | None = None
         self._workers = DataWorkers(self._new_loader, fetcher.role)
@@ -178,12 +185,12 @@ class BatchSource:
             UserError: a sample can't be loaded; a worker process has died or can't be started; there are workers and
                 another iteration has taken them over.
         """
-        if self._options.num_workers == 0 and not self._options.pin_memory:
+        if self.options.num_workers == 0 and not self.options.pin_memory:
             # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
             yield from (self._whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
             return
         self._sampler.requests = requests
-        if self._options.num_workers == 0:
+        if self.options.num_workers == 0:
             yield from map(self._whole, self._new_loader())
             return
         self._iteration = None
@@ -202,7 +209,7 @@ class BatchSource:
                     return
                 yield self._whole(batch)
         finally:
-            if self._iteration is iteration and not self._options.persistent_workers:
+            if self._iteration is iteration and not self.options.persistent_workers:
                 self.close()
 
     def aside(self, requests: Sequence[Request]) -> Iterator[Any]:
@@ -214,8 +221,17 @@ class BatchSource:
         Raises:
             UserError: as `batches`.
         """
-        source = BatchSource(self._fetcher, LoaderOptions(num_workers=min(1, self._options.num_workers)))
+        source = BatchSource(self._fetcher, LoaderOptions(num_workers=min(1, self.options.workers)))
         return source.batches(lambda: iter(requests))
+
+    def use_workers(self, num_workers: int, prefetch_factor: int | None) -> None:
+        """Has iterations to come use another number of workers. One that is under way is given up."""
+        self.close()
+        self.options = self.options.with_workers(num_workers, prefetch_factor)
+
+    def load_times(self) -> LoadTimes | None:
+        """Returns what loading has taken in the workers since the last call; None if they have loaded nothing."""
+        return self._clock.take() if self._clock is not None else None
 
     def close(self) -> None:
         """Ends the workers. A later iteration starts new ones."""
@@ -231,14 +247,22 @@ class BatchSource:
         return batch
 
     def _new_loader(self, begin_worker: Callable[[int], None] | None = None) -> DataLoader[Any]:
+        num_workers = self.options.workers
+        self._clock = LoadClock(num_workers) if num_workers else None
+        with warnings.catch_warnings():
+            if self._is_auto:  # more workers than cores are taken where they wait for a disk or a network
+                warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            return self._loader_of(num_workers, begin_worker)
+
+    def _loader_of(self, num_workers: int, begin_worker: Callable[[int], None] | None) -> DataLoader[Any]:
         return DataLoader(
-            self._fetcher,
+            Timed(self._fetcher, self._clock) if self._clock is not None else self._fetcher,
             batch_size=None,  # the sampler asks for whole micro-batches
             sampler=self._sampler,
-            num_workers=self._options.num_workers,
-            pin_memory=self._options.pin_memory,
-            persistent_workers=self._options.persistent_workers,
-            prefetch_factor=self._options.prefetch_factor,
+            num_workers=num_workers,
+            pin_memory=self.options.pin_memory,
+            persistent_workers=self.options.persistent_workers,
+            prefetch_factor=self.options.prefetch_factor,
             worker_init_fn=begin_worker,
             # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
             generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),

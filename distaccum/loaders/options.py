@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,18 +14,26 @@ from torch.utils.data import IterableDataset
 from distaccum.errors import UserError
 from distaccum.runtime.nested import tensors_of, to_device
 
+AUTO = "auto"
+MOST_AHEAD = 32
+"""Micro-batches that all workers of `auto` together load ahead, at most."""
+DEFAULT_AHEAD = 2
+"""Micro-batches that torch has each worker load ahead."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderOptions:
     """Options of loading and of the copy to the device, named as in `torch.utils.data.DataLoader`.
 
     Attributes:
+        num_workers: a number, or "auto": one worker for the first windows, then as many as the training needs in order
+            not to wait (see `distaccum.loaders.waiting`), each loading as many micro-batches ahead as it takes.
         device: where micro-batches are moved; None leaves them where the collate made them.
         float_dtype: floating-point tensors are cast to it; None leaves them as they are.
         non_blocking: on CUDA, copy the next micro-batch on a stream of its own while this one computes.
     """
 
-    num_workers: int = 0
+    num_workers: int | str = 0
     pin_memory: bool = False
     persistent_workers: bool = False
     prefetch_factor: int | None = None
@@ -39,7 +47,11 @@ class LoaderOptions:
         Raises:
             UserError: names the option.
         """
+        if isinstance(self.num_workers, str) and not self.is_auto:
+            raise UserError(f'LoaderOptions: num_workers must be a number or "auto", got {self.num_workers!r}.')
         for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
+            if key == "num_workers" and self.is_auto:
+                continue
             if (value := getattr(self, key)) is not None and value < least:
                 raise UserError(f"LoaderOptions: {key} must be at least {least}, got {value}.")
         for key in ("persistent_workers", "prefetch_factor"):
@@ -50,10 +62,30 @@ class LoaderOptions:
                 )
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the number of workers is left to be found."""
+        return self.num_workers == AUTO
+
+    @property
+    def workers(self) -> int:
+        """The number of workers; where it is to be found, the one to begin with."""
+        return 1 if isinstance(self.num_workers, str) else self.num_workers
+
+    def with_workers(self, num_workers: int, prefetch_factor: int | None) -> LoaderOptions:
+        """Returns the same options with a number of workers."""
+        return replace(
+            self,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            persistent_workers=self.persistent_workers and num_workers > 0,
+        )
+
+    @property
     def windows_ahead(self) -> int:
         """Most windows that may have begun to load before the one in use is done."""
         # torch's own default loads two micro-batches ahead for each worker; one more is on its way to the device.
-        return self.num_workers * (self.prefetch_factor or 2) + 2
+        each = self.prefetch_factor or DEFAULT_AHEAD
+        return (max(MOST_AHEAD, each) if self.is_auto else self.workers * each) + 2
 
     @property
     def micro_step_overhead(self) -> float:
@@ -71,7 +103,7 @@ class LoaderOptions:
     def waits_for_loading(self) -> bool:
         """Whether nothing is computed meanwhile: neither by a GPU, nor while workers load."""
         on_cpu = self.device.type == "cpu" if self.device is not None else not torch.cuda.is_available()
-        return on_cpu and self.num_workers == 0 and not self.pin_memory
+        return on_cpu and self.workers == 0 and not self.pin_memory
 
 
 def on_device(batches: Iterator[Any], options: LoaderOptions) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from distaccum.loaders.fetch import BatchSource, MicroBatches, Request
 from distaccum.loaders.look_ahead import LookAhead
 from distaccum.loaders.options import LoaderOptions, lengths_unknown, on_device, placement, size_of
 from distaccum.loaders.pack import packing_of
+from distaccum.loaders.waiting import Waits
 from distaccum.loaders.window import Window
 from distaccum.planning.window_sizes import BatchSizes, SizeRule
 from distaccum.runtime.nested import to_device
@@ -51,6 +53,7 @@ class WindowLoader:
 
     Attributes:
         cuts: which samples each micro-batch has, and what changes that on the way.
+        waits: how long the training waits for data, and what would help.
 
     Raises:
         UserError: the batch numbers or the dataset don't fit; while iterating, a sample that can't be loaded.
@@ -110,7 +113,7 @@ class WindowLoader:
         )
         self.seed = seed
         self.next_epoch = 0
-        self._loads_together = self._options.waits_for_loading
+        self.waits = Waits(self._options)
         self._source = BatchSource(MicroBatches(dataset, collate_fn, "training", seed), self._options)
         self._in_use: tuple[int, int] | None = None
         self._cursors: list[dict[str, Any]] = []
@@ -136,11 +139,13 @@ class WindowLoader:
 
     def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
         """Yields the windows of one epoch, from `first_window` on."""
-        source = LookAhead(
-            self._source.batches(lambda: self._requests(epoch, first_window)), int(self._options.copies_ahead)
-        )
-        batches, passed = on_device(source, self._options), 0
+        begins_anew = True
         for index in self._indices(epoch, first_window):
+            if begins_anew:
+                ahead = LookAhead(
+                    self._source.batches(partial(self._requests, epoch, index)), int(self._options.copies_ahead)
+                )
+                batches, passed = self.waits.timed(on_device(ahead, self._options)), 0
             sizes = self.cuts.micro_batch_sizes(epoch, index)
             window = Window(
                 epoch=epoch,
@@ -153,13 +158,15 @@ class WindowLoader:
                 sample_indices=partial(self.cuts.micro_batches, epoch, index),
                 cuts=self.cuts,
                 load=partial(self.load, epoch, index),
-                shown=partial(source.shown, passed, len(sizes)),
-                together=self._loads_together,
+                shown=partial(ahead.shown, passed, len(sizes)),
+                together=self._source.options.waits_for_loading,
             )
             passed += len(sizes)
             self._in_use = epoch, index
+            started = time.perf_counter()
             yield window
             window.skip_rest()
+            begins_anew = self.waits.end_window(self._source, len(sizes), time.perf_counter() - started)
 
     def sample_micro_batch(self, epoch: int, window: int) -> Any:
         """Loads this rank's first micro-batch of a window to the device; an iteration under way isn't disturbed.
@@ -185,6 +192,11 @@ class WindowLoader:
         device, float_dtype = self._options.device, self._options.float_dtype
         for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
             yield batch if device is None else to_device(batch, device, float_dtype=float_dtype)
+
+    @property
+    def options(self) -> LoaderOptions:
+        """The options in use: with `num_workers="auto"`, the number of workers by now."""
+        return self._source.options
 
     def close(self) -> None:
         """Ends the worker processes. The loader can be used on, with new ones."""

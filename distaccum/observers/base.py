@@ -73,6 +73,9 @@ class UpdateRecord:
     which they are not measured."""
     compile_seconds: float = 0.0
     """Part of `update_seconds` that rank 0 spent compiling."""
+    data_wait: float = 0.0
+    """Part of the last seconds that the rank which waits longest for data has waited, if it is more than a tenth and
+    something would help; else 0."""
     peak_memory_bytes: int | None = None
     """This rank's highest point so far: device memory on CUDA, resident set on CPU. Looked up at updates 1, 2, 4, 8, …
     and each hundredth; None at the others."""

@@ -144,6 +144,8 @@ class Progress(Observer):
             texts["skipped"] = (f"{self._skipped_updates:,} skipped",) * 2
         if self._noise:
             texts["noise"] = f"noise scale {self._noise}", f"noise {self._noise}"
+        if record.data_wait:
+            texts["data"] = f"waits for data {record.data_wait:.0%}", f"data {record.data_wait:.0%}"
         texts["rate"] = f"{speed} samples/s", f"{speed}/s"
         texts["eta"] = (f"ETA {clock(remaining_seconds)}",) * 2
         return texts
@@ -228,7 +230,7 @@ class _Bar:
         texts = {name: short for name, (_, short) in self._texts.items()}
         yield list(texts.values())
         metrics = [name for name in texts if name.startswith("metric")]
-        for name in (*reversed(metrics[1:]), "epoch", "noise", "rate", *metrics[:1], "skipped", "eta", "loss"):
+        for name in (*reversed(metrics[1:]), "epoch", "noise", "data", "rate", *metrics[:1], "skipped", "eta", "loss"):
             if texts.pop(name, None) is not None:
                 yield list(texts.values())
 

@@ -45,6 +45,7 @@ from distaccum.tasks import CoupledTask, checked_output, weights_of
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
 from distaccum.training.data import build_evaluation, build_window_loader, loader_options
+from distaccum.training.data_waits import DataWaits
 from distaccum.training.deferred_model import DeferredModel, is_deferred
 from distaccum.training.evaluated_weights import check_statistics
 from distaccum.training.evaluation import Evaluator
@@ -112,7 +113,7 @@ class Parts:
             )
         size = config.train.eval_batch_size or self.loader.cuts.micro_batch_size
         self.evaluation_data, self.evaluation_loader = build_evaluation(
-            config, loading, rank=rank, world_size=world_size, batch_size=size
+            config, loading, rank=rank, world_size=world_size, batch_size=size, workers_of=self.loader
         )
         self.task = targets.build(config.task, "task")
         if not callable(self.task):
@@ -250,7 +251,7 @@ class _Placed:
         )
 
     def accumulator(
-        self, flags: dict[str, Callable[[], bool]], tuning: CutTuning, recovery: Recovery | None
+        self, flags: dict[str, Callable[[], bool]], tuning: CutTuning, waits: DataWaits, recovery: Recovery | None
     ) -> Accumulator:
         return Accumulator(
             self.strategy.model,
@@ -261,7 +262,7 @@ class _Placed:
             skip_nonfinite=self.config.train.on_nonfinite is OnNonfinite.skip,
             strategy=self.strategy,
             flags=flags,
-            reports=tuning.reports,
+            reports=tuning.reports | waits.reports,
             time_micro_steps=tuning.needs_times,
             recovery=recovery,
             noise_scale=tuning.noise_scale,
@@ -319,8 +320,7 @@ def build_trainer(
     compile_clock = CompileClock() if compilation is not None else None
     flags = _flags(supervision, checkpointer, compile_clock)
     tuning = placed.tuning(recovers=recovery is not None)
-    accumulator = placed.accumulator(flags, tuning, recovery)
-    early_stopping = _early_stopping(config.train.early_stopping)
+    accumulator = placed.accumulator(flags, tuning, waits := DataWaits(parts.loader), recovery)
     return Trainer(
         updater=Updater(
             task=parts.task,
@@ -335,8 +335,9 @@ def build_trainer(
         loader=parts.loader,
         loop=config.train,
         tuning=tuning,
+        waits=waits,
         evaluator=placed.evaluator(supervision, averages),
-        early_stopping=early_stopping,
+        early_stopping=_early_stopping(config.train.early_stopping),
         averages=averages,
         unfreezing=Unfreezing(strategy, optimizer, unfrozen) if unfrozen else None,
         checkpointer=checkpointer,

@@ -79,9 +79,18 @@ def _check_endless(config: TrainConfig) -> None:
 
 
 def build_evaluation(
-    config: TrainConfig, options: LoaderOptions, *, rank: int, world_size: int, batch_size: int
+    config: TrainConfig,
+    options: LoaderOptions,
+    *,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    workers_of: WindowLoader | None = None,
 ) -> tuple[Any, EvaluationLoader | None]:
     """Builds the evaluation data and its loader; both are None without `data.evaluation`.
+
+    Args:
+        workers_of: the training's loader, which may have to find the number of workers.
 
     Raises:
         UserError: the configuration asks for evaluations and names no data for them.
@@ -104,6 +113,7 @@ def build_evaluation(
         rank=rank,
         world_size=world_size,
         options=options,
+        workers_of=workers_of,
         equal_batches=needs_equal_forwards(config.strategy),
     )
     return data, loader
@@ -117,7 +127,7 @@ def loader_options(config: DataConfig, device: torch.device, precision: Precisio
     return LoaderOptions(
         num_workers=config.num_workers,
         pin_memory=on_cuda and config.pin_memory is not False,
-        persistent_workers=config.num_workers > 0 and config.persistent_workers is not False,
+        persistent_workers=config.num_workers != 0 and config.persistent_workers is not False,
         prefetch_factor=config.prefetch_factor,
         device=device,
         float_dtype=precision.input_dtype,

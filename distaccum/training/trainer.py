@@ -21,6 +21,7 @@ from distaccum.planning.batch_plan import ONE_SYNC
 from distaccum.runtime.memory import peak_memory
 from distaccum.runtime.randomness import derived_seed, seed_everything
 from distaccum.training.adapt_cuts import CutTuning
+from distaccum.training.data_waits import DataWaits
 from distaccum.training.evaluated_weights import evaluated_weights
 from distaccum.training.evaluation import Evaluator, metrics_of
 from distaccum.training.export import export_trained
@@ -49,6 +50,7 @@ class Trainer:
         loader: the windows to train on.
         loop: how long to train and when to evaluate.
         tuning: adapts how windows are cut; None leaves that alone.
+        waits: says when ranks wait for data; its reports are the accumulator's.
         evaluator: None for no evaluations.
         early_stopping: ends the run when evaluations no longer get better.
         averages: of the weights, taken after each update.
@@ -67,6 +69,7 @@ class Trainer:
     loader: WindowLoader
     loop: LoopConfig
     tuning: CutTuning | None = None
+    waits: DataWaits | None = None
     evaluator: Evaluator | None = None
     early_stopping: EarlyStopping | None = None
     averages: Sequence[WeightAverage] = ()
@@ -166,6 +169,8 @@ class Trainer:
             self.unfreezing.go_to(number)
             self.updater.memory_line.measure_again()
         result, lr = self.updater.update(number, window, self.loader.sizes.ratio(window.epoch, window.index))
+        if self.waits is not None:
+            self.waits.after_update(result)
         if self.averages and not result.skipped:
             with evaluated_weights(self.strategy, self.accumulator.optimizer):
                 for average in self.averages:
@@ -200,6 +205,7 @@ class Trainer:
             layers=self.updater.layers,
             group_lrs=self.updater.schedule.rates(),
             compile_seconds=compile_seconds,
+            data_wait=self.waits.share if self.waits is not None else 0.0,
             peak_memory_bytes=peak_memory(self.strategy.device)[0] if has_memory else None,
         )
         for observer in self.observers:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import random
+import time
+from contextlib import closing
 from typing import Any
 
 import pytest
 import torch
 from examples import RaggedTokens, TokenClassifier, token_loss
 from torch import nn
+from torch.utils.data import Dataset
 
-from distaccum import EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
+from distaccum import Accumulator, EvaluationLoader, TaskOutput, UserError, WindowLoader, evaluate_model
 from distaccum.config import DDPConfig
+from distaccum.loaders import LoaderOptions, waiting
 from distaccum.runtime.world import World
 from distaccum.strategies import place
+from distaccum.training.data_waits import DataWaits
 
 
 def _task(model: nn.Module, batch: Any) -> TaskOutput:
@@ -128,3 +135,71 @@ def check_ranks_agree(world: World) -> None:
 def check_only_one_rank_is_first_to_fail(world: World) -> None:
     assert sum(world.gather(world.is_first_to_fail())) == 1
     assert sum(world.gather(world.is_first_to_fail())) == 0
+
+
+class _Slow(Dataset[Any]):
+    """Sample i is i and a random number, and takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 24 * 16
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        time.sleep(self.seconds)
+        return index, random.random()
+
+
+def check_workers_that_are_added_on_the_way_change_no_sample(world: World) -> None:
+    def loaded(seconds: float, options: LoaderOptions) -> tuple[list[Any], int]:
+        loader = WindowLoader(
+            _Slow(seconds), global_batch_size=4 * world.world_size, micro_batch_size=1, options=options
+        )
+        found = []
+        with closing(loader), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(waiting, "_TO_DECIDE", (2, 0.05))
+            patched.setattr(waiting, "_MOST_WORKERS", 2)
+            for window in loader.epoch(0):
+                found.append([(int(index), float(drawn)) for index, drawn in window])
+                if len(found) == 12:
+                    break
+            return found, loader.options.workers
+
+    auto, workers = loaded(0.01, LoaderOptions(num_workers="auto", persistent_workers=True))
+    assert workers == 2
+    assert auto == loaded(0.0, LoaderOptions())[0]
+    indices = [index for windows in world.gather(auto) for window in windows for index, _ in window]
+    assert len(set(indices)) == 12 * 4 * world.world_size
+
+
+def check_the_rank_that_waits_for_data_says_what_would_help(world: World) -> None:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    is_slow = world.rank == world.world_size - 1
+    model = nn.Linear(1, 1)
+    strategy = place(model, DDPConfig(), torch.device("cpu"))
+    loader = WindowLoader(_Slow(0.02 * is_slow), global_batch_size=2 * world.world_size, micro_batch_size=1)
+    waits = DataWaits(loader)
+    optimizer = torch.optim.SGD(strategy.module.parameters(), lr=0.1)
+    accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, reports=waits.reports)
+    log = logging.getLogger("distaccum.training.data_waits")
+    log.addHandler(handler)
+    shares = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(waiting, "_TO_SAY", (2, 0.05))
+        for window in loader.epoch(0):
+            result = accumulator.run(
+                window, lambda batch: TaskOutput(strategy.model(batch[1].float()[:, None]).sum(), len(batch[0]))
+            )
+            waits.after_update(result)
+            shares.append(waits.share)
+            if len(shares) == 12:
+                break
+    log.removeHandler(handler)
+    assert shares[0] == 0
+    assert shares[-1] > 0.5, "all ranks know of it"
+    assert len(said) == is_slow, "once, on the rank that waits"
+    if is_slow:
+        assert "set data.num_workers=auto" in said[0]

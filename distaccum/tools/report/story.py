@@ -191,7 +191,7 @@ def _waits(run: Run) -> list[str]:
     shares = run.shares or {"data": 0.0, "sync": 0.0}
     texts = []
     if shares["data"] >= _MUCH_DATA:
-        texts.append(f"{shares['data']:.0%} of the time went into waiting for data: more data.num_workers may help.")
+        texts.append(f"{shares['data']:.0%} of the time went into waiting for data: data.num_workers=auto may help.")
     if shares["sync"] >= _MUCH_SYNC:
         texts.append(
             f"{shares['sync']:.0%} of the time went into the sync, or into waiting for slower ranks there: a larger "

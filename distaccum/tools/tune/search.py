@@ -194,10 +194,11 @@ class Search:
                 self._try("bucket", f"buckets of {size:g} MiB", {keys.BUCKET: size})
 
     def _workers(self) -> None:
-        if self.best.data_share < _DATA_SHARE:
+        given = self.base.data.num_workers
+        if self.best.data_share < _DATA_SHARE or not isinstance(given, int):
             return
         for count in _WORKERS:
-            if count > self.base.data.num_workers and self._try(
+            if count > given and self._try(
                 "workers", f"{count} loader worker{'s' if count > 1 else ''}", {keys.WORKERS: count}
             ) in (Verdict.slower, None):
                 break
