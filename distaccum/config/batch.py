@@ -239,7 +239,7 @@ class DataConfig:
     persistent_workers: bool | None = None
     """Keep the workers between epochs. `null`: yes if there are any."""
     prefetch_factor: int | None = None
-    """Micro-batches that each worker loads ahead. `null`: torch's own default, 2; with `num_workers=auto` more of them
+    """Micro-batches that each worker loads ahead. `null`: torch's own default, 2; with `data.num_workers=auto` more
     where some take far longer to load than others."""
     non_blocking: bool = True
     """Copy to the GPU without waiting: the next micro-batch is copied while this one computes."""
