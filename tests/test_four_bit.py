@@ -22,6 +22,7 @@ from distaccum.config import DPConfig
 from distaccum.config.compose import compose
 from distaccum.models import causal_lm
 from distaccum.strategies import place
+from distaccum.training.unfreezing import make_trainable
 
 LORA = ("train.epochs=2", "model.lora.rank=4", "model.lora.alpha=64", "model.load_in_4bit=true")
 GIVEN = ("experiment=finetune", "model.name_or_path=a", "data.files=b")
@@ -102,6 +103,19 @@ def test_another_base_is_refused_though_its_codes_are_the_same(folder: Path, unb
     ended = forking.run(*words, folder=folder, imported=IMPORTED)
     assert ended.status == 2
     assert f"some are others here: {name}.base_layer.scales_of_scales (fingerprint: uint8" in ended.message
+
+
+def test_adapters_that_are_frozen_are_saved_as_they_are_drawn(folder: Path) -> None:
+    words = ("run_dir=half", "model.freeze=[*lora_A*]", "train.max_updates=2")
+    trained = forking.run(*COMMAND, *LORA, *words, folder=folder, imported=IMPORTED)
+    assert trained.status == 0, trained.err
+    evaluated = forking.run("-m", "distaccum.evaluate", "half", folder=folder, imported=IMPORTED)
+    assert evaluated.status == 0, evaluated.err
+
+
+def test_weights_of_4_bits_are_not_unfrozen(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"\*base_layer\.weight names integers alone, as weights of 4 bits are"):
+        make_trainable(loaded(folder), {2: ["*base_layer.weight"]}, ())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from distaccum.accumulation import Accumulator
 from distaccum.accumulation.noise_scale import NoiseScale
 from distaccum.accumulation.recovery import Recovery
 from distaccum.checkpoints import Checkpoint, Checkpointer
+from distaccum.checkpoints.frozen import frozen_parameters
 from distaccum.config import (
     ByLengthBatchConfig,
     EarlyStoppingConfig,
@@ -34,6 +35,7 @@ from distaccum.config.launcher import launch
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
 from distaccum.loaders import WindowLoader
+from distaccum.models.lora import is_adapter
 from distaccum.observers import EarlyStopping
 from distaccum.runtime.compilation import Compilation, CompileClock, resolve_compilation
 from distaccum.runtime.devices import cast, resolve_precision
@@ -225,7 +227,10 @@ class _Placed:
         if not config.enabled:
             return None
         if config.trainable_only is None:
-            config = dataclasses.replace(config, trainable_only=reads_weights_again(self.config.model))
+            # Frozen adapters are drawn at random, and not read.
+            has_drawn = any(map(is_adapter, frozen_parameters(self.strategy.module, self.optimizer)))
+            is_read = reads_weights_again(self.config.model) and not has_drawn
+            config = dataclasses.replace(config, trainable_only=is_read)
         return Checkpointer(
             folder.path / CHECKPOINTS,
             self.strategy.model,

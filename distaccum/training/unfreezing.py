@@ -61,7 +61,8 @@ def make_trainable(module: nn.Module, updates: Mapping[int, Sequence[str]], froz
         frozen: the patterns of `model.freeze`.
 
     Raises:
-        UserError: a pattern matches nothing, something is in `model.freeze` too, or nothing is left to train at first.
+        UserError: a pattern matches nothing that can be trained, something is in `model.freeze` too, or nothing is left
+            to train at first.
     """
     due = _first_updates(module, updates)
     named = list(module.named_parameters(remove_duplicate=False))
@@ -88,10 +89,16 @@ def _first_updates(module: nn.Module, updates: Mapping[int, Sequence[str]]) -> d
     due: dict[nn.Parameter, int] = {}
     for update, patterns in updates.items():
         for pattern in patterns:
-            for parameter in parameters_like(module, pattern, "model.unfreeze"):
-                # Others have no gradient, like the integers of a quantized layer.
-                if parameter.is_floating_point() or parameter.is_complex():
-                    due.setdefault(parameter, update)
+            found = parameters_like(module, pattern, "model.unfreeze")
+            # Others have no gradient, like the integers of a quantized layer.
+            trainable = [parameter for parameter in found if parameter.is_floating_point() or parameter.is_complex()]
+            require(
+                bool(trainable),
+                f"model.unfreeze: {pattern} names integers alone, as weights of 4 bits are, which can't be trained. "
+                "Leave it out.",
+            )
+            for parameter in trainable:
+                due.setdefault(parameter, update)
     return due
 
 
