@@ -236,6 +236,14 @@ class Stream(Dataset[Any]):
                 if (known["epoch"], known["position"]) not in self._cursors:
                     self._keep(known)  # type: ignore[arg-type]
 
+    def fingerprint(self) -> list[Any]:
+        """Returns what is the same in every process that reads the same: JSON values. Reads the first sample."""
+        found: list[Cursor] = []
+        if len(self):
+            with hidden_worker():
+                Reader(self._order, beginning(0), found.append).read_to(1, keep_from=1)
+        return [self._identity, len(self), *(cursor["check"] for cursor in found)]
+
     @property
     def _identity(self) -> str:
         return f"{self.order}, seed {self._order.seed}"

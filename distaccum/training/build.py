@@ -46,7 +46,7 @@ from distaccum.strategies import Strategy, place, shards_optimizer
 from distaccum.tasks import CoupledTask, checked_output, weights_of
 from distaccum.training.adapt_cuts import CutTuning
 from distaccum.training.auto_micro_batch import Fitting, settle_sizes
-from distaccum.training.data import build_evaluation, build_window_loader, loader_options
+from distaccum.training.data import build_evaluation, build_window_loader, check_same_stream, loader_options
 from distaccum.training.data_waits import DataWaits
 from distaccum.training.deferred_model import DeferredModel, is_deferred
 from distaccum.training.evaluated_weights import check_statistics
@@ -364,6 +364,7 @@ def _flags(
 def _placed(
     config: TrainConfig, parts: Parts, world: World, device: torch.device, compilation: Compilation | None
 ) -> Strategy:
+    check_same_stream(parts.train_data, world)
     strategy = place(parts.module, config.strategy, device, config.precision.name, compilation)
     with world.together():
         parts.initialise(strategy, config.strategy)

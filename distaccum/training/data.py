@@ -16,6 +16,7 @@ from distaccum.loaders.lengths import lengths_of
 from distaccum.planning.window_sizes import NoiseSizes, SizeRamp, SizeRule, SizeTable
 from distaccum.runtime.cache import Remembered, fingerprint
 from distaccum.runtime.devices import Precision
+from distaccum.runtime.world import World
 from distaccum.strategies import needs_equal_forwards, needs_equal_micro_steps
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,25 @@ def build_window_loader(
         schedule=size_rule(batch),
         options=options,
     )
+
+
+def check_same_stream(train_data: Any, world: World) -> None:
+    """Refuses a stream that is another one on each rank, whose windows would be no windows of it. All ranks call it.
+
+    Raises:
+        UserError: numbers of samples, shards or first samples differ.
+    """
+    if not hasattr(train_data, "fingerprint") or world.world_size == 1:
+        return
+    with world.together():
+        own = train_data.fingerprint()
+    found = world.gather(own)
+    if (other := next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)) is not None:
+        raise UserError(
+            f"the training stream is another one on rank {other} than on rank 0 ({found[other]} and {found[0]}: order, "
+            "number of samples, checksum of the first one). Every rank must read the same, as each takes its own "
+            "samples of a window: take out what divides it up by rank, and give all ranks the same files."
+        )
 
 
 def _check_endless(config: TrainConfig) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
+
+
+class OfRank(IterableDataset[Any]):
+    """Divides itself up by rank."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"id": number, "inputs": [1.0, 0, 0, 0]} for number in range(int(os.environ["RANK"]), 60, 2))
 
 
 class Inputs:
