@@ -190,12 +190,14 @@ def test_replicas_in_one_process(folder: Path) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(folder: Path) -> None:
-    """The weights are the same bits as on the CPU, and the gradients of a window cut into parts those of one shot."""
+    """The weights are those of the CPU but for rounding, and the gradients of a window cut into parts those of one
+    shot."""
     model = loaded(folder)
     on_cpu = {name: layer.multiplied_out(torch.bfloat16) for name, layer in layers_of(model).items()}
     model = model.to("cuda")
     for name, layer in layers_of(model).items():
-        assert torch.equal(layer.multiplied_out(torch.bfloat16).cpu(), on_cpu[name]), name
+        found = layer.multiplied_out(torch.bfloat16).cpu()
+        torch.testing.assert_close(found, on_cpu[name], rtol=2**-7, atol=0, msg=name)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
