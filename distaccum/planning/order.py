@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FEISTEL_ROUNDS = 8
+_FEW = 16
+"""Positions for which it is faster to do without numpy."""
+_64_BITS = (1 << 64) - 1
 ENDLESS = 2**52
 """The number of samples of an epoch that doesn't end: more than anybody reads, and exact as a float."""
 
@@ -36,6 +39,9 @@ def shuffled(
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _FEISTEL_ROUNDS).digest()
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    if len(positions) <= _FEW:
+        numbers, plain_keys = np.asarray(positions, dtype=np.int64).tolist(), keys.tolist()
+        return np.array([_walked(value, num_samples, half_bits, plain_keys) for value in numbers], dtype=np.int64)
     values = _feistel(np.asarray(positions, dtype=np.uint64), half_bits, keys)
     outside = np.flatnonzero(values >= num_samples)
     while outside.size:
@@ -54,6 +60,21 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64
         # The top bits are the best mixed ones.
         left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) >> top)
     return (left << bits) | right
+
+
+def _walked(value: int, num_samples: int, half_bits: int, keys: list[int]) -> int:
+    """Does the same for one position in 20 microseconds; numpy's calls take a third of a millisecond for any number."""
+    mask, top = (1 << half_bits) - 1, 64 - half_bits
+    while True:
+        left, right = value >> half_bits, value & mask
+        for key in keys:
+            mixed = (right + key) & _64_BITS
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) >> top)
+        value = (left << half_bits) | right
+        if value < num_samples:
+            return value
 
 
 class InOrder:
