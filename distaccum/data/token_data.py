@@ -87,7 +87,8 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
             whole_documents or end_token is None,
             f"data.end_token={end_token} has no use with pieces of a fixed length: set data.whole_documents=true too.",
         )
-        chosen, self._part = _chosen(split, files, evaluation_files, dtype)
+        chosen, part = _chosen(split, files, evaluation_files, dtype)
+        self._part = part if evaluation_fraction or split == EVALUATION else None
         self.vocab_size = vocab_size or _required(chosen.vocab_size)
         self.max_length = max_length
         self.collate_fn = PadCollate((0, IGNORE_INDEX))
@@ -117,11 +118,11 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
         if not self._count:
             raise UserError(
                 f"the {split} data has no sample: {files} are too few for {length} and this part of them "
-                "(data.evaluation_fraction). Give more files, or lower data.max_length."
+                "(data.evaluation_fraction). Give more files, or change one of both; data.evaluation=null needs none."
             )
         said = [f"{self._count:,} samples of {files}"]
         if self._part is not None:
-            said.append("by data.evaluation_fraction, the others are for the " + _OTHER[self._part])
+            said.append(f"the others are for the {_OTHER[self._part]}, by data.evaluation_fraction")
         if (documents := self._documents) is not None:
             said.append(f"{documents.documents:,} documents")
             if documents.several:

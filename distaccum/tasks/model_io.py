@@ -64,9 +64,22 @@ def as_classes(targets: Tensor, task: str) -> Tensor:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Calls a model with a mapping's entries by name, with a tuple's fields in order, or with anything else alone."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
+    """Calls a model with a mapping's entries by name, with a tuple's fields in order, or with anything else alone.
+
+    Raises:
+        UserError: the model has no argument of an entry's name.
+    """
     if isinstance(inputs, tuple):
         return model(*inputs)
-    return model(inputs)
+    if not isinstance(inputs, Mapping):
+        return model(inputs)
+    try:
+        return model(**inputs)
+    except TypeError as error:
+        unknown = next((name for name in inputs if f"unexpected keyword argument '{name}'" in str(error)), None)
+        if unknown is None:
+            raise
+        raise UserError(
+            f"the samples have {unknown}, and the model takes no such argument ({error}). Name fields of samples as "
+            "the model's arguments, or leave them out; with data=tokens, data.form=targets is for model=gpt."
+        ) from error

@@ -271,6 +271,11 @@ def test_a_run_on_whole_documents_packed_and_by_length(tmp_path: Path, train: Ca
     ).message
     assert "train.bin, token " in message
     assert "is 8, and data.vocab_size=8 has tokens from 0 to 7" in message
+    message = train(
+        *("data=tokens", "data.files=train.bin", "data.vocab_size=9", "model=gpt", "data.max_length=12"),
+        *("task=language_modeling", "data.form=labels", "wandb.mode=disabled"),
+    ).message
+    assert "the samples have input_ids, and the model takes no such argument" in message
 
 
 def _array(values: Any) -> Callable[[Path], object]:
@@ -307,6 +312,11 @@ _HEADER = np.array([20240520, 1, 7] + [0] * 253, np.int32).tobytes()
         (_content(b"12" * 50), {"whole_documents": True}, "nothing says where the documents of x.bin end"),
         (_content(b"12" * 50), {"whole_documents": True, "end_token": 3}, "data.end_token is nowhere in x.bin"),
         (_content(b"1\0\0\0" * 64), {}, "every other token of x.bin is 0.*data.dtype=uint32"),
+        (
+            _content(b"12" * 50),
+            {"split": EVALUATION, "evaluation_fraction": 0},
+            "the evaluation data has no sample.*data.evaluation=null needs none",
+        ),
         (_content(b""), {"files": "."}, "the train data has no sample: 1 file with 0 tokens"),
         (_content(b"", "x.txt"), {"files": "."}, r"the folder \. has no files of tokens"),
         (_content(b""), {"files": "none.bin"}, "data.files: there is no file none.bin"),

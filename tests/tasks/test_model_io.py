@@ -89,3 +89,10 @@ def test_how_models_are_called() -> None:
     for inputs in (PIXELS, (PIXELS, MASK), {"pixels": PIXELS}):
         call_model(Recording(), inputs)
     assert [(len(arguments), list(named)) for arguments, named in calls] == [(1, []), (2, []), (0, ["pixels"])]
+
+
+def test_a_name_that_the_model_does_not_take_is_said() -> None:
+    with pytest.raises(UserError, match=r"the samples have words, and the model takes no such argument .*forward"):
+        call_model(nn.Linear(1, 1), {"input": torch.ones(1), "words": torch.ones(1)})
+    with pytest.raises(TypeError, match="positional argument"):
+        call_model(nn.Bilinear(1, 1, 1), {"input1": torch.ones(1)})
