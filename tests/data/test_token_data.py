@@ -99,7 +99,7 @@ def cut(document: list[int], length: int, ahead: int) -> list[list[int]]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     files=FILES,
     length=st.integers(2, 9),
