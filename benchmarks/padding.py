@@ -117,17 +117,18 @@ class Text:
     Args:
         windows: number of updates.
         width: of the model.
+        max_length: that paragraphs are cut at, in bytes.
     """
 
-    def __init__(self, windows: int, width: int) -> None:
-        self.data = DocumentationText("train", max_length=MAX_LENGTH)
+    def __init__(self, windows: int, width: int, max_length: int) -> None:
+        self.data = DocumentationText("train", max_length=max_length)
         self.windows = windows
         self.width = width
         self.costs: CostModel | None = None
 
     def model(self) -> GPT:
         torch.manual_seed(0)
-        return GPT(vocab_size=256, max_length=MAX_LENGTH, num_layers=2, num_heads=2, width=self.width)
+        return GPT(vocab_size=256, max_length=self.data.max_length, num_layers=2, num_heads=2, width=self.width)
 
     def drawn(self) -> list[int]:
         """The samples of the windows, over all ranks."""
@@ -270,8 +271,9 @@ def on_a_rank(world_size: int, is_quick: bool) -> None:
     quieten()
     if world_size > 1:
         dist.init_process_group("gloo")
-    rows = timed(Text(3, 32) if is_quick else Text(12, 128), rounds=1 if is_quick else 5)
-    checked = Text(1, 32) if is_quick else Text(3, 128)
+    width, max_length = (32, 288) if is_quick else (128, MAX_LENGTH)
+    rows = timed(Text(3 if is_quick else 12, width, max_length), rounds=1 if is_quick else 5)
+    checked = Text(1 if is_quick else 3, width, max_length)
     for row in rows:
         common.send({**row, "error of the update": error(checked, checked.contenders()[row["contender"]])})
     if world_size > 1:
@@ -283,7 +285,7 @@ def main() -> None:
     if words := common.rank_words():
         on_a_rank(int(words[0]), words[1] == "quick")
         return
-    options = common.begin(common.arguments(__doc__, quick="40 seconds", full="8 minutes"))
+    options = common.begin(common.arguments(__doc__, quick="20 seconds", full="8 minutes"))
     require_peers()
     extent = "quick" if options.quick else "full"
     rows = common.show(

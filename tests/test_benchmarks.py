@@ -185,7 +185,8 @@ CHECKS: dict[str, Callable[..., None]] = {
 
 def _run(name: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = (str(BENCHMARKS / f"{name}.py"), *arguments)
-    ended = forking.run(*command, folder=cwd)
+    imported = ("with_transformers",) if "transformers" in NEEDED.get(name, ()) else ()
+    ended = forking.run(*command, folder=cwd, imported=imported)
     return subprocess.CompletedProcess(command, ended.status, ended.out, ended.err)
 
 
