@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.data.made_once import Numbers, made_once
+from distaccum.data.object_stores import shown
 from distaccum.data.storage import RangeReader, is_remote, local, open_file
 from distaccum.data.tables import Row, imported
 from distaccum.errors import UserError, listed
@@ -68,10 +69,10 @@ class JsonLines:
         try:
             row = json.loads(self._reader.read(self.path, start, stop))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path}, row {number + 1} is no JSON: {error}.") from error
+            raise UserError(f"{shown(self.path)}, row {number + 1} is no JSON: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{self.path}, row {number + 1} is a {type(row).__name__}, not an object with named columns."
+                f"{shown(self.path)}, row {number + 1} is a {type(row).__name__}, not an object with named columns."
             )
         return row
 
@@ -137,7 +138,7 @@ class Parquet:
             """About what all row groups take when decoded, if they are."""
             names = file.schema_arrow.names
         if missing := [name for name in self._columns or () if name not in names]:
-            raise UserError(f"data.columns: {path} has no column {missing[0]}. It has {listed(names, 12)}.")
+            raise UserError(f"data.columns: {shown(path)} has no column {missing[0]}. It has {listed(names, 12)}.")
         self._copy: Path | None = None
         if is_cached:
             self._copy = made_once([path], "arrow", self._write_copy, depends_on=self._columns)
@@ -180,7 +181,7 @@ class Parquet:
         try:
             return file.read_row_group(number, columns=self._columns, use_threads=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path}, row group {number + 1} can't be read: {error}.") from error
+            raise UserError(f"{shown(self.path)}, row group {number + 1} can't be read: {error}.") from error
 
     def _reader(self) -> Any:
         """Returns the open file, opened by this process: what forks share would have one position."""
@@ -193,7 +194,7 @@ class Parquet:
         try:
             return parquet.ParquetFile(open_file(self.path) if is_remote(self.path) else local(self.path))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} can't be read: {type(error).__name__}: {error}.") from error
+            raise UserError(f"{shown(self.path)} can't be read: {type(error).__name__}: {error}.") from error
 
     def _write_copy(self, file: BinaryIO) -> str:
         pyarrow = imported("pyarrow", "pyarrow")

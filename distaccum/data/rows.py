@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from distaccum.data.object_stores import shown
 from distaccum.data.row_files import MOST_DECODED, HubRows, JsonLines, Parquet, RecentTables, RowFile
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage import RangeReader, is_remote, list_files, local
@@ -82,7 +83,7 @@ class Rows(Dataset[Any]):
             if not name.startswith("_"):
                 setattr(self, name, value)
         if not len(self):
-            raise UserError(f"the {split} data has no row: {listed([file.path for file in files], 6)}.")
+            raise UserError(f"the {split} data has no row: {listed([shown(file.path) for file in files], 6)}.")
         held_out = f" of {int(self._ends[-1]):,}, the others are held out" if len(self) < self._ends[-1] else ""
         logger.info("%s data: %s rows%s, in %d files", split, f"{len(self):,}", held_out, len(files))
 
@@ -103,13 +104,16 @@ class Rows(Dataset[Any]):
             places, file = np.flatnonzero(owners == owner), self._files[owner]
             numbers = (rows[places] - self._ends[owner]).tolist()
             for place, number, row in zip(places.tolist(), numbers, file.rows(numbers), strict=True):
-                found[place] = self._sample(f"{file.path}, row {number + 1}", row)
+                found[place] = self._sample(file.path, number, row)
         return found
 
-    def _sample(self, place: str, row: Row) -> Any:
+    def _sample(self, path: str, number: int, row: Row) -> Any:
         if self._fields:
             if missing := [column for column in self._fields.values() if column not in row]:
-                raise UserError(f"{place} has no column {missing[0]}. It has {listed(sorted(map(str, row)), 12)}.")
+                raise UserError(
+                    f"{shown(path)}, row {number + 1} has no column {missing[0]}. It has "
+                    f"{listed(sorted(map(str, row)), 12)}."
+                )
             row = {name: row[column] for name, column in self._fields.items()}
         if self._transform is None:
             return row
@@ -117,7 +121,7 @@ class Rows(Dataset[Any]):
             return self._transform(row)
         except Exception as error:
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"{place}, in data.transform: {said}") from error
+            raise UserError(f"{shown(path)}, row {number + 1}, in data.transform: {said}") from error
 
 
 class HubDataset(Rows):
@@ -169,8 +173,8 @@ def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool
             found.append(Parquet(path, names, is_cached, decoded))
         else:
             raise UserError(
-                f"{key}: {path} is of no known kind. Known endings are .jsonl and .parquet; a folder is one that "
-                "save_to_disk of datasets has written."
+                f"{key}: {shown(path)} is of no known kind. Known endings are .jsonl and .parquet; a folder is one "
+                "that save_to_disk of datasets has written."
             )
     if (size := sum(getattr(file, "decoded_bytes", 0) for file in found)) > MOST_DECODED:
         logger.warning(

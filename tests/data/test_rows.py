@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,23 @@ def test_an_index_is_made_once_and_again_when_the_file_has_changed(
     assert len(Rows(str(path), evaluation_fraction=0)) == 2
     assert len(list((tmp_path / made_once.FOLDER).glob("a.jsonl*"))) == 1
     assert len(Rows(str(tmp_path / "*"), evaluation_fraction=0)) == 2, "what is made once is no data itself"
+
+
+def test_of_those_that_want_it_at_once_one_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    made: list[int] = []
+
+    def make(file: Any) -> str:
+        made.append(1)
+        time.sleep(0.1)
+        file.write(bytes(16))
+        return "two numbers"
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(made_once.made_once, [str(tmp_path / "a")], "zeros", make) for _ in range(4)]
+    (path,) = {entry.result() for entry in asked}
+    assert made == [1]
+    assert made_once.Numbers(path).array.tolist() == [0, 0]
 
 
 def test_what_is_made_once_lies_in_the_cache_where_the_folder_can_not_be_written(
