@@ -15,7 +15,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,6 +108,24 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[str]:
                 raise UserError(f"{key}: there is no file {shown(name)}{where}. Give a path or a pattern.")
             found += matches
     return found
+
+
+def require_named_once(files: Mapping[str, Sequence[str]]) -> None:
+    """Refuses files that are named twice: their samples would count twice, or be trained on and evaluated.
+
+    Args:
+        files: paths or addresses by their configuration keys.
+
+    Raises:
+        UserError: names the file and its keys.
+    """
+    seen: dict[str, str] = {}
+    for key, paths in files.items():
+        for path in paths:
+            real = path if is_remote(path) else os.path.realpath(local(path))
+            if real in seen:
+                raise UserError(f"{key}: {shown(path)} is named twice, also in {seen[real]}. Name each file once.")
+            seen[real] = key
 
 
 def _matches(name: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from distaccum.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from distaccum.data.mixing import Mixing
 from distaccum.data.object_stores import shown
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
-from distaccum.data.storage import RangeReader, list_files, local
+from distaccum.data.storage import RangeReader, list_files, require_named_once
 from distaccum.data.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
 from distaccum.data.tar_members import BLOCK, name_at
 from distaccum.errors import UserError, listed, require
@@ -221,19 +220,9 @@ def _field(name: str, extensions: str, index: TarIndex) -> _Field:
 def _indexes(shards: str | Sequence[str], evaluation_shards: str | Sequence[str] | None) -> list[TarIndex]:
     """Returns the index of the training's tar files and, if there are others to evaluate on, of those."""
     given = {"data.shards": shards, "data.evaluation_shards": evaluation_shards}
-    seen: dict[str, str] = {}
-    indexes = []
-    for key, patterns in given.items():
-        if patterns is None:
-            continue
-        paths = list_files(patterns, key)
-        for path in paths:
-            real = os.path.realpath(local(path)) if "://" not in path else path
-            if real in seen:
-                raise UserError(f"{key}: {shown(path)} is named twice, also in {seen[real]}. Name each tar file once.")
-            seen[real] = key
-        indexes.append(tar_index(paths))
-    return indexes
+    found = {key: list_files(patterns, key) for key, patterns in given.items() if patterns is not None}
+    require_named_once(found)
+    return [tar_index(paths) for paths in found.values()]
 
 
 def _is_image(extension: str) -> bool:
