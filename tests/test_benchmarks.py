@@ -28,6 +28,7 @@ PEERS = {"accelerate", "lightning", "transformers"}
 NEEDED = {
     "exactness_of_trainers": PEERS,
     "finetune": {"transformers"},
+    "loading": {"datasets", "litdata", "webdataset"},
     "padding": PEERS,
     "peers": PEERS,
     "picture_of_segmentation": {"matplotlib"},
@@ -168,6 +169,16 @@ def scaling(rows: Rows) -> None:
     assert mapped["10^7 samples"] < 20, "copied as int64 it would be 80"
 
 
+def loading(rows: Rows) -> None:
+    files = ["images, folders", "images, tar", "tokens", "rows, Parquet"]
+    assert list(dict.fromkeys(row["files"] for row in rows)) == files
+    plans = {(row["files"], row["workers"]): float(row["plan %"]) for row in rows if row["loader"] == "distaccum"}
+    assert set(plans) == set(itertools.product(files, ("0", "1")))
+    assert all(share < 2 for (name, _), share in plans.items() if "images" in name)
+    peers = {row["loader"] for row in rows if row["files"] == "images, folders"}
+    assert peers == {"distaccum", "DataLoader", "datasets", "litData", "WebDataset"}
+
+
 def no_table() -> None:
     """The pictures print none."""
 
@@ -177,7 +188,7 @@ CHECKS: dict[str, Callable[..., None]] = {
         check.__name__: check
         for check in (exactness, exactness_of_trainers, sync, noise_scale, peers, padding, slow_link, tuning)
     },
-    **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step)},
+    **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step, loading)},
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 from distaccum.errors import UserError, listed
 
 _KEPT = (str, bytes, type(None))
+_NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float32}
 _MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
 
 
@@ -62,7 +63,8 @@ class PadCollate:
         at = (lambda number: number) if index is None else (lambda number: index)
         within = "" if name is None else f"{name}."
         if isinstance(first, Mapping):
-            _check_fields([frozenset(value) if isinstance(value, Mapping) else type(value) for value in values])
+            if not all(type(value) is dict and value.keys() == first.keys() for value in values):
+                _check_fields([frozenset(value) if isinstance(value, Mapping) else type(value) for value in values])
             return {
                 key: self._collated([value[key] for value in values], at(number), f"{within}{key!r}")
                 for number, key in enumerate(first)
@@ -80,6 +82,9 @@ class PadCollate:
         return self._field(values, index or 0, name)
 
     def _field(self, values: Sequence[Any], index: int, name: str | None) -> Tensor:
+        kind = type(values[0])
+        if kind in _NUMBERS and all(type(value) is kind for value in values):
+            return torch.tensor(values, dtype=_NUMBERS[kind])
         what = "the samples" if name is None else f"field {name} of the samples"
         tensors = [_as_tensor(value, what) for value in values]
         dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -90,7 +95,9 @@ class PadCollate:
             )
         shapes = list(dict.fromkeys(tuple(tensor.shape) for tensor in tensors))
         if len(shapes) == 1:
-            stacked: Tensor = default_collate(tensors)  # in a worker process, straight into shared memory
+            if get_worker_info() is None:
+                return torch.stack(tensors)
+            stacked: Tensor = default_collate(tensors)  # straight into shared memory
             return stacked
         if any(len(shape) == 0 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(

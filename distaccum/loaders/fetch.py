@@ -173,6 +173,8 @@ class BatchSource:
         self._fetcher = fetcher
         self.options = options.with_workers(options.workers, options.prefetch_factor) if options.is_auto else options
         self._is_auto = options.is_auto
+        # As a DataLoader does, arrays become tensors; a PadCollate has made tensors of all that there are.
+        self._convert = _as_it_is if type(fetcher.collate_fn) is PadCollate else default_convert
         self._clock: LoadClock | None = None
         self._sampler = _Requests()
         self._iteration: object | None = None
@@ -187,7 +189,7 @@ class BatchSource:
         """
         if self.options.num_workers == 0 and not self.options.pin_memory:
             # A DataLoader would add nothing here but its own time, half as much again as a small micro-batch takes.
-            yield from (self._whole(default_convert(self._fetcher[request])) for request in requests())  # type: ignore[no-untyped-call]
+            yield from (self._whole(self._convert(self._fetcher[request])) for request in requests())
             return
         self._sampler.requests = requests
         if self.options.num_workers == 0:
@@ -258,6 +260,7 @@ class BatchSource:
         return DataLoader(
             Timed(self._fetcher, self._clock) if self._clock is not None else self._fetcher,
             batch_size=None,  # the sampler asks for whole micro-batches
+            collate_fn=self._convert,
             sampler=self._sampler,
             num_workers=num_workers,
             pin_memory=self.options.pin_memory,
@@ -267,6 +270,10 @@ class BatchSource:
             # A generator of its own: otherwise each iteration draws the workers' seed from the state that dropout uses.
             generator=torch.Generator().manual_seed(derived_seed(self._fetcher.seed, "workers", self._fetcher.role)),
         )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Requests(Sampler[Request]):

@@ -100,9 +100,8 @@ class Measured:
         workers, _ = self.workers(prefetch_factor)
         takes = str(self)
         if not self.num_workers:
-            if workers:
-                return "none", f"{takes}, one after the other: set data.num_workers=auto, or {workers}"
-        elif self.is_held_up:
+            return "none", f"{takes}, one after the other: set data.num_workers=auto"
+        if self.is_held_up:
             if workers > self.num_workers:
                 return "few", f"{takes}, with data.num_workers={self.num_workers}: set auto, or {workers}"
         elif not self.is_hidden:
@@ -143,7 +142,7 @@ class Waits:
 
     def _begin(self) -> None:
         self._windows, self._micro_batches, self._seconds = 0, 0, 0.0
-        self._waited, self._worked, self._longest = 0.0, 0.0, 0.0
+        self._waited, self._longest = 0.0, 0.0
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Passes micro-batches on, and measures how long each is waited for."""
@@ -151,11 +150,10 @@ class Waits:
 
     def next_of(self, batches: Iterator[Any]) -> Any:
         """Returns the next micro-batch, and counts how long it was waited for."""
-        asked, processor = time.perf_counter(), time.thread_time()
+        asked = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - asked
         self._waited += waited
-        self._worked += time.thread_time() - processor
         self._longest = max(self._longest, waited)
         return batch
 
@@ -190,9 +188,8 @@ class Waits:
         count = max(1, self._micro_batches)
         load = source.load_times()
         if not source.options.num_workers:
-            load = LoadTimes(
-                seconds=self._waited / count, processor_seconds=self._worked / count, longest=self._longest
-            )
+            # Not what the processor does of it: that clock is a system call, and `auto` measures it in a worker.
+            load = LoadTimes(seconds=self._waited / count, processor_seconds=0.0, longest=self._longest)
         if load is None:
             return None
         return Measured(

@@ -63,7 +63,7 @@ def test_without_a_core_there_is_a_worker_only_for_what_waits(monkeypatch: pytes
     [
         (measured(10, 100, 0, waited=10), None),
         (measured(0.2, 0.2, 0, waited=0.2), None),
-        (measured(90, 10, 0, waited=90), r"takes 90 ms to load and 10 ms to train on.*data.num_workers=auto, or 12$"),
+        (measured(90, 10, 0, waited=90), r"takes 90 ms to load and 10 ms to train on.*set data.num_workers=auto$"),
         (measured(90, 10, 2, waited=35), r"with data.num_workers=2: set auto, or 12$"),
         (measured(10, 10, 2, waited=5, longest=500), r"slowest one took 0.5 s to load: set a larger data.prefetch"),
         (measured(900, 10, 16, waited=46), r"waiting for the storage"),
