@@ -6,7 +6,7 @@
   tokens    a mapped file of 16-bit tokens, in samples of 1,024; litData's own format
   rows      a Parquet file of texts and numbers, in row groups of 1,000
 
-`distaccum` is a WindowLoader with windows of 8 micro-batches. `DataLoader` is torch's over the same dataset, shuffled
+`distaccum` is a WindowLoader with windows of 4 micro-batches. `DataLoader` is torch's over the same dataset, shuffled
 anew each epoch, with torch's own collate; `datasets`, WebDataset and litData load with their own readers. All make the
 same tensors of a sample, in batches of one size, with 0, 1 and 2 workers that stay between epochs. All contenders run
 in one process, in rounds, each round in another order, after an epoch that doesn't count.
@@ -47,7 +47,7 @@ from distaccum.data.webdataset import WebDataset
 from distaccum.loaders import LoaderOptions, WindowLoader
 
 OURS, PLAIN = "distaccum", "DataLoader"
-PER_WINDOW, LENGTH, SHARDS, CLASSES = 8, 1024, 4, 2
+PER_WINDOW, LENGTH, SHARDS, CLASSES = 4, 1024, 4, 2
 WORDS = ("some", "words", "of", "a", "text", "that", "nobody", "reads")
 PIXELS = Pixels(64, IMAGENET_MEAN, IMAGENET_STD, "stretch", None)
 
@@ -248,7 +248,7 @@ def rows(options: argparse.Namespace) -> Iterator[common.Row]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         images, tokens, tables = (root / part for part in ("images", "tokens", "rows"))
-        count = 192 if options.quick else 1024
+        count = 256 if options.quick else 1024
         for folder in (images, tokens, tables):
             folder.mkdir()
         write_images(images, count)
