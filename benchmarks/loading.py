@@ -25,6 +25,7 @@ import gc
 import io
 import random
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -195,15 +196,12 @@ def row_contenders(folder: Path, workers: int) -> dict[str, Epoch]:
     return {"datasets": plain(table, 32, workers)}
 
 
-def epoch_seconds(epoch: Epoch, most: int) -> tuple[float, int]:
+def epoch_seconds(epoch: Epoch) -> tuple[float, int]:
     """Returns the seconds that batches take from the first to the last one, and how many come after the first."""
     batches = iter(epoch())
     next(batches)
-    started, count = time.perf_counter(), 0
-    for _ in batches:
-        count += 1
-        if count == most:
-            break
+    started = time.perf_counter()
+    count = sum(1 for _ in batches)
     return time.perf_counter() - started, count
 
 
@@ -219,29 +217,29 @@ def measured(
     what: str, dataset: Any, batch: int, others: Callable[[int], dict[str, Epoch]], options: argparse.Namespace
 ) -> Iterator[common.Row]:
     for workers in (0, 1) if options.quick else (0, 1, 2):
-        with ExitStack() as stack:
+        with ExitStack() as stack, redirect_stdout(sys.stderr):  # readers print what they do
             loader = ours(dataset, batch, workers, stack)
             contenders = {OURS: partial(batches_of, loader), PLAIN: plain(dataset, batch, workers), **others(workers)}
             rates: dict[str, list[float]] = {name: [] for name in contenders}
             shuffle = random.Random(0)
             for number in common.rounds(2 if options.quick else 6, f"{what}, {workers} workers"):
                 for name in shuffle.sample(list(contenders), len(contenders)):
-                    seconds, count = epoch_seconds(contenders[name], 10**9)
+                    seconds, count = epoch_seconds(contenders[name])
                     gc.collect()
                     if number:
                         rates[name].append(count * batch / seconds)
             plan = plan_seconds(loader)
-            for name, found in rates.items():
-                ratios = [mine / theirs for mine, theirs in zip(found, rates[PLAIN], strict=True)]
-                yield {
-                    "files": what,
-                    "workers": workers,
-                    "loader": name,
-                    "samples/s": round(max(found)),
-                    "of DataLoader's": round(statistics.median(ratios), 3),
-                    "plan %": round(100 * plan * max(found) / batch, 3) if name == OURS else None,
-                }
             contenders.clear()
+        for name, found in rates.items():
+            ratios = [mine / theirs for mine, theirs in zip(found, rates[PLAIN], strict=True)]
+            yield {
+                "files": what,
+                "workers": workers,
+                "loader": name,
+                "samples/s": round(max(found)),
+                "of DataLoader's": round(statistics.median(ratios), 3),
+                "plan %": round(100 * plan * max(found) / batch, 3) if name == OURS else None,
+            }
 
 
 def rows(options: argparse.Namespace) -> Iterator[common.Row]:
@@ -256,7 +254,8 @@ def rows(options: argparse.Namespace) -> Iterator[common.Row]:
         optimized(lit_image, paths, images / "lit", chunk_bytes="2MB")
         folders = ImageFolder("train", images / "folders", evaluation_fraction=0.0, on_damaged="late")
         yield from measured("images, folders", folders, 32, partial(image_contenders, images), options)
-        shards = WebDataset([str(images / "*.tar")], evaluation_fraction=0.0)
+        with redirect_stdout(sys.stderr):  # where the making of its index is shown
+            shards = WebDataset([str(images / "*.tar")], evaluation_fraction=0.0)
         yield from measured("images, tar", shards, 32, lambda workers: {}, options)
 
         write_tokens(tokens / "tokens.bin", 8 * count)
