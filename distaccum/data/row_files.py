@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from distaccum.data.made_once import Numbers, made_once
 from distaccum.data.object_stores import shown
 from distaccum.data.storage import RangeReader, is_remote, local, open_file
-from distaccum.data.tables import Row, imported
+from distaccum.data.tables import Row, imported, parsed_line
 from distaccum.errors import UserError, listed
 
 _BLOCK = 16 << 20
@@ -66,14 +65,10 @@ class JsonLines:
         return [self._parsed(number, int(starts[number]), int(starts[number + 1])) for number in numbers]
 
     def _parsed(self, number: int, start: int, stop: int) -> Row:
-        try:
-            row = json.loads(self._reader.read(self.path, start, stop))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{shown(self.path)}, row {number + 1} is no JSON: {error}.") from error
+        place = f"{shown(self.path)}, row {number + 1} at byte {start:,}"
+        row = parsed_line(place, self._reader.read(self.path, start, stop))
         if not isinstance(row, dict):
-            raise UserError(
-                f"{shown(self.path)}, row {number + 1} is a {type(row).__name__}, not an object with named columns."
-            )
+            raise UserError(f"{place} is a {type(row).__name__}, not an object with named columns.")
         return row
 
 

@@ -9,13 +9,13 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from distaccum.data.object_stores import shown
 from distaccum.data.row_files import MOST_DECODED, HubRows, JsonLines, Parquet, RecentTables, RowFile
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage import RangeReader, is_remote, list_files, local
 from distaccum.data.tables import Row, imported
+from distaccum.data.transformed import Transformed
 from distaccum.errors import UserError, listed
 
 logger = logging.getLogger("distaccum.data")
@@ -25,7 +25,7 @@ Columns = Sequence[str] | Mapping[str, str] | None
 Transform = Callable[[Row], Any] | None
 
 
-class Rows(Dataset[Any]):
+class Rows(Transformed):
     """Rows of files as samples: `.jsonl`, `.parquet`, and folders that `save_to_disk` of datasets has written.
 
     Any row is read without those before it, and none at the start: of JSON lines by an index that is made once, of
@@ -74,14 +74,11 @@ class Rows(Dataset[Any]):
         columns: Columns,
         transform: Transform,
     ) -> None:
+        super().__init__(transform)
         self._files = files
         self._ends = np.array([0, *accumulate(len(file) for file in files)])
         self._part = HeldOut(int(self._ends[-1]), fraction, part)
         self._fields = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns or ()}
-        self._transform = transform
-        for name, value in vars(transform).items() if hasattr(transform, "__dict__") else ():
-            if not name.startswith("_"):
-                setattr(self, name, value)
         if not len(self):
             raise UserError(f"the {split} data has no row: {listed([shown(file.path) for file in files], 6)}.")
         held_out = f" of {int(self._ends[-1]):,}, the others are held out" if len(self) < self._ends[-1] else ""
@@ -115,13 +112,7 @@ class Rows(Dataset[Any]):
                     f"{listed(sorted(map(str, row)), 12)}."
                 )
             row = {name: row[column] for name, column in self._fields.items()}
-        if self._transform is None:
-            return row
-        try:
-            return self._transform(row)
-        except Exception as error:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"{shown(path)}, row {number + 1}, in data.transform: {said}") from error
+        return self._transformed(row, f"{shown(path)}, row {number + 1}")
 
 
 class HubDataset(Rows):

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from distaccum.data.splits import TRAIN, check_split
 from distaccum.data.stream_reader import Cursor, Reader, StreamOrder, beginning
 from distaccum.data.stream_sources import Lines, as_source, counted
+from distaccum.data.transformed import Transformed
 from distaccum.errors import UserError, require, require_at_least
 from distaccum.loaders._worker_internals import hidden_worker
 from distaccum.planning.order import ENDLESS
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MOST_CURSORS = 1024
 
 
-class Stream(Dataset[Any]):
+class Stream(Transformed):
     """Samples of a source that can only be read forwards; for `WindowLoader` and `EvaluationLoader`.
 
     Every process that loads reads the whole source in one order, which `StreamOrder` describes, and decodes and
@@ -75,12 +76,12 @@ class Stream(Dataset[Any]):
         require_at_least(1, data__num_samples=num_samples, data__lanes=lanes, data__evaluation_samples=take)
         require_at_least(0, data__evaluation_samples=skip)
         require_at_least(16, data__buffer=buffer)
-        require(transform is None or callable(transform), f"data.transform={transform!r} can't be called.")
+        super().__init__(transform)
         if endless and num_samples is not None:
             raise UserError(
                 f"data.endless=true and data.num_samples={num_samples} contradict each other: leave one of them out."
             )
-        self.source, self.transform, self.is_endless = as_source(source), transform, endless
+        self.source, self.is_endless = as_source(source), endless
         require(len(self.source.shards) > 0, "the stream has no shards: give at least one.")
         if take is not None:
             num_samples, shuffle = take, False
@@ -123,11 +124,12 @@ class Stream(Dataset[Any]):
         return self.samples_of_epoch(0, [index % len(self)])[0]
 
     def __getattr__(self, name: str) -> Any:
-        for part in () if name.startswith("_") or name == "lengths" else ("transform", "source"):
-            found = getattr(self.__dict__.get(part), name, None)
-            if found is not None and (part == "transform" or name == "collate_fn"):
-                return found
-        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "collate_fn" and hasattr(self.__dict__.get("source"), name):
+                return self.source.collate_fn  # type: ignore[attr-defined]
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reader": None}
@@ -141,12 +143,14 @@ class Stream(Dataset[Any]):
         worker = get_worker_info()
         is_first = worker is None or worker.id == 0
         found: list[Any] = []
+        positions = list(positions)
         with hidden_worker():
             for number, group in itertools.groupby(positions, lambda position: position // self._order.block):
                 found += self._read(epoch, number, list(group), is_first)
-        if (decode := getattr(self.source, "decode", None)) is not None:
-            found = [decode(sample) for sample in found]
-        return found if self.transform is None else [self.transform(sample) for sample in found]
+        if not isinstance(self.source, Lines):
+            places = (f"the stream's sample {position:,} of epoch {epoch}" for position in positions)
+            return [self._transformed(sample, place) for sample, place in zip(found, places, strict=True)]
+        return [self._transformed(self.source.decode(line), self.source.place(line)) for line in found]
 
     def _read(self, epoch: int, number: int, positions: list[int], is_first: bool) -> list[Any]:
         """Returns samples of one block, as they were read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,15 @@ class _Lane:
         return sample
 
     def state(self) -> list[Any]:
-        return [self.shard, self.taken, self._samples.tell() if hasattr(self._samples, "tell") else None]
+        told = self._samples.tell() if hasattr(self._samples, "tell") else None
+        try:
+            json.dumps(told)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"shard {self._name} of the stream: tell() of its iterator returns {told!r}, which a checkpoint can't "
+                f"hold: {error}. Have it return a JSON value, such as an int."
+            ) from error
+        return [self.shard, self.taken, told]
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from distaccum.data.storage import list_files, open_file, size_and_version
+from distaccum.data.object_stores import shown
+from distaccum.data.storage import is_remote, list_files, open_file, size_and_version
 from distaccum.data.stream_reader import Source, reason
+from distaccum.data.tables import decoded, parsed_line
 from distaccum.errors import UserError, require
 from distaccum.loaders._worker_internals import hidden_worker
 from distaccum.runtime.cache import Remembered, fingerprint
@@ -21,6 +24,7 @@ from distaccum.runtime.cache import Remembered, fingerprint
 logger = logging.getLogger(__name__)
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_INSTEAD = {".parquet": "data=parquet", ".tar": "data=webdataset", ".bin": "data=tokens", ".npy": "data=tokens"}
 
 
 class Shards:
@@ -43,29 +47,50 @@ class Shards:
 class Lines:
     """Lines of text files, each file a shard and each line a sample; a place in it is its offset in bytes.
 
-    A line of a `.jsonl` is what it holds as JSON, of any other file it is `{"text": …}` without the line's end. With
-    `.gz` behind it, the file is compressed. Blank lines are no samples.
+    A line of a `.jsonl` is what it holds as JSON, of a `.txt` it is `{"text": …}` without the line's end. With `.gz`
+    behind it, the file is compressed. Blank lines are no samples.
 
     Args:
         files: paths, patterns or addresses, as for `distaccum.data.storage.list_files`.
         key: the configuration key, for messages.
+
+    Raises:
+        UserError: a file isn't there, or is of another kind.
     """
 
     def __init__(self, files: str | Sequence[str], key: str = "data.files") -> None:
         self.shards: Sequence[str] = list_files(files, key)
+        for path in self.shards:
+            ending, _ = _kind(path)
+            require(
+                ending in (".jsonl", ".txt"),
+                f"{key}: {shown(path)} is none of .jsonl, .txt, .jsonl.gz and .txt.gz, whose lines are read as a "
+                f"stream. Take {_INSTEAD.get(ending, 'a file of these, or a data.source that opens it (Shards)')}.",
+            )
 
     def open(self, shard: str, start: int) -> Iterator[tuple[str, int, bytes]]:
         return _LinesOfFile(shard, start)
 
     def decode(self, sample: tuple[str, int, bytes]) -> Any:
         """Makes a sample of a line, on the rank that it belongs to alone."""
-        path, start, line = sample
-        if not path.removesuffix(".gz").lower().endswith(".jsonl"):
-            return {"text": line.decode().rstrip("\r\n")}
-        try:
-            return json.loads(line.decode())
-        except ValueError as error:
-            raise UserError(f"{path}: the line at byte {start:,} is no JSON: {error}.") from error
+        path, _, line = sample
+        if _kind(path)[0] == ".jsonl":
+            return parsed_line(self.place(sample), line)
+        return {"text": decoded(self.place(sample), line).rstrip("\r\n")}
+
+    @staticmethod
+    def place(sample: tuple[str, int, bytes]) -> str:
+        """Returns where a line stands, for messages."""
+        path, start, _ = sample
+        return f"{shown(path)}, the line at byte {start:,}"
+
+
+@lru_cache(maxsize=4096)
+def _kind(path: str) -> tuple[str, bool]:
+    """Returns the ending of a file's name without `.gz`, and whether that is behind it."""
+    name = (path.partition("?")[0] if is_remote(path) else path).lower()
+    plain = name.removesuffix(".gz")
+    return os.path.splitext(plain)[1], plain != name
 
 
 class _LinesOfFile(Iterator[tuple[str, int, bytes]]):
@@ -73,7 +98,7 @@ class _LinesOfFile(Iterator[tuple[str, int, bytes]]):
         self._path, self._place = path, start
         self._open = ExitStack()
         self._file: Any = self._open.enter_context(open_file(path))
-        if path.endswith(".gz"):
+        if _kind(path)[1]:
             self._file = self._open.enter_context(gzip.GzipFile(fileobj=self._file))
         self._file.seek(start)
 

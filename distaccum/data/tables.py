@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from distaccum.data.object_stores import shown
 from distaccum.data.storage import list_files, open_file
 from distaccum.errors import UserError, listed
 
@@ -53,13 +54,39 @@ def _text(path: str, newline: str | None = None) -> io.TextIOWrapper:
 
 
 def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
-    with _text(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number}: {error}") from error
+                place = f"line {number}"
+                yield place, parsed_line(f"{shown(path)}, {place}", line)
+
+
+def parsed_line(place: str, line: bytes) -> Any:
+    """Returns what a line of JSON holds; a byte order mark before it is passed over.
+
+    Raises:
+        UserError: it isn't JSON in UTF-8; `place` says which line.
+    """
+    try:
+        return json.loads(decoded(place, line))
+    except RecursionError as error:
+        raise UserError(f"{place} is no JSON: it is nested too deeply.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is no JSON: {error.msg}, at its character {error.pos + 1:,}.") from error
+
+
+def decoded(place: str, line: bytes) -> str:
+    """Returns a line of UTF-8 as a text, without a byte order mark.
+
+    Raises:
+        UserError: it isn't UTF-8; `place` says which line.
+    """
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place} is no UTF-8: {error.reason}, at its byte {error.start:,}. Convert the file: iconv -t UTF-8."
+        ) from error
 
 
 def _read_json(path: str) -> Iterator[tuple[str, Any]]:

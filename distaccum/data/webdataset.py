@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from distaccum.data.augment import Augment
 from distaccum.data.image_files import Pixels, image_extensions, read_rgb
@@ -21,13 +20,14 @@ from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage import RangeReader, list_files, require_named_once
 from distaccum.data.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
 from distaccum.data.tar_members import BLOCK, name_at
-from distaccum.errors import UserError, listed, require
+from distaccum.data.transformed import Transformed
+from distaccum.errors import UserError, listed
 
 _GAP = 16 << 10
 """Bytes between two members up to which both are read at once."""
 
 
-class WebDataset(Dataset[Any]):
+class WebDataset(Transformed):
     """Samples of tar files, shuffled fully: an index that is made once says where each one lies.
 
     What is before the first dot of a member's name is its sample's key, what is after it its extension. The members of
@@ -80,7 +80,7 @@ class WebDataset(Dataset[Any]):
         mixing: Mixing | None = None,
     ) -> None:
         check_split(split, type(self).__name__)
-        require(transform is None or callable(transform), f"data.transform={transform!r} can't be called.")
+        super().__init__(transform)
         indexes = _indexes(shards, evaluation_shards)
         self._index = indexes[-1] if split == EVALUATION else indexes[0]
         self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
@@ -88,7 +88,6 @@ class WebDataset(Dataset[Any]):
         wanted = {"image": image, "label": label} if fields is None else dict(fields)
         self._fields = [_field(name, extensions, self._index) for name, extensions in wanted.items()]
         self._pixels = Pixels(image_size, mean, std, fit, augment)
-        self._transform = transform
         self._mixing = mixing if mixing is not None and mixing.mixes else None
         self._reader = RangeReader()
         used = {extension.rpartition(".")[2] for field in self._fields for extension in field.columns}
@@ -98,12 +97,11 @@ class WebDataset(Dataset[Any]):
                 f"members {listed(sorted(unknown))} can't be decoded: decoded are images, {', '.join(_DECODERS)}. Give "
                 "data.transform, which gets their bytes."
             )
-        if any(map(_is_image, used)):
-            self.input_shape = self._pixels.shape
         self._set_classes(num_classes, indexes)
-        for name, value in vars(transform).items() if hasattr(transform, "__dict__") else ():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        if self._num_classes is not None and not hasattr(self, "num_classes"):  # a transform's own comes first
+            self.num_classes = self._num_classes
+        if any(map(_is_image, used)) and not hasattr(self, "input_shape"):
+            self.input_shape = self._pixels.shape
 
     def _set_classes(self, num_classes: int | None, indexes: Sequence[TarIndex]) -> None:
         labels = [field for field in self._fields if LABEL in field.columns]
@@ -115,8 +113,7 @@ class WebDataset(Dataset[Any]):
             raise UserError(f"data.num_classes must be given, as the labels are not in members {LABEL}.")
         if num_classes is not None and found > num_classes:
             raise UserError(f"data.num_classes={num_classes}, and there is the label {found - 1} in the tar files.")
-        if num_classes is not None or found:
-            self.num_classes = num_classes if num_classes is not None else found
+        self._num_classes = num_classes if num_classes is not None else found or None
 
     def __len__(self) -> int:
         return len(self._index) if self._held_out is None else self._held_out.num_samples
@@ -142,14 +139,10 @@ class WebDataset(Dataset[Any]):
                 spans[field.name] = extension, int(offsets[column]), int(offsets[column] + sizes[column])
         for name, content in self._contents(path, spans).items():
             found[name] = self._decoded(content, spans[name][0], path, spans[name][1])
-        sample = (found["image"], self._label(found["label"], path)) if self._is_pair else found
-        if self._transform is None:
-            return sample
-        try:
-            return self._transform(sample)
-        except Exception as error:
-            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            raise UserError(f"a sample of {shown(path)}, in data.transform: {said}") from error
+        place = f"sample {number:,}, in {shown(path)}"
+        return self._transformed(
+            (found["image"], self._label(found["label"], place)) if self._is_pair else found, place
+        )
 
     def _contents(self, path: str, spans: Mapping[str, tuple[str, int, int]]) -> dict[str, bytes]:
         """Reads members; in one request if they are near to each other."""
@@ -176,15 +169,13 @@ class WebDataset(Dataset[Any]):
         except Exception as error:  # whatever is in it
             raise UserError(f"{self._place(path, offset)} can't be decoded as {kind}: {error}") from error
 
-    def _label(self, label: Any, path: str) -> int:
+    def _label(self, label: Any, place: str) -> int:
         try:
             found = int(label)
         except (TypeError, ValueError, RuntimeError):
             found = NO_LABEL
-        if not 0 <= found < self.num_classes:
-            raise UserError(
-                f"a sample of {shown(path)} has the label {label!r}, and there are {self.num_classes} classes."
-            )
+        if self._num_classes is None or not 0 <= found < self._num_classes:
+            raise UserError(f"{place} has the label {label!r}, and there are {self._num_classes} classes.")
         return found
 
     def _place(self, path: str, offset: int) -> str:

@@ -72,7 +72,9 @@ def test_columns_and_transform(tmp_path: Path, kind: str, options: dict[str, Any
 
         def __init__(self) -> None:
             self.num_classes = 7
-            self.collate_fn = PadCollate((-1,))
+
+        def collate_fn(self, samples: list[Any]) -> Any:
+            return PadCollate((-1,))(samples)
 
         def __call__(self, row: dict[str, Any]) -> Any:
             return torch.tensor(row["x"]) * 2
@@ -215,8 +217,8 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, row 2 is no JSON"),
-        ("a.jsonl", "1\n[1]\n", r"a.jsonl, row 2 is a list, not an object"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, row 2 at byte 9 is no JSON: Expecting value"),
+        ("a.jsonl", "1\n[1]\n", r"a.jsonl, row 2 at byte 2 is a list, not an object"),
         ("a.jsonl", "\n", r"the train data has no row: .*a.jsonl"),
         ("a.parquet", "no parquet", r"a.parquet can't be read"),
         ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl and .parquet"),

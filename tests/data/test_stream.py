@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,8 +134,57 @@ def test_lines_of_files(tmp_path: Path) -> None:
     assert epoch_of(lines, 0) == [{"text": "one"}, {"text": " two"}, {"text": "three"}]
     text.write_text("one\n{")
     text.rename(tmp_path / "bad.jsonl")
-    with pytest.raises(UserError, match=r"bad.jsonl: the line at byte 4 is no JSON"):
+    with pytest.raises(UserError, match=r"bad\.jsonl, the line at byte 4 is no JSON: Expecting .*, at its character 2"):
         Stream(Lines(str(tmp_path / "bad.jsonl")), shuffle=False, transform=str)[1]
+
+
+def test_a_bad_line_and_a_failing_transform_name_file_and_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\nzwei " + "fünf\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt, the line at byte 4 is no UTF-8: invalid .* byte, at its byte 6\."):
+        Stream(Lines(str(tmp_path / "a.txt")), shuffle=False)[1]
+
+    def broken(sample: Any) -> Any:
+        return {}["nix"]
+
+    with pytest.raises(UserError, match=r"a\.txt, the line at byte 0, in data\.transform: KeyError: 'nix'"):
+        Stream(Lines(str(tmp_path / "a.txt")), shuffle=False, transform=broken)[0]
+    with pytest.raises(UserError, match=r"the stream's sample 3 of epoch 2, in data\.transform: KeyError: 'nix'"):
+        Stream([1] * 9, num_samples=9, transform=broken).samples_of_epoch(2, [3])
+    for name, instead in {"a.parquet": "data=parquet", "b.tar.gz": "data=webdataset", "c.csv": "Shards"}.items():
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=rf"{name} is none of \.jsonl, \.txt, .*Take .*{instead}"):
+            Lines(str(tmp_path / name))
+
+
+class _Told(Iterator[int]):
+    def __next__(self) -> int:
+        return 1
+
+    def tell(self) -> Any:
+        return np.int64(3)
+
+
+def test_a_place_that_a_checkpoint_can_not_hold_is_refused() -> None:
+    stream = Stream(Shards(["a.bin"], lambda shard, start: _Told()), num_samples=40, buffer=16)
+    with pytest.raises(UserError, match=r"shard a\.bin of the stream: tell\(\) .* returns np\.int64\(3\), which a"):
+        stream[20]
+
+
+def test_attributes_of_the_transform_are_the_streams() -> None:
+    class Inputs:
+        num_classes = 3
+
+        def __call__(self, sample: Any) -> Any:
+            return sample
+
+        @staticmethod
+        def collate_fn(samples: list[Any]) -> int:
+            return len(samples)
+
+    stream = pickle.loads(pickle.dumps(Stream([1], num_samples=1, transform=abs)))
+    assert not hasattr(stream, "num_classes")
+    stream = Stream([1], num_samples=1, transform=Inputs())
+    assert (stream.num_classes, stream.collate_fn([5, 6])) == (3, 2)
 
 
 def test_counts_are_remembered_for_files_alone(

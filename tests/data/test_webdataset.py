@@ -177,8 +177,29 @@ def test_what_is_refused_before_training(
 def test_labels_of_other_members(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"1.png": image_bytes((1, 0, 0)), "1.txt": b"7"})
     assert WebDataset(shard, evaluation_fraction=0, label="txt", num_classes=8)[0][1] == 7
-    with pytest.raises(UserError, match=r"a sample of .*a\.tar has the label '7', and there are 7 classes"):
+    with pytest.raises(UserError, match=r"sample 0, in .*a\.tar has the label '7', and there are 7 classes"):
         WebDataset(shard, evaluation_fraction=0, label="txt", num_classes=7)[0]
+
+
+class Coarse:
+    """A transform that makes other classes and images."""
+
+    num_classes, input_shape = 2, (12,)
+
+    def __call__(self, sample: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
+        return sample[0].flatten()[:12], {0: 0, 1: 1, 2: 1}[sample[1]]
+
+    def collate_fn(self, samples: list[Any]) -> int:
+        return len(samples)
+
+
+def test_attributes_of_a_transform_come_first_and_its_failure_names_the_sample(tmp_path: Path) -> None:
+    shards = write_images(tmp_path, (3, 2), num_classes=4)
+    data = WebDataset(shards, evaluation_fraction=0, transform=Coarse(), **PLAIN)
+    assert (data.num_classes, data.input_shape, data.collate_fn([1, 2])) == (2, (12,), 2)
+    assert data[2][1] == 1
+    with pytest.raises(UserError, match=r"^sample 3, in .*001\.tar, in data\.transform: KeyError: 3"):
+        data[3]
 
 
 def test_all_files_that_are_no_good_are_named(tmp_path: Path) -> None:
