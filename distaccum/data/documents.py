@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.data.made_once import made_once
+from distaccum.data.made_once import Mapped, made_once
 from distaccum.data.splits import EVALUATION, HeldOutBlocks
 from distaccum.data.storage import RangeReader, size_and_version
 from distaccum.data.token_files import Tokens
@@ -50,28 +50,23 @@ class DocumentSamples:
     def __init__(self, tokens: Tokens, cut: DocumentCut) -> None:
         ends = [_ends_of(tokens, number, cut.end_token) for number in range(len(tokens.files))]
         sources = [*(file.path for file in tokens.files), *ends]
-        self.path = made_once(
+        path = made_once(
             sources, "document-samples", lambda file: _write_samples(file, tokens, ends, cut), depends_on=str(cut)
         )
-        self._reader = RangeReader(most_open=1)
-        counts = np.fromfile(self.path, np.int64, _HEADER).tolist()
-        self.documents, self.several, self.none, self.left_over = counts
-        self._count = self.path.stat().st_size // 16 - _HEADER // 2
+        self._numbers = Mapped(path)
+        self.documents, self.several, self.none, self.left_over = self._numbers.array[:_HEADER].tolist()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        place = 8 * _HEADER + 16 * index
-        start, length = np.frombuffer(self._reader.read(str(self.path), place, place + 16), np.int64).tolist()
+        start, length = self._numbers.array[_HEADER:].reshape(-1, 2)[index].tolist()
         return start, length
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """The length of each sample, mapped into memory."""
-        if not self._count:
-            return np.empty(0, np.int64)
-        return np.memmap(self.path, np.int64, "r", 8 * _HEADER, (self._count, 2))[:, 1]
+        return self._numbers.array[_HEADER:].reshape(-1, 2)[:, 1]
 
 
 def _ends_of(tokens: Tokens, number: int, end_token: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import os
 import time
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from distaccum.data.object_stores import shown
@@ -26,6 +27,7 @@ logger = logging.getLogger("distaccum.data")
 FOLDER = ".distaccum"
 """Name of the folder beside the data, for what is made of it."""
 _LONGEST_NAME = 80
+"""Bytes."""
 
 
 def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str], *, depends_on: Any = None) -> Path:
@@ -48,19 +50,24 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
     # A store answers many at a time.
     with ThreadPoolExecutor(32 if any(map(is_remote, sources)) else 1) as pool:
         versions = list(pool.map(lambda source: list(_version(source)), sources))
-    own = fingerprint([kind, [os.path.basename(source) for source in sources], depends_on])
+    # Names from the first one's folder on, so that what is moved together stays known.
+    folder = os.path.dirname(local(sources[0]))
+    names = [source if is_remote(source) else os.path.relpath(local(source), folder or ".") for source in sources]
+    own = fingerprint([kind, names, depends_on])
     name = os.path.basename(local(sources[0]).rstrip("/"))
     # What follows in an address may be a signature, which is secret.
-    name = (name.partition("?")[0] if is_remote(sources[0]) else name)[-_LONGEST_NAME:]
-    folders = [cache_folder() / fingerprint(os.path.abspath(local(sources[0])))]
+    name = name.partition("?")[0] if is_remote(sources[0]) else name
+    name = os.fsencode(name)[-_LONGEST_NAME:].decode(errors="ignore")
+    where = sources[0] if is_remote(sources[0]) else os.path.abspath(local(sources[0]))
+    folders = [cache_folder() / fingerprint(where)]
     if not is_remote(sources[0]):
         folders.insert(0, Path(local(sources[0])).absolute().parent / FOLDER)
     paths = [folder / f"{name}.{own}.{fingerprint(versions)}.{kind}" for folder in folders]
     failures: list[str] = []
-    for path in [path for path in paths if path.is_file()] or paths:
+    for path in [path for path in paths if os.path.isfile(path)] or paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, f"{name}.{own}.*.{kind}", f"{kind} of {shown(listed(sources, 3))}", make)
+            _make(path, f"{glob.escape(name)}.{own}.*.{kind}", f"{kind} of {shown(listed(sources, 3))}", make)
             return path
         except OSError as error:
             failures.append(f"{path.parent}: {error.strerror or error}")
@@ -71,10 +78,10 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
 
 
 def _make(path: Path, pattern: str, what: str, make: Callable[[BinaryIO], str]) -> None:
-    if path.is_file():
+    if os.path.isfile(path):
         return
     with _held(path.parent / f".{pattern.replace('.*.', '.')}.lock"):
-        if path.is_file():
+        if os.path.isfile(path):
             return
         started = time.monotonic()
         logger.info("making the %s", what)
@@ -106,30 +113,18 @@ def _version(source: str) -> Iterator[Any]:
             yield [name, *size_and_version(os.path.join(folder, name))]
 
 
-class Numbers:
-    """int64 numbers in a part of a file, mapped into memory when first asked for; pickled by the file's path.
+class Mapped:
+    """A file as an array in memory, which stays when the file is removed; pickled by the file's path.
 
-    Args:
-        path: of the file.
-        start: byte of the first one, a multiple of 8.
-        count: how many there are. None: to the end of the file.
+    Attributes:
+        array: int64 numbers `[size of the file / 8]`, or others by `dtype`.
     """
 
-    def __init__(self, path: Path, start: int = 0, count: int | None = None) -> None:
-        self._place = path, start, count
-        self._mapped: NDArray[np.int64] | None = None
-        self._count = (path.stat().st_size - start) // 8 if count is None else count
+    def __init__(self, path: Path, dtype: torch.dtype = torch.int64) -> None:
+        self._place = path, dtype
+        # A map of NumPy's would keep the file open, and there may be more files than a process may have open.
+        mapped = torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype)
+        self.array: NDArray[Any] = mapped.numpy()
 
     def __reduce__(self) -> Any:
         return type(self), self._place
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def array(self) -> NDArray[np.int64]:
-        """All of them."""
-        if self._mapped is None:
-            path, start, _ = self._place
-            self._mapped = np.memmap(path, "<i8", "r", start, (self._count,)) if self._count else np.empty(0, np.int64)
-        return self._mapped

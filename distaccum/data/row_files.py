@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from distaccum.data.made_once import Numbers, made_once
+from distaccum.data.made_once import Mapped, made_once
 from distaccum.data.object_stores import shown
 from distaccum.data.storage import RangeReader, is_remote, local, open_file
 from distaccum.data.tables import Row, imported, parsed_line
@@ -55,10 +55,10 @@ class JsonLines:
     def __init__(self, path: str, reader: RangeReader) -> None:
         self.path = path
         self._reader = reader
-        self._starts = Numbers(made_once([path], "row-index", partial(_write_starts, path)))
+        self._starts = Mapped(made_once([path], "row-index", partial(_write_starts, path)))
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._starts.array) - 1
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         starts = self._starts.array
@@ -134,10 +134,13 @@ class Parquet:
             names = file.schema_arrow.names
         if missing := [name for name in self._columns or () if name not in names]:
             raise UserError(f"data.columns: {shown(path)} has no column {missing[0]}. It has {listed(names, 12)}.")
-        self._copy: Path | None = None
+        self._copy: Mapped | None = None
         if is_cached:
-            self._copy = made_once([path], "arrow", self._write_copy, depends_on=self._columns)
+            copy = made_once([path], "decoded", self._write_copy, depends_on=self._columns)
+            self._copy = Mapped(copy, torch.uint8)
             sizes = [size for rows in sizes for size in _batch_sizes(rows)]
+            if (reader := _reader_of(self._copy)).num_record_batches != len(sizes):
+                sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
         self._ends = np.array([0, *accumulate(sizes)])
         self._file: tuple[int, Any] | None = None
 
@@ -181,7 +184,7 @@ class Parquet:
     def _reader(self) -> Any:
         """Returns the open file, opened by this process: what forks share would have one position."""
         if self._file is None or self._file[0] != os.getpid():
-            self._file = os.getpid(), self._opened() if self._copy is None else _mapped(self._copy)
+            self._file = os.getpid(), self._opened() if self._copy is None else _reader_of(self._copy)
         return self._file[1]
 
     def _opened(self) -> Any:
@@ -201,8 +204,8 @@ class Parquet:
                 for number in range(source.metadata.num_row_groups):
                     table = _plain(self._row_group(source, number)).select(schema.names)
                     for start in range(0, table.num_rows, _ROWS_OF_BATCH):
-                        part = table.slice(start, _ROWS_OF_BATCH).combine_chunks()
-                        writer.write_batch(part.to_batches()[0])
+                        # More than one batch where texts or bytes of a column exceed 2 GiB.
+                        writer.write_table(table.slice(start, _ROWS_OF_BATCH).combine_chunks())
         return f"{source.metadata.num_rows:,} rows, {file.tell() / 1e6:,.1f} MB"
 
 
@@ -220,10 +223,11 @@ def _plain(table: Any) -> Any:
     return table
 
 
-def _mapped(path: Path) -> Any:
+def _reader_of(copy: Mapped) -> Any:
     pyarrow = imported("pyarrow", "pyarrow")
 
-    return pyarrow.ipc.open_file(pyarrow.memory_map(str(path)), options=pyarrow.ipc.IpcReadOptions(use_threads=False))
+    options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+    return pyarrow.ipc.open_file(pyarrow.py_buffer(copy.array), options=options)
 
 
 class RecentTables:

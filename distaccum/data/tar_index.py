@@ -42,7 +42,7 @@ def key_and_extension(name: str) -> tuple[str, str]:
 class TarIndex:
     """The samples of tar files, by number: those of the first file in their order, then those of the next.
 
-    Can be pickled and forked; the file is mapped when the first sample is asked for.
+    Can be pickled and forked. The file is mapped into memory, and may be removed then.
 
     Args:
         path: the file that `tar_index` has made.
@@ -68,7 +68,7 @@ class TarIndex:
         self.num_classes: int = known["num_classes"]
         self.bad_label: str = known["bad_label"]
         self._ends: list[int] = known["ends"]
-        self._rows: NDArray[Any] | None = None
+        self._rows: NDArray[Any] = np.load(path, mmap_mode="r")
 
     def __reduce__(self) -> Any:
         return type(self), (self._path, self._shards)
@@ -85,8 +85,6 @@ class TarIndex:
 
         An offset of 0 stands for a member that it doesn't have.
         """
-        if self._rows is None:
-            self._rows = np.load(self._path, mmap_mode="r")
         return self._rows[sample]
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -170,7 +171,7 @@ def test_of_those_that_want_it_at_once_one_makes_it(tmp_path: Path) -> None:
         asked = [pool.submit(made_once.made_once, [str(tmp_path / "a")], "zeros", make) for _ in range(4)]
     (path,) = {entry.result() for entry in asked}
     assert made == [1]
-    assert made_once.Numbers(path).array.tolist() == [0, 0]
+    assert made_once.Mapped(path).array.tolist() == [0, 0]
 
 
 def test_what_is_made_once_lies_in_the_cache_where_the_folder_can_not_be_written(
@@ -187,6 +188,51 @@ def test_what_is_made_once_lies_in_the_cache_where_the_folder_can_not_be_written
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"row-index of .*a.jsonl can't be written .*XDG_CACHE_HOME"):
         Rows(str(path))
+
+
+def test_files_of_the_same_name_in_other_folders_have_others_made_of_them(tmp_path: Path) -> None:
+    files = [tmp_path / "first", *(tmp_path / folder / "same" for folder in "ab")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+        os.utime(file, (1, 1))
+
+    def make(file: Any) -> str:
+        file.write(bytes(8))
+        return "a number"
+
+    made = {made_once.made_once([str(files[0]), str(other)], "zeros", make) for other in files[1:]}
+    assert len(made) == 2
+    assert all(path.exists() for path in made)
+
+
+def test_what_is_made_once_may_be_removed_while_it_is_used(tmp_path: Path) -> None:
+    for kind, options in ALL[:3]:
+        folder = tmp_path / f"{kind}{len(options)}"
+        folder.mkdir()
+        data = Rows(write(folder, kind), evaluation_fraction=0, **options)
+        shutil.rmtree(folder / made_once.FOLDER, ignore_errors=True)
+        assert data.__getitems__(range(21)) == rows(0, 21)
+
+
+def test_names_and_folders_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # ENAMETOOLONG when it is looked into
+    path = tmp_path / ("\N{MANGO}" * 50 + "[0].jsonl")
+    path.write_text('{"id": 0}\n')
+    assert Rows(str(path), evaluation_fraction=0)[0] == {"id": 0}
+    path.write_text('{"id": 0}\n{"id": 1}\n')
+    assert len(Rows(str(path), evaluation_fraction=0)) == 2
+    assert len(list((tmp_path / made_once.FOLDER).glob("*.row-index"))) == 1
+
+
+def test_a_decoded_copy_in_other_batches_than_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As texts of more than 2 GiB make them."""
+    files = write(tmp_path, "parquet", files=1, each=21)
+    with monkeypatch.context() as small:
+        small.setattr(row_files, "_ROWS_OF_BATCH", 2)
+        Rows(files, cache=True)
+    data = Rows(files, evaluation_fraction=0, cache=True)
+    assert data.__getitems__(range(21)) == rows(0, 21)
 
 
 def test_a_process_keeps_few_row_groups_and_a_copy_needs_none(tmp_path: Path) -> None:
