@@ -64,7 +64,9 @@ def read_rgb(path: str, content: bytes | None = None, *, small: bool = False) ->
             found: Image = ImageOps.exif_transpose(image).convert("RGB")
             return found
     except Exception as error:  # decoders raise all kinds of errors on a damaged file
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+        # Pillow names the path again, or the object that holds the bytes.
+        said = "cannot identify image file" if isinstance(error, pillow.UnidentifiedImageError) else error
+        raise UserError(f"{path} cannot be read as an image: {said}") from error
 
 
 class Pixels:

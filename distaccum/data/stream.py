@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from distaccum.data.splits import TRAIN, check_split
+from distaccum.data.storage import list_files, require_named_once
 from distaccum.data.stream_reader import Cursor, Reader, StreamOrder, beginning
 from distaccum.data.stream_sources import Lines, as_source, counted
 from distaccum.data.transformed import Transformed
@@ -270,7 +271,8 @@ def stream_data(
         options: those of `Stream`.
 
     Raises:
-        UserError: not exactly one of `files` and `source` is given, or nothing to evaluate on; and as `Stream`.
+        UserError: not exactly one of `files` and `source` is given, nothing to evaluate on, or a file for both; and as
+            `Stream`.
     """
     check_split(split, "data=stream")
     if (files is None) == (source is None):
@@ -278,6 +280,9 @@ def stream_data(
             f"data.files={files} and data.source={'null' if source is None else type(source).__name__}: give exactly "
             "one of them."
         )
+    if files is not None and evaluation_files is not None:
+        given = {"data.files": files, "data.evaluation_files": evaluation_files}
+        require_named_once({key: list_files(patterns, key) for key, patterns in given.items()})
     if split == TRAIN:
         whole = source if source is not None else Lines(files or [])
         return Stream(whole, **options, skip=0 if evaluation_files is not None else evaluation_samples or 0)

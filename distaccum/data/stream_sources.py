@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from distaccum.data.object_stores import shown
-from distaccum.data.storage import is_remote, list_files, open_file, size_and_version
+from distaccum.data.storage import is_remote, list_files, open_file, require_named_once, size_and_version
 from distaccum.data.stream_reader import Source, reason
 from distaccum.data.tables import decoded, parsed_line
 from distaccum.errors import UserError, require
@@ -55,11 +55,12 @@ class Lines:
         key: the configuration key, for messages.
 
     Raises:
-        UserError: a file isn't there, or is of another kind.
+        UserError: a file isn't there, is named twice, or is of another kind.
     """
 
     def __init__(self, files: str | Sequence[str], key: str = "data.files") -> None:
         self.shards: Sequence[str] = list_files(files, key)
+        require_named_once({key: self.shards})
         for path in self.shards:
             ending, _ = _kind(path)
             require(

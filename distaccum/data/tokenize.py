@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from distaccum.data.storage import list_files, size_and_version
+from distaccum.data.storage import list_files, require_named_once, size_and_version
 from distaccum.data.tables import rows_of
 from distaccum.data.token_folder import Batch, TokenFolder
 from distaccum.data.tokens import load_tokenizer, shown
@@ -93,7 +93,7 @@ def tokenize(
     )
     encoder = Encoder(loaded, end, "uint16" if len(loaded) <= _FIRST_TOO_LARGE else "uint32")
     wanted = {
-        "files": [[path, *size_and_version(path)] for path in list_files(files, "FILES")],
+        "files": _identities(files),
         "column": column,
         "tokenizer": fingerprint(loaded.get_vocab()),
         "end_token": end,
@@ -110,6 +110,13 @@ def tokenize(
             return output.summary()
     except OSError as error:
         raise UserError(f"{folder} can't be written: {error.strerror or error}. The same command goes on.") from error
+
+
+def _identities(files: str | Sequence[str]) -> list[list[Any]]:
+    """Returns path, size and version of each file."""
+    paths = list_files(files, "FILES")
+    require_named_once({"FILES": paths})
+    return [[path, *size_and_version(path)] for path in paths]
 
 
 def _batches(files: str | Sequence[str], column: str, done: int) -> Iterator[list[str]]:

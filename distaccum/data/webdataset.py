@@ -21,7 +21,7 @@ from distaccum.data.storage import RangeReader, list_files, require_named_once
 from distaccum.data.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
 from distaccum.data.tar_members import BLOCK, name_at
 from distaccum.data.transformed import Transformed
-from distaccum.errors import UserError, listed
+from distaccum.errors import UserError, listed, require
 
 _GAP = 16 << 10
 """Bytes between two members up to which both are read at once."""
@@ -85,10 +85,15 @@ class WebDataset(Transformed):
         self._index = indexes[-1] if split == EVALUATION else indexes[0]
         self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
         self._is_pair = fields is None
-        wanted = {"image": image, "label": label} if fields is None else dict(fields)
+        wanted = {"image": image, "label": label} if fields is None else _checked(fields)
         self._fields = [_field(name, extensions, self._index) for name, extensions in wanted.items()]
         self._pixels = Pixels(image_size, mean, std, fit, augment)
         self._mixing = mixing if mixing is not None and mixing.mixes else None
+        require(
+            self._is_pair or self._mixing is None,
+            "data.fields can't be mixed: mixup and CutMix need samples of an image and a class. Leave data.mixup and "
+            "data.cutmix out, or take data.image and data.label.",
+        )
         self._reader = RangeReader()
         used = {extension.rpartition(".")[2] for field in self._fields for extension in field.columns}
         unknown = [extension for extension in used if extension not in _DECODERS and not _is_image(extension)]
@@ -138,7 +143,7 @@ class WebDataset(Transformed):
             else:
                 spans[field.name] = extension, int(offsets[column]), int(offsets[column] + sizes[column])
         for name, content in self._contents(path, spans).items():
-            found[name] = self._decoded(content, spans[name][0], path, spans[name][1])
+            found[name] = self._decoded(content, spans[name][0], number, path, spans[name][1])
         place = f"sample {number:,}, in {shown(path)}"
         return self._transformed(
             (found["image"], self._label(found["label"], place)) if self._is_pair else found, place
@@ -154,7 +159,7 @@ class WebDataset(Transformed):
         content = self._reader.read(path, first, last)
         return {name: content[start - first : stop - first] for name, (_, start, stop) in spans.items()}
 
-    def _decoded(self, content: bytes, extension: str, path: str, offset: int) -> Any:
+    def _decoded(self, content: bytes, extension: str, number: int, path: str, offset: int) -> Any:
         kind = extension.rpartition(".")[2]
         decode = _DECODERS.get(kind)
         if decode is None:
@@ -163,11 +168,11 @@ class WebDataset(Transformed):
             try:
                 return self._pixels(read_rgb("it", content))
             except UserError as error:
-                raise UserError(f"{self._place(path, offset)}: {error}") from error
+                raise UserError(f"{self._place(number, path, offset)}: {error}") from error
         try:
             return decode(content)
         except Exception as error:  # whatever is in it
-            raise UserError(f"{self._place(path, offset)} can't be decoded as {kind}: {error}") from error
+            raise UserError(f"{self._place(number, path, offset)} can't be decoded as {kind}: {error}") from error
 
     def _label(self, label: Any, place: str) -> int:
         try:
@@ -178,9 +183,9 @@ class WebDataset(Transformed):
             raise UserError(f"{place} has the label {label!r}, and there are {self._num_classes} classes.")
         return found
 
-    def _place(self, path: str, offset: int) -> str:
-        """Returns which member begins there, for messages."""
-        return f"{name_at(self._reader.read(path, offset - BLOCK, offset))} in {shown(path)}"
+    def _place(self, number: int, path: str, offset: int) -> str:
+        """Returns which member of a sample begins there, for messages."""
+        return f"sample {number:,}, {name_at(self._reader.read(path, offset - BLOCK, offset))} in {shown(path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,15 @@ class _Field:
 
     name: str
     columns: dict[str, int]
+
+
+def _checked(fields: Any) -> dict[str, str]:
+    is_right = isinstance(fields, Mapping) and fields and all(isinstance(value, str) for value in fields.values())
+    require(
+        bool(is_right),
+        f"data.fields={fields!r} must give the extensions of each field by its name, as in {{pixels:jpg,caption:txt}}.",
+    )
+    return dict(fields)
 
 
 def _field(name: str, extensions: str, index: TarIndex) -> _Field:

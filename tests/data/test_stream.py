@@ -156,6 +156,16 @@ def test_a_bad_line_and_a_failing_transform_name_file_and_place(tmp_path: Path) 
             Lines(str(tmp_path / name))
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("1\n2\n")
+    with pytest.raises(UserError, match=r"data\.files: .*a\.txt is named twice, also in data\.files"):
+        stream_data(files=[str(file), f"{tmp_path}/*.txt"])
+    for split in ("train", "evaluation"):
+        with pytest.raises(UserError, match=r"data\.evaluation_files: .*a\.txt is named twice, also in data\.files"):
+            stream_data(split, files=f"{tmp_path}/*.txt", evaluation_files=[str(file)])
+
+
 class _Told(Iterator[int]):
     def __next__(self) -> int:
         return 1

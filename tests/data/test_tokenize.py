@@ -176,6 +176,7 @@ def test_what_is_refused(command: Callable[..., Ended], tokenizer: Path, tmp_pat
         ),
         ((file, *given, other, "--column", "other"), "line 1: other is a int, and must be a text"),
         ((str(tmp_path / "none.jsonl"), *given, other), "the FILES have no row"),
+        ((file, f"{tmp_path}/x.*", *given, other), "x.jsonl is named twice"),
         ((file, "--tokenizer", "/none", "--out", other), "--tokenizer=/none can't be loaded"),
         ((file, *given, other, "--end-token", "900"), "--end-token=900 must be one of the "),
         ((file, *given, other, "--workers", "0"), "--workers=0 is impossible: it must be at least 1"),

@@ -119,10 +119,13 @@ def test_what_can_not_be_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         f"{name}.flac": b"sound",
     }
     shard = write_tar(tmp_path / "a.tar", members)
+    bad = write_tar(tmp_path / "b.tar", {"ä.png": b"no image"})
+    with pytest.raises(UserError, match=r"sample 0, .* in .*b\.tar: it .* an image: cannot identify image file$"):
+        WebDataset(bad, evaluation_fraction=0, fields={"x": "png"})[0]
     for kind in ("png", "pt", "npy", "json", "txt"):
         data = WebDataset(shard, evaluation_fraction=0, fields={"x": kind})
         said = "it cannot be read as an image" if kind == "png" else f"can't be decoded as {kind}"
-        with pytest.raises(UserError, match=rf"^{name}\.{kind} in .*a\.tar:? {said}"):
+        with pytest.raises(UserError, match=rf"^sample 0, {name}\.{kind} in .*a\.tar:? {said}"):
             data[0]
     assert not Path("made-by-unpickling").exists()
     with pytest.raises(
@@ -163,6 +166,9 @@ def test_what_can_not_be_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ),
         ([("1.png", b""), ("1.cls", b"1")], {"image_size": 0}, r"image_size=0 is impossible"),
         ([("1.png", b""), ("1.cls", b"1")], {"evaluation_fraction": 1.0}, r"evaluation_fraction=1\.0 must lie in"),
+        ([("1.png", b"")], {"fields": ["png", "cls"]}, r"data\.fields=\['png', 'cls'\] must give the extensions"),
+        ([("1.png", b"")], {"fields": {"a": 3}}, r"data\.fields={'a': 3} must give"),
+        ([("1.png", b"")], {"fields": {"a": "png"}, "mixing": Mixing(mixup=1.0)}, r"data\.fields can't be mixed"),
         ([("1.png", b""), ("1.cls", b"1")], {"transform": 3}, r"data\.transform=3 can't be called"),
     ],
 )
