@@ -46,7 +46,7 @@ class HubDataConfig(DataConfig):
     subset: str | None = None
     """Name of its configuration."""
     train_split: str = "train"
-    """Part to train on; slices as in `train[:10%]` are allowed."""
+    """Part to train on. Of what isn't a folder of `save_to_disk`, slices as in `train[:10%]` are allowed."""
     evaluation_split: str | None = None
     """Part to evaluate on. `null`: a part of `train_split` is held out."""
     evaluation_fraction: float = 0.05
@@ -88,7 +88,7 @@ class StreamDataConfig(DataConfig):
 
     files: Any = None
     """Text files of which each line is a sample, by paths, patterns or addresses: one of a `.jsonl` is what it holds as
-    JSON, any other `{"text": …}`; `.gz` behind it: compressed. `null`: `source` is given."""
+    JSON, of a `.txt` `{"text": …}`; `.gz` behind it: compressed. `null`: `source` is given."""
     source: Any = None
     """In place of `files`: a component that builds an `IterableDataset` of torch or of Hugging Face's datasets, or
     `distaccum.data.Shards` with a function that opens a shard."""

@@ -122,7 +122,7 @@ class HubDataset(Rows):
         name: of the dataset; or of the packaged builder or folder that `datasets.load_dataset` takes.
         split: `train` or `evaluation`.
         subset: name of the dataset's configuration.
-        train_split: name of its part to train on; slices as `train[:10%]` are datasets' own.
+        train_split: name of its part to train on; slices as `train[:10%]` are datasets' own, and not for folders.
         evaluation_split: name of its part to evaluate on. None: a part of `train_split` is held out.
         evaluation_fraction, columns, transform: as for `Rows`.
 
