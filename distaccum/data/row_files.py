@@ -49,13 +49,23 @@ class JsonLines:
 
     Args:
         path: path or address of the file.
+        columns: that its first row must have.
         reader: opens the files; those of a dataset share it.
+
+    Raises:
+        UserError: it can't be read, its first row is no object, or lacks a column.
     """
 
-    def __init__(self, path: str, reader: RangeReader) -> None:
+    def __init__(self, path: str, columns: Sequence[str] | None, reader: RangeReader) -> None:
         self.path = path
         self._reader = reader
         self._starts = Mapped(made_once([path], "row-index", partial(_write_starts, path)))
+        if len(self):
+            first = self.rows([0])[0]
+            if missing := [name for name in columns or () if name not in first]:
+                raise UserError(
+                    f"data.columns: {shown(path)} has no column {missing[0]}. It has {listed(sorted(first), 12)}."
+                )
 
     def __len__(self) -> int:
         return len(self._starts.array) - 1

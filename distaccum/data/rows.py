@@ -13,7 +13,7 @@ import numpy as np
 from distaccum.data.object_stores import shown
 from distaccum.data.row_files import MOST_DECODED, HubRows, JsonLines, Parquet, RecentTables, RowFile
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
-from distaccum.data.storage import RangeReader, is_remote, list_files, local
+from distaccum.data.storage import RangeReader, files_of_splits, is_remote, local
 from distaccum.data.tables import Row, imported
 from distaccum.data.transformed import Transformed
 from distaccum.errors import UserError, listed
@@ -58,10 +58,9 @@ class Rows(Transformed):
     ) -> None:
         check_split(split, type(self).__name__)
         has_own = evaluation_files is not None
-        wanted, key = files, "data.files"
-        if evaluation_files is not None and split == EVALUATION:
-            wanted, key = evaluation_files, "data.evaluation_files"
-        found = _row_files(list_files(wanted, key), key, columns, cache)
+        given = files_of_splits(files, evaluation_files)
+        key = "data.evaluation_files" if has_own and split == EVALUATION else "data.files"
+        found = _row_files(given[key], key, columns, cache)
         part, fraction = (TRAIN, 0.0) if has_own else (split, evaluation_fraction)
         self._fill(found, split, part, fraction, columns, transform)
 
@@ -151,15 +150,15 @@ class HubDataset(Rows):
 
 
 def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool) -> list[RowFile]:
-    names = None if columns is None else list(columns.values() if isinstance(columns, Mapping) else columns)
+    names = _names(columns)
     reader, decoded = RangeReader(), RecentTables()
     found: list[RowFile] = []
     for path in paths:
         ending = os.path.splitext(path.partition("?")[0] if is_remote(path) else path)[1].lower()
         if not is_remote(path) and os.path.isdir(local(path)):
-            found.append(HubRows(path, _with_columns(path, _loaded(path, None, None), columns)))
+            found.append(HubRows(path, _with_columns(path, _saved(path, key), columns)))
         elif ending == ".jsonl":
-            found.append(JsonLines(path, reader))
+            found.append(JsonLines(path, names, reader))
         elif ending == ".parquet":
             found.append(Parquet(path, names, is_cached, decoded))
         else:
@@ -199,10 +198,32 @@ def _loaded(name: str, subset: str | None, split: str | None) -> Any:
     return found
 
 
-def _with_columns(name: str, dataset: Any, columns: Columns) -> Any:
+def _saved(path: str, key: str) -> Any:
+    """Returns the dataset that a folder holds."""
+    folder = local(path)
+    if not os.path.isfile(os.path.join(folder, "state.json")):
+        raise UserError(
+            f"{key}: {path} is a folder, and none that save_to_disk of datasets has written for one part (which has a "
+            f"state.json). Name its files, as in {os.path.join(path, '*.jsonl')}; or the folder of one of its parts."
+        )
+    return _loaded(folder, None, None)
+
+
+def _names(columns: Columns) -> list[str] | None:
+    """Returns the names of the columns to read; None for all."""
     if columns is None:
+        return None
+    names = list(columns.values()) if isinstance(columns, Mapping) else columns
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"data.columns={columns!r} must be a list of names, or give the columns by the fields' names.")
+    if not names:
+        raise UserError("data.columns is empty. Name at least one, or leave it out for all.")
+    return list(dict.fromkeys(names))
+
+
+def _with_columns(name: str, dataset: Any, columns: Columns) -> Any:
+    if (wanted := _names(columns)) is None:
         return dataset
-    wanted = list(dict.fromkeys(columns.values() if isinstance(columns, Mapping) else columns))
     if missing := [column for column in wanted if column not in dataset.column_names]:
         raise UserError(
             f"data.columns: {name} has no column {missing[0]}. It has {listed(sorted(dataset.column_names), 12)}."

@@ -9,6 +9,7 @@ process, so that ranks and workers may be forked at any time, with files open.
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -48,9 +49,25 @@ def open_file(path: str) -> BinaryIO:
     if is_remote(path):
         return io.BufferedReader(_RemoteFile(path))
     try:
-        return open(local(path), "rb")
+        return io.BufferedReader(_LocalFile(local(path)))
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+class _LocalFile(io.FileIO):
+    """A file whose errors aren't taken for those of what is written meanwhile."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise _unreadable(str(self.name), error) from error
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise _unreadable(str(self.name), error) from error
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
@@ -95,18 +112,35 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[str]:
     Raises:
         UserError: one names nothing.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{key}={patterns!r} is neither a path nor a list of paths.")
     if not patterns:
         raise UserError(f"{key}=[] names no file. Give at least one.")
     found: list[str] = []
     for pattern in patterns:
-        names = [pattern] if not is_remote(pattern) and os.path.exists(local(pattern)) else _without_braces(pattern)
+        names = [pattern] if not is_remote(pattern) and _exists(pattern) else _without_braces(pattern)
         for name in names:
             matches = _matches(name)
             if not matches:
                 where = "" if is_remote(name) else f" in {Path.cwd()}"
                 raise UserError(f"{key}: there is no file {shown(name)}{where}. Give a path or a pattern.")
             found += matches
+    return found
+
+
+def files_of_splits(
+    files: str | Sequence[str], evaluation_files: str | Sequence[str] | None, name: str = "files"
+) -> dict[str, list[str]]:
+    """Returns the files to train on and, if they are given, those to evaluate on, by their configuration keys.
+
+    Raises:
+        UserError: a pattern names nothing, or a file is named twice.
+    """
+    found = {f"data.{name}": list_files(files, f"data.{name}")}
+    if evaluation_files is not None:
+        found[f"data.evaluation_{name}"] = list_files(evaluation_files, f"data.evaluation_{name}")
+    require_named_once(found)
     return found
 
 
@@ -130,8 +164,7 @@ def require_named_once(files: Mapping[str, Sequence[str]]) -> None:
 
 def _matches(name: str) -> list[str]:
     if not is_remote(name):
-        path = local(name)
-        return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        return [local(name)] if _exists(name) else _local_matches(local(name))
     if not re.search(r"[*\[]" if name.startswith("http") else r"[*?\[]", name):
         return [name]
     if "::" in name:
@@ -139,6 +172,29 @@ def _matches(name: str) -> list[str]:
     names = asked(name, lambda system, place: system.glob(place, **timed(system)))
     system, _ = file_system(name)
     return sorted(system.unstrip_protocol(found) for found in names)
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.stat(local(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # of a pattern
+            return False
+        raise _unreadable(path, error) from error
+    return True
+
+
+def _local_matches(pattern: str) -> list[str]:
+    """Returns the files of a pattern; refuses folders that can't be searched, which `glob` takes for empty."""
+    above = Path(pattern)
+    while above != above.parent:
+        part, above = above.name, above.parent
+        for folder in glob.glob(f"{above}/", recursive=True) if glob.has_magic(part) else ():
+            if not os.access(folder, os.R_OK | os.X_OK):
+                raise UserError(f"{folder} can't be searched for {pattern}: permission denied. Name other folders.")
+    return sorted(glob.glob(pattern, recursive=True))
 
 
 def _without_braces(pattern: str) -> Iterator[str]:

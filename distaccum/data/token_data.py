@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from distaccum.config.enums import TokenForm
 from distaccum.data.documents import DocumentCut, DocumentSamples
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOutBlocks, check_split
+from distaccum.data.storage import require_named_once
 from distaccum.data.text import IGNORE_INDEX
 from distaccum.data.token_files import Found, Tokens, find
 from distaccum.errors import UserError, require, require_at_least
@@ -172,16 +172,16 @@ def _chosen(
 ) -> tuple[Found, str | None]:
     """Returns the files of a split, and the part of their samples that it has; None for all of them."""
     found = find(files, "data.files", dtype)
-    named = found.evaluation_files
+    named, vocab_size = found.evaluation_files, found.vocab_size
     if evaluation_files is not None:
-        if split == EVALUATION:
-            other = find(evaluation_files, "data.evaluation_files", dtype)
-            # Of one folder for both, those that are named so.
-            return Found(other.evaluation_files or other.files, [], other.vocab_size or found.vocab_size), None
-        return found, None
+        other = find(evaluation_files, "data.evaluation_files", dtype)
+        # Of one folder for both, those that are named so.
+        named, vocab_size = other.evaluation_files or other.files, other.vocab_size or vocab_size
+    by_key = {"data.files": found.files, "data.evaluation_files": named}
+    require_named_once({key: [file.path for file in some] for key, some in by_key.items()})
     if not named:
         return found, split
-    return (replace(found, files=named) if split == EVALUATION else found), None
+    return (Found(named, [], vocab_size) if split == EVALUATION else found), None
 
 
 def _required(vocab_size: int | None) -> int:

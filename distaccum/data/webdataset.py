@@ -17,7 +17,7 @@ from distaccum.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from distaccum.data.mixing import Mixing
 from distaccum.data.object_stores import shown
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
-from distaccum.data.storage import RangeReader, list_files, require_named_once
+from distaccum.data.storage import RangeReader, files_of_splits
 from distaccum.data.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
 from distaccum.data.tar_members import BLOCK, name_at
 from distaccum.data.transformed import Transformed
@@ -81,7 +81,9 @@ class WebDataset(Transformed):
     ) -> None:
         check_split(split, type(self).__name__)
         super().__init__(transform)
-        indexes = _indexes(shards, evaluation_shards)
+        if not isinstance(fields, Mapping | None):
+            raise UserError(f"data.fields={fields!r} must give extensions by names, as in {{image: jpg, label: cls}}.")
+        indexes = [tar_index(paths) for paths in files_of_splits(shards, evaluation_shards, "shards").values()]
         self._index = indexes[-1] if split == EVALUATION else indexes[0]
         self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
         self._is_pair = fields is None
@@ -220,14 +222,6 @@ def _field(name: str, extensions: str, index: TarIndex) -> _Field:
                 f"{shown(index.shard_of(first))}, with {', '.join(has)}. Each sample must have one of them."
             )
     return _Field(name, columns)
-
-
-def _indexes(shards: str | Sequence[str], evaluation_shards: str | Sequence[str] | None) -> list[TarIndex]:
-    """Returns the index of the training's tar files and, if there are others to evaluate on, of those."""
-    given = {"data.shards": shards, "data.evaluation_shards": evaluation_shards}
-    found = {key: list_files(patterns, key) for key, patterns in given.items() if patterns is not None}
-    require_named_once(found)
-    return [tar_index(paths) for paths in found.values()]
 
 
 def _is_image(extension: str) -> bool:

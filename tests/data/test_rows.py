@@ -118,9 +118,13 @@ def test_evaluation_by_a_fraction_or_by_files(tmp_path: Path) -> None:
     ids = [[row["id"] for row in part.__getitems__(range(len(part)))] for part in parts]
     assert ids[1] == [3, 7, 11, 15, 19]
     assert sorted(ids[0] + ids[1]) == list(range(21))
-    first = str(tmp_path / "part0.jsonl")
-    assert len(Rows(files, "train", evaluation_files=first)) == 21
-    assert len(Rows(files, "evaluation", evaluation_files=first)) == 7
+    first, others = str(tmp_path / "part0.jsonl"), str(tmp_path / "part[12].jsonl")
+    assert len(Rows(others, "train", evaluation_files=first)) == 14
+    assert len(Rows(others, "evaluation", evaluation_files=first)) == 7
+    with pytest.raises(UserError, match=r"data\.evaluation_files: .*part0\.jsonl is named twice, also in data\.files"):
+        Rows(files, "train", evaluation_files=first)
+    with pytest.raises(UserError, match=r"data\.files: .*part0\.jsonl is named twice"):
+        Rows([files, first])
     with pytest.raises(UserError, match=r"leaves nothing to evaluate on"):
         Rows(files, "evaluation", evaluation_fraction=0)
 
@@ -215,6 +219,30 @@ def test_what_is_made_once_may_be_removed_while_it_is_used(tmp_path: Path) -> No
         assert data.__getitems__(range(21)) == rows(0, 21)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"files": 2024}, "data.files=2024 is neither a path nor a list of paths"),
+        ({"files": ["a.jsonl", 3]}, r"data.files=\['a.jsonl', 3\] is neither"),
+        ({"columns": "id"}, "data.columns='id' must be a list of names"),
+        ({"columns": {"x": 3}}, "data.columns={'x': 3} must be a list of names"),
+        ({"columns": []}, "data.columns is empty"),
+        ({"columns": ["idd"]}, r"a\.jsonl has no column idd. It has id"),
+        ({"files": "number.jsonl"}, r"number\.jsonl, row 1 at byte 0 is a int, not an object"),
+        ({"files": "parts"}, r"parts is a folder, and none that save_to_disk .*Name its files, as in parts/\*\.jsonl"),
+    ],
+)
+def test_what_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parts").mkdir()
+    Path("a.jsonl").write_text('{"id": 0}\n')
+    Path("number.jsonl").write_text("3\n")
+    with pytest.raises(UserError, match=message):
+        Rows(**{"files": "a.jsonl", "evaluation_fraction": 0, **options})
+
+
 def test_names_and_folders_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # ENAMETOOLONG when it is looked into
     path = tmp_path / ("\N{MANGO}" * 50 + "[0].jsonl")
@@ -264,7 +292,7 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"a.jsonl, row 2 at byte 9 is no JSON: Expecting value"),
-        ("a.jsonl", "1\n[1]\n", r"a.jsonl, row 2 at byte 2 is a list, not an object"),
+        ("a.jsonl", "{}\n[1]\n", r"a.jsonl, row 2 at byte 3 is a list, not an object"),
         ("a.jsonl", "\n", r"the train data has no row: .*a.jsonl"),
         ("a.parquet", "no parquet", r"a.parquet can't be read"),
         ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl and .parquet"),

@@ -101,6 +101,34 @@ def test_a_file_may_have_braces_in_its_name(tmp_path: Path) -> None:
         list_files("{0..999999999}", "data.files")
 
 
+def test_what_is_not_permitted_is_not_taken_for_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the user of a cluster: root, who may read everything, runs this too."""
+    for name in ("a/x", "b/x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jsonl").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: "/b" not in path)
+        for pattern in ("*/x/*.jsonl", "**/*.jsonl", "b/x/*"):
+            with pytest.raises(UserError, match=r"/b/(x/)? can't be searched for .*: permission denied"):
+                list_files(f"{tmp_path}/{pattern}", "data.files")
+        assert list_files(f"{tmp_path}/a/**/*.jsonl", "data.files") == [f"{tmp_path}/a/x/1.jsonl"]
+
+    def refused(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refused)
+        with pytest.raises(UserError, match=r"1\.jsonl can't be read: Permission denied"):
+            list_files(f"{tmp_path}/a/x/1.jsonl", "data.files")
+
+
+def test_errors_of_reading_a_local_file_name_it() -> None:
+    with open_file("/proc/self/mem") as file:
+        for count in (5, -1):
+            with pytest.raises(UserError, match=r"/proc/self/mem can't be read: Input/output error"):
+                file.read(count)
+
+
 @pytest.mark.parametrize("fault", [503, 500, 429, "drop"])
 def test_what_may_pass_is_tried_again(server: ObjectServer, fault: str | int, caplog: pytest.LogCaptureFixture) -> None:
     size_and_version(f"{server.url}/many.bin")

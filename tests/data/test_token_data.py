@@ -169,10 +169,11 @@ def test_a_folder_of_nano_gpt(folder: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = str(write(tmp_path / "other.bin", [5]))
     file = str(write(tmp_path / "x.bin", [5, 5, END, END, *[7] * 8, END, 3, END, 4, 4]))
     options: dict[str, Any] = {"max_length": 4, "vocab_size": 9, "whole_documents": True, "end_token": END}
     with caplog.at_level(logging.INFO):
-        TokenData(TRAIN, [file], evaluation_files=file, form="labels", **options)
+        TokenData(TRAIN, [file], evaluation_files=other, form="labels", **options)
     assert (
         "train data: 5 samples of 1 file with 17 tokens; 5 documents; 1 are longer than data.max_length=4 and are"
         in (caplog.text)
@@ -319,6 +320,8 @@ _HEADER = np.array([20240520, 1, 7] + [0] * 253, np.int32).tobytes()
         ),
         (_content(b""), {"files": "."}, "the train data has no sample: 1 file with 0 tokens"),
         (_content(b"", "x.txt"), {"files": "."}, r"the folder \. has no files of tokens"),
+        (_content(b"12" * 50), {"files": ["x.bin", "./x.bin"]}, "data.files: ./x.bin is named twice, also in data.fi"),
+        (_content(b"12" * 50), {"evaluation_files": "x.bin"}, "data.evaluation_files: x.bin is named twice"),
         (_content(b""), {"files": "none.bin"}, "data.files: there is no file none.bin"),
         (
             _content(b"{}", "index.json"),
