@@ -81,8 +81,6 @@ class WebDataset(Transformed):
     ) -> None:
         check_split(split, type(self).__name__)
         super().__init__(transform)
-        if not isinstance(fields, Mapping | None):
-            raise UserError(f"data.fields={fields!r} must give extensions by names, as in {{image: jpg, label: cls}}.")
         indexes = [tar_index(paths) for paths in files_of_splits(shards, evaluation_shards, "shards").values()]
         self._index = indexes[-1] if split == EVALUATION else indexes[0]
         self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
