@@ -26,6 +26,8 @@ _ROWS_OF_BATCH = 1024
 """Rows of a record batch in a decoded copy: one is looked up at once, without reading the others."""
 MOST_DECODED = 256 << 20
 """Bytes of decoded row groups that a process keeps."""
+MOST_OPEN = 32
+"""Parquet files that a process keeps open."""
 
 
 class RowFile(Protocol):
@@ -126,16 +128,18 @@ class Parquet:
         columns: to read. None: all.
         is_cached: read a copy as an Arrow file without compression, made once and mapped into memory, in which any row
             is found without decoding others.
-        decoded: keeps row groups; the files of a dataset share it.
+        decoded: keeps row groups, and `opened` open files; the files of a dataset share them.
 
     Raises:
         UserError: it can't be read, or lacks a column.
     """
 
-    def __init__(self, path: str, columns: Sequence[str] | None, is_cached: bool, decoded: RecentTables) -> None:
+    def __init__(
+        self, path: str, columns: Sequence[str] | None, is_cached: bool, decoded: Recent, opened: Recent
+    ) -> None:
         self.path = path
         self._columns = list(columns) if columns is not None else None
-        self._decoded = decoded
+        self._decoded, self._files = decoded, opened
         with self._opened() as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]
@@ -152,10 +156,10 @@ class Parquet:
             if (reader := _reader_of(self._copy)).num_record_batches != len(sizes):
                 sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
         self._ends = np.array([0, *accumulate(sizes)])
-        self._file: tuple[int, Any] | None = None
+        self._of_copy: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_of_copy": None}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -193,9 +197,11 @@ class Parquet:
 
     def _reader(self) -> Any:
         """Returns the open file, opened by this process: what forks share would have one position."""
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = os.getpid(), self._opened() if self._copy is None else _reader_of(self._copy)
-        return self._file[1]
+        if self._copy is None:
+            return self._files.get((os.getpid(), self.path), self._opened)
+        if self._of_copy is None or self._of_copy[0] != os.getpid():
+            self._of_copy = os.getpid(), _reader_of(self._copy)
+        return self._of_copy[1]
 
     def _opened(self) -> Any:
         parquet = imported("pyarrow.parquet", "pyarrow")
@@ -240,27 +246,31 @@ def _reader_of(copy: Mapped) -> Any:
     return pyarrow.ipc.open_file(pyarrow.py_buffer(copy.array), options=options)
 
 
-class RecentTables:
-    """Keeps the tables that were used last, up to a number of bytes in all; each process its own."""
+class Recent:
+    """Keeps what was used last: tables, up to a number of bytes in all, or up to a number of other things."""
 
-    def __init__(self, most_bytes: int = MOST_DECODED) -> None:
-        self._most_bytes = most_bytes
-        self._tables: OrderedDict[Any, Any] = OrderedDict()
-        self._bytes = 0
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._sum = 0
 
     def __reduce__(self) -> Any:
-        return type(self), (self._most_bytes,)
+        return type(self), (self._most,)
 
-    def get(self, key: Any, read: Callable[[], Any]) -> Any:
-        """Returns the table of a key, which is read if it isn't here any more."""
-        table = self._tables.get(key)
-        if table is None:
-            table = self._tables[key] = read()
-            self._bytes += table.nbytes
-            while self._bytes > self._most_bytes and len(self._tables) > 1:
-                self._bytes -= self._tables.popitem(last=False)[1].nbytes
-        self._tables.move_to_end(key)
-        return table
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what belongs to a key, which is made if it isn't here any more."""
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make()
+            self._sum += _size(found)
+            while self._sum > self._most and len(self._kept) > 1:
+                self._sum -= _size(self._kept.popitem(last=False)[1])
+        self._kept.move_to_end(key)
+        return found
+
+
+def _size(kept: Any) -> int:
+    return int(getattr(kept, "nbytes", 1))
 
 
 class HubRows:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from distaccum.data.object_stores import shown
-from distaccum.data.row_files import MOST_DECODED, HubRows, JsonLines, Parquet, RecentTables, RowFile
+from distaccum.data.row_files import MOST_DECODED, MOST_OPEN, HubRows, JsonLines, Parquet, Recent, RowFile
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage import RangeReader, files_of_splits, is_remote, local
 from distaccum.data.tables import Row, imported
@@ -111,6 +112,13 @@ class Rows(Transformed):
                     f"{listed(sorted(map(str, row)), 12)}."
                 )
             row = {name: row[column] for name, column in self._fields.items()}
+        if self._transform is None:
+            for name, value in row.items():
+                if isinstance(value, list) and value and isinstance(value[0], list):
+                    raise UserError(
+                        f"{shown(path)}, row {number + 1}: {name} is a list of lists. Make a tensor of it by "
+                        "data.transform."
+                    )
         return self._transformed(row, f"{shown(path)}, row {number + 1}")
 
 
@@ -151,21 +159,23 @@ class HubDataset(Rows):
 
 def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool) -> list[RowFile]:
     names = _names(columns)
-    reader, decoded = RangeReader(), RecentTables()
-    found: list[RowFile] = []
-    for path in paths:
+    reader, decoded, opened = RangeReader(), Recent(MOST_DECODED), Recent(MOST_OPEN)
+
+    def file_of(path: str) -> RowFile:
         ending = os.path.splitext(path.partition("?")[0] if is_remote(path) else path)[1].lower()
         if not is_remote(path) and os.path.isdir(local(path)):
-            found.append(HubRows(path, _with_columns(path, _saved(path, key), columns)))
-        elif ending == ".jsonl":
-            found.append(JsonLines(path, names, reader))
-        elif ending == ".parquet":
-            found.append(Parquet(path, names, is_cached, decoded))
-        else:
-            raise UserError(
-                f"{key}: {shown(path)} is of no known kind. Known endings are .jsonl and .parquet; a folder is one "
-                "that save_to_disk of datasets has written."
-            )
+            return HubRows(path, _with_columns(path, _saved(path, key), columns))
+        if ending == ".jsonl":
+            return JsonLines(path, names, reader)
+        if ending == ".parquet":
+            return Parquet(path, names, is_cached, decoded, opened)
+        raise UserError(
+            f"{key}: {shown(path)} is of no known kind. Known endings are .jsonl and .parquet; a folder is one that "
+            "save_to_disk of datasets has written."
+        )
+
+    with ThreadPoolExecutor(32) as pool:  # a store answers many at a time
+        found = list((pool.map if any(map(is_remote, paths)) else map)(file_of, paths))
     if (size := sum(getattr(file, "decoded_bytes", 0) for file in found)) > MOST_DECODED:
         logger.warning(
             "%s: the row groups are %.1f GB when decoded, of which each process keeps %.2f: in a shuffled order most "

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from distaccum.config.compose import compose
 from distaccum.config.instantiate import build
 from distaccum.data import HubDataset, PadCollate, Rows, made_once, row_files
+from distaccum.data import rows as rows_module
 from distaccum.data.splits import HeldOut
 from distaccum.errors import UserError
 
@@ -243,6 +244,26 @@ def test_what_is_refused_at_the_start(
         Rows(**{"files": "a.jsonl", "evaluation_fraction": 0, **options})
 
 
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MOST_OPEN", 2)
+    for kind, options in ALL[:3]:
+        folder = tmp_path / f"{kind}{len(options)}"
+        folder.mkdir()
+        files, before = write(folder, kind, files=40, each=1), len(os.listdir("/proc/self/fd"))
+        data = Rows(files, evaluation_fraction=0, **options)
+        assert {row["id"] for row in data.__getitems__([*range(40), 0])} == set(range(40))
+        assert len(os.listdir("/proc/self/fd")) - before <= (32 if kind == "jsonl" else 2)
+
+
+def test_lists_of_lists_need_a_transform(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": [[1, 2], [3, 4]]}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, row 1: x is a list of lists. Make a tensor of it by data"):
+        Rows(str(path), evaluation_fraction=0)[0]
+    data = Rows(str(path), evaluation_fraction=0, transform=lambda row: torch.tensor(row["x"]))
+    assert data[0].tolist() == [[1, 2], [3, 4]]
+
+
 def test_names_and_folders_that_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/" + "x" * 300)  # ENAMETOOLONG when it is looked into
     path = tmp_path / ("\N{MANGO}" * 50 + "[0].jsonl")
@@ -274,11 +295,11 @@ def test_a_process_keeps_few_row_groups_and_a_copy_needs_none(tmp_path: Path) ->
     assert reads == [0, 1666]
     data.__getitems__([2, 4998])
     assert reads == [0, 1666]
-    recent = row_files.RecentTables(most_bytes=1000)
+    recent = row_files.Recent(1000)
     sizes = [pyarrow.table({"a": [0.0] * 60}) for _ in range(5)]
     for number in (0, 1, 0, 2, 0):
         recent.get(number, lambda number=number: sizes[number])
-    assert list(recent._tables) == [2, 0]
+    assert list(recent._kept) == [2, 0]
 
 
 def test_categories_have_a_copy_too(tmp_path: Path) -> None:
