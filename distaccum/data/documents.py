@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.data.made_once import Mapped, made_once
-from distaccum.data.splits import EVALUATION, HeldOutBlocks
+from distaccum.data.splits import EVALUATION, HeldOut
 from distaccum.data.storage import RangeReader, size_and_version
 from distaccum.data.token_files import Tokens
 from distaccum.errors import UserError
@@ -128,7 +128,7 @@ def _documents(tokens: Tokens, ends: list[str]) -> Iterator[tuple[NDArray[np.int
 
 def _write_samples(file: BinaryIO, tokens: Tokens, ends: list[str], cut: DocumentCut) -> str:
     counts, number, most = np.zeros(_HEADER, np.int64), 0, cut.max_length
-    held_out = HeldOutBlocks(cut.evaluation_fraction)
+    held_out = HeldOut(cut.evaluation_fraction)
     least = 2 - cut.ahead  # a token and the next one
     file.write(counts.tobytes())
     for starts, stops in _documents(tokens, ends):

@@ -77,7 +77,8 @@ class Rows(Transformed):
         super().__init__(transform)
         self._files = files
         self._ends = np.array([0, *accumulate(len(file) for file in files)])
-        self._part = HeldOut(int(self._ends[-1]), fraction, part)
+        self._part, self._held_out = part, HeldOut(fraction)
+        self._count = self._held_out.required(int(self._ends[-1]), part)
         self._fields = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns or ()}
         if not len(self):
             raise UserError(f"the {split} data has no row: {listed([shown(file.path) for file in files], 6)}.")
@@ -85,7 +86,7 @@ class Rows(Transformed):
         logger.info("%s data: %s rows%s, in %d files", split, f"{len(self):,}", held_out, len(files))
 
     def __len__(self) -> int:
-        return self._part.num_samples
+        return self._count
 
     def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
@@ -94,7 +95,7 @@ class Rows(Transformed):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Returns samples by their numbers; rows of one file are read together."""
-        rows = self._part.rows(np.asarray(indices, dtype=np.int64))
+        rows = self._held_out.place(np.asarray(indices, dtype=np.int64), self._part)
         owners = np.searchsorted(self._ends, rows, side="right") - 1
         found: list[Any] = [None] * len(rows)
         for owner in np.unique(owners).tolist():

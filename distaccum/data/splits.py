@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require
 
 TRAIN = "train"
 EVALUATION = "evaluation"
 _MOST_PARTS = 10**6
+Numbers = TypeVar("Numbers", int, NDArray[np.int64])
 
 
 def check_split(split: str, dataset: str) -> None:
@@ -21,43 +23,6 @@ def check_split(split: str, dataset: str) -> None:
 
 
 class HeldOut:
-    """Divides numbered rows into those of the training and those held out, which are spread evenly over all.
-
-    Which part a row is in, and which row a part's sample is, follows from numbers alone: of a fraction p/q row i is
-    held out if ⌊(i + 1)p/q⌋ > ⌊ip/q⌋.
-
-    Args:
-        num_rows: of both parts.
-        fraction: of the rows to hold out, in [0, 1); counted in millionths.
-        split: the part that this is.
-    """
-
-    _WHOLE = 10**6
-
-    def __init__(self, num_rows: int, fraction: float, split: str) -> None:
-        if not 0 <= fraction < 1:
-            raise UserError(f"data.evaluation_fraction={fraction} must lie in [0, 1).")
-        self._held_out = round(fraction * self._WHOLE)
-        self._is_held_out = split == EVALUATION
-        count = num_rows * self._held_out // self._WHOLE
-        self.num_samples = count if self._is_held_out else num_rows - count
-        """Rows of this part."""
-        if self._is_held_out and not count:
-            raise UserError(
-                f"data.evaluation_fraction={fraction} of {num_rows:,} rows leaves nothing to evaluate on. Set a larger "
-                "one, data.evaluation_files, or data.evaluation=null."
-            )
-
-    def rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the numbers of the rows that are this part's samples, given by their numbers in it."""
-        if not self._held_out:
-            return samples
-        if self._is_held_out:
-            return -(-(samples + 1) * self._WHOLE // self._held_out) - 1
-        return samples * self._WHOLE // (self._WHOLE - self._held_out)
-
-
-class HeldOutBlocks:
     """Blocks of consecutive samples that are held out for evaluation, spread evenly; the first one always is.
 
     Block b is held out where ceil((b + 1) · fraction) > ceil(b · fraction). So it follows from a sample's number alone,
@@ -84,9 +49,23 @@ class HeldOutBlocks:
         held_out = before * self._block + (rest if after > before else 0)
         return held_out if split == EVALUATION else total - held_out
 
-    def place(self, index: int, split: str) -> int:
-        """Returns the number of the sample that is the `index`-th of a part."""
-        number, within = divmod(index, self._block)
+    def required(self, total: int, split: str) -> int:
+        """Returns `count`.
+
+        Raises:
+            UserError: there are samples, and the part has none of them.
+        """
+        count = self.count(total, split)
+        require(
+            count > 0 or total == 0,
+            f"data.evaluation_fraction={self._part / self._whole:g} of {total:,} samples leaves none for the {split}. "
+            "Set another one, give data of its own for the evaluation, or set data.evaluation=null.",
+        )
+        return count
+
+    def place(self, index: Numbers, split: str) -> Numbers:
+        """Returns the number of the sample that is the `index`-th of a part; of an array, those of all."""
+        number, within = index // self._block, index % self._block
         if split == EVALUATION:
             block = number * self._whole // self._part
         else:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from distaccum.config.enums import TokenForm
 from distaccum.data.documents import DocumentCut, DocumentSamples
-from distaccum.data.splits import EVALUATION, TRAIN, HeldOutBlocks, check_split
+from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage import require_named_once
 from distaccum.data.text import IGNORE_INDEX
 from distaccum.data.token_files import Found, Tokens, find
@@ -93,7 +93,7 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
         self.max_length = max_length
         self.collate_fn = PadCollate((0, IGNORE_INDEX))
         self._tokens = Tokens(chosen.files)
-        self._held_out = HeldOutBlocks(evaluation_fraction, _BLOCK)
+        self._held_out = HeldOut(evaluation_fraction, _BLOCK)
         self._documents: DocumentSamples | None = None
         _check_dtype(self._tokens)
         total = max(0, len(self._tokens) - self._ahead) // max_length

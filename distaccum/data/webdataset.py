@@ -83,7 +83,10 @@ class WebDataset(Transformed):
         super().__init__(transform)
         indexes = [tar_index(paths) for paths in files_of_splits(shards, evaluation_shards, "shards").values()]
         self._index = indexes[-1] if split == EVALUATION else indexes[0]
-        self._held_out = HeldOut(len(self._index), evaluation_fraction, split) if len(indexes) == 1 else None
+        self._part, self._held_out = TRAIN, HeldOut(0)
+        if len(indexes) == 1:
+            self._part, self._held_out = split, HeldOut(evaluation_fraction)
+        self._count = self._held_out.required(len(self._index), self._part)
         self._is_pair = fields is None
         wanted = {"image": image, "label": label} if fields is None else _checked(fields)
         self._fields = [_field(name, extensions, self._index) for name, extensions in wanted.items()]
@@ -121,7 +124,7 @@ class WebDataset(Transformed):
         self._num_classes = num_classes if num_classes is not None else found or None
 
     def __len__(self) -> int:
-        return len(self._index) if self._held_out is None else self._held_out.num_samples
+        return self._count
 
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -131,7 +134,7 @@ class WebDataset(Transformed):
         return self._mixing(self._load, index, len(self), self.num_classes)
 
     def _load(self, index: int) -> Any:
-        number = index if self._held_out is None else int(self._held_out.rows(np.array([index], dtype=np.int64))[0])
+        number = self._held_out.place(index, self._part)
         path, row = self._index.shard_of(number), self._index.row(number)
         offsets, sizes = row["offset"], row["size"]
         found: dict[str, Any] = {}

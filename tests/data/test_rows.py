@@ -21,7 +21,6 @@ from distaccum.config.compose import compose
 from distaccum.config.instantiate import build
 from distaccum.data import HubDataset, PadCollate, Rows, made_once, row_files
 from distaccum.data import rows as rows_module
-from distaccum.data.splits import HeldOut
 from distaccum.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -96,28 +95,11 @@ def test_columns_and_transform(tmp_path: Path, kind: str, options: dict[str, Any
         Rows(files, evaluation_fraction=0, transform=broken, **options).__getitems__([3, 0])
 
 
-@given(st.integers(1, 400), st.floats(0, 0.999))
-def test_a_part_is_held_out_evenly(count: int, fraction: float) -> None:
-    training = HeldOut(count, fraction, "train")
-    found = training.rows(np.arange(training.num_samples)).tolist()
-    share = round(fraction * 10**6)
-    try:
-        evaluation = HeldOut(count, fraction, "evaluation")
-    except UserError:
-        assert count * share < 10**6
-        assert found == list(range(count))
-        return
-    held_out = evaluation.rows(np.arange(evaluation.num_samples)).tolist()
-    assert sorted(found + held_out) == list(range(count))
-    assert found == sorted(found)
-    assert held_out == [row for row in range(count) if (row + 1) * share // 10**6 > row * share // 10**6]
-
-
 def test_evaluation_by_a_fraction_or_by_files(tmp_path: Path) -> None:
     files = write(tmp_path, "jsonl")
     parts = [Rows(files, split, evaluation_fraction=0.25) for split in ("train", "evaluation")]
     ids = [[row["id"] for row in part.__getitems__(range(len(part)))] for part in parts]
-    assert ids[1] == [3, 7, 11, 15, 19]
+    assert ids[1] == [0, 4, 8, 12, 16, 20]
     assert sorted(ids[0] + ids[1]) == list(range(21))
     first, others = str(tmp_path / "part0.jsonl"), str(tmp_path / "part[12].jsonl")
     assert len(Rows(others, "train", evaluation_files=first)) == 14
@@ -126,7 +108,7 @@ def test_evaluation_by_a_fraction_or_by_files(tmp_path: Path) -> None:
         Rows(files, "train", evaluation_files=first)
     with pytest.raises(UserError, match=r"data\.files: .*part0\.jsonl is named twice"):
         Rows([files, first])
-    with pytest.raises(UserError, match=r"leaves nothing to evaluate on"):
+    with pytest.raises(UserError, match=r"evaluation_fraction=0 of 21 samples leaves none for the evaluation"):
         Rows(files, "evaluation", evaluation_fraction=0)
 
 
@@ -336,7 +318,7 @@ def test_by_configuration(tmp_path: Path) -> None:
     ):
         config = compose([*more, *transform, "data.columns={x:id}", "data.evaluation_fraction=0.25"])
         train, evaluation = (build(getattr(config.data, name), f"data.{name}") for name in ("train", "evaluation"))
-        assert [train[0], train[1], train[3], evaluation[0]] == [0, 1, 4, 3]
+        assert [train[0], train[1], train[3], evaluation[0]] == [1, 2, 5, 0]
 
 
 def test_a_dataset_by_name_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from distaccum import WindowLoader
 from distaccum.data import TokenData
 from distaccum.data.made_once import FOLDER
-from distaccum.data.splits import EVALUATION, TRAIN, HeldOutBlocks
+from distaccum.data.splits import EVALUATION, TRAIN, HeldOut
 from distaccum.errors import UserError
 
 END, VOCAB = 0, 1000
@@ -133,11 +133,12 @@ def naive_split(total: int, fraction: float, block: int) -> list[bool]:
 @settings(max_examples=200, deadline=None)
 @given(total=st.integers(0, 300), fraction=st.floats(0, 0.99), block=st.integers(1, 7))
 def test_what_is_held_out_is_arithmetic(total: int, fraction: float, block: int) -> None:
-    split = HeldOutBlocks(fraction, block)
+    split = HeldOut(fraction, block)
     out = naive_split(total, fraction, block)
     for part in (TRAIN, EVALUATION):
         places = [split.place(index, part) for index in range(split.count(total, part))]
         assert places == [number for number in range(total) if out[number] == (part == EVALUATION)]
+        assert split.place(np.arange(len(places)), part).tolist() == places
     blocks = -(-total // block)
     assert split.contains(0, blocks).tolist() == out[::block]
     assert split.contains(blocks // 2, blocks - blocks // 2).tolist() == out[::block][blocks // 2 :]
