@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from distaccum.data.made_once import made_once
 from distaccum.data.marked_tokens import MarkedTokens, write_samples
 from distaccum.data.splits import EVALUATION, TRAIN, check_split
-from distaccum.data.storage import list_files
+from distaccum.data.storage import files_of_splits
 from distaccum.data.tables import rows_of
 from distaccum.data.tokens import COLUMNS, Marked, Tokenization, identity_of, load_tokenizer
 from distaccum.errors import UserError, listed
@@ -86,13 +86,9 @@ class LanguageData(Dataset[dict[str, Tensor]]):
         self.max_length = max_length
         self.collate_fn = Padding(padding_of(self.tokenizer))
         tokenization = Tokenization(self.tokenizer, columns or {}, counts_all=loss_on == "all")
-        files, key = (
-            (files, "data.files")
-            if evaluation_files is None or split == TRAIN
-            else (evaluation_files, "data.evaluation_files")
-        )
+        key = "data.files" if evaluation_files is None or split == TRAIN else "data.evaluation_files"
         held_out = evaluation_fraction if evaluation_files is None else None
-        paths = list_files(files, key)
+        paths = files_of_splits(files, evaluation_files)[key]
 
         def write(file: BinaryIO) -> str:
             rows = _checked(_part(rows_of(paths, key), held_out, split), columns or {})

@@ -150,7 +150,7 @@ class Parquet:
             raise UserError(f"data.columns: {shown(path)} has no column {missing[0]}. It has {listed(names, 12)}.")
         self._copy: Mapped | None = None
         if is_cached:
-            copy = made_once([path], "decoded", self._write_copy, depends_on=self._columns)
+            copy = made_once([path], "decoded-copy", self._write_copy, depends_on=self._columns)
             self._copy = Mapped(copy, torch.uint8)
             sizes = [size for rows in sizes for size in _batch_sizes(rows)]
             if (reader := _reader_of(self._copy)).num_record_batches != len(sizes):

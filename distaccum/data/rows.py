@@ -29,9 +29,10 @@ Transform = Callable[[Row], Any] | None
 class Rows(Transformed):
     """Rows of files as samples: `.jsonl`, `.parquet`, and folders that `save_to_disk` of datasets has written.
 
-    Any row is read without those before it, and none at the start: of JSON lines by an index that is made once, of
-    Parquet by row groups (see `Parquet`). A sample is a dictionary of the row's columns, or what `transform` makes of
-    it. Public attributes of the transform (`collate_fn`, `num_classes`, `vocab_size`, …) are the dataset's too.
+    Any row is read without those before it: of JSON lines by an index that is made once, of Parquet by row groups (see
+    `Parquet`). A row that can't be read is found when it is asked for, the first one of JSON lines at the start. A
+    sample is a dictionary of the row's columns, or what `transform` makes of it. Public attributes of the transform
+    (`collate_fn`, `num_classes`, `vocab_size`, …) are the dataset's too.
 
     Args:
         files: paths, patterns or addresses.

@@ -194,10 +194,13 @@ def test_a_cache_has_the_same_samples_and_is_made_once(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(rows[1]) + "\n")
+
     def read(**options: Any) -> LanguageData:
         return LanguageData(str(path), str(folder), max_length=48, **options)
 
-    for options in ({}, {"split": "evaluation"}, {"loss_on": "all"}, {"evaluation_files": str(path)}):
+    for options in ({}, {"split": "evaluation"}, {"loss_on": "all"}, {"evaluation_files": str(other)}):
         kept = read(**options)
         assert "made the tokens" not in caplog.text
         said = caplog.messages[-1]
@@ -212,7 +215,9 @@ def test_a_cache_has_the_same_samples_and_is_made_once(
         assert caplog.messages[-1] == said, "what has been left out is said at each start"
         caplog.clear()
     path.write_text(json.dumps(rows[0]) + "\n")
-    assert len(read(cache=True, evaluation_files=str(path))) == 1
+    assert len(read(cache=True, evaluation_files=str(other))) == 1
+    with pytest.raises(UserError, match=r"rows\.jsonl is named twice, also in data\.files"):
+        read(evaluation_files=str(path))
     with pytest.raises(UserError, match=r"has 0 rows and no sample"):
         read(cache=True)
     assert not list((tmp_path / ".distaccum").glob("*.writing"))
