@@ -85,7 +85,7 @@ class Mix(Dataset[Any]):
             )
         self._seeds = {name: derived_seed(seed, "mix", name) for name in sources}
         self._starts = np.array([0, *accumulate(self.counts.values())])
-        self._take_attributes()
+        self._take_collate_fn()
         self.order = ", ".join(f"{name} {count} of {self._sizes[name]}" for name, count in self.counts.items())
         shares = (
             f"{name} {count:,} of its {self._sizes[name]:,} ({count / self._sizes[name]:.3g} times round)"
@@ -93,8 +93,7 @@ class Mix(Dataset[Any]):
         )
         logger.info("mix of %s samples an epoch: %s", f"{total:,}", ", ".join(shares))
 
-    def _take_attributes(self) -> None:
-        first, *others = self._sources.values()
+    def _take_collate_fn(self) -> None:
         found = [getattr(source, "collate_fn", None) for source in self._sources.values()]
         kinds = {type(collate) for collate in found}
         require(
@@ -104,14 +103,13 @@ class Mix(Dataset[Any]):
         )
         if found[0] is not None:
             self.collate_fn = found[0]
-        for name, value in vars(first).items() if hasattr(first, "__dict__") else ():
-            is_plain = isinstance(value, int | float | str | tuple | list) and not name.startswith("_")
-            if (
-                is_plain
-                and not hasattr(self, name)
-                and all(_same(getattr(other, name, None), value) for other in others)
-            ):
-                setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name != "lengths":
+            first, *others = (getattr(source, name, None) for source in self._sources.values())
+            if isinstance(first, int | float | str | tuple | list) and all(_same(other, first) for other in others):
+                return first
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from distaccum import WindowLoader
+from distaccum.data import Rows
 from distaccum.data.mix import Mix, apportioned
 from distaccum.errors import UserError
 from distaccum.loaders.lengths import lengths_of
@@ -76,6 +78,28 @@ def test_each_source_is_gone_through_whole_before_a_sample_comes_again(
             assert len(set(entry)) == len(entry)
         if size > 5 and len(rounds) > 2:
             assert rounds[0] != rounds[1], "each time round has another order"
+
+
+class Labels:
+    num_classes, input_shape = 3, (2,)
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+    def __call__(self, row: dict[str, Any]) -> Any:
+        return row["x"] + self.offset
+
+
+def test_attributes_of_the_sources_transforms_are_the_mixs(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
+    file = str(tmp_path / "a.jsonl")
+    sources = {
+        name: Rows(file, evaluation_fraction=0, transform=Labels(offset)) for name, offset in (("a", 0), ("b", 5))
+    }
+    mix = pickle.loads(pickle.dumps(Mix(sources, {"a": 1, "b": 1})))
+    assert (mix.num_classes, mix.input_shape) == (3, (2,))
+    assert not hasattr(mix, "offset")
+    assert sorted(mix.samples_of_epoch(0, range(4))) == [1, 2, 6, 7]
 
 
 def test_it_says_what_an_epoch_has(caplog: pytest.LogCaptureFixture) -> None:
