@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from distaccum.data.made_once import Mapped, made_once
 from distaccum.data.object_stores import shown
 from distaccum.data.storage import RangeReader, is_remote, local, open_file
-from distaccum.data.tables import Row, imported, parsed_line
+from distaccum.data.tables import BYTE_ORDER_MARK, Row, imported, parsed_line
 from distaccum.errors import UserError, listed
 
 _BLOCK = 16 << 20
-_BOM = b"\xef\xbb\xbf"
 _BLANKS = np.frombuffer(b" \t\r\n", np.uint8)
 _ROWS_OF_BATCH = 1024
 """Rows of a record batch in a decoded copy: one is looked up at once, without reading the others."""
@@ -97,7 +96,7 @@ def _write_starts(path: str, file: BinaryIO) -> str:
 
 def _line_starts(source: BinaryIO) -> Iterator[NDArray[np.int64]]:
     """Yields where lines begin that are not blank, of a block at a time, which ends with a whole line."""
-    position = len(_BOM) if source.read(len(_BOM)) == _BOM else 0
+    position = len(BYTE_ORDER_MARK) if source.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
     source.seek(position)
     rest = b""
     while block := source.read(_BLOCK):

@@ -16,14 +16,13 @@ from torch.utils.data import IterableDataset
 from distaccum.data.object_stores import shown
 from distaccum.data.storage import is_remote, list_files, open_file, require_named_once, size_and_version
 from distaccum.data.stream_reader import Source, reason
-from distaccum.data.tables import decoded, parsed_line
+from distaccum.data.tables import BYTE_ORDER_MARK, decoded, parsed_line
 from distaccum.errors import UserError, require
 from distaccum.loaders._worker_internals import hidden_worker
 from distaccum.runtime.cache import Remembered, fingerprint
 
 logger = logging.getLogger(__name__)
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _INSTEAD = {".parquet": "data=parquet", ".tar": "data=webdataset", ".bin": "data=tokens", ".npy": "data=tokens"}
 
 
@@ -108,7 +107,7 @@ class _LinesOfFile(Iterator[tuple[str, int, bytes]]):
             start = self._place
             self._place += len(line)
             if start == 0:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = line.removeprefix(BYTE_ORDER_MARK)
             if not line.isspace():
                 return self._path, start, line
         raise StopIteration

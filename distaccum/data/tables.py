@@ -14,6 +14,7 @@ from distaccum.data.storage import list_files, open_file
 from distaccum.errors import UserError, listed
 
 Row = dict[str, Any]
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def rows_of(files: str | Sequence[str], key: str) -> Iterator[tuple[str, Row]]:
@@ -56,13 +57,14 @@ def _text(path: str, newline: str | None = None) -> io.TextIOWrapper:
 def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
     with open_file(path) as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
             if line.strip():
                 place = f"line {number}"
                 yield place, parsed_line(f"{shown(path)}, {place}", line)
 
 
 def parsed_line(place: str, line: bytes) -> Any:
-    """Returns what a line of JSON holds; a byte order mark before it is passed over.
+    """Returns what a line of JSON holds.
 
     Raises:
         UserError: it isn't JSON in UTF-8; `place` says which line.
@@ -76,13 +78,13 @@ def parsed_line(place: str, line: bytes) -> Any:
 
 
 def decoded(place: str, line: bytes) -> str:
-    """Returns a line of UTF-8 as a text, without a byte order mark.
+    """Returns a line of UTF-8 as a text.
 
     Raises:
         UserError: it isn't UTF-8; `place` says which line.
     """
     try:
-        return line.decode("utf-8-sig")
+        return line.decode()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place} is no UTF-8: {error.reason}, at its byte {error.start:,}. Convert the file: iconv -t UTF-8."
