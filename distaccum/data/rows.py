@@ -173,7 +173,7 @@ def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool
             return Parquet(path, names, is_cached, decoded, opened)
         raise UserError(
             f"{key}: {shown(path)} is of no known kind. Known endings are .jsonl and .parquet; a folder is one that "
-            "save_to_disk of datasets has written."
+            "save_to_disk of datasets has written. Of .jsonl.gz, data=stream reads the lines."
         )
 
     with ThreadPoolExecutor(32) as pool:  # a store answers many at a time

@@ -299,6 +299,7 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
         ("a.jsonl", "\n", r"the train data has no row: .*a.jsonl"),
         ("a.parquet", "no parquet", r"a.parquet can't be read"),
         ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl and .parquet"),
+        ("a.jsonl.gz", "", r"a.jsonl.gz is of no known kind.* Of .jsonl.gz, data=stream reads the lines"),
     ],
 )
 def test_files_that_are_something_else(tmp_path: Path, name: str, content: str, message: str) -> None:
