@@ -43,14 +43,14 @@ def test_the_schedule_and_the_factory_of_groups() -> None:
 
 
 def test_objects_are_read() -> None:
-    exec(_block("data.md", "open_file"), {})
+    exec(_block("sources.md", "open_file"), {})
 
 
 def test_a_stream_has_windows(tmp_path: Path) -> None:
-    exec(_block("data.md", "import Stream"), {})
+    exec(_block("sources.md", "import Stream"), {})
     (tmp_path / "part-0.bin").write_bytes(bytes(range(20)))
     names: dict[str, Any] = {}
-    exec(_block("data.md", "open_shard"), names)
+    exec(_block("sources.md", "open_shard"), names)
     stream = Stream(Shards(str(tmp_path / "part-*.bin"), names["open_shard"]), shuffle=False)
     assert stream.samples_of_epoch(0, [1, 4]) == [bytes(range(4, 8)), bytes(range(16, 20))]
 
