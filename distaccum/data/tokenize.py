@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,6 +159,10 @@ def _encoded(batches: Iterable[list[str]], encoder: Encoder, workers: int) -> It
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
+        # Else the thread that hands out work may write into a pipe that nobody reads, and be waited for without end
+        # (python/cpython#94777, until 3.11.4).
+        with suppress(AttributeError, OSError):
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         raise UserError(
             "a worker process was killed, perhaps for want of memory. Set fewer --workers; the same command goes on."
         ) from error

@@ -129,15 +129,14 @@ class UpdateRecord:
         return max(0.0, self.update_seconds - self.data_seconds - self.sync_seconds)
 
     def known(self) -> dict[str, Any]:
-        """Returns all that is recorded of the update (`RECORDED`) by name, without what is None, or one evaluation.
+        """Returns all that is recorded of the update (`RECORDED`) by name, without what is None or as usual (`_USUAL`).
 
         What is of a parameter group is named `lr/GROUP` and `grad_norm/GROUP`.
         """
         values = {name: getattr(self, name) for name in RECORDED}
         values |= {f"lr/{name}": value for name, value in self.group_lrs.items()}
         values |= {f"grad_norm/{name}": value for name, value in self.group_norms.items()}
-        is_plain = values["evaluations"] == 1  # as for all optimizers but a few
-        return {name: v for name, v in values.items() if v is not None and not (is_plain and name == "evaluations")}
+        return {name: v for name, v in values.items() if v is not None and v != _USUAL.get(name)}
 
 
 RECORDED = (
@@ -146,6 +145,8 @@ RECORDED = (
     *("update_seconds", "samples_per_second"),
 )
 """Names of what is recorded of each update. A task's metrics have other ones."""
+_USUAL = {"evaluations": 1, "data_wait": 0.0}
+"""Values that are not worth recording."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,6 +91,8 @@ def _leak(task: Any, data: Any, samples: list[Any], strategy: Strategy, precisio
     try:
         packed = seen(packing_of(data)(samples))
     except (TypeError, ValueError, RuntimeError, UserError) as error:
+        if isinstance(error, UserError) and isinstance(error.__cause__, TypeError):
+            error = error.__cause__  # of a field that the user's samples don't have
         return f"it can't compute packed samples ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     weight = sum(one.weight for one in alone)
     if packed.weight != weight:

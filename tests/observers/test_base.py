@@ -13,7 +13,7 @@ ATTRIBUTES = {
     *("update", "epoch", "samples", "window_samples", "loss", "grad_norm", "lr", "micro_steps", "weight"),
     *("update_seconds", "samples_per_second", "sync_calls", "sync_bytes", "metrics", "data_seconds", "sync_seconds"),
     *("noise_scale", "noise_scale_error", "coherence", "skipped", "compile_seconds", "peak_memory_bytes", "terms"),
-    *("evaluations", "layers"),
+    *("evaluations", "layers", "data_wait"),
 }
 """What observers of users may read."""
 
@@ -26,6 +26,7 @@ def test_a_record_has_what_observers_read() -> None:
     assert (record.update_seconds, record.samples_per_second, record.compute_seconds) == (0.02, 3200.0, 0.017)
     assert record.known().keys() == ATTRIBUTES - {
         "evaluations",
+        "data_wait",
         "noise_scale_error",
         "coherence",
         "peak_memory_bytes",

@@ -150,7 +150,7 @@ def test_what_is_wrong_is_said_in_one_message(
         ([runs / "a", "data=digits"], "data is a section"),
         ([runs / "a", "train.eval_batch_size=0"], "train.eval_batch_size=0 is impossible"),
         ([runs / "a", "train.eval_batch_size=abc"], "train.eval_batch_size=abc is impossible"),
-        ([runs / "a", "data.num_workers=abc"], "data.num_workers: Value 'abc'"),
+        ([runs / "a", "data.num_workers=abc"], "data.num_workers=abc is impossible: it takes a whole number or auto"),
         ([runs / "a", "data.pin_memory=maybe"], "data.pin_memory: Value 'maybe'"),
         ([runs / "a", "task.label_smoothing=abc"], "task.label_smoothing: Value 'abc'"),
         ([runs / "a", runs / "b", "--class-dim", "7"], "class_dim=7 is no dimension of outputs of shape"),
