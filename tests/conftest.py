@@ -24,8 +24,10 @@ tolerate_missing_operators()
 # One thread a process, as under torchrun: many processes share few cores here.
 torch.set_num_threads(1)
 
-# Runs that tests start heed a closed terminal, also where the tests themselves are started with nohup.
+# Runs that tests start heed a closed terminal, also where the tests themselves are started with nohup; and so do they
+# Ctrl-C, which a shell has its jobs in the background ignore.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 TESTS = Path(__file__).parent
