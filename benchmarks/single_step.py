@@ -3,9 +3,10 @@
     python benchmarks/single_step.py
 
 Two ranks with gloo on this host, the same model, fused AdamW and clipping, and a loss that is read in each update: a
-loop with plain DDP or FSDP against an `Accumulator` whose windows have one micro-batch each. Blocks of updates in
-turns, many of them; the best block of each, as anything else on the machine makes times only longer. The processor's
-time, of rank 0, is less disturbed by it.
+loop with plain DDP or FSDP against an `Accumulator` whose windows have one micro-batch each. The accumulator gives the
+loss of the whole window; the plain loop reads its own rank's, or, in a third way, adds it up over the ranks too. Blocks
+of updates in turns, many of them; the best block of each, as anything else on the machine makes times only longer. The
+processor's time, of rank 0, is less disturbed by it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import common
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +41,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def plain(strategy: str) -> Callable[[Tensor], None]:
+def plain(strategy: str, *, whole_loss: bool) -> Callable[[Tensor], None]:
     """Returns an update of a loop that knows nothing of windows."""
     model: nn.Module = network()
     if strategy == "ddp":
@@ -57,7 +59,10 @@ def plain(strategy: str) -> Callable[[Tensor], None]:
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=strategy != "ddp")
-        loss.item()
+        shown = loss.detach()
+        if whole_loss:
+            dist.all_reduce(shown)
+        shown.item()
 
     return update
 
@@ -78,7 +83,11 @@ def accumulated(strategy: str) -> Callable[[Tensor], None]:
 
 def single_micro_steps(strategy: str, blocks: int, updates: int = 4) -> dict[str, Any]:
     batch = torch.randn(16, WIDTH)
-    ways = {"plain": plain(strategy), "distaccum": accumulated(strategy)}
+    ways = {
+        "plain": plain(strategy, whole_loss=False),
+        "whole loss": plain(strategy, whole_loss=True),
+        "distaccum": accumulated(strategy),
+    }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     processor: dict[str, list[float]] = {way: [] for way in ways}
     for block in range(blocks + 1):
@@ -89,12 +98,14 @@ def single_micro_steps(strategy: str, blocks: int, updates: int = 4) -> dict[str
             if block:
                 seconds[way].append((time.perf_counter() - started) / updates)
                 processor[way].append((time.process_time() - computed) / updates)
-    loop, own = (min(seconds[way]) for way in ways)
+    loop, whole, own = (min(seconds[way]) for way in ways)
     return {
         "strategy": strategy,
         "plain loop: ms/update": loop * 1e3,
+        "with the loss of all ranks: ms/update": whole * 1e3,
         "distaccum: ms/update": own * 1e3,
         "distaccum / plain": own / loop,
+        "distaccum / with the loss": own / whole,
         "processor time / plain": min(processor["distaccum"]) / min(processor["plain"]),
     }
 
