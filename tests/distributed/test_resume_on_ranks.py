@@ -79,7 +79,7 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_3_ranks_learns_the_same() -> None:
         assert all(torch.allclose(weights[key], wanted[key], rtol=1e-9, atol=1e-12) for key in wanted)
     # Negative control: what is compared would show a window that is not the same.
     run(1, "other", "train.max_updates=15", "strategy=single", "seed=1")
-    assert updates(Path("other"))[-1]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-3)
+    assert [line["loss"] for line in updates(Path("other"))] != pytest.approx([line["loss"] for line in one], rel=1e-2)
 
 
 @pytest.mark.parametrize(
