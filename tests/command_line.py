@@ -74,8 +74,8 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def without_measurements(line: dict[str, Any]) -> dict[str, Any]:
-    """What of a line is the same whenever and wherever the run is made: all but times and memory."""
-    return {key: value for key, value in line.items() if "second" not in key and "memory" not in key}
+    """What of a line is the same whenever and wherever the run is made: all but times, waits and memory."""
+    return {key: value for key, value in line.items() if not any(word in key for word in ("second", "memory", "wait"))}
 
 
 def updates(run_dir: Path) -> list[dict[str, Any]]:
