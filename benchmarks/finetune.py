@@ -39,7 +39,7 @@ from torch.utils.data import Subset
 
 from distaccum import Accumulator, WindowLoader
 from distaccum.data import LanguageData
-from distaccum.data.text import paragraphs
+from distaccum.data.language.text import paragraphs
 from distaccum.runtime.torchvision_operators import tolerate_missing_operators
 from distaccum.tasks import CausalLM
 

@@ -32,7 +32,7 @@ from gpu_model import Scale, adamw, autocast, begin, recorded, wait
 
 from distaccum import Accumulator, LoaderOptions, WindowLoader
 from distaccum.data import DocumentationText
-from distaccum.data.text import IGNORE_INDEX
+from distaccum.data.language.text import IGNORE_INDEX
 from distaccum.strategies import SingleStrategy
 from distaccum.tasks.model_io import call_model
 from distaccum.training.adapt_cuts import CutTuning

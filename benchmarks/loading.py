@@ -41,10 +41,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from distaccum.data.image_files import Pixels, read_rgb
-from distaccum.data.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
-from distaccum.data.rows import Rows
-from distaccum.data.webdataset import WebDataset
+from distaccum.data.images.image_files import Pixels, read_rgb
+from distaccum.data.images.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+from distaccum.data.rows.rows import Rows
+from distaccum.data.tars.webdataset import WebDataset
 from distaccum.loaders import LoaderOptions, WindowLoader
 
 OURS, PLAIN = "distaccum", "DataLoader"

@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap
 from safetensors.torch import load_model
 from torch import Tensor
 
-from distaccum.data.coins import FIRST_TRAINING_COLUMN, IGNORED, coins_and_mask
+from distaccum.data.images.coins import FIRST_TRAINING_COLUMN, IGNORED, coins_and_mask
 from distaccum.models import UNet
 
 SIZE = 64

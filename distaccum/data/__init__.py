@@ -4,21 +4,21 @@ Any map-style `torch.utils.data.Dataset` can take their place (`data=custom`). s
 imported only by the datasets that need them.
 """
 
-from distaccum.data.augment import Augment
-from distaccum.data.coins import Coins
-from distaccum.data.digits import Digits, DigitViews
-from distaccum.data.image_folder import ImageFolder
-from distaccum.data.language import LanguageData
+from distaccum.data.images.augment import Augment
+from distaccum.data.images.coins import Coins
+from distaccum.data.images.digits import Digits, DigitViews
+from distaccum.data.images.image_folder import ImageFolder
+from distaccum.data.images.mixing import Mixed, Mixing
+from distaccum.data.language.language import LanguageData
+from distaccum.data.language.text import DocumentationText
+from distaccum.data.language.tokenize_row import TokenizeRow
 from distaccum.data.mix import Mix
-from distaccum.data.mixing import Mixed, Mixing
-from distaccum.data.rows import HubDataset, Rows
-from distaccum.data.stream import Stream
-from distaccum.data.stream_sources import Lines, Shards
+from distaccum.data.rows.rows import HubDataset, Rows
+from distaccum.data.streams.stream import Stream
+from distaccum.data.streams.stream_sources import Lines, Shards
 from distaccum.data.synthetic import Synthetic
-from distaccum.data.text import DocumentationText
-from distaccum.data.token_data import TokenData
-from distaccum.data.tokenize_row import TokenizeRow
-from distaccum.data.webdataset import WebDataset
+from distaccum.data.tars.webdataset import WebDataset
+from distaccum.data.tokens.token_data import TokenData
 from distaccum.loaders.collate import PadCollate
 
 __all__ = [

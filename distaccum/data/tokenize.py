@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from distaccum.data.storage import list_files, require_named_once, size_and_version
-from distaccum.data.tables import rows_of
-from distaccum.data.token_folder import Batch, TokenFolder
-from distaccum.data.tokens import load_tokenizer, shown
+from distaccum.data.language.tokenization import load_tokenizer, shown
+from distaccum.data.rows.tables import rows_of
+from distaccum.data.storage.files import list_files, require_named_once, size_and_version
+from distaccum.data.tokens.token_folder import Batch, TokenFolder
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, UserError, listed, require
 from distaccum.runtime.cache import fingerprint
 from distaccum.runtime.files import without_tilde

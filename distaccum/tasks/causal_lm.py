@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distaccum.data.language import IGNORE_INDEX
+from distaccum.data.language.language import IGNORE_INDEX
 from distaccum.errors import UserError, require_at_least
 from distaccum.models.outputs import logits_of
 from distaccum.tasks.cross_entropy import LanguageModeling

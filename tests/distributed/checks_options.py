@@ -12,7 +12,7 @@ from torch import Tensor
 from distaccum import Accumulator, UpdateResult, WindowLoader
 from distaccum.config import DDPConfig, FSDPConfig
 from distaccum.config.optimizers import AdamConfig
-from distaccum.data.text import DocumentationText
+from distaccum.data.language.text import DocumentationText
 from distaccum.models import GPT
 from distaccum.runtime.world import World
 from distaccum.strategies import needs_equal_micro_steps, place, shards_optimizer

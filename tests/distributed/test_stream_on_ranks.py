@@ -10,7 +10,7 @@ from command_line import evaluations, metrics, updates
 from launching import forked
 
 from distaccum.checkpoints.folder import checkpoints_in
-from distaccum.data.stream import stream_data
+from distaccum.data.streams.stream import stream_data
 
 ROWS = [{"id": number, "inputs": [number % 7, number % 5 - 2, number % 3, 1.0]} for number in range(70)]
 RUN = [

@@ -208,8 +208,8 @@ WANTED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "a module of one of ours": (
         "data.train",
-        {**CALL, "_target_": "distaccum.data.image_folder.os.mkdir"},
-        "data.train._target_=distaccum.data.image_folder.os.mkdir is named by",
+        {**CALL, "_target_": "distaccum.data.images.image_folder.os.mkdir"},
+        "data.train._target_=distaccum.data.images.image_folder.os.mkdir is named by",
     ),
     "what builds": (
         "data.train",

@@ -1,0 +1,1 @@
+"""Images: reference datasets, class folders, and how they are changed in training."""

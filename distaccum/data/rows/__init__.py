@@ -1,0 +1,1 @@
+"""Rows of JSON lines, Parquet, other tables and datasets of Hugging Face."""

@@ -1,0 +1,1 @@
+"""Files of tokens, and the samples in them."""
