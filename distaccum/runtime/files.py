@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
+import platform
 import secrets
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 WRITING = ".writing"
 """End of the names of files that are not complete; a process that is killed leaves them."""
+_LONGEST_BEGINNING = 200
+"""Bytes of a file's name that are in the name of what will replace it; file systems allow 255."""
+_SECONDS_OF_A_DAY = 86_400
 _MOST_BYTES_OF_YAML = 256 << 10
 
 
@@ -44,14 +51,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that replaces `path` when it is complete and on the disk; until then nothing changes.
 
     Where `path` is a symbolic link, the link is replaced. Others who can write in the folder can't redirect what is
-    written: the file's name until then is random and new.
+    written: the file's name until then is random and new. A process that is killed leaves it (`remove_unfinished`).
 
     Raises:
         OSError: it can't be written, or what is there is neither a file nor a link; nothing is left of it.
     """
     if path.exists() and not path.is_symlink() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file")
-    aside = path.with_name(f".{secrets.token_hex(8)}{WRITING}")
+    beginning = os.fsencode(path.name)[:_LONGEST_BEGINNING].decode(errors="ignore")
+    aside = path.with_name(f".{beginning}.{_host()}-{secrets.token_hex(8)}{WRITING}")
     try:
         with aside.open("xb") as file:
             yield file
@@ -63,6 +71,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_unfinished(folder: Path, pattern: str) -> None:
+    """Removes what processes that were killed have left of files that `replacing` was to write.
+
+    Only what this host has left: whether one of another host is still being written can't be told, unless by a day
+    without a change.
+
+    Args:
+        pattern: of the files' names. No process of this host may be writing one now.
+    """
+    for file in folder.glob(f".{pattern}.*{WRITING}"):
+        with contextlib.suppress(OSError):  # removed by another process
+            is_own = file.name.rpartition("-")[0].endswith(f".{_host()}")
+            if is_own or time.time() - file.stat().st_mtime > _SECONDS_OF_A_DAY:
+                file.unlink()
+
+
+@cache
+def _host() -> str:
+    """Returns a short name of this host, of letters and digits."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,9 +21,9 @@ class Order:
 
     Attributes:
         point: a place that a rank passes: `forward`, `backward`, `before all_reduce`, `half of manifest.json`, …
-            Numbers in the names of files are written as `#`.
+            Numbers in the names of files are written as `#`, and so are fingerprints.
         nth: which pass of the start counts.
-        rank: the rank whose passes count, and that is killed.
+        rank: the rank whose passes count, and that is killed. None: each by its own passes.
         delay: seconds from there to the kill, which comes from outside, wherever the rank is by then; None to kill it
             right there.
         all_ranks: kill the other ranks at the same moment.
@@ -33,7 +33,7 @@ class Order:
 
     point: str
     nth: int = 1
-    rank: int = 0
+    rank: int | None = 0
     delay: float | None = None
     all_ranks: bool = False
     leave_others: bool = False
@@ -87,7 +87,7 @@ def _around(call: Callable[..., Any], what: str, name: Callable[[Any], str] | No
 
 
 def _name(path: Any) -> str:
-    return re.sub(r"\d+", "#", os.path.basename(os.fspath(path)))
+    return re.sub(r"\b[0-9a-f]{8,20}\b|\d+", "#", os.path.basename(os.fspath(path)))
 
 
 def _name_of_open(descriptor: int) -> str:

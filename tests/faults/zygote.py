@@ -89,12 +89,12 @@ class Zygote:
 
 
 @contextmanager
-def zygote() -> Iterator[Zygote]:
-    """A zygote, for as long as it is needed."""
+def zygote(*modules: str) -> Iterator[Zygote]:
+    """A zygote that has imported modules too, for as long as it is needed."""
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": path}
     with subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         yield Zygote(process)
         assert process.stdin is not None
@@ -111,8 +111,10 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for module in _IMPORTED:
         importlib.import_module(module)
-    gc.freeze()  # no rank need look through what has been imported
     assert len(os.listdir("/proc/self/task")) == 1, "what is forked must not have threads"
+    for module in sys.argv[1:]:  # those of pyarrow only wait for work
+        importlib.import_module(module)
+    gc.freeze()  # no rank need look through what has been imported
     for line in sys.stdin:
         request = json.loads(line)
         order = Order(**request["order"]) if request["order"] else None
@@ -137,7 +139,9 @@ class _Launch:
         killed_at = None
         if self.order is not None and self._waits_for_point():
             self._look_until(time.monotonic() + (self.order.delay or 0.0))
-            self._kill(self.processes if self.order.all_ranks else [self.processes[self.order.rank]], signal.SIGKILL)
+            if self.order.rank is not None:
+                victims = self.processes if self.order.all_ranks else [self.processes[self.order.rank]]
+                self._kill(victims, signal.SIGKILL)
             killed_at = time.monotonic()
             if not self.order.leave_others:
                 self._look_until(killed_at + _SECONDS_FOR_OTHERS)
@@ -215,11 +219,12 @@ def _forked(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         faulthandler.enable()
         os.chdir(folder)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         if ranks > 1:
             here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             os.environ |= {key: str(value) for key, value in here.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if order is not None and order.rank == rank:
+        if order is not None and order.rank in (rank, None):
             arm(order, report)
         passing("start")
         status = _trained(config)

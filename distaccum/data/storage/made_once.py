@@ -20,7 +20,7 @@ from distaccum.data.storage.files import is_remote, local, size_and_version
 from distaccum.data.storage.object_stores import shown
 from distaccum.errors import UserError, listed
 from distaccum.runtime.cache import cache_folder, fingerprint
-from distaccum.runtime.files import replacing
+from distaccum.runtime.files import remove_unfinished, replacing
 
 logger = logging.getLogger("distaccum.data")
 
@@ -62,45 +62,52 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
     folders = [cache_folder() / fingerprint(where)]
     if not is_remote(sources[0]):
         folders.insert(0, Path(local(sources[0])).absolute().parent / FOLDER)
-    paths = [folder / f"{name}.{own}.{fingerprint(versions)}.{kind}" for folder in folders]
+    file_name = f"{name}.{own}.{fingerprint(versions)}.{kind}"
+    of_all_versions = f"{glob.escape(name)}.{own}.*.{kind}"
+    lock_name = f".{name}.{own}.{kind}.lock"
+    if (found := next((folder for folder in folders if os.path.isfile(folder / file_name)), None)) is not None:
+        return found / file_name
     failures: list[str] = []
-    for path in [path for path in paths if os.path.isfile(path)] or paths:
+    for folder in folders:
+        path = folder / file_name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, f"{glob.escape(name)}.{own}.*.{kind}", f"{kind} of {shown(listed(sources, 3))}", make)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _held(folder / lock_name) as is_alone:
+                if not os.path.isfile(path):
+                    if is_alone:
+                        remove_unfinished(folder, of_all_versions)
+                    _make(path, f"{kind} of {shown(listed(sources, 3))}", make)
+                    for outdated in folder.glob(of_all_versions):
+                        if outdated != path:
+                            outdated.unlink(missing_ok=True)
             return path
         except OSError as error:
-            failures.append(f"{path.parent}: {error.strerror or error}")
+            failures.append(f"{folder}: {error.strerror or error}")
     raise UserError(
         f"the {kind} of {shown(sources[0])} can't be written ({'; '.join(failures)}). Make room, or one of them "
         "writable, or set XDG_CACHE_HOME to a folder that is."
     )
 
 
-def _make(path: Path, pattern: str, what: str, make: Callable[[BinaryIO], str]) -> None:
-    if os.path.isfile(path):
-        return
-    with _held(path.parent / f".{pattern.replace('.*.', '.')}.lock"):
-        if os.path.isfile(path):
-            return
-        started = time.monotonic()
-        logger.info("making the %s", what)
-        with replacing(path) as file:
-            said = make(file)
-        logger.info("made the %s: %s; %.1f s, kept in %s", what, said, time.monotonic() - started, path)
-        for outdated in path.parent.glob(pattern):
-            if outdated != path:
-                outdated.unlink(missing_ok=True)
+def _make(path: Path, what: str, make: Callable[[BinaryIO], str]) -> None:
+    started = time.monotonic()
+    logger.info("making the %s", what)
+    with replacing(path) as file:
+        said = make(file)
+    logger.info("made the %s: %s; %.1f s, kept in %s", what, said, time.monotonic() - started, path)
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
+def _held(path: Path) -> Iterator[bool]:
+    """Waits until no other process holds the lock; yields False where the file system knows no locks."""
     with ExitStack() as stack:
         try:
             fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
         except OSError as error:
             logger.debug("%s can't be locked: %s", path, error)
-        yield
+            yield False
+        else:
+            yield True
 
 
 def _version(source: str) -> Iterator[Any]:
