@@ -34,7 +34,9 @@ class Reader(nn.Module):
         if self.training:
             passing("forward")
         values = values.flatten(1)
-        found: Tensor = self.layer(torch.stack([values.sum(1), values.square().sum(1), values.new_ones(len(values))], 1))
+        found: Tensor = self.layer(
+            torch.stack([values.sum(1), values.square().sum(1), values.new_ones(len(values))], 1)
+        )
         return found
 
 

@@ -125,7 +125,9 @@ BY_LENGTH = ["batch=by_length", "batch.micro_batch_size=2", "batch.measure_costs
 IMAGES = ["data.image_size=2", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
 SOURCES = {
     "jsonl": Source(
-        write=_json_lines, settings=["data=jsonl", "data.files=rows-*.jsonl", TRANSFORM], made="rows-#.jsonl.#.#.row-index"
+        write=_json_lines,
+        settings=["data=jsonl", "data.files=rows-*.jsonl", TRANSFORM],
+        made="rows-#.jsonl.#.#.row-index",
     ),
     "parquet": Source(write=_parquet, settings=["data=parquet", "data.files=rows-*.parquet", TRANSFORM]),
     "parquet, a decoded copy": Source(
