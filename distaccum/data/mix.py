@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from distaccum.errors import UserError, listed, require
+from distaccum.loaders.lengths import lengths_of
 from distaccum.loaders.options import size_of
+from distaccum.planning.lengths import EpochLengths, SampleLengths
 from distaccum.planning.order import shuffled
 from distaccum.runtime.randomness import derived_seed
 
@@ -39,8 +41,8 @@ class Mix(Dataset[Any]):
     order is another one. So of a source that is larger than its share each epoch has other samples, and one that is
     smaller is repeated.
 
-    Attributes that are the same for all sources (`vocab_size`, `num_classes`, …) are the mix's too; `collate_fn` is the
-    first one's, and must be of the same type in all.
+    Attributes that are the same for all sources (`vocab_size`, `num_classes`, …) are the mix's too; `collate_fn` and
+    `pack_fn` are the first one's, and must be of the same type in all.
 
     Args:
         sources: map-style datasets by name. They may be mixes themselves, whose epochs are their times round.
@@ -85,7 +87,8 @@ class Mix(Dataset[Any]):
             )
         self._seeds = {name: derived_seed(seed, "mix", name) for name in sources}
         self._starts = np.array([0, *accumulate(self.counts.values())])
-        self._take_collate_fn()
+        for name in ("collate_fn", "pack_fn"):
+            self._take_function(name)
         self.order = ", ".join(f"{name} {count} of {self._sizes[name]}" for name, count in self.counts.items())
         shares = (
             f"{name} {count:,} of its {self._sizes[name]:,} ({count / self._sizes[name]:.3g} times round)"
@@ -93,16 +96,16 @@ class Mix(Dataset[Any]):
         )
         logger.info("mix of %s samples an epoch: %s", f"{total:,}", ", ".join(shares))
 
-    def _take_collate_fn(self) -> None:
-        found = [getattr(source, "collate_fn", None) for source in self._sources.values()]
-        kinds = {type(collate) for collate in found}
+    def _take_function(self, name: str) -> None:
+        found = [getattr(source, name, None) for source in self._sources.values()]
+        kinds = {type(function) for function in found}
         require(
             len(kinds) == 1,
-            "data.mix: the sources make micro-batches in different ways, by their attributes collate_fn: "
+            f"data.mix: the sources make micro-batches in different ways, by their attributes {name}: "
             f"{listed(sorted(kind.__name__ for kind in kinds), 6)}. Give data.collate_fn, and sources without one.",
         )
         if found[0] is not None:
-            self.collate_fn = found[0]
+            setattr(self, name, found[0])
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and name != "lengths":
@@ -135,6 +138,29 @@ class Mix(Dataset[Any]):
             for place, sample in zip(draw.places.tolist(), draw.samples.tolist(), strict=True):
                 found[place] = draw.source, sample
         return found
+
+    def find_lengths(self) -> EpochLengths:
+        """Returns the lengths of the samples of all epochs, by those of the sources.
+
+        Raises:
+            UserError: a source's lengths can't be found.
+        """
+        lengths: dict[str, SampleLengths] = {}
+        for name, source in self._sources.items():
+            found = lengths_of(source)
+            if not isinstance(found, EpochLengths):
+                found = SampleLengths(found, self._sizes[name], f"data.sources.{name}")
+            lengths[name] = found
+
+        def of_epoch(epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+            own = np.empty(len(indices), np.int64)
+            for draw in self._draws(epoch, indices):
+                of_source = lengths[draw.source]
+                before = draw.time_round * len(of_source) if isinstance(of_source, EpochLengths) else 0
+                own[draw.places] = of_source[draw.samples + before]
+            return own
+
+        return EpochLengths(of_epoch, len(self), max(found.longest for found in lengths.values()))
 
     def _draws(self, epoch: int, indices: NDArray[np.int64]) -> Iterator[_Draw]:
         owners = np.searchsorted(self._starts, indices, side="right") - 1

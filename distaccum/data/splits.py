@@ -42,6 +42,9 @@ class HeldOut:
         self._part, self._whole = Fraction(fraction).limit_denominator(_MOST_PARTS).as_integer_ratio()
         self._block = block
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._part}/{self._whole}, block={self._block})"
+
     def count(self, total: int, split: str) -> int:
         """Returns how many of the first `total` samples belong to a part."""
         blocks, rest = divmod(total, self._block)

@@ -20,6 +20,9 @@ from distaccum.loaders.options import LoaderOptions
 from distaccum.loaders.workers import DataWorkers
 from distaccum.runtime.randomness import DrawDetector, derived_seed, mixed_seed, seed_cpu
 
+_MOST_SHOWN = 32
+"""Numbers of samples in a message."""
+
 
 class Request(NamedTuple):
     """The samples of a micro-batch, as they are in an epoch."""
@@ -100,7 +103,7 @@ class MicroBatches(Dataset[Any]):
             return self.collate_fn(samples)
         except Exception as error:
             is_one = self._loading is not None
-            where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {request.indices}"
+            where = f"sample {self._loading}" if is_one else f"the micro-batch of samples {_shown(request.indices)}"
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             if is_one and (file := _file_of(self.dataset, self._loading)) and file not in said:
                 where += f" ({file})"
@@ -147,6 +150,10 @@ class MicroBatches(Dataset[Any]):
         # What is not a list of samples but made into a micro-batch already can't be taken apart.
         self._one_by_one = isinstance(samples, list) and self._draws.has_drawn()
         return None if self._one_by_one else samples
+
+
+def _shown(indices: list[int]) -> str:
+    return str(indices) if len(indices) <= _MOST_SHOWN else f"{str(indices[:_MOST_SHOWN])[:-1]}, …]"
 
 
 def _file_of(dataset: Any, index: int | None) -> str | None:

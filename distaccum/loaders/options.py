@@ -183,10 +183,16 @@ def size_of(dataset: Any, role: str) -> int:
 
 def lengths_unknown(dataset: Any) -> UserError:
     """Returns the error to raise where the lengths are needed of samples that depend on the epoch."""
+    if not getattr(dataset, "is_ordered", False):
+        return UserError(
+            f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
+            f"{type(dataset).__name__} change from epoch to epoch. Take batch=uniform, or give it a method "
+            "find_lengths() that returns distaccum.planning.EpochLengths."
+        )
     return UserError(
-        f"batch=by_length and batch=packed cut a window by the lengths of its samples, and those of a "
-        f"{type(dataset).__name__} are not known before they are read. Take batch=uniform, or in place of a stream "
-        "read the same files by an index: data=jsonl, parquet or tokens."
+        "batch=by_length and batch=packed cut a window by the lengths of all its samples, and each rank makes only its "
+        f"own samples of what it reads forwards, a {type(dataset).__name__}. Take batch=uniform, or in place of a "
+        "stream read the same files by an index: data=jsonl, parquet or tokens."
     )
 
 

@@ -18,6 +18,7 @@ from distaccum.loaders.options import LoaderOptions, lengths_unknown, on_device,
 from distaccum.loaders.pack import packing_of
 from distaccum.loaders.waiting import Waits
 from distaccum.loaders.window import Window
+from distaccum.planning.lengths import EpochLengths
 from distaccum.planning.window_sizes import BatchSizes, SizeRule
 from distaccum.runtime.nested import to_device
 
@@ -66,7 +67,7 @@ class WindowLoader:
         global_batch_size: int | None = None,
         micro_batch_size: int | None = None,
         accumulation_steps: int | None = None,
-        lengths: Sequence[int] | NDArray[Any] | None = None,
+        lengths: Sequence[int] | NDArray[Any] | EpochLengths | None = None,
         max_tokens: int | None = None,
         packed: bool = False,
         drop_last: bool = False,
@@ -85,7 +86,7 @@ class WindowLoader:
             require(lengths is not None, "packed=True needs the samples' lengths: give lengths=…, one for each sample.")
             collate_fn = collate_fn or packing_of(dataset)
         is_ordered = bool(getattr(dataset, "is_ordered", False))
-        if lengths is not None and hasattr(dataset, "samples_of_epoch"):
+        if lengths is not None and hasattr(dataset, "samples_of_epoch") and not isinstance(lengths, EpochLengths):
             raise lengths_unknown(dataset)
         rank, world_size = placement(rank, world_size)
         plan = planning.resolve_batch(
@@ -190,7 +191,7 @@ class WindowLoader:
         """
         placeholder = self.cuts.placeholder(epoch, index)
         device, float_dtype = self._options.device, self._options.float_dtype
-        for batch in self._source.aside([Request(epoch, list(piece) or placeholder) for piece in pieces]):
+        for batch in self._source.aside([self._request(epoch, list(piece) or placeholder) for piece in pieces]):
             yield batch if device is None else to_device(batch, device, float_dtype=float_dtype)
 
     @property
@@ -232,7 +233,12 @@ class WindowLoader:
     def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
         for index in self._indices(epoch, first_window):
             for indices in self.cuts.micro_batches(epoch, index):
-                yield Request(epoch, indices or self.cuts.placeholder(epoch, index))
+                yield self._request(epoch, indices or self.cuts.placeholder(epoch, index))
+
+    def _request(self, epoch: int, indices: list[int]) -> Request:
+        if isinstance(self.cuts.lengths, EpochLengths):
+            indices = [index % self.num_samples for index in indices]
+        return Request(epoch, indices)
 
     def _indices(self, epoch: int, first_window: int) -> Iterator[int]:
         index = first_window

@@ -11,6 +11,7 @@ from distaccum.planning.batch_plan import (
     window_bounds,
 )
 from distaccum.planning.cut_schedule import CutSchedule
+from distaccum.planning.lengths import EpochLengths
 from distaccum.planning.order import shuffled
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BatchPlan",
     "Cut",
     "CutSchedule",
+    "EpochLengths",
     "resolve_batch",
     "shuffled",
     "split_evenly",

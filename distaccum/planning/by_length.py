@@ -18,7 +18,7 @@ from distaccum.errors import UserError
 from distaccum.planning.batch_plan import BatchPlan
 from distaccum.planning.costs import CostModel
 from distaccum.planning.dealing import Dealer, Part
-from distaccum.planning.lengths import SampleLengths
+from distaccum.planning.lengths import EpochLengths, SampleLengths
 from distaccum.planning.packed import cut_packed
 
 _MOST_BLOCKS = 512
@@ -129,7 +129,7 @@ class Grouping:
 
     def __init__(
         self,
-        lengths: Sequence[int] | NDArray[Any],
+        lengths: Sequence[int] | NDArray[Any] | EpochLengths,
         plan: BatchPlan,
         num_samples: int,
         max_tokens: int | None,
@@ -139,7 +139,9 @@ class Grouping:
         is_packed: bool = False,
     ) -> None:
         self._overhead = overhead
-        self.lengths = SampleLengths(lengths, num_samples, "batch=packed" if is_packed else "batch=by_length")
+        name = "batch=packed" if is_packed else "batch=by_length"
+        self.lengths: SampleLengths
+        self.lengths = lengths if isinstance(lengths, EpochLengths) else SampleLengths(lengths, num_samples, name)
         self.is_packed = is_packed
         self._plan = plan
         if plan.accumulation_steps is not None:

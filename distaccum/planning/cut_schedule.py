@@ -14,6 +14,7 @@ from distaccum.errors import require
 from distaccum.planning.batch_plan import BatchPlan, Cut
 from distaccum.planning.by_length import Grouping, Timeline
 from distaccum.planning.costs import CostModel
+from distaccum.planning.lengths import EpochLengths
 from distaccum.planning.order import ENDLESS, EpochOrder, InOrder
 from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
@@ -36,7 +37,8 @@ class CutSchedule:
         drop_last: leave out an epoch's last window when it is smaller than planned.
         size_rule: sizes of the windows. Default: all have the global batch size.
         lengths: of all samples; given, windows are cut by length. Integers in an array, of any size and mapped from a
-            file or not, are used as they are.
+            file or not, are used as they are. With `EpochLengths`, the indices of micro-batches count on from epoch to
+            epoch: `index % num_samples` is the dataset's.
         max_tokens, overhead: as for `Grouping`.
         split_every: cut each so-many-th window into two micro-steps where it would be one on one rank.
         windows_ahead: most windows that may have begun to load before the one in use is done.
@@ -64,7 +66,7 @@ class CutSchedule:
         seed: int = 0,
         drop_last: bool = False,
         size_rule: SizeRule | None = None,
-        lengths: Sequence[int] | NDArray[Any] | None = None,
+        lengths: Sequence[int] | NDArray[Any] | EpochLengths | None = None,
         max_tokens: int | None = None,
         is_packed: bool = False,
         overhead: float = 1 / 64,
@@ -95,7 +97,8 @@ class CutSchedule:
         self._limit: Timeline[int | None] = Timeline(None)
         self._speeds: Timeline[tuple[float, ...] | None] = Timeline(None)
         self.is_ordered = is_ordered
-        self._order = InOrder() if is_ordered else EpochOrder(num_samples, seed)
+        counts_on = isinstance(self.lengths, EpochLengths)
+        self._order = InOrder() if is_ordered else EpochOrder(num_samples, seed, counts_on=counts_on)
         self._split_every = split_every
 
     # Cuts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,43 @@ class SampleLengths:
         return longest_samples(self._stored, count)
 
 
-def longest_samples(lengths: Sequence[int] | NDArray[Any], count: int) -> list[int]:
+class EpochLengths(SampleLengths):
+    """Lengths of samples that are others in each epoch: sample i of epoch e has the number e · num_samples + i.
+
+    Args:
+        of_epoch: returns the lengths of samples of an epoch, given the epoch and their numbers in it; at least 1 each.
+        num_samples: samples of an epoch.
+        longest: an upper bound of the lengths in all epochs.
+    """
+
+    def __init__(
+        self, of_epoch: Callable[[int, NDArray[np.int64]], NDArray[np.int64]], num_samples: int, longest: int
+    ) -> None:
+        self._of_epoch = of_epoch
+        self._num_samples = num_samples
+        self.longest = longest
+
+    def __len__(self) -> int:
+        """Returns the number of samples of an epoch."""
+        return self._num_samples
+
+    def __getitem__(self, samples: ArrayLike | slice) -> NDArray[np.int64]:
+        """Returns the lengths of samples, given by their numbers; a slice is one of the first epoch's."""
+        if isinstance(samples, slice):
+            samples = np.arange(*samples.indices(len(self)))
+        epochs, numbers = np.divmod(np.asarray(samples, dtype=np.int64), self._num_samples)
+        found = np.empty(epochs.shape, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            places = epochs == epoch
+            found[places] = self._of_epoch(epoch, numbers[places])
+        return found
+
+    def longest_samples(self, count: int) -> list[int]:
+        """Returns the numbers of the longest samples of the first epoch, longest first."""
+        return longest_samples(self, count)
+
+
+def longest_samples(lengths: Sequence[int] | NDArray[Any] | EpochLengths, count: int) -> list[int]:
     """Returns the numbers of the longest samples, longest first, and of equals the first ones."""
     found, found_lengths = np.empty(0, np.int64), np.empty(0, np.int64)
     for start, block in _blocks(lengths):
@@ -83,7 +119,7 @@ def _largest(block: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([above, np.flatnonzero(block == least)[: count - len(above)]]))
 
 
-def _blocks(lengths: Sequence[int] | NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+def _blocks(lengths: Sequence[int] | NDArray[Any] | EpochLengths) -> Iterator[tuple[int, NDArray[Any]]]:
     for start in range(0, len(lengths), _BLOCK):
         yield start, np.asarray(lengths[start : start + _BLOCK])
 

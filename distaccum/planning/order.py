@@ -93,25 +93,28 @@ class EpochOrder:
 
     Args:
         num_samples, seed: as for `shuffled`.
+        counts_on: add `epoch * num_samples` to the numbers of samples.
     """
 
     _BLOCK = 4096
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    def __init__(self, num_samples: int, seed: int, *, counts_on: bool = False) -> None:
         self._num_samples = num_samples
         self._seed = seed
+        self._counts_on = counts_on
         # What is being loaded ahead, what is in use, and neighbours.
         self._block = lru_cache(maxsize=4)(self._shuffled_block)
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Returns the samples at the positions from `start` to `stop - 1` of an epoch."""
+        before = epoch * self._num_samples if self._counts_on else 0
         if stop - start >= self._BLOCK:
-            return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch)
+            return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch) + before
         parts = [
             self._block(epoch, first)[max(start - first, 0) : stop - first]
             for first in range(start - start % self._BLOCK, stop, self._BLOCK)
         ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)) + before
 
     def _shuffled_block(self, epoch: int, first: int) -> NDArray[np.int64]:
         positions = np.arange(first, min(first + self._BLOCK, self._num_samples))

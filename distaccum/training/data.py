@@ -47,8 +47,7 @@ def build_window_loader(
         _check_endless(config)
     by_length: dict[str, Any] = {}
     if isinstance(batch, ByLengthBatchConfig):
-        # A file for each rank, as ranks of one host write at the same time.
-        name = f"lengths-{fingerprint([as_plain(config.data.train), type(train_data).__qualname__])}-rank{rank}"
+        name = f"lengths-{fingerprint([as_plain(config.data.train), type(train_data).__qualname__])}"
         by_length = {
             "lengths": lengths_of(train_data, Remembered(name)),
             "max_tokens": batch.max_tokens,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distaccum.data.language.language import IGNORE_INDEX, Padding, check_options, padding_of
-from distaccum.data.language.tokenization import Tokenization, load_tokenizer
+from distaccum.data.language.tokenization import Tokenization, identity_of, load_tokenizer
 
 logger = logging.getLogger("distaccum.data")
 
@@ -26,6 +26,7 @@ class TokenizeRow:
 
     Attributes:
         tokenizer, vocab_size, max_length, collate_fn: as those of `LanguageData`.
+        identity: all that samples depend on beside the rows.
 
     Raises:
         UserError: the tokenizer or an argument don't fit; when called, the row.
@@ -46,6 +47,7 @@ class TokenizeRow:
         self.max_length = max_length
         self._padding = padding_of(self.tokenizer)
         self.collate_fn = Padding(self._padding)
+        self.identity = [identity_of(self.tokenizer), max_length, loss_on, dict(columns or {})]
         self._tokenization = Tokenization(self.tokenizer, columns or {}, counts_all=loss_on == "all")
         logger.info(
             "rows are tokenised when they are loaded; of those of more than %d tokens the rest is left out", max_length

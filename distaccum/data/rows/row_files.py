@@ -24,7 +24,7 @@ _BLANKS = np.frombuffer(b" \t\r\n", np.uint8)
 _ROWS_OF_BATCH = 1024
 """Rows of a record batch in a decoded copy: one is looked up at once, without reading the others."""
 MOST_DECODED = 256 << 20
-"""Bytes of decoded row groups that a process keeps."""
+"""Bytes of decoded row groups that a process keeps, of all files."""
 MOST_OPEN = 32
 """Parquet files that a process keeps open."""
 
@@ -34,9 +34,11 @@ class RowFile(Protocol):
 
     Attributes:
         path: names it in messages.
+        sources: paths or addresses of the files that tell by their sizes and times whether rows have changed.
     """
 
     path: str
+    sources: list[str]
 
     def __len__(self) -> int: ...
 
@@ -58,7 +60,7 @@ class JsonLines:
     """
 
     def __init__(self, path: str, columns: Sequence[str] | None, reader: RangeReader) -> None:
-        self.path = path
+        self.path, self.sources = path, [path]
         self._reader = reader
         self._starts = Mapped(made_once([path], "row-index", partial(_write_starts, path)))
         if len(self):
@@ -127,18 +129,17 @@ class Parquet:
         columns: to read. None: all.
         is_cached: read a copy as an Arrow file without compression, made once and mapped into memory, in which any row
             is found without decoding others.
-        decoded: keeps row groups, and `opened` open files; the files of a dataset share them.
+        opened: keeps open files; the files of a dataset share it.
 
     Raises:
         UserError: it can't be read, or lacks a column.
     """
 
-    def __init__(
-        self, path: str, columns: Sequence[str] | None, is_cached: bool, decoded: Recent, opened: Recent
-    ) -> None:
-        self.path = path
+    def __init__(self, path: str, columns: Sequence[str] | None, is_cached: bool, opened: Recent) -> None:
+        self.path, self.sources = path, [path]
         self._columns = list(columns) if columns is not None else None
-        self._decoded, self._files = decoded, opened
+        self._files = opened
+        self._own = object()
         with self._opened() as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]
@@ -158,7 +159,10 @@ class Parquet:
         self._of_copy: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_of_copy": None}
+        return {**self.__dict__, "_of_copy": None, "_own": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_own": object()}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -186,7 +190,7 @@ class Parquet:
     def _piece(self, piece: int) -> Any:
         if self._copy is not None:
             return self._reader().get_batch(piece)
-        return self._decoded.get((self.path, piece), lambda: self._row_group(self._reader(), piece))
+        return _DECODED.get((self._own, piece), lambda: self._row_group(self._reader(), piece))
 
     def _row_group(self, file: Any, number: int) -> Any:
         try:
@@ -268,6 +272,9 @@ class Recent:
         return found
 
 
+_DECODED = Recent(MOST_DECODED)
+
+
 def _size(kept: Any) -> int:
     return int(getattr(kept, "nbytes", 1))
 
@@ -282,6 +289,7 @@ class HubRows:
 
     def __init__(self, path: str, dataset: Any) -> None:
         self.path = path
+        self.sources = sorted({file["filename"] for file in dataset.cache_files})
         self._dataset = dataset
 
     def __len__(self) -> int:

@@ -7,17 +7,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distaccum.data.rows.row_files import MOST_DECODED, MOST_OPEN, HubRows, JsonLines, Parquet, Recent, RowFile
-from distaccum.data.rows.tables import Row, imported
+from distaccum.data.rows.tables import Row, imported, unknown_kind
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage.files import RangeReader, files_of_splits, is_remote, local
+from distaccum.data.storage.kept_lengths import kept_lengths
 from distaccum.data.storage.object_stores import shown
 from distaccum.data.transformed import Transformed
 from distaccum.errors import UserError, listed
+from distaccum.loaders.lengths import measured
 
 logger = logging.getLogger("distaccum.data")
 
@@ -106,6 +110,19 @@ class Rows(Transformed):
                 found[place] = self._sample(file.path, number, row)
         return found
 
+    def find_lengths(self) -> NDArray[np.integer[Any]]:
+        """Returns the lengths of the samples: they are measured once, by loading all, and kept beside the files.
+
+        Raises:
+            UserError: a sample can't be loaded, or has no length.
+        """
+        sources = [source for file in self._files for source in file.sources]
+        if not all(file.sources for file in self._files):  # a dataset that is in memory alone
+            return np.concatenate([lengths for _, lengths in sorted(measured(self), key=itemgetter(0))])
+        parts = [file.path for file in self._files if isinstance(file, HubRows)]
+        depends_on = [list(self._fields.items()), self._part, repr(self._held_out), parts]
+        return kept_lengths(self, sources, depends_on, self._transform)
+
     def _sample(self, path: str, number: int, row: Row) -> Any:
         if self._fields:
             if missing := [column for column in self._fields.values() if column not in row]:
@@ -161,7 +178,7 @@ class HubDataset(Rows):
 
 def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool) -> list[RowFile]:
     names = _names(columns)
-    reader, decoded, opened = RangeReader(), Recent(MOST_DECODED), Recent(MOST_OPEN)
+    reader, opened = RangeReader(), Recent(MOST_OPEN)
 
     def file_of(path: str) -> RowFile:
         ending = os.path.splitext(path.partition("?")[0] if is_remote(path) else path)[1].lower()
@@ -170,11 +187,8 @@ def _row_files(paths: Sequence[str], key: str, columns: Columns, is_cached: bool
         if ending == ".jsonl":
             return JsonLines(path, names, reader)
         if ending == ".parquet":
-            return Parquet(path, names, is_cached, decoded, opened)
-        raise UserError(
-            f"{key}: {shown(path)} is of no known kind. Known endings are .jsonl and .parquet; a folder is one that "
-            "save_to_disk of datasets has written. Of .jsonl.gz, data=stream reads the lines."
-        )
+            return Parquet(path, names, is_cached, opened)
+        raise unknown_kind(key, path, [".jsonl", ".parquet"])
 
     with ThreadPoolExecutor(32) as pool:  # a store answers many at a time
         found = list((pool.map if any(map(is_remote, paths)) else map)(file_of, paths))

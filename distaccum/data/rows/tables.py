@@ -37,10 +37,7 @@ def rows_of(files: str | Sequence[str], key: str) -> Iterator[tuple[str, Row]]:
 def _rows(path: str, key: str) -> Iterator[tuple[str, Row]]:
     read = _read_dataset if os.path.isdir(path) else _READERS.get(os.path.splitext(path)[1].lower())
     if read is None:
-        raise UserError(
-            f"{key}: {path} is of no known kind. Known endings are {', '.join(_READERS)}; a folder is one that "
-            "save_to_disk of datasets has written."
-        )
+        raise unknown_kind(key, path, list(_READERS))
     try:
         for place, row in read(path):
             if not isinstance(row, dict):
@@ -48,6 +45,16 @@ def _rows(path: str, key: str) -> Iterator[tuple[str, Row]]:
             yield f"{path}, {place}", row
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{key}: {path} can't be read: {type(error).__name__}: {error}.") from error
+
+
+def unknown_kind(key: str, path: str, endings: Sequence[str]) -> UserError:
+    """Returns the error to raise for a file that has none of the known endings."""
+    lines = next((ending for ending in (".jsonl.gz", ".txt.gz") if path.endswith(ending)), None)
+    packed = f" Of {lines}, data=stream reads the lines." if lines else ""
+    return UserError(
+        f"{key}: {shown(path)} is of no known kind. Known endings are {', '.join(endings)}; a folder is one that "
+        f"save_to_disk of datasets has written.{packed}"
+    )
 
 
 def _text(path: str, newline: str | None = None) -> io.TextIOWrapper:

@@ -51,8 +51,8 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
     with ThreadPoolExecutor(32 if any(map(is_remote, sources)) else 1) as pool:
         versions = list(pool.map(lambda source: list(_version(source)), sources))
     # Names from the first one's folder on, so that what is moved together stays known.
-    folder = os.path.dirname(local(sources[0]))
-    names = [source if is_remote(source) else os.path.relpath(local(source), folder or ".") for source in sources]
+    first = os.path.dirname(local(sources[0])) or "."
+    names = [source if is_remote(source) else os.path.relpath(local(source), first) for source in sources]
     own = fingerprint([kind, names, depends_on])
     name = os.path.basename(local(sources[0]).rstrip("/"))
     # What follows in an address may be a signature, which is secret.

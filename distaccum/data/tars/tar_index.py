@@ -49,6 +49,7 @@ class TarIndex:
         shards: the tar files.
 
     Attributes:
+        shards: as given.
         extensions: of all members, sorted.
         kinds: which extensions samples have: sets of them as bits, each with how many samples have it, and which is
             the first.
@@ -57,7 +58,7 @@ class TarIndex:
     """
 
     def __init__(self, path: Path, shards: Sequence[str]) -> None:
-        self._path, self._shards = path, shards
+        self._path, self.shards = path, shards
         with path.open("rb") as file:
             file.seek(-8, os.SEEK_END)
             length = int.from_bytes(file.read(8), "little")
@@ -71,14 +72,14 @@ class TarIndex:
         self._rows: NDArray[Any] = np.load(path, mmap_mode="r")
 
     def __reduce__(self) -> Any:
-        return type(self), (self._path, self._shards)
+        return type(self), (self._path, self.shards)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def shard_of(self, sample: int) -> str:
         """Returns the tar file that a sample is in."""
-        return self._shards[bisect_right(self._ends, sample)]
+        return self.shards[bisect_right(self._ends, sample)]
 
     def row(self, sample: int) -> Any:
         """Returns a sample's `offset` and `size` of each extension, int64 `[extensions]`, and its `label`.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from distaccum.data.images.augment import Augment
 from distaccum.data.images.image_files import Pixels, image_extensions, read_rgb
@@ -17,6 +18,7 @@ from distaccum.data.images.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from distaccum.data.images.mixing import Mixing
 from distaccum.data.splits import EVALUATION, TRAIN, HeldOut, check_split
 from distaccum.data.storage.files import RangeReader, files_of_splits
+from distaccum.data.storage.kept_lengths import kept_lengths
 from distaccum.data.storage.object_stores import shown
 from distaccum.data.tars.tar_index import LABEL, NO_LABEL, TarIndex, tar_index
 from distaccum.data.tars.tar_members import BLOCK, name_at
@@ -132,6 +134,16 @@ class WebDataset(Transformed):
         if self._mixing is None:
             return self._load(index)
         return self._mixing(self._load, index, len(self), self.num_classes)
+
+    def find_lengths(self) -> NDArray[np.integer[Any]]:
+        """Returns the lengths of the samples: they are measured once, by loading all, and kept beside the tar files.
+
+        Raises:
+            UserError: a sample can't be loaded, or has no length.
+        """
+        fields = [[field.name, list(field.columns)] for field in self._fields]
+        depends_on = [fields, self._part, repr(self._held_out), self._pixels.shape]
+        return kept_lengths(self, self._index.shards, depends_on, self._transform)
 
     def _load(self, index: int) -> Any:
         number = self._held_out.place(index, self._part)
