@@ -147,7 +147,10 @@ class Mix(Dataset[Any]):
         """
         lengths: dict[str, SampleLengths] = {}
         for name, source in self._sources.items():
-            found = lengths_of(source)
+            try:
+                found = lengths_of(source)
+            except UserError as error:
+                raise UserError(f"data.sources.{name}: {error}") from error
             if not isinstance(found, EpochLengths):
                 found = SampleLengths(found, self._sizes[name], f"data.sources.{name}")
             lengths[name] = found

@@ -84,19 +84,17 @@ def measured(dataset: Any) -> Iterator[tuple[int, NDArray[np.int32]]]:
     """
     count, fetcher, first = len(dataset), _fetcher(dataset), 0
     began = time.monotonic()
+    while first < count and time.monotonic() - began < _SECONDS_ALONE:
+        request = Request(0, list(range(first, min(first + _TOGETHER, count))))
+        yield first, _checked(fetcher[request], request)
+        first = request.indices[-1] + 1
+    if first == count:
+        return
+    workers = len(os.sched_getaffinity(0))
+    source = BatchSource(fetcher, LoaderOptions(num_workers=workers))
+    found = source.batches(lambda: _by_worker(first, count, workers))
     with Progress(console=console, transient=True) as progress:
-        shown = progress.add_task("lengths of the samples", total=count)
-        while first < count and time.monotonic() - began < _SECONDS_ALONE:
-            request = Request(0, list(range(first, min(first + _TOGETHER, count))))
-            yield first, _checked(fetcher[request], request)
-            first = request.indices[-1] + 1
-            progress.update(shown, completed=first)
-        if first == count:
-            return
-        workers = len(os.sched_getaffinity(0))
-        found = BatchSource(fetcher, LoaderOptions(num_workers=workers)).batches(
-            lambda: _by_worker(first, count, workers)
-        )
+        shown = progress.add_task("lengths of the samples", total=count, completed=first)
         for request, lengths in zip(_by_worker(first, count, workers), found, strict=True):
             yield request.indices[0], _checked(lengths, request)
             progress.update(shown, advance=len(request.indices))

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,9 +141,38 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(UserError, match=r"b is a Named, which can only be read forwards|in different ways.*type"):
             Mix({"a": Named("a", 3), "b": Named("b", 3, **more)}, {"a": 1, "b": 1})
     mix = mix_of({"a": 3, "b": 3}, {"a": 1, "b": 1})
-    for ask in (lambda: lengths_of(mix), lambda: WindowLoader(mix, global_batch_size=2, lengths=[1] * 6)):
-        with pytest.raises(UserError, match=r"lengths.*Mix.*batch=uniform"):
-            ask()
+    with pytest.raises(UserError, match=r"lengths.*Mix change from epoch to epoch.*batch=uniform"):
+        WindowLoader(mix, global_batch_size=2, lengths=[1] * 6)
+    with pytest.raises(UserError, match=r"data.sources.a: sample 0 has no tensor with a first dimension"):
+        lengths_of(mix)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_samples_have_their_lengths_in_every_epoch(packed: bool) -> None:
+    def source(first: int, count: int) -> Any:
+        sizes = [1 + (first + index) % 7 for index in range(count)]
+        return [{"input_ids": torch.full((size,), first + index)} for index, size in enumerate(sizes)]
+
+    inner = Mix({"a": source(0, 6), "b": source(10, 9)}, {"a": 1, "b": 2}, num_samples=7)
+    mix = Mix({"inner": inner, "c": source(20, 30)}, {"inner": 3, "c": 1}, num_samples=19, seed=5)
+    lengths = lengths_of(mix)
+    for epoch in range(4):
+        wanted = [len(sample["input_ids"]) for sample in mix.samples_of_epoch(epoch, range(19))]
+        assert lengths[np.arange(19) + 19 * epoch].tolist() == wanted
+    assert lengths.longest == 7
+    assert lengths[lengths.longest_samples(3)].tolist() == sorted(lengths[:].tolist())[:-4:-1]
+    batch = {"global_batch_size": 8, "seed": 3}
+    plain = WindowLoader(mix, **batch)
+    loaders = [
+        WindowLoader(mix, **batch, lengths=lengths, packed=packed, max_tokens=12, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    for _ in range(3):
+        for windows in zip(plain, *loaders, strict=True):
+            batches = [[batch["input_ids"] for batch in window] for window in windows]
+            ids = [{number for batch in window for number in batch.flatten().tolist()} - {0} for window in batches]
+            assert ids[0] == ids[1] | ids[2]
+            assert max(batch.numel() for window in batches[1:] for batch in window) <= 12
 
 
 def test_a_sample_that_can_not_be_loaded_is_named_with_its_source() -> None:

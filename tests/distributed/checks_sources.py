@@ -144,17 +144,14 @@ def check_whole_documents(world: World) -> None:
         return (tokens[tokens >= 100] - 100).tolist()
 
     for packed in (False, True):
-        loader = {"lengths": [length + 1 for length in _DOCUMENT_LENGTHS], "packed": packed}
-        assert_exact(world, Source(write=_documents, open=opened, ids=ids, loader=loader))
+        loader = {"packed": packed}
+        assert_exact(world, Source(write=_documents, open=opened, ids=ids, loader=loader, by_length=True))
 
 
 def _mix(folder: Path) -> Mix:
-    sources = {"few": [{"id": 100 + number} for number in range(20)], "rows": _narrow_rows(folder)}
-    return Mix(sources, {"few": 0.7, "rows": 0.3}, num_samples=COUNT, seed=5)
-
-
-def _narrow_rows(folder: Path) -> Rows:
-    return Rows(str(folder / "rows-*.jsonl"), evaluation_fraction=0, columns=["id"])
+    few = [{"id": 100 + number, "values": [0.5] * (1 + number % 5)} for number in range(20)]
+    rows = Rows(str(folder / "rows-*.jsonl"), evaluation_fraction=0, columns=["id", "values"])
+    return Mix({"few": few, "rows": rows}, {"few": 0.7, "rows": 0.3}, num_samples=COUNT, seed=5)
 
 
 def check_a_mix_of_sources(world: World) -> None:
@@ -165,7 +162,8 @@ def check_a_mix_of_sources(world: World) -> None:
         order = [shuffled([draw % 20], 20, derived_seed(5, "mix", "few"), draw // 20)[0] + 100 for draw in few]
         return order + [shuffled([draw % 37], 37, derived_seed(5, "mix", "rows"), draw // 37)[0] for draw in rows]
 
-    assert_exact(world, Source(write=_json_lines, open=_mix, wanted=wanted))
+    for by_length in (False, True):
+        assert_exact(world, Source(write=_json_lines, open=_mix, wanted=wanted, by_length=by_length))
 
 
 class _Forwards(Dataset[Any]):

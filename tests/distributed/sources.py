@@ -12,6 +12,7 @@ from typing import Any
 
 from distaccum import WindowLoader
 from distaccum.loaders import LoaderOptions
+from distaccum.loaders.lengths import lengths_of
 from distaccum.runtime.world import World
 
 COUNT, GLOBAL_BATCH, EPOCHS = 37, 8, 2
@@ -35,6 +36,7 @@ class Source:
         ids: returns the ids of a micro-batch's samples, which are numbers or texts.
         wanted: the ids of an epoch's samples, by the epoch.
         loader: further arguments of the `WindowLoader`.
+        by_length: whether windows are cut by length, as the dataset's samples are found to be long.
     """
 
     write: Callable[[Path], object] = lambda folder: None
@@ -42,6 +44,7 @@ class Source:
     ids: Callable[[Any], Iterable[Any]] = lambda batch: batch["id"].tolist()
     wanted: Callable[[int], Iterable[Any]] = lambda epoch: range(COUNT)
     loader: dict[str, Any] = field(default_factory=dict)
+    by_length: bool = False
 
 
 def assert_exact(world: World, source: Source) -> None:
@@ -86,14 +89,16 @@ def _loaded(
     """Loads on the first `ranks` ranks, from one update to another; returns the windows, and the loader's state."""
     own: list[list[Any]] = []
     if world.rank < ranks:
+        dataset = source.open(folder)
         loader = WindowLoader(
-            source.open(folder),
+            dataset,
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=2,
             seed=5,
             rank=world.rank,
             world_size=ranks,
             options=LoaderOptions(num_workers=num_workers, persistent_workers=num_workers > 0),
+            lengths=lengths_of(dataset) if source.by_length else None,
             **source.loader,
         )
         with closing(loader):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +21,9 @@ from reading import ID_TOKEN
 from runs import lines_of
 from safetensors.torch import load_file
 from tar_files import image_bytes, write_images
-from zygote import Zygote, zygote
+from zygote import Zygote
 
-from distaccum.checkpoints import MODEL_FILE
+from distaccum.checkpoints import MODEL_FILE, checkpoints_in
 
 COUNT = 37
 """Samples of a source."""
@@ -42,8 +43,11 @@ RUN = [
     "run_dir=run",
     "wandb.mode=disabled",
 ]
+MID_EPOCH = Order(point="after rename .writing-#", nth=3)
+"""When the checkpoint of the third update is there, which a thread has written: somewhere in the next ones."""
 STRATEGIES = ("strategy=single", "strategy=ddp")
-TRANSFORM = "data.transform={_target_: reading.Sample}"
+SAMPLE = "{_target_: reading.Sample}"
+TRANSFORM = f"data.transform={SAMPLE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,12 @@ class Source:
     Attributes:
         write: makes its files in a folder.
         settings: arguments that name them, relative to the folder.
-        made: what is made of them once, as the points of `killing.Order` call it; None for nothing.
+        made: what is made of them once, as the points of `killing.Order` call it.
     """
 
     write: Callable[[Path], object]
     settings: list[str]
-    made: str | None = None
+    made: tuple[str, ...] = ()
 
 
 def _rows(first: int, stop: int) -> list[dict[str, Any]]:
@@ -116,9 +120,8 @@ def _lines(folder: Path) -> None:
         (folder / name).write_bytes(gzip.compress(text) if number == 2 else text)
 
 
-def _rows_of(files: str, **more: Any) -> str:
-    options = {"_target_": "distaccum.data.Rows", "files": files, "evaluation_fraction": 0, **more}
-    return json.dumps({**options, "transform": {"_target_": "reading.Sample"}}).replace('"', "")
+def _rows_of(files: str) -> str:
+    return f"{{_target_: distaccum.data.Rows, files: {files}, evaluation_fraction: 0, transform: {SAMPLE}}}"
 
 
 BY_LENGTH = ["batch=by_length", "batch.micro_batch_size=2", "batch.measure_costs=false"]
@@ -126,23 +129,22 @@ IMAGES = ["data.image_size=2", "data.mean=[0,0,0]", "data.std=[1,1,1]"]
 SOURCES = {
     "jsonl": Source(
         write=_json_lines,
-        settings=["data=jsonl", "data.files=rows-*.jsonl", TRANSFORM],
-        made="rows-#.jsonl.#.#.row-index",
+        settings=["data=jsonl", "data.files=rows-*.jsonl", TRANSFORM, *BY_LENGTH],
+        made=("rows-#.jsonl.#.#.row-index", "rows-#.jsonl.#.#.lengths"),
     ),
-    "parquet": Source(write=_parquet, settings=["data=parquet", "data.files=rows-*.parquet", TRANSFORM]),
-    "parquet, a decoded copy": Source(
+    "parquet": Source(
         write=_parquet,
         settings=["data=parquet", "data.files=rows-*.parquet", "data.cache=true", TRANSFORM],
-        made="rows-#.parquet.#.#.decoded-copy",
+        made=("rows-#.parquet.#.#.decoded-copy",),
     ),
     "hf_dataset": Source(write=_saved, settings=["data=hf_dataset", "data.name=saved", TRANSFORM]),
     "webdataset": Source(
         write=lambda folder: write_images(folder, (12, 3, 0, 2, 20)),
         settings=["data=webdataset", "data.shards=*.tar", *IMAGES],
-        made="shard-#.tar.#.#.tar-index",
+        made=("shard-#.tar.#.#.tar-index",),
     ),
     "image_folder": Source(
-        write=_images, settings=["data=image_folder", "data.root=images", *IMAGES], made="images-#.json"
+        write=_images, settings=["data=image_folder", "data.root=images", *IMAGES], made=("images-#.json",)
     ),
     "tokens": Source(
         write=_tokens,
@@ -158,17 +160,18 @@ SOURCES = {
             *("data.whole_documents=true", "data.end_token=0", "data.evaluation_fraction=0.1"),
             *BY_LENGTH,
         ],
-        made="a.bin.#.#.document-samples",
+        made=("a.bin.#.#.document-samples",),
     ),
     "mix": Source(
         write=lambda folder: (_json_lines(folder), _parquet(folder)),
         settings=[
             "data=mix",
-            f"+data.sources={{lines:{_rows_of('rows-00.jsonl')},groups:{_rows_of('rows-20.parquet', cache='true')}}}",
+            f"+data.sources={{lines:{_rows_of('rows-00.jsonl')},groups:{_rows_of('rows-20.parquet')}}}",
             "+data.mix={lines:1,groups:1}",
             *("+data.mix_samples=34", "train.eval_every=null"),
+            *BY_LENGTH,
         ],
-        made="rows-#.parquet.#.#.decoded-copy",
+        made=("rows-#.parquet.#.#.lengths",),
     ),
     "stream": Source(
         write=_lines,
@@ -176,26 +179,22 @@ SOURCES = {
             *("data=stream", "data.files=*.jsonl*", "data.evaluation_samples=4", "data.buffer=16", "data.lanes=3"),
             TRANSFORM,
         ],
-        made="samples-#.json",
+        made=("samples-#.json",),
     ),
 }
 
 
-@pytest.fixture(scope="module")
-def readers() -> Iterator[Zygote]:
-    with zygote("pyarrow.parquet", "datasets", "PIL.Image") as found:
-        yield found
-
-
-def _killed(readers: Zygote, folder: Path, order: Order, *settings: str, ranks: int) -> None:
-    start = readers.start(*RUN, STRATEGIES[ranks > 1], *settings, ranks=ranks, folder=folder, order=order)
+def _killed(processes: Zygote, folder: Path, order: Order, *settings: str, ranks: int) -> None:
+    start = processes.start(*RUN, STRATEGIES[ranks > 1], *settings, ranks=ranks, folder=folder, order=order)
     assert start.was_hit, f"{order} was not reached\n{start.output}"
     assert -signal.SIGKILL in start.statuses, f"{start.statuses}\n{start.output}"
 
 
-def _finished(readers: Zygote, folder: Path, *settings: str, ranks: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _finished(
+    processes: Zygote, folder: Path, *settings: str, ranks: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Weights, and what the metrics say that must not depend on the cut, of a run that goes on to its end."""
-    start = readers.start(*RUN, STRATEGIES[ranks > 1], *settings, ranks=ranks, folder=folder)
+    start = processes.start(*RUN, STRATEGIES[ranks > 1], *settings, ranks=ranks, folder=folder)
     assert start.statuses == [0] * ranks, start.output
     of_cuts = ("micro_steps", "sync_calls", "sync_bytes")
     lines = [{key: value for key, value in line.items() if key not in of_cuts} for line in lines_of(folder)]
@@ -209,34 +208,53 @@ def _ids(lines: list[dict[str, Any]]) -> list[set[int]]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_run_that_is_killed_and_moves_loads_the_same(readers: Zygote, tmp_path: Path, name: str) -> None:
-    source, folders = SOURCES[name], [tmp_path / name for name in ("alone", "killed", "moved")]
-    for folder in folders[:2]:
+def test_a_run_that_is_killed_and_moves_loads_the_same(processes: Zygote, tmp_path: Path, name: str) -> None:
+    source, (alone, killed, moved) = SOURCES[name], [tmp_path / folder for folder in ("alone", "killed", "moved")]
+    for folder in (alone, killed):
         folder.mkdir()
         source.write(folder)
-    weights, lines = _finished(readers, folders[0], *source.settings, ranks=1)
+    weights, lines = _finished(processes, alone, *source.settings, ranks=1)
     ids = _ids(lines)
     assert set().union(*ids) == set(range(COUNT))
-    # 1. Killed while something is made once, of which others wait for the one that makes it.
-    if source.made is not None:
-        order = Order(point=f"before fsync .{source.made}.#-#.writing", rank=None)
-        _killed(readers, folders[1], order, *source.settings, ranks=2)
-        assert not lines_of(folders[1])
-    # 2. In the middle of the first epoch, with samples of later windows loaded ahead.
-    _killed(readers, folders[1], Order(point="forward", nth=17), *source.settings, "data.num_workers=2", ranks=1)
-    assert len(lines_of(folders[1])) >= 3
-    assert not list(folders[1].glob(".distaccum/.*.writing")), "what was half made is left"
-    shutil.copytree(folders[1], folders[2], symlinks=True)
-    # 3. On as many ranks as before; and on others, where it is killed in the second epoch.
-    same_weights, same_lines = _finished(readers, folders[1], *source.settings, ranks=1)
+    # Killed while something is made once, of which others wait for the one that makes it.
+    for made in source.made:
+        order = Order(point=f"before fsync .{made}.#-#.writing", rank=None)
+        _killed(processes, killed, order, *source.settings, ranks=2)
+        assert not lines_of(killed)
+    # In the middle of the first epoch, with samples of later windows loaded ahead.
+    _killed(processes, killed, MID_EPOCH, *source.settings, "data.num_workers=2", ranks=1)
+    assert checkpoints_in(killed / "run" / "checkpoints")
+    assert not list(killed.glob(".distaccum/.*.writing")), "what was half made is left"
+    shutil.copytree(killed, moved, symlinks=True)
+    # It goes on with as many ranks as before, and with others.
+    same_weights, same_lines = _finished(processes, killed, *source.settings, ranks=1)
     assert same_lines == lines
     assert all(weights[key].equal(same_weights[key]) for key in weights)
-    _killed(readers, folders[2], Order(point="forward", nth=9, rank=1), *source.settings, ranks=3)
-    moved_weights, moved_lines = _finished(readers, folders[2], *source.settings, "data.num_workers=1", ranks=2)
+    if name in ("jsonl", "stream"):
+        _killed(processes, moved, Order(point="forward", nth=9, rank=1), *source.settings, ranks=3)
+    moved_weights, moved_lines = _finished(processes, moved, *source.settings, ranks=2)
     assert _ids(moved_lines) == ids
     assert moved_lines == [approximately(line) for line in lines]
     for key, value in weights.items():
         torch.testing.assert_close(moved_weights[key], value, rtol=1e-12, atol=0)
+
+
+def test_other_samples_are_noticed(processes: Zygote, tmp_path: Path) -> None:
+    """Negative control: two rows are exchanged while the run is down, in a file of the same size and time."""
+    settings = SOURCES["jsonl"].settings
+    _json_lines(tmp_path)
+    _killed(processes, tmp_path, MID_EPOCH, *settings, ranks=1)
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    found = [_ids(_finished(processes, tmp_path, *settings, ranks=1)[1])]
+    path = tmp_path / "rows-20.jsonl"
+    status, rows = path.stat(), path.read_text().splitlines(keepends=True)
+    rows[2], rows[12] = rows[12], rows[2]
+    path.write_text("".join(rows))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "before").rename(tmp_path / "run")
+    found.append(_ids(_finished(processes, tmp_path, *settings, ranks=1)[1]))
+    assert found[0] != found[1]
 
 
 def approximately(value: Any) -> Any:

@@ -89,12 +89,12 @@ class Zygote:
 
 
 @contextmanager
-def zygote(*modules: str) -> Iterator[Zygote]:
-    """A zygote that has imported modules too, for as long as it is needed."""
+def zygote() -> Iterator[Zygote]:
+    """A zygote, for as long as it is needed."""
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": path}
     with subprocess.Popen(
-        [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         yield Zygote(process)
         assert process.stdin is not None
@@ -111,10 +111,8 @@ def _serve() -> None:
     torch.set_num_threads(1)
     for module in _IMPORTED:
         importlib.import_module(module)
-    assert len(os.listdir("/proc/self/task")) == 1, "what is forked must not have threads"
-    for module in sys.argv[1:]:  # those of pyarrow only wait for work
-        importlib.import_module(module)
     gc.freeze()  # no rank need look through what has been imported
+    assert len(os.listdir("/proc/self/task")) == 1, "what is forked must not have threads"
     for line in sys.stdin:
         request = json.loads(line)
         order = Order(**request["order"]) if request["order"] else None

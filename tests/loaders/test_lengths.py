@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from distaccum import UserError
 from distaccum.data import DocumentationText
+from distaccum.loaders import lengths
 from distaccum.loaders.lengths import lengths_of
 from distaccum.runtime.cache import Remembered
 
@@ -77,13 +79,32 @@ def test_a_scan_is_remembered_until_the_data_changes() -> None:
     samples = Loaded(torch.zeros(1 + index % 7) for index in range(50))
     wanted = [1 + index % 7 for index in range(50)]
     assert lengths_of(samples, Remembered("lengths")).tolist() == wanted
-    assert samples.loads == 50
+    assert samples.loads == 100, "once to see that they draw, and once with numbers of their own"
     assert lengths_of(samples, Remembered("lengths")).tolist() == wanted
-    assert samples.loads == 50 + 16
+    assert samples.loads == 100 + 32
     samples[0] = torch.zeros(9)
     assert lengths_of(samples, Remembered("lengths")).tolist() == [9, *wanted[1:]]
     samples.append(torch.zeros(2))
     assert lengths_of(samples, Remembered("lengths")).tolist() == [9, *wanted[1:], 2]
+
+
+class Drawn(list[int]):
+    """Samples of a drawn length."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.zeros(int(torch.randint(1, 1000, ())) + super().__getitem__(index))
+
+
+def test_workers_find_the_same_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = Drawn([0] * 301)
+    wanted = lengths_of(samples)
+    assert len(set(wanted.tolist())) > 200
+    monkeypatch.setattr(lengths, "_SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    assert np.array_equal(lengths_of(samples), wanted)
+    samples[300] = -1000
+    with pytest.raises(UserError, match=r"sample 300 of the training data could not be loaded: RuntimeError"):
+        lengths_of(samples)
 
 
 def test_a_damaged_scan_is_made_again() -> None:

@@ -24,6 +24,7 @@ from distaccum.data.rows import row_files
 from distaccum.data.rows import rows as rows_module
 from distaccum.data.storage import made_once
 from distaccum.errors import UserError
+from distaccum.loaders.lengths import lengths_of
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -293,6 +294,50 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
     assert [data[index]["kind"] for index in range(5)] == ["a", "b", "a", None, "c"]
 
 
+class Cut:
+    """Cuts rows to a number of values, some of them drawn."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+
+    def __call__(self, row: dict[str, Any]) -> Any:
+        return {"values": torch.rand(len(row["values"][: self.most]) + 1)}
+
+
+@pytest.mark.parametrize(("kind", "options"), ALL, ids=["jsonl", "parquet", "parquet cached", "saved"])
+def test_lengths_are_measured_once_and_again_when_they_may_be_others(
+    tmp_path: Path, kind: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "distaccum.data")
+    files = write(tmp_path, kind)
+
+    def found(split: str = "train", **more: Any) -> list[int]:
+        data = Rows(files, split, **{**options, "evaluation_fraction": 0.25, **more})
+        lengths = lengths_of(data)
+        loaded = [len(data[index]["values"]) for index in range(len(data))]
+        assert lengths.tolist() == loaded
+        return loaded
+
+    def made() -> int:
+        return caplog.text.count("made the lengths of")
+
+    train = found()
+    assert "made the lengths of" in caplog.text
+    assert f"{len(train)} samples of {min(train):,} to {max(train):,}; 0.0 s, kept in" in caplog.text
+    assert found() == train
+    assert made() == 1
+    found("evaluation")
+    found(evaluation_fraction=0.5)
+    assert made() == 3
+    for most in (1, 2, 1):
+        assert max(found(transform=Cut(most))) == most + 1
+    assert made() == 5
+    if kind != "saved":
+        before = found()
+        write(tmp_path, kind, files=2, each=8)
+        assert len(found()) != len(before)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -300,7 +345,7 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
         ("a.jsonl", "{}\n[1]\n", r"a.jsonl, row 2 at byte 3 is a list, not an object"),
         ("a.jsonl", "\n", r"the train data has no row: .*a.jsonl"),
         ("a.parquet", "no parquet", r"a.parquet can't be read"),
-        ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl and .parquet"),
+        ("a.csv", "a,b\n1,2\n", r"of no known kind. Known endings are .jsonl, .parquet;"),
         ("a.jsonl.gz", "", r"a.jsonl.gz is of no known kind.* Of .jsonl.gz, data=stream reads the lines"),
     ],
 )
