@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from distaccum.runtime.files import LineFile, replacing, write_text
+from distaccum.runtime.files import LineFile, remove_unfinished, replacing, write_text
 
 
 def test_a_file_is_written_through_no_link(tmp_path: Path) -> None:
@@ -27,7 +28,19 @@ def test_the_name_of_an_incomplete_file_cannot_be_guessed(tmp_path: Path) -> Non
         with replacing(tmp_path / "page"):
             names |= {path.name for path in tmp_path.glob(".*")}
     assert len(names) == 3
-    assert not [name for name in names if "page" in name]
+    assert all(re.fullmatch(r"\.page\.[0-9a-f]{8}-[0-9a-f]{16}\.writing", name) for name in names)
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    with replacing(tmp_path / "page"):
+        (own,) = tmp_path.iterdir()
+        others = [own.with_name(name) for name in (f".other{own.name[5:]}", ".page.00000000-0123456789abcdef.writing")]
+        old = own.with_name(".page.00000000-1123456789abcdef.writing")
+    for path in (own, *others, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    remove_unfinished(tmp_path, "page")
+    assert {path.name for path in tmp_path.iterdir()} == {"page", *(path.name for path in others)}
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
