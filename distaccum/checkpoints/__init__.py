@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from distaccum.checkpoints.checkpointer import Checkpointer, Stateful
+from distaccum.checkpoints.checkpointer import Checkpointer
 from distaccum.checkpoints.export import Exported, export_model, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
+from distaccum.checkpoints.memory_place import forget_memory
+from distaccum.checkpoints.newest import newest_anywhere
+from distaccum.checkpoints.restoring import Stateful
 from distaccum.checkpoints.state import averaged_weights, load_model, members_of, persistent_buffers, putting_back
 from distaccum.checkpoints.weights import MODEL_FILE, load_exported
 
@@ -19,9 +22,11 @@ __all__ = [
     "checkpoints_in",
     "clear_leftovers",
     "export_model",
+    "forget_memory",
     "load_exported",
     "load_model",
     "members_of",
+    "newest_anywhere",
     "newest_whole",
     "persistent_buffers",
     "putting_back",

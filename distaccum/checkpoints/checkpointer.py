@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,50 +19,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.best import BestEvaluations
-from distaccum.checkpoints.encoding import decoded
-from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, newest_whole, prune
-from distaccum.checkpoints.frozen import check_same_frozen, fingerprints, frozen_parameters
+from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
+from distaccum.checkpoints.frozen import fingerprints, frozen_parameters
+from distaccum.checkpoints.memory import MemoryCheckpoints
+from distaccum.checkpoints.memory_place import Gather, forget_memory, memory_place
+from distaccum.checkpoints.newest import newest_anywhere
 from distaccum.checkpoints.optimizer_state import (
-    adopt_group_settings,
     check_optimizer,
-    check_same_optimizer,
     group_settings,
-    optimizer_targets,
-    outside_parameters,
-    set_optimizer_state,
 )
+from distaccum.checkpoints.restoring import Stateful, restore_into
 from distaccum.checkpoints.staging import Staging
 from distaccum.checkpoints.state import (
-    check_same_model,
     extra_states,
-    members_of,
-    named_also,
     of_python,
-    persistent_buffers,
-    putting_back,
-    read_tensors,
     reasons,
-    set_extra_states,
     state_tensors,
     without_process_warning,
 )
-from distaccum.checkpoints.storage import ManifestReader, ManifestWriter, SavePlannerOf, check_formats
+from distaccum.checkpoints.storage import ManifestWriter, SavePlannerOf, check_formats
 from distaccum.config import CheckpointConfig
-from distaccum.errors import UserError
 from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.nested import gather_objects
-from distaccum.runtime.randomness import set_random_state
 from distaccum.strategies import Strategy, strategy_of
 from distaccum.strategies.optimizers import own_optimizer
 
 logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    """An object whose `state_dict()` is made of dictionaries, lists, tuples, strings, numbers, None, small tensors."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 class Checkpointer:
@@ -126,12 +108,15 @@ class Checkpointer:
         self.rank = dist.get_rank() if self.strategy.process_group is not None else 0
         self._timeout_seconds = timeout_seconds
         self._group = self._new_group()
+        self._gather: Gather = lambda value: gather_objects(value, self._group)
+        self._memory = self._kept_in_memory()
         self._constant_settings: dict[tuple[int, str], Any] = {}
         self._settings_at_start = group_settings(optimizer, self._constant_settings)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._saved_at = time.monotonic()
         self._is_owed = self._is_checked = False
+        self._is_due_on_disk = self._is_due_in_memory = self._is_best = False
         self._best = BestEvaluations(self.config)
         self.has_lost_touch = False
         """True when a rank has waited for another one's disk in vain, so that nothing can be saved for now."""
@@ -139,19 +124,24 @@ class Checkpointer:
         """Update of the newest checkpoint that is whole on the disk, as far as this object has seen."""
         check_optimizer(optimizer)
         self._check()
-        self._frozen_at_start = self._frozen()
+        self._frozen_at_start = self._frozen(self._group)
 
     def _check(self) -> None:
         """Refuses what can't be saved as it is now."""
         check_formats({**self.strategy.module.state_dict(keep_vars=True), **self._tensors()})
         self._state({})
 
-    def _frozen(self) -> dict[str, dict[str, Any]]:
+    def _frozen(self, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
         """Returns format, shape and fingerprint of frozen parameters, by name, if those need not be saved."""
         if not self.config.trainable_only:
             return {}
         self.strategy.at_rest()
-        return fingerprints(frozen_parameters(self.strategy.module, self.optimizer), self._group)
+        return fingerprints(frozen_parameters(self.strategy.module, self.optimizer), group)
+
+    def _kept_in_memory(self) -> MemoryCheckpoints | None:
+        if self.config.memory_every_updates is None:
+            return None
+        return MemoryCheckpoints(self.folder, self.rank, self._new_group(), self.files)
 
     def _new_group(self) -> dist.ProcessGroup | None:
         """A group for checkpoints alone, as their collectives run in a thread beside the training's."""
@@ -185,16 +175,19 @@ class Checkpointer:
         if not self._is_checked:
             self._check()  # by now the optimizer has its state
             self._is_checked = True
-        every = self.config.every_updates
+        self.wait_for_memory()
+        every, in_memory = self.config.every_updates, self.config.memory_every_updates
+        self._is_due_in_memory |= in_memory is not None and update % in_memory == 0
         self._is_owed |= "save" in flags or (every is not None and update % every == 0)
         if self._is_owed and "saving" in flags:
             logger.debug("update %d: the checkpoint before is still being written, so the next one waits", update)
-            return False
-        return self._is_owed
+        else:
+            self._is_due_on_disk |= self._is_owed
+        return self._is_due_on_disk or self._is_due_in_memory
 
     def _meet_again(self) -> None:
         """Replaces the group, which can't be used any more once a rank has waited in it for too long."""
-        self.wait()
+        self._wait_for_disk()
         self.has_lost_touch = False
         self._group = self._new_group()
         if self.rank == 0:
@@ -210,12 +203,13 @@ class Checkpointer:
         Raises:
             UserError: the evaluation doesn't have the metric.
         """
-        return self._best.is_among(update, metrics)
+        self._is_best = self._best.is_among(update, metrics)
+        return self._is_best
 
     # Saving
 
     def save(self, update: int, progress: dict[str, Any], *, wait: bool = False) -> None:
-        """Saves the state after an update.
+        """Saves the state after an update: where `is_due` has found that it is due, else on the disk.
 
         Returns as soon as the state has been copied in memory, unless `wait` or `async_save=false`. A disk that is full
         or read-only doesn't end the training: it is logged, and the checkpoints there are stay as they are.
@@ -224,19 +218,24 @@ class Checkpointer:
             progress: where the run stands, as JSON values; `restore` returns it.
             wait: return when it is on the disk.
         """
-        self.wait()
+        # A state in memory that counts a best checkpoint must not be whole before that one.
+        wait |= self._is_best and self._memory is not None
+        if wait or self._is_best or self._is_due_on_disk or not self._is_due_in_memory:
+            self._save_to_disk(update, progress, wait=wait)
+        if self._memory is not None and self._is_due_in_memory:
+            self._memory.wait()
+            self._memory.save(update, *self._content(progress, self._memory.group))
+        self._is_due_on_disk = self._is_due_in_memory = self._is_best = False
+
+    def _save_to_disk(self, update: int, progress: dict[str, Any], *, wait: bool) -> None:
+        self._wait_for_disk()
         self._is_owed = False
         self._saved_at = time.monotonic()
-        tensors, state = self._tensors(), self._state(progress)
         try:
-            frozen = self._frozen()
+            tensors, state = self._content(progress, self._group)
         except RuntimeError as error:  # a rank was waited for in vain
             self._report_failure(update, error)
             return
-        # What has changed since the start is not what a restart begins with, and saved as any other.
-        state["frozen"] = {name: entry for name, entry in frozen.items() if self._frozen_at_start.get(name) == entry}
-        for name in state["frozen"]:
-            del tensors[f"model/{name}"]
         if wait or not self.config.async_save:
             self._write(update, tensors, state)
             return
@@ -245,6 +244,19 @@ class Checkpointer:
             target=self._write, args=(update, self._staging.copied(tensors), state), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _content(
+        self, progress: dict[str, Any], group: dist.ProcessGroup | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns what is saved: tensors, which are the live ones, and all else."""
+        tensors, state = self._tensors(), self._state(progress)
+        # What has changed since the start is not what a restart begins with, and saved as any other.
+        state["frozen"] = {
+            name: entry for name, entry in self._frozen(group).items() if self._frozen_at_start.get(name) == entry
+        }
+        for name in state["frozen"]:
+            del tensors[f"model/{name}"]
+        return tensors, state
 
     def _tensors(self) -> dict[str, Tensor]:
         return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
@@ -269,10 +281,40 @@ class Checkpointer:
 
     def wait(self, timeout: float | None = None) -> None:
         """Waits until nothing is being written any more."""
+        if self._memory is not None:
+            self._memory.join(timeout)
+        self._wait_for_disk(timeout)
+
+    def _wait_for_disk(self, timeout: float | None = None) -> None:
         if self._thread is not None:
             self._thread.join(timeout)
             if not self._thread.is_alive():
                 self._thread = None
+
+    def wait_for_memory(self) -> None:
+        """Waits until the last state in memory is whole on all nodes; `is_due` does so too.
+
+        To be called before an update shows anywhere but in memory: then a crash loses no more updates that have been
+        seen than `memory_every_updates`.
+
+        Raises:
+            UserError: there is no room for states in memory.
+        """
+        if self._memory is not None:
+            self._memory.wait()
+
+    @property
+    def is_busy_in_memory(self) -> bool:
+        """Whether `wait_for_memory` would wait."""
+        return self._memory is not None and self._memory.is_busy
+
+    def clear_memory(self) -> None:
+        """Removes the run's states from the memory of all nodes, as it is over, or is on the disk."""
+        self.wait()
+        if self.rank == 0:
+            with suppress(OSError):
+                forget_memory(self.folder)
+        memory_place(self.folder, rank=self.rank, gather=self._gather).clear_others()
 
     def _write(self, update: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         writer = ManifestWriter(self.folder, update, self.rank, state, self.files)
@@ -324,42 +366,16 @@ class Checkpointer:
         Raises:
             UserError: the checkpoint holds another model or another optimizer, or leaves out other frozen weights.
         """
-        module, stored = self.strategy.module, checkpoint.manifest["tensors"]
-        formats = ManifestReader(checkpoint).formats()
-        self.strategy.at_rest()
-        check_same_model(members_of(module), checkpoint.shapes)
-        check_same_optimizer(module, self.optimizer, checkpoint)
-        is_same_layout = checkpoint.state["world_size"] == self.strategy.world_size
-        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        check_same_frozen(checkpoint, parameters, self._group)
-        targets = {f"model/{name}": p for name, p in parameters.items() if name not in checkpoint.frozen}
-        targets |= {name: p.detach() for name, p in outside_parameters(module, self.optimizer).items()}
-        for name, buffer in persistent_buffers(module):
-            own = f"rank/{self.rank}/buffers/{name}"
-            targets[own if is_same_layout and own in stored else f"model/{name}"] = buffer
-        targets |= self._also_in(checkpoint)
-        optimizer_state = optimizer_targets(module, self.optimizer, formats)
-        mine = f"rank/{self.rank}/"
-        own_state = {
-            name: torch.zeros(shape, dtype=dtype)
-            for name, (shape, dtype) in formats.items()
-            if is_same_layout and name.startswith((f"{mine}random/", f"{mine}strategy/"))
-        }
-        read_tensors(checkpoint, targets | optimizer_state | own_state, self._group)
-        of_parameters = {name: dtype for name, (_, dtype) in _below(formats, "model/").items()}
-        with putting_back(checkpoint, "optimizer"):
-            set_optimizer_state(module, self.optimizer, optimizer_state, of_parameters)
-            adopt_group_settings(self.optimizer, self._settings_at_start, checkpoint.state["optimizer"])
-        with putting_back(checkpoint, "model"):
-            set_extra_states(module, checkpoint.state["extra"])
-        if own_state:
-            with putting_back(checkpoint, "random generators"):
-                self.strategy.load_state_tensors(_below(own_state, f"{mine}strategy/"))
-                set_random_state(_below(own_state, f"{mine}random/"), self.strategy.device)
-        for name, entry in self.states.items():
-            if name in checkpoint.state["states"]:
-                with putting_back(checkpoint, name):
-                    entry.load_state_dict(decoded(checkpoint.state["states"][name]))
+        restore_into(
+            checkpoint,
+            self.strategy,
+            self.optimizer,
+            rank=self.rank,
+            group=self._group,
+            also=self.tensors,
+            states=self.states,
+            settings_at_start=self._settings_at_start,
+        )
         # Those of a run in another folder are not here to be kept.
         here = {path.name for path in checkpoints_in(self.folder)}
         if (before := self._best.load_state_dict(checkpoint.state, here)) is not None and self.rank == 0:
@@ -368,33 +384,14 @@ class Checkpointer:
                 before,
                 self._best.by,
             )
-        self.last_saved = checkpoint.update
+        if self._memory is not None:
+            self._memory.goes_on_from(checkpoint)
+        self.last_saved = None if checkpoint.is_in_memory else checkpoint.update
         progress: dict[str, Any] = checkpoint.state["progress"]
         return progress
 
-    def _also_in(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Returns the further tensors that a checkpoint has. A kind that it doesn't have stays as it is."""
-        found: dict[str, Tensor] = {}
-        for kind, values in self.tensors.items():
-            wanted = named_also(kind, values)
-            if not any(name.startswith(f"also/{kind}/") for name in checkpoint.manifest["tensors"]):
-                if self.rank == 0:
-                    logger.info("%s has no %s, which begins anew", checkpoint.path, kind)
-                continue
-            if missing := sorted(wanted.keys() - checkpoint.manifest["tensors"].keys()):
-                raise UserError(
-                    f"the checkpoint {checkpoint.path} holds another {kind}: {missing[0].removeprefix('also/')} is "
-                    "missing from it. Configure the same, or begin anew with resume=none and another run_dir."
-                )
-            found |= wanted
-        return found
-
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint in the folder that is whole; damaged ones are named in the log and passed over."""
+        """The newest whole state, in the folder or in memory; damaged ones are named in the log and passed over."""
         if self.rank == 0:
             clear_leftovers(self.folder)
-        return newest_whole(self.folder, rank=self.rank, gather=lambda value: gather_objects(value, self._group))
-
-
-def _below(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        return newest_anywhere(self.folder, rank=self.rank, gather=self._gather)

@@ -52,6 +52,8 @@ class Checkpoint:
 
     path: Path
     manifest: dict[str, Any]
+    is_in_memory: bool = False
+    """It lies in memory, not on the disk."""
 
     @property
     def update(self) -> int:
@@ -89,13 +91,18 @@ def name_of(update: int) -> str:
     return f"{_PREFIX}{update:08d}"
 
 
+def update_of(path: Path) -> int:
+    """The update of a checkpoint, by the name of its folder."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The folders of checkpoints by their names, that of the highest update first."""
     if not os.path.isdir(folder):
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     found = [path for path in found if not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+    return sorted(found, key=update_of, reverse=True)
 
 
 def writing_path(folder: Path, update: int) -> Path:
@@ -262,7 +269,7 @@ def prune(folder: Path, *, keep_last: int, newest: int, best: Iterable[int]) -> 
         newest: the update that was saved last. What has a higher number was damaged, or the run would have gone on from
             it: it must not take the place of one that is whole, and is left alone.
     """
-    updates = [int(path.name.removeprefix(_PREFIX)) for path in checkpoints_in(folder)]
+    updates = [update_of(path) for path in checkpoints_in(folder)]
     older = [update for update in updates if update <= newest][keep_last:]
     for update in sorted(set(older).difference(best)):
         # Renamed first: what is half removed must not look like a checkpoint.

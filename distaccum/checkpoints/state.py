@@ -20,6 +20,7 @@ DTensors, of which `torch.distributed.checkpoint` saves and loads each rank's pa
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ from distaccum.checkpoints.storage import ManifestReader
 from distaccum.errors import UserError
 from distaccum.runtime.randomness import random_state
 from distaccum.strategies import Strategy
+
+logger = logging.getLogger(__name__)
 
 
 def state_tensors(
@@ -75,6 +78,32 @@ def state_tensors(
 def named_also(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Further tensors of a run, by their names in a checkpoint."""
     return {f"also/{kind}/{name}": value for name, value in values.items()}
+
+
+def also_in(checkpoint: Checkpoint, also: Mapping[str, Mapping[str, Tensor]], *, logs: bool) -> dict[str, Tensor]:
+    """Returns the further tensors that a checkpoint has, by their names there. A kind that it lacks stays as it is.
+
+    Args:
+        also: further tensors of the run, by kind and name.
+        logs: say so of kinds that it doesn't have.
+
+    Raises:
+        UserError: it has other ones of a kind.
+    """
+    found: dict[str, Tensor] = {}
+    for kind, values in also.items():
+        wanted = named_also(kind, values)
+        if not any(name.startswith(f"also/{kind}/") for name in checkpoint.manifest["tensors"]):
+            if logs:
+                logger.info("%s has no %s, which begins anew", checkpoint.path, kind)
+            continue
+        if missing := sorted(wanted.keys() - checkpoint.manifest["tensors"].keys()):
+            raise UserError(
+                f"the checkpoint {checkpoint.path} holds another {kind}: {missing[0].removeprefix('also/')} is "
+                "missing from it. Configure the same, or begin anew with resume=none and another run_dir."
+            )
+        found |= wanted
+    return found
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -41,6 +41,11 @@ _SAFETENSORS_NAMES = {dtype: SAFETENSORS_NAMES[name] for name, dtype in _DTYPES.
 _CHUNK_BYTES = 4 << 20
 
 
+def file_of(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> tuple[int, str]:
@@ -193,7 +198,7 @@ class ManifestWriter(_OfOneCheckpoint, StorageWriter):
         # A rank may hold several pieces of one tensor; the name of a piece is its tensor's and where it begins.
         items = {f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}": item for item in plan.items}
         tensors: dict[str, Any] = {key: planner.resolve_data(item) for key, item in items.items()}
-        file = f"rank-{self.rank:05d}.safetensors"
+        file = file_of(self.rank)
         size, digest = write_safetensors(writing_path(self.folder, self.update) / file, tensors)
         # What `finish` puts into the manifest: the place of the piece, and the file.
         about = {"bytes": size, "blake2b": digest}
@@ -203,6 +208,20 @@ class ManifestWriter(_OfOneCheckpoint, StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        manifest = self.manifest_of(metadata, results)
+        self.sync_files()
+        writing = writing_path(self.folder, self.update)
+        write_manifest(writing, manifest)
+        commit(writing, self.update)
+
+    def sync_files(self) -> None:
+        """Brings other files of the run to the disk."""
+        for path in self.files:
+            if path.exists():
+                sync(path)
+
+    def manifest_of(self, metadata: Metadata, results: list[list[WriteResult]]) -> dict[str, Any]:
+        """Returns the manifest, from what all ranks have written."""
         written = {(r.index.fqn, tuple(r.index.offset or ())): r.storage_data for part in results for r in part}
         tensors = {}
         for name, entry in metadata.state_dict_metadata.items():
@@ -214,7 +233,7 @@ class ManifestWriter(_OfOneCheckpoint, StorageWriter):
             dtype = str(entry.properties.dtype).removeprefix("torch.")
             tensors[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
         files = {place["file"]: about for place, about in written.values()}
-        manifest = {
+        return {
             "format": FORMAT,
             "update": self.update,
             "state": self.state,
@@ -222,12 +241,6 @@ class ManifestWriter(_OfOneCheckpoint, StorageWriter):
             "files": files,
             "torch": torch.__version__,
         }
-        for path in self.files:
-            if path.exists():
-                sync(path)
-        writing = writing_path(self.folder, self.update)
-        write_manifest(writing, manifest)
-        commit(writing, self.update)
 
 
 class ManifestReader(_OfOneCheckpoint, StorageReader):

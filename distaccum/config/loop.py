@@ -240,6 +240,9 @@ class CheckpointConfig:
     every_minutes: float | None = 10.0
     """Minutes from one checkpoint to the next; with `every_updates`, whichever comes first. `null`: only updates count.
     At the end of the run, and on a signal to stop, one is saved in any case."""
+    memory_every_updates: int | None = None
+    """Updates from one state to the next that is kept in the memory of the nodes (tmpfs), where it outlives the run's
+    processes: a crash costs no more updates than that. `null`: none are kept there."""
     keep_last: int = 2
     """Number of the newest checkpoints to keep."""
     keep_best: int = 0
@@ -262,6 +265,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, checkpoint__every_updates=self.every_updates, checkpoint__keep_last=self.keep_last)
+        require_at_least(1, checkpoint__memory_every_updates=self.memory_every_updates)
         require_at_least(0, checkpoint__keep_best=self.keep_best, checkpoint__grace_seconds=self.grace_seconds)
         require_positive(checkpoint__every_minutes=self.every_minutes)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from distaccum.checkpoints import Checkpoint, checked, checkpoints_in, newest_whole
+from distaccum.checkpoints import Checkpoint, checked, checkpoints_in, newest_anywhere, newest_whole
 from distaccum.checkpoints.best import goal_of
 from distaccum.config import CheckpointConfig, TrainConfig, as_plain, flat
 from distaccum.config.enums import Goal
@@ -117,7 +117,7 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
     Raises:
         UserError: `resume` names one that is not there or is damaged.
     """
-    checkpoint = newest_whole(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
+    checkpoint = newest_anywhere(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
     if config.resume not in ("auto", "none"):
         checkpoint = _of_both(checkpoint, without_tilde(config.resume), folder, world)
     if checkpoint is not None:

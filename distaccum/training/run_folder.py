@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from distaccum.checkpoints import checkpoints_in, clear_leftovers
+from distaccum.checkpoints import checkpoints_in, clear_leftovers, forget_memory
 from distaccum.config import flat
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
@@ -73,6 +73,8 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
             # torchrun has started the same command again: its own results are no reason to refuse it.
             is_restart = _is_restart(path, run_dir, "auto" if is_relaunch else resume, plain)
             folder = RunFolder(path, is_restart)
+            if not is_restart:
+                forget_memory(path / CHECKPOINTS)
         except OSError as error:
             raise _cannot_write(run_dir if run_dir is not None else "runs", error) from error
         if not folder.is_restart:

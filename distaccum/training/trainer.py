@@ -127,6 +127,8 @@ class Trainer:
             except DroppedError:
                 interrupted = self.updater.supervision.agreed_signal()
             self._save_at_the_end(is_finished=interrupted is None)
+            if self.checkpointer is not None and self.checkpointer.last_saved == self._progress.updates:
+                self.checkpointer.clear_memory()
             end = self._progress.end(
                 self.strategy,
                 stopped_early=self._stopped_early(),
@@ -175,12 +177,21 @@ class Trainer:
             with evaluated_weights(self.strategy, self.accumulator.optimizer):
                 for average in self.averages:
                     average.after_update(number)
+        self._wait_for_state_in_memory(number)
         self._report_update(window, result, lr)
         self.updater.memory_line.log_once()
         if self.tuning is not None:
             self.tuning.after_update(number, window, result)
             self.accumulator.time_micro_steps = self.tuning.needs_times
         return result
+
+    def _wait_for_state_in_memory(self, update: int) -> None:
+        """Waits, before an update is reported, until the last state in memory is whole."""
+        if self.checkpointer is None:
+            return
+        if self.checkpointer.is_busy_in_memory:
+            self.updater.supervision.heartbeat.doing("writing of the state in memory", update=update, waits=True)
+        self.checkpointer.wait_for_memory()
 
     def _report_update(self, window: Window, result: UpdateResult, lr: float) -> None:
         compile_seconds = self.updater.compile_clock.take() if self.updater.compile_clock is not None else 0.0

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from killing import Order, arm, passing
 
+from distaccum.checkpoints.memory_place import VARIABLE
 from distaccum.config import TrainConfig
 from distaccum.config.compose import compose
 from distaccum.errors import EXIT_STATUS, EXIT_UNFINISHED, OtherRankFailedError, UserError
@@ -77,11 +78,23 @@ class Zygote:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def start(self, *arguments: str, ranks: int, folder: Path, order: Order | None = None) -> Start:
-        """Starts ranks, with the folder as the current one; returns when all of them have ended."""
+    def start(
+        self, *arguments: str, ranks: int, folder: Path, order: Order | None = None, memory: Sequence[Path] = ()
+    ) -> Start:
+        """Starts ranks, with the folder as the current one; returns when all of them have ended.
+
+        Args:
+            memory: for each node the folder of its memory that outlives processes; equally many ranks are on each.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"arguments": arguments, "ranks": ranks, "folder": str(folder), "order": order and asdict(order)}
+        request = {
+            "arguments": arguments,
+            "ranks": ranks,
+            "folder": str(folder),
+            "order": order and asdict(order),
+            "memory": list(map(str, memory)),
+        }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
@@ -117,20 +130,25 @@ def _serve() -> None:
         request = json.loads(line)
         order = Order(**request["order"]) if request["order"] else None
         config = _composed(tuple(request["arguments"]))
-        launch = _Launch(config, request["ranks"], Path(request["folder"]), order)
+        launch = _Launch(config, request["ranks"], Path(request["folder"]), order, request["memory"])
         print(json.dumps(launch.run()), flush=True)
 
 
 class _Launch:
     """One start of the ranks, and their end."""
 
-    def __init__(self, config: TrainConfig, ranks: int, folder: Path, order: Order | None) -> None:
+    def __init__(
+        self, config: TrainConfig, ranks: int, folder: Path, order: Order | None, memory: list[str]
+    ) -> None:
         self.order = order
         self.statuses: dict[int, int] = {}
         self.reading, report = os.pipe()
         self.started = time.monotonic()
         port = free_port()
-        self.processes = [_forked(rank, ranks, port, config, folder, order, report) for rank in range(ranks)]
+        self.processes = []
+        for rank in range(ranks):
+            here = {VARIABLE: memory[rank * len(memory) // ranks]} if memory else {}
+            self.processes.append(_forked(rank, ranks, port, config, folder, order, report, here))
         os.close(report)
 
     def run(self) -> dict[str, Any]:
@@ -204,7 +222,14 @@ def _children(process: int) -> list[int]:
 
 
 def _forked(
-    rank: int, ranks: int, port: int, config: TrainConfig, folder: Path, order: Order | None, report: int
+    rank: int,
+    ranks: int,
+    port: int,
+    config: TrainConfig,
+    folder: Path,
+    order: Order | None,
+    report: int,
+    variables: dict[str, str],
 ) -> int:
     """Forks a rank; returns its process number."""
     if process := os.fork():
@@ -217,7 +242,7 @@ def _forked(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         faulthandler.enable()
         os.chdir(folder)
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), **variables}
         if ranks > 1:
             here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             os.environ |= {key: str(value) for key, value in here.items()}
