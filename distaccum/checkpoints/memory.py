@@ -172,6 +172,7 @@ class MemoryCheckpoints:
         writing = writing_path(writer.folder, writer.update)
         if len(self._nodes) > 1:
             self._exchange(writing, manifest["files"])
+            self._gather(None)  # a node's files are all there
 
         def name() -> None:
             if writer.is_first_of_node:
@@ -295,8 +296,8 @@ class _NodeWriter(ManifestWriter):
             _, there, host = asked[node[0]]
             if needed > there:
                 self.refusal = (
-                    f"checkpoint.memory_every_updates needs {needed / 1e9:.3g} GB of memory on {host} for two states "
-                    f"of the run, and {memory_root()} has room for {there / 1e9:.3g} GB. Enlarge it (mount -o "
+                    f"checkpoint.memory_every_updates needs {needed / 1e6:,.1f} MB of memory on {host} for two states "
+                    f"of the run, and {memory_root()} has room for {there / 1e6:,.1f} MB. Enlarge it (mount -o "
                     f"remount,size=…), name another file system in memory in the environment variable {VARIABLE}, "
                     "or leave the key out."
                 )

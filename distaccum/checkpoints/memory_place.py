@@ -1,4 +1,4 @@
-"""Where the newest states of a run lie in memory that outlives its processes, on each node:
+"""Names the places of the newest states of a run, in memory that outlives its processes, on each node:
 
     /dev/shm/distaccum-<user>-<hash of the run's folder of checkpoints>/<identifier>/update-00000120/
 

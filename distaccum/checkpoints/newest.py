@@ -79,7 +79,7 @@ def _of_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Holding:
-    """What a rank has found of a state in the memory of its node.
+    """A rank's part in a state in the memory of its node.
 
     Attributes:
         manifest: hash of the manifest there; None without one.

@@ -23,15 +23,19 @@ class Agent:
         folder: the current one.
         name: of the file in the folder that gets all output.
         shares_store: let the ranks use the agent's own store, as torchrun does if it isn't told otherwise.
+        variables: of the environment.
     """
 
-    def __init__(self, *command: str, folder: Path, name: str = "output", shares_store: bool = False) -> None:
+    def __init__(
+        self, *command: str, folder: Path, name: str = "output", shares_store: bool = False, **variables: str
+    ) -> None:
         self._said = folder / name
         self.process = forking.start(
             *forking.torchrun(*command),
             folder=folder,
             said=self._said,
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shares_store)),
+            **variables,
         )
 
     @property

@@ -137,9 +137,7 @@ def _serve() -> None:
 class _Launch:
     """One start of the ranks, and their end."""
 
-    def __init__(
-        self, config: TrainConfig, ranks: int, folder: Path, order: Order | None, memory: list[str]
-    ) -> None:
+    def __init__(self, config: TrainConfig, ranks: int, folder: Path, order: Order | None, memory: list[str]) -> None:
         self.order = order
         self.statuses: dict[int, int] = {}
         self.reading, report = os.pipe()

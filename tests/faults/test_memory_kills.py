@@ -7,15 +7,18 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from agents import Agent, elastic_options, wait_for
 from killing import Order
 from runs import RUN, assert_each_update_once, lines_of, results, undisturbed
 from test_kills import at_random
 from zygote import Start, Zygote
 
 from distaccum.checkpoints import checkpoints_in
+from distaccum.checkpoints.memory_place import VARIABLE
 
 SETTINGS = [*RUN, "data.num_workers=0", "checkpoint.every_updates=null", "checkpoint.memory_every_updates=1"]
 """No checkpoint is saved on the disk before the end."""
@@ -33,6 +36,12 @@ def memory() -> Iterator[Path]:
 def states_in(memory: Path) -> list[Path]:
     """States that are whole there, as far as their names say, the newest first."""
     return [path for root in memory.glob("distaccum-*/*") for path in checkpoints_in(root)]
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def updates_of(folder: Path) -> int:
@@ -89,10 +98,10 @@ ZERO_1 = ("strategy=ddp", "strategy.shard_optimizer=true")
 @pytest.mark.parametrize(
     ("strategy", "ranks", "updates", "orders"),
     [
-        (("strategy=single",), 1, 90, [*AT_POINTS, *at_random(seed=3, ranks=1, count=4)]),
-        (("strategy=ddp",), 2, 90, [*AT_POINTS[3:], *at_random(seed=4, ranks=2, count=4)]),
-        (ZERO_1, 2, 50, [*SHARDED, *at_random(seed=5, ranks=2, count=2)]),
-        (("strategy=fsdp",), 2, 50, [*SHARDED, *at_random(seed=6, ranks=2, count=2)]),
+        (("strategy=single",), 1, 60, [*AT_POINTS, *at_random(seed=3, ranks=1, count=2)]),
+        (("strategy=ddp",), 2, 50, [*AT_POINTS[-3:], *at_random(seed=4, ranks=2, count=2)]),
+        (ZERO_1, 2, 30, [*SHARDED, *at_random(seed=5, ranks=2, count=1)]),
+        (("strategy=fsdp",), 2, 30, [*SHARDED, *at_random(seed=6, ranks=2, count=1)]),
     ],
     ids=["single", "ddp", "zero-1", "fsdp"],
 )
@@ -119,3 +128,83 @@ def test_a_killed_rank_costs_an_update_at_most(
     assert "in memory is not whole" not in start.output
     assert not list(memory.glob("distaccum-*")), "it is cleared at the end"
     assert not (run.folder / "run" / "checkpoints" / "memory.id").exists()
+
+
+LOST = [
+    (1, Order(point="half of rank-#.safetensors", nth=5, rank=1)),
+    (0, Order(point="after rename .writing-#", nth=4, rank=0)),
+    (None, Order(point="backward", nth=12, rank=0, delay=0.02, all_ranks=True)),
+]
+"""Which node is lost; none, but a file in its memory is damaged."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "lost"),
+    [(("strategy=fsdp",), 4, LOST[:2]), (ZERO_1, 2, LOST), (("strategy=ddp",), 2, LOST[:1])],
+    ids=["fsdp", "zero-1", "ddp"],
+)
+def test_a_lost_node_costs_an_update_at_most(
+    processes: Zygote,
+    tmp_path: Path,
+    memory: Path,
+    strategy: tuple[str, ...],
+    ranks: int,
+    lost: list[tuple[int | None, Order]],
+) -> None:
+    """All its ranks are killed, and its memory is gone: of what it had written, the other node has a copy."""
+    settings = [*SETTINGS, *strategy, "train.max_updates=24"]
+    wanted = undisturbed(
+        processes, tmp_path / "undisturbed", *settings, "checkpoint.memory_every_updates=null", ranks=ranks
+    )
+    nodes = [memory / "0", memory / "1"]
+    run = Killed(processes, tmp_path / "killed", *settings, ranks=ranks, memory=nodes)
+    for node, order in lost:
+        run.kill(order)
+        if node is None:
+            flip_byte(states_in(nodes[0])[0] / "rank-00000.safetensors")
+        else:
+            shutil.rmtree(nodes[node])
+            nodes[node].mkdir()
+    start = run.finish()
+    assert start.output.count("going on from run/checkpoints/update-") == len(lost), start.output
+    assert "in memory is not whole" not in start.output
+    assert results(run.folder) == wanted
+    assert not list(memory.glob("*/distaccum-*"))
+
+
+def test_torchruns_go_on_from_memory_when_one_is_lost_with_its_node(
+    processes: Zygote, tmp_path: Path, memory: Path
+) -> None:
+    """The ranks of the one that is left are restarted in place, beside those of a new node."""
+    settings = [*SETTINGS, "strategy=fsdp", "train.max_updates=20"]
+    wanted = undisturbed(
+        processes, tmp_path / "undisturbed", *settings, "checkpoint.memory_every_updates=null", ranks=2
+    )
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    command = ["--max-restarts=3", "-m", "distaccum.train", *settings, "model.seconds=0.05"]
+    options = elastic_options(2, nodes="2")
+    for entry in options:
+        # A node that is lost is given up after so many seconds.
+        entry[-2] = entry[-2].replace("last_call_timeout=5", "keep_alive_interval=1,keep_alive_max_attempt=3")
+    with ExitStack() as stack:
+
+        def start(number: int, node: str) -> Agent:
+            (memory / node).mkdir(exist_ok=True)
+            agent = Agent(*options[number], *command, folder=folder, name=node, **{VARIABLE: str(memory / node)})
+            stack.callback(agent.kill_all)
+            return agent
+
+        stays, goes = start(0, "0"), start(1, "1")
+        wait_for(lambda: updates_of(folder) >= 5, [stays, goes])
+        goes.kill_all()
+        shutil.rmtree(memory / "1")
+        before = updates_of(folder)
+        comes = start(1, "2")
+        (folder / "hurry").touch()
+        assert stays.process.wait(60) == 0, stays.output + comes.output
+        assert comes.process.wait(60) == 0, stays.output + comes.output
+        (found,) = re.findall(r"going on from run/checkpoints/update-(\d+)", stays.output + comes.output)
+    assert int(found) >= before - 1
+    assert results(folder) == wanted
+    assert not list(memory.glob("*/distaccum-*"))
