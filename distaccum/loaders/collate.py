@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate, get_worker_info
 
 from distaccum.errors import UserError, listed
+from distaccum.loaders.hand_over import MOST_BY_VALUE
 
 _KEPT = (str, bytes, type(None))
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float32}
@@ -85,6 +86,8 @@ class PadCollate:
         kind = type(values[0])
         if kind in _NUMBERS and all(type(value) is kind for value in values):
             return torch.tensor(values, dtype=_NUMBERS[kind])
+        if (stacked := _stacked(values)) is not None:
+            return stacked
         what = "the samples" if name is None else f"field {name} of the samples"
         tensors = [_as_tensor(value, what) for value in values]
         dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -95,10 +98,7 @@ class PadCollate:
             )
         shapes = list(dict.fromkeys(tuple(tensor.shape) for tensor in tensors))
         if len(shapes) == 1:
-            if get_worker_info() is None:
-                return torch.stack(tensors)
-            stacked: Tensor = default_collate(tensors)  # straight into shared memory
-            return stacked
+            return _stack(tensors)
         if any(len(shape) == 0 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(
                 f"{what} cannot be made into a micro-batch: their shapes {listed(shapes, 4)} differ in more than the "
@@ -111,6 +111,25 @@ class PadCollate:
                 "pad value for that field, or samples of another dtype."
             )
         return pad_sequence(tensors, batch_first=True, padding_value=pad_value)
+
+
+def _stacked(values: Sequence[Any]) -> Tensor | None:
+    """Stacks tensors of one shape and dtype, which is what most fields are; None if they are anything else."""
+    first = values[0]
+    if type(first) is not Tensor:
+        return None
+    shape, dtype = first.shape, first.dtype
+    for value in values:
+        if type(value) is not Tensor or value.shape != shape or value.dtype != dtype:
+            return None
+    return _stack(values)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    if get_worker_info() is None or len(tensors) * tensors[0].nbytes <= MOST_BY_VALUE:
+        return torch.stack(tensors)  # type: ignore[arg-type]
+    stacked: Tensor = default_collate(tensors)  # straight into shared memory
+    return stacked
 
 
 def _fits(value: float, dtype: torch.dtype) -> bool:
