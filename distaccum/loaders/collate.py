@@ -13,10 +13,28 @@ from torch.utils.data import default_collate, get_worker_info
 
 from distaccum.errors import UserError, listed
 from distaccum.loaders.hand_over import MOST_BY_VALUE
+from distaccum.runtime.nested import mapped, tensors_of
 
 _KEPT = (str, bytes, type(None))
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float32}
 _MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
+
+
+class Stacked(Sequence[Any]):
+    """Samples that a dataset's `__getitems__` has read as one micro-batch: `PadCollate` takes it as it is.
+
+    Args:
+        batch: a tensor, or a tuple or mapping of tensors, `[B, ...]` each; sample `i` has the i-th of each.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(tensors_of(self.batch)[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return mapped(self.batch, lambda tensor: tensor[index])
 
 
 class PadCollate:
@@ -54,6 +72,8 @@ class PadCollate:
             UserError: the samples have different fields, or a field's types, dtypes or shapes don't go together.
             ValueError: there are no samples.
         """
+        if isinstance(samples, Stacked):
+            return samples.batch
         if len(samples) == 0:
             raise ValueError("a micro-batch needs at least one sample")
         return self._collated(samples, None, None)

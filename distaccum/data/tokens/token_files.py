@@ -80,8 +80,8 @@ class Tokens:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Returns the tokens at positions from `start` to `stop - 1`, int64.
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Returns the tokens at positions from `start` to `stop - 1`, as they are in their files.
 
         Raises:
             UserError: a file can't be read, or has become shorter.
@@ -92,7 +92,7 @@ class Tokens:
             end = min(stop, self.starts[number + 1])
             parts.append(self.part(number, start - self.starts[number], end - self.starts[number]))
             start = end
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def part(self, number: int, start: int, stop: int) -> NDArray[Any]:
         """Returns tokens of one file as they are in it; raises as `read`."""
