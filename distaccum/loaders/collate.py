@@ -81,6 +81,8 @@ class PadCollate:
     def _collated(self, values: Sequence[Any], index: int | None, name: str | None) -> Any:
         """Makes one of several values of a kind: samples, or what they have in a field of some index and name."""
         first = values[0]
+        if type(first) is Tensor and (stacked := _stacked(values)) is not None:
+            return stacked
         at = (lambda number: number) if index is None else (lambda number: index)
         within = "" if name is None else f"{name}."
         if isinstance(first, Mapping):
@@ -91,7 +93,8 @@ class PadCollate:
                 for number, key in enumerate(first)
             }
         if isinstance(first, tuple | list) and not (index is not None and is_numbers(first)):
-            _check_fields([len(value) if isinstance(value, tuple | list) else type(value) for value in values])
+            if not all(isinstance(value, tuple | list) and len(value) == len(first) for value in values):
+                _check_fields([len(value) if isinstance(value, tuple | list) else type(value) for value in values])
             fields = [
                 self._collated([value[number] for value in values], at(number), f"{within}{number}")
                 for number in range(len(first))
@@ -106,8 +109,6 @@ class PadCollate:
         kind = type(values[0])
         if kind in _NUMBERS and all(type(value) is kind for value in values):
             return torch.tensor(values, dtype=_NUMBERS[kind])
-        if (stacked := _stacked(values)) is not None:
-            return stacked
         what = "the samples" if name is None else f"field {name} of the samples"
         tensors = [_as_tensor(value, what) for value in values]
         dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -135,10 +136,7 @@ class PadCollate:
 
 def _stacked(values: Sequence[Any]) -> Tensor | None:
     """Stacks tensors of one shape and dtype, which is what most fields are; None if they are anything else."""
-    first = values[0]
-    if type(first) is not Tensor:
-        return None
-    shape, dtype = first.shape, first.dtype
+    shape, dtype = values[0].shape, values[0].dtype
     for value in values:
         if type(value) is not Tensor or value.shape != shape or value.dtype != dtype:
             return None

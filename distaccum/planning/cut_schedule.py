@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.errors import require
-from distaccum.planning.batch_plan import BatchPlan, Cut
+from distaccum.planning.batch_plan import BatchPlan
 from distaccum.planning.by_length import Grouping, Timeline
 from distaccum.planning.costs import CostModel
 from distaccum.planning.lengths import EpochLengths
@@ -20,6 +20,14 @@ from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
 
 _even_cut = lru_cache(maxsize=64)(BatchPlan.cut)  # windows have few sizes, and ranks the same speeds for long
+
+
+@lru_cache(maxsize=64)
+def _even_bounds(plan: BatchPlan, size: int, speeds: tuple[float, ...] | None, parts: int, rank: int) -> _Bounds:
+    return list(_even_cut(plan, size, speeds, parts).micro_batches(rank))
+
+
+_Bounds = list[tuple[int, int]]
 
 
 class CutSchedule:
@@ -121,7 +129,7 @@ class CutSchedule:
     def micro_batch_sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         """Returns the number of samples of each of this rank's micro-batches of a window."""
         if self._grouping is None and self._limit.at(self.sizes.number(epoch, index)) is None:
-            return self._even_cut(epoch, index).sizes[self.rank]
+            return _even_cut(self.plan, *self._even(epoch, index)).sizes[self.rank]
         return tuple(map(len, self.micro_batches(epoch, index)))
 
     def placeholder(self, epoch: int, index: int) -> list[int]:
@@ -136,15 +144,16 @@ class CutSchedule:
             number = self.sizes.number(epoch, index)
             groups = self._grouping.cut(order, number, self._speeds.at(number))[self.rank]
             return [order[list(group)].tolist() for group in groups]
-        bounds = list(self._even_cut(epoch, index).micro_batches(self.rank))
+        bounds = _even_bounds(self.plan, *self._even(epoch, index), self.rank)
         first = bounds[0][0]
         samples = self._order.samples(epoch, start + first, start + bounds[-1][1]).tolist()
         return [samples[begin - first : end - first] for begin, end in bounds]
 
-    def _even_cut(self, epoch: int, index: int) -> Cut:
+    def _even(self, epoch: int, index: int) -> tuple[int, tuple[float, ...] | None, int]:
+        """Returns what an even cut of a window depends on beside the plan: size, speeds, least number of parts."""
         number = self.sizes.number(epoch, index)
         parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
-        return _even_cut(self.plan, self.sizes.size(epoch, index), self._speeds.at(number), parts)
+        return self.sizes.size(epoch, index), self._speeds.at(number), parts
 
     @property
     def unit(self) -> str:
