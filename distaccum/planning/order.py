@@ -129,19 +129,24 @@ class EpochOrder:
         self._seed = seed
         self._counts_on = counts_on
         # What is being loaded ahead, what is in use, and neighbours.
-        self._block = lru_cache(maxsize=4)(self._shuffled_block)
+        self._block = lru_cache(maxsize=4)(self._kept_block)
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Returns the samples at the positions from `start` to `stop - 1` of an epoch."""
-        before = epoch * self._num_samples if self._counts_on else 0
         if stop - start >= self._BLOCK:
-            return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch) + before
+            return self._evaluated(epoch, start, stop)
+        within = start % self._BLOCK
+        if (stop - start) + within <= self._BLOCK:
+            return self._block(epoch, start - within)[within : within + stop - start]
         parts = [
             self._block(epoch, first)[max(start - first, 0) : stop - first]
-            for first in range(start - start % self._BLOCK, stop, self._BLOCK)
+            for first in range(start - within, stop, self._BLOCK)
         ]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)) + before
+        return np.concatenate(parts)
 
-    def _shuffled_block(self, epoch: int, first: int) -> NDArray[np.int64]:
-        positions = np.arange(first, min(first + self._BLOCK, self._num_samples))
-        return shuffled(positions, self._num_samples, self._seed, epoch)
+    def _kept_block(self, epoch: int, first: int) -> NDArray[np.int64]:
+        return self._evaluated(epoch, first, min(first + self._BLOCK, self._num_samples))
+
+    def _evaluated(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        found = shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch)
+        return found + epoch * self._num_samples if self._counts_on else found
