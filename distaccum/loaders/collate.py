@@ -143,9 +143,9 @@ def _stacked(values: Sequence[Any]) -> Tensor | None:
     return _stack(values)
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
+def _stack(tensors: Any) -> Tensor:
     if get_worker_info() is None or len(tensors) * tensors[0].nbytes <= MOST_BY_VALUE:
-        return torch.stack(tensors)  # type: ignore[arg-type]
+        return torch.stack(tensors)
     stacked: Tensor = default_collate(tensors)  # straight into shared memory
     return stacked
 

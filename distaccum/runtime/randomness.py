@@ -174,7 +174,7 @@ _HAS_WORDS = type(_PYTHON).__basicsize__ >= object.__basicsize__ + ctypes.sizeof
 
 def _python_memory() -> bytes | None:
     """The memory behind the object header of Python's global generator: position, then words."""
-    return _Words.from_address(_BEHIND_HEADER).raw if _HAS_WORDS else None  # type: ignore[no-any-return]
+    return _Words.from_address(_BEHIND_HEADER).raw if _HAS_WORDS else None
 
 
 def _python_words(state: Any) -> bytes:
