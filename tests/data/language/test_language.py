@@ -14,6 +14,7 @@ from tiny_language_model import MARKED_TEMPLATE, UNMARKED_TEMPLATE
 
 from distaccum.data import LanguageData, Rows, TokenizeRow
 from distaccum.errors import UserError
+from distaccum.loaders.lengths import lengths_of
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -234,6 +235,12 @@ def test_rows_are_tokenised_when_they_are_asked_for(folder: Path) -> None:
     batch = found.collate_fn(found.__getitems__([2, 0]))
     assert batch["attention_mask"].sum(1).tolist() == whole.lengths[[2, 0]].tolist()
     short = TokenizeRow(str(folder), max_length=4)
+    kept = [
+        lengths_of(Rows(str(folder / "rows.jsonl"), evaluation_fraction=0, transform=one)).tolist()
+        for one in (transform, short, TokenizeRow(str(folder), max_length=128))
+    ]
+    assert kept == [whole.lengths.tolist(), np.minimum(whole.lengths, 4).tolist(), whole.lengths.tolist()]
+    assert len(list((folder / ".distaccum").glob("*.lengths"))) == 2, "by what the tokenizer is, and not by the object"
     assert short({"prompt": "What colour has snow?", "completion": "white"})["labels"].tolist() == [-100] * 4
     assert short({"text": ""})["labels"].tolist() == [0, -100], "never less than two tokens"
     (folder / "rows.jsonl").write_text('{"question": "sky?"}\n')
