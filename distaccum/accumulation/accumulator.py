@@ -5,7 +5,7 @@
 Both sums run over all micro-steps and all ranks. There is no division by the number of accumulation steps anywhere, so
 ragged windows, ranks with unequal work and sequences of unequal length are exact by construction.
 
-An update in the order of this file: `window` → `_micro_steps` → `_sync_context` (which of them synchronises) →
+An update in the order of this file: `window` → `OpenWindow.each` → `_sync_context` (which micro-step synchronises) →
 `backward` → `OpenWindow.begin_sync` (of the last one) → `step` → `_update` (scale, clip, step).
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from distaccum.accumulation.reevaluation import reevaluation_of
 from distaccum.accumulation.result import LossTerm, TaskOutput, UpdateResult
 from distaccum.accumulation.terms import Denominators, TermCounter, Weights, WindowTerms, checked_terms
 from distaccum.accumulation.totals import SumsOverRanks, is_to_be_made, loss_scale, require_summable
+from distaccum.accumulation.unfinished import put_in, taken_out
 from distaccum.errors import require, require_one_clipping
 from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy, strategy_of
@@ -118,6 +119,8 @@ class Accumulator:
         self.weights = weights
         self.updates = 0
         """Windows that have been brought to their end, skipped ones included."""
+        self.unfinished: Mapping[str, Tensor] = {}
+        """What `take_out` returned, to go on with in the next window, which leaves out its `done` micro-batches."""
         self._model = model
         self._gradients = Gradients(optimizer, model, self.strategy)
         self._open: OpenWindow | None = None
@@ -166,11 +169,11 @@ class Accumulator:
             gradients=self._gradients,
             scale=loss_scale(micro_batches, self._last_weight),
             source=micro_batches,
-            sizes=share.sizes if share is not None else None,
+            share=share,
+            scaler=self.scaler,
             started=started,
             data_seconds=data_seconds + (denominators.seconds if denominators is not None else 0.0),
             norm_before=self._norm_before,
-            can_recover=share is not None,
             stopwatch=self._stopwatch,
             time_micro_steps=self.time_micro_steps,
             terms=WindowTerms(denominators, self.strategy) if denominators is not None else None,
@@ -178,9 +181,12 @@ class Accumulator:
         )
         self._gradients.begin()
         self._open = window
-        micro_steps = self._micro_steps(window, with_last(micro_batches) if share is None else share.micro_batches())
+        items = with_last(micro_batches) if share is None else share.micro_batches()
+        micro_steps = window.each(items, self._sync_context)
         try:
             window.remember(self._model, may_be_skipped=self.skip_nonfinite)
+            put_in(window, self.unfinished)
+            self.unfinished = {}
             with window.micro_gradients or nullcontext():
                 yield micro_steps
             if not window.micro_steps:
@@ -202,20 +208,6 @@ class Accumulator:
         require(not self._is_out_of_step, _OUT_OF_STEP)
         require_equal_micro_steps(micro_batches, self.strategy)
         return self._terms.count(micro_batches, tell)
-
-    def _micro_steps(self, window: OpenWindow, items: Iterator[tuple[Any, bool]]) -> Generator[Any, None, None]:
-        """Yields each micro-batch inside `_sync_context`; `items` say of each whether it is the window's last."""
-        while True:
-            asked = time.perf_counter()
-            item = next(items, None)
-            window.data_seconds += time.perf_counter() - asked
-            if item is None:
-                return
-            micro_batch, window.is_last = item
-            with self._sync_context(window):
-                window.begin_micro_step()
-                yield micro_batch
-                window.require_backward()
 
     def _sync_context(self, window: OpenWindow) -> AbstractContextManager[None]:
         """Decides about the sync, here alone: every micro-step is inside `no_sync` but the window's last.
@@ -328,6 +320,13 @@ class Accumulator:
             whole = norm * self.strategy.sync_divisor / window.scale
             more |= self.noise_scale.update(Measurement(whole * whole, *numbers[len(norms) : len(norms) + 4].tolist()))
         return UpdateResult(grad_norm=grad_norm, skipped=skipped, **window.measured(), **more)
+
+    def take_out(self) -> dict[str, Tensor]:
+        """Returns a copy of what the open window has accumulated on this rank, to go on with in another process.
+
+        To be called between two micro-steps: see `accumulation.unfinished`. Empty if it can't be gone on with.
+        """
+        return taken_out(self._open) if self._open is not None and self._reevaluation is None else {}
 
     def clear_gradients(self) -> None:
         """Forgets all gradients, and drops a window whose `step()` has not come. `step()` does so by itself."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,18 @@ from distaccum.runtime.devices import Stopwatch
 from distaccum.strategies import Strategy
 
 
+class CutAnew(Protocol):
+    """Micro-batches of a rank that may be cut smaller on the way.
+
+    Attributes:
+        taken: dataset indices of those handed out so far.
+        sizes: how many samples each of them has.
+    """
+
+    taken: list[list[int]]
+    sizes: list[int]
+
+
 @dataclass(slots=True, kw_only=True)
 class OpenWindow:
     """The state of a window between its first micro-step and its update."""
@@ -35,18 +48,21 @@ class OpenWindow:
     """The micro-batches that it was opened over."""
     scale: float
     """What every loss is multiplied by: a power of two, so that it changes no bit of the result; see `loss_scale`."""
-    sizes: Sequence[int] | None
+    share: CutAnew | None
+    """Micro-batches that may be taken again, cut smaller: see `distaccum.accumulation.recovery`."""
+    scaler: torch.amp.GradScaler | None
     started: float
     data_seconds: float
     norm_before: float
     """Norm of the gradient of the window before, as this rank has seen it; 0 if it wasn't finite."""
-    can_recover: bool
-    """Whether micro-steps may be taken again: see `distaccum.accumulation.recovery`."""
     stopwatch: Stopwatch
     time_micro_steps: bool
     micro_gradients: MicroGradients | None
     terms: WindowTerms | None
     """Its losses; None if there is only one."""
+    sizes: Sequence[int] | None = field(init=False)
+    can_recover: bool = field(init=False)
+    """Whether micro-steps may be taken again."""
     calls_before: int = field(init=False)
     bytes_before: int = field(init=False)
     micro_steps: int = 0
@@ -71,8 +87,9 @@ class OpenWindow:
     """The strategy's `state_tensors` before the window."""
 
     def __post_init__(self) -> None:
-        if self.sizes is None and isinstance(self.source, Window):
-            self.sizes = self.source.sizes
+        self.can_recover = self.share is not None
+        self.sizes = self.source.sizes if isinstance(self.source, Window) else None
+        self.sizes = self.share.sizes if self.share is not None else self.sizes
         self.calls_before, self.bytes_before = self.strategy.traffic.calls, self.strategy.traffic.bytes
 
     def remember(self, model: nn.Module, *, may_be_skipped: bool) -> None:
@@ -82,6 +99,22 @@ class OpenWindow:
             self.remembered = {name: value.clone() for name, value in self.strategy.state_tensors().items()}
         if self.can_recover or may_be_skipped:
             self.buffers = KeptBuffers(model)
+
+    def each(
+        self, items: Iterator[tuple[Any, bool]], sync_context: Callable[[OpenWindow], AbstractContextManager[None]]
+    ) -> Generator[Any, None, None]:
+        """Yields each micro-batch inside `sync_context`; `items` say of each whether it is the window's last."""
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            self.data_seconds += time.perf_counter() - asked
+            if item is None:
+                return
+            micro_batch, self.is_last = item
+            with sync_context(self):
+                self.begin_micro_step()
+                yield micro_batch
+                self.require_backward()
 
     def add(
         self, loss_sum: Tensor, weight: Tensor | float, sums: Mapping[str, Tensor], terms: Mapping[str, LossTerm]
@@ -210,6 +243,10 @@ class OpenWindow:
         self.gradients.take_back()
         self.strategy.load_state_tensors(self.remembered)
 
+    def seconds(self) -> float:
+        """Returns the seconds that the window has taken so far."""
+        return time.perf_counter() - self.started
+
     def measured(self) -> dict[str, Any]:
         """Returns traffic and times of `UpdateResult`, once the host has waited for the device."""
         traffic = self.strategy.traffic
@@ -218,19 +255,19 @@ class OpenWindow:
             "micro_steps": self.micro_steps,
             "sync_calls": traffic.calls - self.calls_before,
             "sync_bytes": traffic.bytes - self.bytes_before,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.seconds(),
             "data_seconds": self.data_seconds,
             "micro_seconds": self._micro_seconds(launch),
             "sync_seconds": self.stopwatch.seconds(launch, self.backward_end) if launch is not None else 0.0,
         }
 
     def _micro_seconds(self, last_launch: Any) -> tuple[float, ...]:
-        """Seconds of each micro-step; empty if they were not measured.
+        """Seconds of each micro-step; empty if they were not measured, or some of them in another process.
 
         Args:
             last_launch: mark of the launch of the sync's last bucket, which ends the last micro-step; None for no sync.
         """
-        if not self.marks:
+        if not self.marks or len(self.marks) < self.micro_steps:
             return ()
         *marks, (start, end) = self.marks
         marks.append((start, end if last_launch is None else last_launch))

@@ -59,6 +59,12 @@ class Gradients:
         """The optimizer's parameters, in the order of its groups."""
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
+    def named(self) -> dict[str, Tensor]:
+        """The optimizer's parameters that are trained: by their names in the model, others by their places."""
+        names = {id(parameter): name for name, parameter in self.strategy.module.named_parameters()}
+        numbered = enumerate(self.of_optimizer())
+        return {names.get(id(p), f".outside.{number}"): p for number, p in numbered if p.requires_grad}
+
     def _parameters(self) -> Iterator[Tensor]:
         yield from self._model_parameters
         yield from self.of_optimizer()

@@ -67,7 +67,9 @@ class Share:
         planned = window.sample_indices
         if planned == self._allowed():
             stream = iter(window)
-            self._left.extend((piece, stream) for piece in planned)
+            self.taken += planned[: window.done]
+            self.sizes += map(len, self.taken)
+            self._left.extend((piece, stream) for piece in planned[window.done :])
         else:  # it was being loaded already when memory ran out
             self.begin_again()
 

@@ -7,9 +7,11 @@ from distaccum.checkpoints.export import Exported, export_model, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
 from distaccum.checkpoints.memory_place import forget_memory
 from distaccum.checkpoints.newest import newest_anywhere
+from distaccum.checkpoints.of_rank import read_own
 from distaccum.checkpoints.restoring import Stateful
-from distaccum.checkpoints.state import averaged_weights, load_model, members_of, persistent_buffers, putting_back
+from distaccum.checkpoints.state import averaged_weights, load_model, members_of, putting_back
 from distaccum.checkpoints.weights import MODEL_FILE, load_exported
+from distaccum.runtime.buffers import persistent_buffers
 
 __all__ = [
     "MODEL_FILE",
@@ -30,5 +32,6 @@ __all__ = [
     "newest_whole",
     "persistent_buffers",
     "putting_back",
+    "read_own",
     "remove_export",
 ]

@@ -77,7 +77,7 @@ class Checkpointer:
 
     Attributes:
         flags: flags for the `Accumulator`, by which ranks agree on when to save.
-        states, tensors: as given; more may be added.
+        states, tensors: as given; more may be added. `own`: the same, of this rank alone; see `read_own`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Checkpointer:
         self.strategy = strategy_of(model, strategy)
         self.states = dict(states or {})
         self.tensors = dict(tensors or {})
-        self.files = files
+        self.files, self.own = files, dict[str, Tensor]()
         self.flags: dict[str, Callable[[], bool]] = {
             "save": self._is_time_up,
             "saving": self.is_busy,
@@ -259,7 +259,7 @@ class Checkpointer:
         return tensors, state
 
     def _tensors(self) -> dict[str, Tensor]:
-        return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors)
+        return state_tensors(self.strategy, self.optimizer, self.rank, self.tensors, self.own)
 
     def _state(self, progress: dict[str, Any]) -> dict[str, Any]:
         """Returns what is saved besides tensors, as JSON values."""

@@ -23,12 +23,12 @@ from distaccum.checkpoints.state import (
     also_in,
     check_same_model,
     members_of,
-    persistent_buffers,
     putting_back,
     read_tensors,
     set_extra_states,
 )
 from distaccum.checkpoints.storage import ManifestReader
+from distaccum.runtime.buffers import persistent_buffers
 from distaccum.runtime.randomness import set_random_state
 from distaccum.strategies import Strategy
 

@@ -13,6 +13,7 @@
     rank/<r>/random/<generator>        of one rank alone
     rank/<r>/buffers/<name>            where a strategy lets each rank have buffers of its own
     rank/<r>/strategy/<name>           what the strategy remembers on a rank (PowerSGD's error feedback)
+    rank/<r>/<kind>/<name>             further tensors of one rank alone (`Checkpointer.own`)
 
 Names are those of the user's own module, so ddp, fsdp and a single process read each other's. Sharded tensors are
 DTensors, of which `torch.distributed.checkpoint` saves and loads each rank's part.
@@ -40,6 +41,7 @@ from distaccum.checkpoints.frozen import check_same_frozen
 from distaccum.checkpoints.optimizer_state import optimizer_tensors, outside_parameters
 from distaccum.checkpoints.storage import ManifestReader
 from distaccum.errors import UserError
+from distaccum.runtime.buffers import persistent_buffers
 from distaccum.runtime.randomness import random_state
 from distaccum.strategies import Strategy
 
@@ -47,12 +49,17 @@ logger = logging.getLogger(__name__)
 
 
 def state_tensors(
-    strategy: Strategy, optimizer: torch.optim.Optimizer, rank: int, also: Mapping[str, Mapping[str, Tensor]]
+    strategy: Strategy,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    also: Mapping[str, Mapping[str, Tensor]],
+    own: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """All tensors that this rank takes part in saving; not copies.
 
     Args:
         also: further tensors of the run, by kind and name.
+        own: further tensors of this rank alone, by name.
 
     Raises:
         UserError: the optimizer's state holds anything but values of Python's own kinds and tensors.
@@ -71,6 +78,7 @@ def state_tensors(
         # count, as they do of the model.
         own = {n: v for n, v in tensors_of_kind.items() if rank == 0 or n in parameters or isinstance(v, DTensor)}
         tensors |= named_also(kind, own)
+    tensors |= {f"rank/{rank}/{name}": value for name, value in own.items()}
     tensors |= {f"rank/{rank}/random/{name}": value for name, value in random_state(strategy.device).items()}
     return tensors | {f"rank/{rank}/strategy/{name}": value for name, value in strategy.state_tensors().items()}
 
@@ -104,16 +112,6 @@ def also_in(checkpoint: Checkpoint, also: Mapping[str, Mapping[str, Tensor]], *,
             )
         found |= wanted
     return found
-
-
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that are a part of the module's `state_dict()`, each once."""
-    seen: set[int] = set()
-    for prefix, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 def members_of(module: nn.Module) -> dict[str, Tensor]:

@@ -261,7 +261,7 @@ class CheckpointConfig:
     waits until the checkpoint is on the disk."""
     grace_seconds: float = 25.0
     """Seconds from a signal to stop until the process is killed (30 with torchrun and SLURM). A window that can't be
-    finished in time is dropped, and the state before it is saved."""
+    finished in time is left in the middle and saved as far as it is."""
 
     def __post_init__(self) -> None:
         require_at_least(1, checkpoint__every_updates=self.every_updates, checkpoint__keep_last=self.keep_last)

@@ -31,6 +31,7 @@ class Window:
             their collectives.
         cuts: the loader's, by which it can be cut anew when a micro-batch has not fitted into memory; None without one.
         load: loads micro-batches of given dataset indices to the device, exactly as they were in the window.
+        done: the first so many micro-batches were taken in another process, and are left out of the iteration.
 
     Args:
         shown: returns the micro-batches as they are before their copy to the device.
@@ -53,6 +54,7 @@ class Window:
         load: Callable[[Sequence[Sequence[int]]], Iterator[Any]] | None = None,
         shown: Callable[[], list[Any]] | None = None,
         together: bool = False,
+        done: int = 0,
     ) -> None:
         self.epoch = epoch
         self.index = index
@@ -64,14 +66,15 @@ class Window:
         self.cuts = cuts
         self.load = load
         self._batches = batches
-        self._left = len(sizes)
+        self.done = done
+        self._left = len(sizes) - done
         self._loaded: deque[Any] = deque()
         self._most_together = _MOST_TOGETHER if together else 1
         self._shown = shown
         self._sample_indices = sample_indices
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.sizes) - self.done
 
     def __iter__(self) -> Iterator[Any]:
         while self._loaded or self._left:
@@ -118,7 +121,7 @@ class Window:
     def over(self, batches: Iterable[Any]) -> Window:
         """Returns the same window once more, of micro-batches that have been loaded."""
         again = copy.copy(self)
-        again._batches, again._left, again._loaded = iter(batches), len(self.sizes), deque()
+        again._batches, again._left, again._loaded = iter(batches), len(self), deque()
         again._shown = None
         return again
 

@@ -138,14 +138,13 @@ class WindowLoader:
         self.next_epoch += 1
         return self.epoch(epoch)
 
-    def epoch(self, epoch: int, first_window: int = 0) -> Iterator[Window]:
-        """Yields the windows of one epoch, from `first_window` on."""
+    def epoch(self, epoch: int, first_window: int = 0, done: int = 0) -> Iterator[Window]:
+        """Yields the windows of one epoch, from `first_window` on, whose first `done` micro-batches are left out."""
         begins_anew = True
         for index in self._indices(epoch, first_window):
             if begins_anew:
-                ahead = LookAhead(
-                    self._source.batches(partial(self._requests, epoch, index)), int(self._options.copies_ahead)
-                )
+                requests = partial(self._requests, epoch, index, done)
+                ahead = LookAhead(self._source.batches(requests), int(self._options.copies_ahead))
                 batches, passed = self.waits.timed(on_device(ahead, self._options)), 0
             sizes = self.cuts.micro_batch_sizes(epoch, index)
             window = Window(
@@ -159,10 +158,11 @@ class WindowLoader:
                 sample_indices=partial(self.cuts.micro_batches, epoch, index),
                 cuts=self.cuts,
                 load=partial(self.load, epoch, index),
-                shown=partial(ahead.shown, passed, len(sizes)),
+                shown=partial(ahead.shown, passed, len(sizes) - done),
                 together=self._source.options.waits_for_loading,
+                done=done,
             )
-            passed += len(sizes)
+            passed, done = passed + len(window), 0
             self._in_use = epoch, index
             started = time.perf_counter()
             yield window
@@ -230,9 +230,9 @@ class WindowLoader:
             self._cursors = list(state.get("cursors", []))
             self.dataset.learn(self._cursors)  # type: ignore[attr-defined]
 
-    def _requests(self, epoch: int, first_window: int) -> Iterator[Request]:
+    def _requests(self, epoch: int, first_window: int, done: int) -> Iterator[Request]:
         for index in self._indices(epoch, first_window):
-            for indices in self.cuts.micro_batches(epoch, index):
+            for indices in self.cuts.micro_batches(epoch, index)[done if index == first_window else 0 :]:
                 yield self._request(epoch, indices or self.cuts.placeholder(epoch, index))
 
     def _request(self, epoch: int, indices: list[int]) -> Request:

@@ -1,9 +1,21 @@
-"""Copies of a module's buffers, to restore them."""
+"""Buffers of a module: those that are saved with it, and copies to restore them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that are a part of the module's `state_dict()`, each once."""
+    seen: set[int] = set()
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 class KeptBuffers:

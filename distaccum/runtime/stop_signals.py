@@ -85,6 +85,9 @@ class Interruption:
         world = self._world
         if world is None or world.world_size == 1:
             return wish
+        if wish == "finish" and not self._is_counted:
+            # Nobody can have dropped it yet, and nobody will: this rank is counted after its wish.
+            world.first_wish(work, wish)
         if not self._is_counted:
             self._is_counted = True
             world.count("interrupted")

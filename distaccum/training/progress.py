@@ -83,6 +83,11 @@ def _largest_peak_memory(strategy: Strategy) -> tuple[int, str]:
     return memory, kind if strategy.process_group is None else f"{kind}, on the rank that used most"
 
 
+def is_micro_steps(value: Any) -> bool:
+    """Whether a checkpoint says how many micro-steps of its next window each rank has done."""
+    return isinstance(value, list) and all(is_natural(entry) and entry > 0 for entry in value)
+
+
 _EVALUATION: Form = {
     "update": is_natural,
     "epoch": is_natural,
@@ -100,6 +105,7 @@ _PROGRESS: Form = {
     "position": lambda value: value is None or is_natural(value),
     "owes_evaluation": lambda value: isinstance(value, bool),
     "evaluation": lambda value: value is None or misfit(value, _EVALUATION) is None,
+    "unfinished": lambda value: value is None or is_micro_steps(value),
     "windows": {
         "batch.global_batch_size": is_natural,
         "batch.drop_last": lambda value: isinstance(value, bool),
@@ -141,6 +147,7 @@ class RunProgress:
         next_window: its number in the epoch.
         owes_evaluation: whether an evaluation has been due since the last window, and is not done.
         evaluation: the last one.
+        done: this rank's micro-steps of the next window that were made before the run was started again.
     """
 
     def __init__(self, loader: WindowLoader, loop: LoopConfig) -> None:
@@ -149,6 +156,7 @@ class RunProgress:
         self.totals = Totals()
         self.epoch, self.next_window = 0, 0
         self.owes_evaluation = False
+        self.done = 0
         self.evaluation: EvaluationRecord | None = None
         self._ahead = 0
         """See `updates_ahead`."""
@@ -197,8 +205,8 @@ class RunProgress:
     def windows(self) -> Iterator[Window]:
         """Yields the windows from the next one to the run's last, while `totals` count them."""
         while self.updates < self.total_updates:
-            for window in self._loader.epoch(self.epoch, self.next_window):
-                self.epoch, self.next_window = window.epoch, window.index
+            for window in self._loader.epoch(self.epoch, self.next_window, self.done):
+                self.epoch, self.next_window, self.done = window.epoch, window.index, 0
                 yield window
                 if self.updates == self.total_updates:
                     return

@@ -3,8 +3,10 @@
 A signal to stop (SIGTERM, …) is only noted when it comes, by `Interruption` in `runtime/stop_signals.py`. Then:
 
 1. `Supervision.begin_phase` asks before each forward whether the window can be finished within
-   `checkpoint.grace_seconds`. If it can't, all ranks drop it (`DroppedError`), as if it had never begun. An
-   evaluation is dropped in any case and made up for by the resumed run.
+   `checkpoint.grace_seconds`. If it can't, all ranks leave it (`DroppedError`), each after a micro-step of its own, and
+   everything is put back as if it had never begun. `Updater.update` has taken out of it what the rank has accumulated,
+   with which the resumed run goes on (`training/unfinished.py`). An evaluation is dropped in any case and made up for
+   by the resumed run.
 2. The result of a window that is finished has the flag `stop`, on all ranks alike, at which `Trainer._train` returns.
 3. `Trainer.fit` saves a checkpoint, and `training/run.py` leaves `unfinished.json`, by which launchers start the run
    again.
@@ -33,7 +35,7 @@ _LONG_SHARE = 0.1
 
 
 class DroppedError(Exception):
-    """The window or the evaluation was dropped, on all ranks, and nothing of it remains."""
+    """The window or the evaluation was dropped, on all ranks, and nothing of it remains in model and generators."""
 
 
 class Supervision:
@@ -67,7 +69,7 @@ class Supervision:
         # All ranks must be prepared alike. Nothing is known of the first window, so it may be long.
         self._next_is_long = not strategy.equal_micro_steps
         self._update = 0
-        self._micro_steps = 0
+        self._micro_steps, self._done = 0, 0
         self._started = 0.0
         self._undo: list[Callable[[], None]] = []
         """Restores what the window's forwards change; empty if it is not to be dropped."""
@@ -76,9 +78,10 @@ class Supervision:
         too_long = time.perf_counter() - self._started > _LONG_SHARE * self._seconds
         return too_long and not self._strategy.equal_micro_steps
 
-    def begin_window(self, update: int, micro_steps: int) -> None:
-        """Begins the window of an update, of which this rank has so many micro-steps."""
-        self._update, self._micro_steps, self._started = update, micro_steps, time.perf_counter()
+    def begin_window(self, update: int, micro_steps: int, done: int = 0) -> None:
+        """Begins the window of an update, of which this rank has so many micro-steps, `done` in another process."""
+        self._update, self._micro_steps, self._done = update, micro_steps, done
+        self._started = time.perf_counter()
         self._undo = []
         if self._next_is_long:
             # Leaving a window drops what a strategy remembers of the windows before.
@@ -133,12 +136,18 @@ class Supervision:
         """
         if self._strategy.equal_micro_steps or not self._interruption.is_requested():
             return
+        window, made = f"window/{self._update}", micro_step - 1 - self._done
+        if made < 1 and self._strategy.world_size > 1:
+            # The first forward may hold a collective (DDP's buffers), so nobody may leave before it. The others can't,
+            # as long as this rank has not been counted among those that have got the signal.
+            if is_last:
+                self._interruption.settle(window, "finish")
+            return
         spent = time.perf_counter() - self._started
         # There may be more of them than planned, if memory has run out.
         left = max(1, self._micro_steps - micro_step + 1) + to_come
-        needed = spent / max(1, micro_step - 1) * left
+        needed = spent / max(1, made) * left
         is_too_slow = self._interruption.seconds_since() + needed > self._seconds
-        window = f"window/{self._update}"
         fate = self._interruption.settle(window, "drop" if self._undo and is_too_slow else None)
         if fate is None and is_last:
             # A wish to drop comes to nothing as long as not all ranks have got the signal; from here on nobody may.

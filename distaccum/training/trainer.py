@@ -29,6 +29,7 @@ from distaccum.training.model import remarks
 from distaccum.training.observers import show_model
 from distaccum.training.progress import RunProgress
 from distaccum.training.supervision import DroppedError
+from distaccum.training.unfinished import KIND, agreed, to_go_on_with
 from distaccum.training.unfreezing import Unfreezing
 from distaccum.training.update import Updater
 from distaccum.training.weight_average import WeightAverage
@@ -86,6 +87,7 @@ class Trainer:
         self.strategy = self.accumulator.strategy
         self._progress = RunProgress(self.loader, self.loop)
         self._is_ahead_of_save = False
+        self._unfinished: list[int] | None = None
         if self.checkpointer is not None:
             self._register_states(self.checkpointer)
 
@@ -126,6 +128,8 @@ class Trainer:
                 interrupted = self._train()
             except DroppedError:
                 interrupted = self.updater.supervision.agreed_signal()
+                if self.updater.unfinished is not None:
+                    self._unfinished = agreed(self._progress.updates + 1, self.updater.unfinished, self.strategy)
             self._save_at_the_end(is_finished=interrupted is None)
             if self.checkpointer is not None and self.checkpointer.last_saved == self._progress.updates:
                 self.checkpointer.clear_memory()
@@ -268,13 +272,25 @@ class Trainer:
             seed_everything(derived_seed(self.loader.seed, "rank", self.checkpointer.rank, checkpoint.update))
         self.accumulator.clear_gradients()
         self._progress.owes_evaluation &= self.evaluator is not None
+        self._go_on_in_window(checkpoint)
+
+    def _go_on_in_window(self, checkpoint: Checkpoint) -> None:
+        """Goes on in the middle of the next window, if the run was stopped there and the window is still the same."""
+        if not checkpoint.state["progress"].get("unfinished"):
+            return
+        assert self.checkpointer is not None
+        epoch, index, cuts = self._progress.epoch, self._progress.next_window, self.loader.cuts
+        pieces = [cuts.micro_batches(epoch, index, limit) for limit in (None, cuts.limit)]
+        state = to_go_on_with(checkpoint, self.strategy, self.checkpointer.rank, pieces, self.config)
+        if state:
+            self.accumulator.unfinished, self._progress.done = state, len(state["sizes"])
 
     def _loss_of_next_window(self) -> Tensor:
         return self.updater.loss(self._progress.sample_micro_batch())
 
     def _save(self, *, wait: bool = False) -> None:
         assert self.checkpointer is not None
-        state = self._progress.state_dict() | {"config": self.config}
+        state = self._progress.state_dict() | {"config": self.config, "unfinished": self._unfinished}
         self.checkpointer.save(self._progress.updates, state, wait=wait)
         self._is_ahead_of_save = False
 
@@ -283,7 +299,10 @@ class Trainer:
             return
         self.updater.supervision.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
         self.checkpointer.wait()
-        if self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:
+        if self._unfinished:
+            own = self.updater.unfinished or {}
+            self.checkpointer.own = {f"{KIND}/{name}": value for name, value in own.items()}
+        if self._unfinished or self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:
             self._save(wait=True)
         if self.checkpointer.has_lost_touch and self.checkpointer.rank == 0:
             logger.warning(

@@ -42,6 +42,8 @@ class Updater:
         compile_clock: counts the seconds spent compiling; None if nothing is compiled.
         layer_norms: measures the blocks of the model; None for not at all.
         layers: what it has measured in the last update; None if that wasn't measured.
+        unfinished: what the window that was dropped had accumulated on this rank, as `Accumulator.take_out` returns it;
+            None as long as none was dropped.
     """
 
     task: Callable[[nn.Module, Any], TaskOutput]
@@ -53,6 +55,7 @@ class Updater:
     compile_clock: CompileClock | None = None
     layer_norms: LayerNorms | None = None
     layers: dict[str, dict[str, float]] | None = None
+    unfinished: dict[str, Tensor] | None = None
 
     def update(self, number: int, window: Window, size_ratio: float = 1.0) -> tuple[UpdateResult, float]:
         """Makes the update of a window; returns its result and its learning rate.
@@ -67,23 +70,30 @@ class Updater:
         """
         with self.compile_clock.counting() if self.compile_clock is not None else nullcontext():
             lr = self.schedule.apply(number, size_ratio)
-            self.supervision.begin_window(number, len(window))
+            self.supervision.begin_window(number, len(window.sizes), window.done)
             if self.layer_norms is not None:
                 self.layer_norms.begin(number)
             try:
                 if isinstance(self.task, CoupledTask):
                     result = self._coupled(self.task, window)
                 else:
-                    result = self.accumulator.run(window, partial(self._forward, window), self.supervision.begin_phase)
+                    result = self.accumulator.run(window, partial(self._forward, window), self._begin_phase)
             except DroppedError:
+                self.unfinished = self.unfinished or {}
                 self.supervision.put_back()
-                logger.info("update %d: no time is left to finish its window, which is dropped", number)
                 raise
             finally:
                 self.schedule.after_update()
             self.layers = self.layer_norms.end() if self.layer_norms is not None else None
             self.supervision.end_window(result.flags)
             return result, lr
+
+    def _begin_phase(self, phase: str, micro_step: int, is_last: bool) -> None:
+        try:
+            self.supervision.begin_phase(phase, micro_step, is_last)
+        except DroppedError:
+            self.unfinished = self.accumulator.take_out()
+            raise
 
     def loss(self, batch: Any) -> Tensor:
         """Returns the loss sum of a micro-batch that belongs to no update."""

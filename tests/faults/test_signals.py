@@ -1,4 +1,7 @@
-"""Signals to stop: the window is finished or dropped, the run is saved, and goes on as if nothing had happened."""
+"""Signals to stop: the window is finished, the run is saved, and goes on as if nothing had happened.
+
+Windows that can't be finished: test_unfinished_windows.py.
+"""
 
 from __future__ import annotations
 
@@ -75,31 +78,6 @@ def test_ranks_stop_together(runs: Starter, strategy: str, rank: int | None) -> 
 
 
 SLOW = "0.2"
-
-
-@pytest.mark.parametrize("update", [1, 2])
-def test_a_window_that_takes_too_long_is_dropped(runs: Starter, update: int) -> None:
-    """What its forwards have drawn from generators and left in BatchNorm's statistics is taken back."""
-    grace = "checkpoint.grace_seconds=0.6"
-    troubles = [trouble("forward", "SIGTERM", nth=in_update(update, 3))]
-    ended = runs.run(*RUN, grace, troubles=troubles, SECONDS_PER_FORWARD=SLOW)
-    assert (ended.statuses, ended.err) == ([75], "")
-    assert f"update {update}: no time is left to finish its window, which is dropped" in ended.out
-    assert_stopped(ended.out, update - 1, "SIGTERM")
-    goes_on(runs)
-
-
-def test_all_ranks_drop_a_window(runs: Starter) -> None:
-    ended = runs.run(
-        *RUN,
-        "checkpoint.grace_seconds=0.4",
-        ranks=2,
-        troubles=[trouble("forward", "SIGTERM", nth=in_update(2, 1, 2), rank=None)],
-        SECONDS_PER_FORWARD=SLOW,
-    )
-    assert (ended.statuses, ended.err) == ([75, 75], "")
-    assert_stopped(ended.out, 1, "SIGTERM")
-    goes_on(runs, ranks=2)
 
 
 @pytest.mark.parametrize("when", [None, 3], ids=["never", "in the last micro-step"])
