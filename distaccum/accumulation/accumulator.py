@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from distaccum.accumulation.gradient_hook import OnGradients, show_gradients
 from distaccum.accumulation.gradient_norms import by_group, gradient_norms
-from distaccum.accumulation.micro_batches import require_equal_micro_steps, with_last
+from distaccum.accumulation.micro_batches import require_equal_micro_steps
 from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow
@@ -181,12 +181,10 @@ class Accumulator:
         )
         self._gradients.begin()
         self._open = window
-        items = with_last(micro_batches) if share is None else share.micro_batches()
-        micro_steps = window.each(items, self._sync_context)
+        micro_steps = window.each(self._sync_context)
         try:
             window.remember(self._model, may_be_skipped=self.skip_nonfinite)
-            put_in(window, self.unfinished)
-            self.unfinished = {}
+            self.unfinished = put_in(window, self.unfinished)
             with window.micro_gradients or nullcontext():
                 yield micro_steps
             if not window.micro_steps:

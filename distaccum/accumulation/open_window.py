@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distaccum.accumulation.micro_batches import with_last
 from distaccum.accumulation.micro_gradients import MicroGradients
 from distaccum.accumulation.optimizer_step import Gradients
 from distaccum.accumulation.result import LossTerm
@@ -34,6 +35,9 @@ class CutAnew(Protocol):
 
     taken: list[list[int]]
     sizes: list[int]
+
+    def micro_batches(self) -> Iterator[tuple[Any, bool]]:
+        """Each micro-batch, and whether it is the last one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,10 +104,9 @@ class OpenWindow:
         if self.can_recover or may_be_skipped:
             self.buffers = KeptBuffers(model)
 
-    def each(
-        self, items: Iterator[tuple[Any, bool]], sync_context: Callable[[OpenWindow], AbstractContextManager[None]]
-    ) -> Generator[Any, None, None]:
-        """Yields each micro-batch inside `sync_context`; `items` say of each whether it is the window's last."""
+    def each(self, sync_context: Callable[[OpenWindow], AbstractContextManager[None]]) -> Generator[Any, None, None]:
+        """Yields each micro-batch inside `sync_context`."""
+        items = with_last(self.source) if self.share is None else self.share.micro_batches()
         while True:
             asked = time.perf_counter()
             item = next(items, None)

@@ -1,4 +1,4 @@
-"""What one rank has accumulated of a window that is left between two micro-steps, to go on with in another process.
+"""Takes out of a window what a rank has accumulated, between two micro-steps, to go on with in another process.
 
 Gradients cross the network in a window's last micro-step alone. What comes before it is each rank's own, so ranks may
 leave a window at different micro-steps, and each goes on at its own.
@@ -73,16 +73,17 @@ def is_of(state: Mapping[str, Tensor], pieces: Sequence[Sequence[int]]) -> bool:
     )
 
 
-def put_in(window: OpenWindow, state: Mapping[str, Tensor]) -> None:
-    """Goes on with a window where it was left. All ranks call it, before the first micro-step in this process.
+def put_in(window: OpenWindow, state: Mapping[str, Tensor]) -> State:
+    """Goes on with a window where it was left; returns what is left of the state, nothing.
 
-    Does nothing if there is no state, or the window has been begun again as its micro-batches are too large by now.
+    All ranks call it, before the first micro-step in this process. Does nothing if there is no state, or the window has
+    been begun again as its micro-batches are too large by now.
 
     Raises:
         UserError: the state is of another model, or its losses had another scale.
     """
     if not state or (window.share is not None and not window.share.taken):
-        return
+        return {}
     strategy = window.strategy
     strategy.begin_window()  # else the first forward would replace the ranks' buffers by rank 0's
     try:
@@ -96,6 +97,7 @@ def put_in(window: OpenWindow, state: Mapping[str, Tensor]) -> None:
             f"update {window.number}: what the checkpoint holds of its window can't be gone on with ({error}). Go on "
             "from the checkpoint before."
         ) from error
+    return {}
 
 
 def _scale(window: OpenWindow) -> float:
