@@ -3,11 +3,10 @@
     python benchmarks/loading.py
 
   images    JPEG files in folders; the same files in tar shards; the same bytes in litData's own format
-  tokens    a file of 16-bit tokens, in samples of 1,024 and the next ones; the same in litData's own format
+  tokens    a mapped file of 16-bit tokens, in samples of 1,024; litData's own format
   rows      a Parquet file of texts and numbers, in row groups of 1,000
 
-`distaccum` is a WindowLoader with windows of 4 micro-batches over the datasets of data=images, webdataset, tokens and
-parquet. `DataLoader` is torch's over the same dataset, for tokens over a mapped file as plain loops read it, shuffled
+`distaccum` is a WindowLoader with windows of 4 micro-batches. `DataLoader` is torch's over the same dataset, shuffled
 anew each epoch, with torch's own collate; `datasets`, WebDataset and litData load with their own readers. All make the
 same tensors of a sample, in batches of one size, with 0, 1 and 2 workers that stay between epochs. All contenders run
 in one process, in rounds, each round in another order, after an epoch that doesn't count.
@@ -46,7 +45,6 @@ from distaccum.data.images.image_files import Pixels, read_rgb
 from distaccum.data.images.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from distaccum.data.rows.rows import Rows
 from distaccum.data.tars.webdataset import WebDataset
-from distaccum.data.tokens.token_data import TokenData
 from distaccum.loaders import LoaderOptions, WindowLoader
 
 OURS, PLAIN = "distaccum", "DataLoader"
@@ -58,18 +56,17 @@ Epoch = Callable[[], Iterable[Any]]
 """Begins to load one more epoch; returns its batches."""
 
 
-class MappedTokens(Dataset[Any]):
-    """Samples of one length out of a mapped file, and the tokens after each."""
+class Tokens(Dataset[Any]):
+    """Samples of one length out of a mapped file."""
 
     def __init__(self, path: Path) -> None:
         self._tokens = np.memmap(path, np.uint16, mode="r")
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // LENGTH
+        return len(self._tokens) // LENGTH
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = torch.from_numpy(self._tokens[index * LENGTH : (index + 1) * LENGTH + 1].astype(np.int64))
-        return found[:-1], found[1:]
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self._tokens[index * LENGTH : (index + 1) * LENGTH].astype(np.int64))
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -94,7 +91,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def write_tokens(path: Path, count: int) -> None:
-    np.random.default_rng(0).integers(0, 50_000, count * LENGTH + 1).astype(np.uint16).tofile(path)
+    np.random.default_rng(0).integers(0, 50_000, count * LENGTH).astype(np.uint16).tofile(path)
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -217,18 +214,12 @@ def plan_seconds(loader: WindowLoader) -> float:
 
 
 def measured(
-    what: str,
-    dataset: Any,
-    batch: int,
-    others: Callable[[int], dict[str, Epoch]],
-    options: argparse.Namespace,
-    reference: Any = None,
+    what: str, dataset: Any, batch: int, others: Callable[[int], dict[str, Epoch]], options: argparse.Namespace
 ) -> Iterator[common.Row]:
     for workers in (0, 1) if options.quick else (0, 1, 2):
         with ExitStack() as stack, redirect_stdout(sys.stderr):  # readers print what they do
             loader = ours(dataset, batch, workers, stack)
-            theirs = dataset if reference is None else reference
-            contenders = {OURS: partial(batches_of, loader), PLAIN: plain(theirs, batch, workers), **others(workers)}
+            contenders = {OURS: partial(batches_of, loader), PLAIN: plain(dataset, batch, workers), **others(workers)}
             rates: dict[str, list[float]] = {name: [] for name in contenders}
             shuffle = random.Random(0)
             for number in common.rounds(2 if options.quick else 6, f"{what}, {workers} workers"):
@@ -240,7 +231,7 @@ def measured(
             plan = plan_seconds(loader)
             contenders.clear()
         for name, found in rates.items():
-            ratios = [mine / other for mine, other in zip(found, rates[PLAIN], strict=True)]
+            ratios = [mine / theirs for mine, theirs in zip(found, rates[PLAIN], strict=True)]
             yield {
                 "files": what,
                 "workers": workers,
@@ -274,9 +265,7 @@ def rows(options: argparse.Namespace) -> Iterator[common.Row]:
 
         item_loader = litdata.streaming.item_loader.TokensLoader(block_size=LENGTH)
         optimized(lit_tokens, spans, tokens / "lit", chunk_bytes="4MB", item_loader=item_loader)
-        path = tokens / "tokens.bin"
-        data = TokenData("train", str(path), evaluation_fraction=0.0, vocab_size=50_000, max_length=LENGTH)
-        yield from measured("tokens", data, 8, partial(token_contenders, tokens), options, MappedTokens(path))
+        yield from measured("tokens", Tokens(tokens / "tokens.bin"), 8, partial(token_contenders, tokens), options)
 
         write_rows(tables / "rows.parquet", 4 * count)
         parquet = Rows([str(tables / "rows.parquet")], evaluation_fraction=0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -177,9 +178,10 @@ def leave(status: int) -> None:
 
     A rank, whose files are closed, ends without finalizing the interpreter: a thread of gloo's that frees a Python
     object meanwhile aborts the process, once in some dozens of runs (seen with torch 2.13), and the launcher then takes
-    a finished rank for a failed one.
+    a finished rank for a failed one. A rank that was forked by `distaccum.launch` does so in any case, after that has
+    seen its status.
     """
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and multiprocessing.parent_process() is None:
         logging.shutdown()
         flush_output()
         os._exit(status)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -17,7 +16,7 @@ from forking import run_in_this_process
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 from torch.distributed.run import main
 
-_PR_SET_NAME = 15
+from distaccum.runtime.processes import name_process
 
 
 class _Forked(subprocess.Popen):  # type: ignore[type-arg]
@@ -50,7 +49,7 @@ def _become(command: list[str], variables: dict[str, str]) -> None:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     # What the environment that /proc shows would tell.
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank{variables['RANK']}".encode())
+    name_process(f"rank{variables['RANK']}")
     run_in_this_process(command, variables)
 
 

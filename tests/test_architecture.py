@@ -15,7 +15,7 @@ LAYERS = [
 ]
 """Packages and modules, each of which imports only what stands before it."""
 
-COMMANDS = ("train", "compare", "check", "tune", "study", "memory", "evaluate", "report")
+COMMANDS = ("train", "launch", "compare", "check", "tune", "study", "memory", "evaluate", "report")
 SHARED_TOOLS = ("bench", "pages")
 
 

@@ -52,6 +52,12 @@ def exactness_of_trainers(rows: Rows) -> None:
     assert [row["likeliest cause"] for row in rows if row["trainer"] == "the tutorials' loop"] == ["mean of means"] * 2
 
 
+def restart(rows: Rows) -> None:
+    assert [row["launcher"] for row in rows] == ["distaccum.launch"]
+    for row in rows:
+        assert 0 < float(row["other rank ended"]) < float(row["checkpoint found"]) < float(row["next update"])
+
+
 def sync(rows: Rows) -> None:
     assert [row["K"] for row in rows] == ["1", "2", "4", "8", "16"]
     for row in rows:
@@ -189,6 +195,7 @@ CHECKS: dict[str, Callable[..., None]] = {
         for check in (exactness, exactness_of_trainers, sync, noise_scale, peers, padding, slow_link, tuning)
     },
     **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step, loading)},
+    "restart": restart,
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }

@@ -26,6 +26,8 @@ _ANSWER_SECONDS = 2.0
 """How long the store may take to answer."""
 SECONDS_TO_GIVE_UP = 10.0
 """How long after another rank's failure this one is still here, if it has not noticed by itself."""
+_LOOKS = 10
+"""How often a rank looks for processes that have ended, 0.02 s apart, when a connection has broken."""
 _STACK_AFTER = 0.7
 """A rank that does the same thing for this part of the timeout writes its stacks."""
 
@@ -157,10 +159,19 @@ class Heartbeat:
                 self._log.close()
             self._log = None
 
-    def let_others_hear(self) -> None:
-        """Waits until the others can have seen this rank's failure, before the store ends with it."""
-        if self._thread is not None:
-            time.sleep(1.5 * BEAT_SECONDS)
+    def let_others_hear(self, have_heard: Callable[[], bool]) -> None:
+        """Waits until the others can have seen this rank's failure, before the store ends with it.
+
+        Args:
+            have_heard: ends the wait when it is true.
+        """
+        limit = time.monotonic() + (1.5 * BEAT_SECONDS if self.is_beating else 0.0)
+        while time.monotonic() < limit and not have_heard():
+            time.sleep(0.1)
+
+    def gone(self) -> int:
+        """Returns how many of the other ranks are seen to have ended without a word. Asks the store."""
+        return sum(process_state(sign) is Fate.gone for sign in self._look().values())
 
     def explain(self, error: BaseException) -> str:
         """Finds out, in about two beats, which rank this one waits for; returns a message about it.
@@ -176,8 +187,13 @@ class Heartbeat:
             return self._explain_without_store(me, error)
         try:
             before = answer(self._look)
-            # At once: soon the launcher will have ended other ranks too.
-            processes = {rank: process_state(sign) for rank, sign in before.items() if sign.state is State.running}
+            # At once: soon the launcher will have ended other ranks too. A process that was killed is still there for a
+            # moment after its connections are closed, for longer where others want its core.
+            for _ in range(_LOOKS):
+                processes = {rank: process_state(sign) for rank, sign in before.items() if sign.state is State.running}
+                if any(processes.values()):
+                    break
+                time.sleep(0.02)
             after = before
             if not any(processes.values()):
                 time.sleep(2.2 * BEAT_SECONDS)

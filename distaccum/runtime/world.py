@@ -31,6 +31,7 @@ from distaccum.runtime.processes import signal_when_parent_ends
 T = TypeVar("T")
 
 _FAILURES = "failures"
+_HEARD = "heard"
 _SECONDS_TO_START = 300.0
 """How long ranks wait for each other's start, which takes as long as the slowest disk needs to load libraries."""
 _NCCL_PATIENCE = 60.0
@@ -208,8 +209,21 @@ class World:
         if not self.is_first_to_fail():
             if is_deaf:
                 signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
-            return OtherRankFailedError("stopped because another rank failed")
-        return UserError(self.heartbeat.explain(error)) if is_broken else error
+            explained: Exception = OtherRankFailedError("stopped because another rank failed")
+        else:
+            explained = UserError(self.heartbeat.explain(error)) if is_broken else error
+        if self._shared is not None and not self.heartbeat.is_store_lost:
+            with suppress(RuntimeError, TimeoutError):
+                answer(lambda: self.count(_HEARD))
+        return explained
+
+    def _have_all_heard(self) -> bool:
+        """Returns whether no other rank will look for the reason of a failure any more."""
+        if self.heartbeat.is_store_lost:
+            return self.world_size == 2
+        with suppress(RuntimeError, TimeoutError):
+            return answer(lambda: self.count(_HEARD, 0) + self.heartbeat.gone() >= self.world_size)
+        return False
 
     def _end_stuck(self, error: BaseException) -> NoReturn:
         """Ends this process from the heartbeat's thread, as the main thread waits in a call that won't return."""
@@ -224,7 +238,7 @@ class World:
         on_several_hosts = self.world_size > self.ranks_on_host
         if failed and (self.is_main or self._speaks_for_host or on_several_hosts):
             # Who has not heard of the failure before the store goes away would think that this rank was killed.
-            self.heartbeat.let_others_hear()
+            self.heartbeat.let_others_hear(self._have_all_heard)
         self.heartbeat.stop()
         # DDP's modules are in reference cycles; as long as one is there, so are the group and its threads.
         gc.collect()

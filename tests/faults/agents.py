@@ -1,4 +1,4 @@
-"""torchrun agents that are killed, or whose workers are."""
+"""torchruns and launchers that are killed, or whose ranks are."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ class Agent:
         folder: the current one.
         name: of the file in the folder that gets all output.
         shares_store: let the ranks use the agent's own store, as torchrun does if it isn't told otherwise.
+        launcher: `distaccum.launch` in torchrun's place.
         variables: of the environment.
     """
 
     def __init__(
-        self, *command: str, folder: Path, name: str = "output", shares_store: bool = False, **variables: str
+        self,
+        *command: str,
+        folder: Path,
+        name: str = "output",
+        shares_store: bool = False,
+        launcher: bool = False,
+        **variables: str,
     ) -> None:
         self._said = folder / name
+        self._has_server = launcher
         self.process = forking.start(
-            *forking.torchrun(*command),
+            *(("-m", "distaccum.launch", *command) if launcher else forking.torchrun(*command)),
             folder=folder,
             said=self._said,
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shares_store)),
@@ -45,7 +53,10 @@ class Agent:
     def workers(self) -> dict[int, int]:
         """Process numbers of this agent's ranks, by rank."""
         found = {}
-        for pid in _children(self.process.pid):
+        children = _children(self.process.pid)
+        if self._has_server:
+            children = [grandchild for child in children for grandchild in _children(child)]
+        for pid in children:
             with suppress(OSError):
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
                 if name.startswith("rank"):
