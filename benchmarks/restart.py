@@ -71,9 +71,10 @@ class Run:
         survivor, restores = self.rank(0), self.restores()
         os.kill(self.rank(1), signal.SIGKILL)
         self._since = time.monotonic()
-        updates = self.updates()
+        ended = self.seconds_until(lambda: not _runs(survivor))
+        updates = self.updates()  # not before: it may still have made one
         return [
-            self.seconds_until(lambda: not _runs(survivor)),
+            ended,
             self.seconds_until(lambda: self.restores() > restores),
             self.seconds_until(lambda: self.updates() > updates),
         ]
