@@ -36,6 +36,7 @@ from distaccum.errors import (
     UserError,
     asked_to_exit,
 )
+from distaccum.runtime.imports import quick_imports
 from distaccum.runtime.logs import check_printed, console, flush_output, make_output_safe, print_error, tell_launcher
 
 _SECONDS_TO_BE_STOPPED = 5.0
@@ -64,7 +65,8 @@ def run_tool(name: str) -> None:
                 f"`python -m distaccum.{name} …`, and set by {_OWN_RANKS[name]}."
             )
         # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-        tool: Callable[[Any], int | None] = getattr(importlib.import_module(f"distaccum.tools.{name}"), name)
+        with quick_imports():
+            tool: Callable[[Any], int | None] = getattr(importlib.import_module(f"distaccum.tools.{name}"), name)
         return tool(config)
 
     if name in ("check", "memory"):
@@ -92,7 +94,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | Finished | None
     """
     make_output_safe()
     try:
-        register_schemas()
+        register_schemas(config_name)
         os.getcwd()
     except (FileNotFoundError, UserError) as error:
         is_gone = isinstance(error, FileNotFoundError)

@@ -8,11 +8,15 @@ from distaccum.cli import run_entry_point
 from distaccum.config import TrainConfig
 from distaccum.config.sweep import Finished
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED
+from distaccum.runtime.imports import quick_imports
 
 
 def _run(config: TrainConfig) -> int | Finished:
     # Here and not above: --help, --cfg and a mistake in an override shouldn't wait for torch.
-    from distaccum.training.run import best_evaluation, train
+    with quick_imports():
+        import torch._dynamo  # noqa: F401 - the first optimizer would import it, and that outside of here
+
+        from distaccum.training.run import best_evaluation, train
 
     end = train(config)
     if end.interrupted is not None:

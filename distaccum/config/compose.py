@@ -50,7 +50,7 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
     Raises:
         UserError: with the message with which the command would end.
     """
-    register_schemas()
+    register_schemas(config_name)
     try:
         return typed(composed_by_hydra(overrides, config_name))
     except COMPOSITION_ERRORS as error:
@@ -63,10 +63,11 @@ def composed_by_hydra(overrides: Sequence[str], config_name: str) -> DictConfig:
         return hydra.compose(config_name, list(overrides))
 
 
-def register_schemas() -> None:
-    """Registers the schemas and resolvers with Hydra."""
+def register_schemas(config_name: str) -> None:
+    """Registers the schemas of an entry point, and the resolvers, with Hydra."""
     launch()  # refuses variables of a launcher that defaults depend on
     _store_schemas()
+    _store_root(config_name)
     OmegaConf.register_new_resolver(
         "distaccum.default_strategy", lambda: "ddp" if launch().world_size > 1 else "single", replace=True
     )
@@ -88,11 +89,14 @@ def _store_schemas() -> None:
 
     defaults_list._create_interpolation_map = collected_if_used  # type: ignore[assignment]
     store = ConfigStore.instance()
-    for name, root in ROOTS.items():
-        store.store(group=f"schema/{name}", name=name, node=root)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+
+
+@functools.cache  # each takes 20 ms
+def _store_root(name: str) -> None:
+    ConfigStore.instance().store(group=f"schema/{name}", name=name, node=ROOTS[name])
 
 
 def typed(composed: DictConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from distaccum.errors import UserError, listed
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch below 2.10
-    varlen_attn = None  # type: ignore[assignment]
+varlen_attn: Any = None
+if torch.backends.cuda.is_built():  # for CPUs there is none, and the import takes a second
+    with suppress(ImportError):  # torch below 2.10
+        from torch.nn.attention.varlen import varlen_attn
 
 
 class Samples:

@@ -7,9 +7,11 @@ import os
 import re
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,9 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SERVICE = "WANDB_SERVICE"
 """Environment variable that leads to wandb's background process, set while there is one."""
 
+_SECONDS_TO_BEGIN = 180.0
+"""Time for wandb to begin, for which the end of a run waits; its own limit is 90 s."""
+
 _SECONDS_TO_END = 30.0
 """Time for wandb to send the rest at the end of a run."""
 
@@ -38,9 +43,12 @@ _SECONDS_TO_END = 30.0
 class Wandb(Observer):
     """Logs to Weights & Biases, over the number of the update as x axis: `train/…` and `eval/…`.
 
-    wandb is imported when the run starts. All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the
-    network, and `wandb sync` uploads the run later. Its background process and its hooks last as long as the run. Once
-    the run has begun, wandb is called in a thread: if it fails or hangs, a warning says so, and the training goes on.
+    wandb is imported and begins in a thread, beside the first updates, which takes it two seconds; updates wait in a
+    queue meanwhile. If it can't begin, the next report of the run raises the error. Afterwards the thread logs: if it
+    fails or hangs, a warning says so, and the training goes on.
+
+    All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the network, and `wandb sync` uploads the
+    run later. Its background process and its hooks last as long as the run.
 
     A run that is started again in the same folder is the same run to wandb: its id is in `run_dir/wandb/run_id`. What
     was logged after the last checkpoint is then logged again, so that there are two points for one `update`: the same
@@ -62,15 +70,35 @@ class Wandb(Observer):
         self._session: _Session | None = None
         self._ended = False
         self._background: Background | None = None
+        self._has_begun = threading.Event()
+        self._start_error: Exception | None = None
 
     def on_start(self, start: RunStart) -> None:
+        if find_spec("wandb") is None:
+            raise self._missing("there is none")
+        self._background = Background("wandb")
+        self._background.later(lambda: self._begin_or_fail(start))
+
+    def _missing(self, reason: object) -> UserError:
+        return UserError(
+            f"wandb.mode={self._mode.value} needs the package wandb, which cannot be imported ({reason}): "
+            "install it (pip install wandb), or set wandb.mode=disabled."
+        )
+
+    def _begin_or_fail(self, start: RunStart) -> None:
+        """Begins the run, in the thread; what goes wrong is for `_raise_start_error` to raise in the main one."""
+        try:
+            self._begin(start)
+        except Exception as error:
+            self._start_error = error
+        finally:
+            self._has_begun.set()
+
+    def _begin(self, start: RunStart) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                f"wandb.mode={self._mode.value} needs the package wandb, which cannot be imported ({error}): "
-                "install it (pip install wandb), or set wandb.mode=disabled."
-            ) from error
+            raise self._missing(error) from error
         try:
             run_id = self._run_id()
             self._session = _Session(self._run_dir, self._mode)
@@ -91,11 +119,22 @@ class Wandb(Observer):
         self._run.define_metric("update")
         self._run.define_metric("train/*", step_metric="update")
         self._run.define_metric("eval/*", step_metric="update")
-        self._background = Background("wandb")
 
-    def _later(self, call: Callable[[], object]) -> None:
+    def _raise_start_error(self) -> None:
+        error, self._start_error = self._start_error, None
+        if error is not None:
+            raise error
+
+    def _later(self, call: Callable[[Run], object]) -> None:
+        """Makes a call with the run, after those that wait; raises why there is none if it could not begin."""
         assert self._background is not None, "on_start comes first"
-        self._background.later(call)
+        self._raise_start_error()
+
+        def call_if_begun() -> None:
+            if self._run is not None:
+                call(self._run)
+
+        self._background.later(call_if_begun)
 
     def _run_id(self) -> str:
         """Returns wandb's id of the run: that of an earlier start in this folder, or a new one."""
@@ -129,33 +168,35 @@ class Wandb(Observer):
         self._log("eval", record.update, {**record.metrics, **references, **sample, "seconds": record.seconds})
 
     def _log(self, group: str, update: int, values: dict[str, Any]) -> None:
-        assert self._run is not None, "on_start comes first"
-        run, row = self._run, {"update": update, **{f"{group}/{name}": value for name, value in values.items()}}
-        self._later(lambda: run.log(row))
+        row = {"update": update, **{f"{group}/{name}": value for name, value in values.items()}}
+        self._later(lambda run: run.log(row))
 
     def on_end(self, end: RunEnd) -> None:
-        assert self._run is not None, "on_start comes first"
+        assert self._background is not None, "on_start comes first"
+        if not self._has_begun.wait(_SECONDS_TO_BEGIN):
+            self._background.lose(f"it has not begun within {_SECONDS_TO_BEGIN:g} s")
         others = ("evaluation", "interrupted", "is_saved", "run_dir")
         summary = {name: value for name, value in asdict(end).items() if name not in others}
-        run = self._run
-        self._later(lambda: run.summary.update(summary))
+        self._later(lambda run: run.summary.update(summary))
         if end.interrupted is None:
             self._ended = True
         else:
-            self._later(run.mark_preempting)  # so that wandb calls it preempted, and not failed
+            self._later(lambda run: run.mark_preempting())  # so that wandb calls it preempted, and not failed
 
     def close(self) -> None:
-        run, self._run = self._run, None
-        session, self._session = self._session, None
         exit_code = 0 if self._ended else 1
+        if self._background is None:
+            return
+        with suppress(Exception):  # something else has ended the run, before this could be raised
+            self._later(lambda run: run.finish(exit_code=exit_code))
         background, self._background = self._background, None
-        if background is not None and run is not None:
-            background.later(lambda: run.finish(exit_code=exit_code))
-            if not background.end(_SECONDS_TO_END):
-                background.lose(f"it has not ended within {_SECONDS_TO_END:g} s; `wandb sync` sends what it has kept")
-                if session is not None:
-                    session.kill()  # which ends what the thread waits for
-                background.end(_SECONDS_TO_END)
+        if not background.end(_SECONDS_TO_END):
+            background.lose(f"it has not ended within {_SECONDS_TO_END:g} s; `wandb sync` sends what it has kept")
+            if self._session is not None:
+                self._session.kill()  # which ends what the thread waits for
+            background.end(_SECONDS_TO_END)
+        self._run = None
+        session, self._session = self._session, None
         if session is not None:
             session.close(exit_code)
 

@@ -223,6 +223,7 @@ def test_a_damaged_id_is_told_and_replaced(tmp_path: Path, content: bytes, caplo
 def test_a_full_disk_stops_no_run_that_has_started(tiny_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     observer = _offline(tiny_disk)
     observer.on_start(records.start(tiny_disk))
+    assert observer._has_begun.wait(60)
     disks.fill(tiny_disk)
     for number in range(1, 500):
         observer.on_update(records.update(number))
@@ -235,7 +236,7 @@ def test_a_disk_that_is_full_at_the_start_is_told(tiny_disk: Path) -> None:
     disks.fill(tiny_disk)
     observer = _offline(tiny_disk)
     with pytest.raises(UserError, match=r"wandb\.mode=offline: .*No space left on device"):
-        observer.on_start(records.start(tiny_disk))
+        _start_and_end(observer, tiny_disk)
     observer.close()
 
 
@@ -268,7 +269,7 @@ def test_online_without_a_key_says_how_to_mend(
     hooks = sys.exit, sys.excepthook
     observer = Wandb(tmp_path, WandbMode.online, "a-project")
     with pytest.raises(UserError, match=r"wandb\.mode=online: .*wandb login.*wandb\.mode=offline"):
-        observer.on_start(records.start(tmp_path))
+        _start_and_end(observer, tmp_path)
     observer.close()
     assert (sys.exit, sys.excepthook) == hooks
     assert "WANDB_SERVICE" not in os.environ
@@ -278,7 +279,7 @@ def test_online_without_a_key_says_how_to_mend(
 def test_an_impossible_project_is_told(tmp_path: Path) -> None:
     observer = Wandb(tmp_path, WandbMode.offline, "no/slashes")
     with pytest.raises(UserError, match=r"wandb\.mode=offline: .*no/slashes.*wandb\.mode=disabled"):
-        observer.on_start(records.start(tmp_path))
+        _start_and_end(observer, tmp_path)
     observer.close()
 
 
@@ -288,6 +289,31 @@ def test_a_missing_wandb_says_how_to_mend(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"wandb\.mode=offline needs the package wandb.*wandb\.mode=disabled"):
         observer.on_start(records.start(tmp_path))
     observer.close()
+
+
+def test_what_can_not_begin_ends_the_run_at_its_next_update(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    observer = Wandb(tmp_path, WandbMode.offline, "no/slashes")
+    observer.on_start(records.start(tmp_path))
+    assert observer._has_begun.wait(60)
+    with pytest.raises(UserError, match=r"wandb\.mode=offline: .*no/slashes.*wandb\.mode=disabled"):
+        observer.on_update(records.update(1))
+    observer.close()
+    assert not [record for record in caplog.records if record.name.startswith("distaccum")], "said once"
+
+
+def test_nothing_waits_for_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    begin = Wandb._begin
+    monkeypatch.setattr(Wandb, "_begin", lambda self, start: (gate.wait(60), begin(self, start)))
+    observer = _offline(tmp_path)
+    observer.on_start(records.start(tmp_path))
+    observer.on_update(records.update(1))
+    observer.on_evaluation(records.evaluation(1))
+    assert not observer._has_begun.is_set()
+    gate.set()
+    observer.on_end(records.end(tmp_path))
+    observer.close()
+    assert [row["update"] for row in _read(tmp_path).rows] == [1, 1]
 
 
 def test_observers_can_be_imported_without_wandb_and_torch() -> None:
@@ -303,6 +329,7 @@ def test_a_background_process_that_is_killed_or_stopped_is_left_behind_with_one_
     before = _children()
     observer = _offline(tmp_path)
     observer.on_start(records.start(tmp_path))
+    assert observer._has_begun.wait(60)
     assert observer._session is not None
     helper = observer._session._process
     os.kill(helper.pid, blow)
@@ -327,8 +354,14 @@ def test_settings_that_wandb_refuses_are_one_message(tmp_path: Path, monkeypatch
         _start_and_close(_offline(tmp_path), tmp_path)
 
 
+def _start_and_end(observer: Wandb, run_dir: Path) -> None:
+    """What goes wrong in the thread that begins is raised by the end at the latest."""
+    observer.on_start(records.start(run_dir))
+    observer.on_end(records.end(run_dir))
+
+
 def _start_and_close(observer: Wandb, run_dir: Path) -> None:
     try:
-        observer.on_start(records.start(run_dir))
+        _start_and_end(observer, run_dir)
     finally:
         observer.close()
