@@ -12,7 +12,7 @@ from torch import Tensor
 from distaccum.errors import UserError, listed
 
 varlen_attn: Any = None
-if torch.backends.cuda.is_built():  # for CPUs there is none, and the import takes a second
+if torch.version.cuda or torch.version.hip:  # for CPUs there is none, and the import takes a second
     with suppress(ImportError):  # torch below 2.10
         from torch.nn.attention.varlen import varlen_attn
 
