@@ -181,6 +181,17 @@ def test_an_own_loop_imports_little_beyond_torch() -> None:
     assert not [name for name in new if name.startswith(heavy)]
 
 
+def test_a_run_imports_only_what_it_uses() -> None:
+    """Trackers, and what datasets and models of other kinds need, are imported where they are used."""
+    code = "import sys, torch, distaccum.training.run; print(torch.version.cuda or torch.version.hip, *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    build, *names = done.stdout.split()
+    unused = {"wandb", "mlflow", "tensorboard", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib", "torchvision"}
+    unused |= {"transformers", "datasets", "timm", "PIL", "peft", "fsspec", "bitsandbytes"}
+    unused |= {"torch._dynamo", "torch._inductor"} if build == "None" else set()
+    assert not unused & set(names)
+
+
 def test_entry_points_are_short() -> None:
     for name in ("train", "compare", "check", "memory", "report", "study", "tune"):
         assert len((PACKAGE / f"{name}.py").read_text().splitlines()) < 100
