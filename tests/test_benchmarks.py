@@ -21,7 +21,7 @@ from launching import ROOT
 from benchmarks import common, gpu_profile
 
 BENCHMARKS = ROOT / "benchmarks"
-HELPERS = {"common", "emulated_hosts", "gpu_memory", "gpu_model", "gpu_profile", "peers_contenders"}
+HELPERS = {"common", "emulated_hosts", "gpu_memory", "gpu_model", "gpu_profile", "peers_contenders", "start_phases"}
 ON_A_GPU = ("gpu", "gpu_peers", "gpu_text")
 """Run by gpu.sh."""
 PEERS = {"accelerate", "lightning", "transformers"}
@@ -185,6 +185,16 @@ def loading(rows: Rows) -> None:
     assert peers == {"distaccum", "DataLoader", "datasets", "litData", "WebDataset"}
 
 
+def start(phases: Rows, commands: Rows) -> None:
+    names = [row["phase"] for row in phases]
+    assert {"import torch", "configuration", "data and task", "optimizer", "evaluations"} < set(names)
+    assert names.index("import torch") < names.index("first micro-step") < names.index("leaving the ranks")
+    first_update, whole, *others = (float(row["s"]) for row in commands)
+    assert first_update < whole
+    assert sum(float(row["rank 0 s"]) for row in phases) == pytest.approx(whole, rel=0.02)
+    assert others
+
+
 def no_table() -> None:
     """The pictures print none."""
 
@@ -196,6 +206,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     },
     **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step, loading)},
     "restart": restart,
+    "start": start,
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }
