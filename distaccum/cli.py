@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from distaccum.config import conf_dir
 from distaccum.config.compose import (
-    COMPOSITION_ERRORS,
     composed_by_hydra,
     explain_composition_error,
     register_schemas,
@@ -128,18 +128,21 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | Finished | None
 
     try:
         if asks_hydra:
+            sys.argv[1:] = _options_last(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(job)()
         else:
             job(composed_by_hydra(sys.argv[1:], config_name))
         if sweep.table is not None:
             console.print(f"points         {sweep.table}")
-    except COMPOSITION_ERRORS as error:
-        if not is_composing:
-            raise
-        exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:])))
     except KeyboardInterrupt:
         print_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
+    except UserError as error:
+        exit_before_ranks_are_joined(error)
+    except Exception as error:  # of the many that Hydra lets through
+        if not is_composing:
+            raise
+        exit_before_ranks_are_joined(UserError(explain_composition_error(error, sys.argv[1:], config_name)))
     finally:
         flush_output()
     leave(status)
@@ -151,6 +154,28 @@ def _asks_hydra(words: list[str]) -> bool:
     `hydra.main` composes everything twice, the first time to see whether this is a sweep: a sixth of a second.
     """
     return any(word.startswith("-") or "hydra" in word for word in words)
+
+
+def _options_last(words: list[str]) -> list[str]:
+    """Returns a command line with Hydra's options behind all overrides, where its parser wants them.
+
+    Raises:
+        UserError: there is no such option, or it has a wrong value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}. Write KEY=VALUE …, and options such as `--cfg job`; --help shows all.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    found, left = parser.parse_known_args(words)
+    if strange := [word for word in left if word.startswith("-")]:
+        refuse(f"there is no option {', '.join(strange)}")
+    overrides = [*found.overrides, *left]
+    options = list(words)
+    for word in overrides:
+        options.remove(word)
+    return [*overrides, *options]
 
 
 def outcome_of(run: Callable[[], Outcome], *, prints: bool = True) -> Outcome:

@@ -193,6 +193,10 @@ def start(phases: Rows, commands: Rows) -> None:
     assert first_update < whole
     assert sum(float(row["rank 0 s"]) for row in phases) == pytest.approx(whole, rel=0.02)
     assert others
+def soak(rows: Rows, trends: Rows) -> None:
+    assert {row["phase"] for row in rows} == {row["phase"] for row in trends} == {"training", "streams", "restarts"}
+    published = json.loads((common.RESULTS / "soak.json").read_text())["rows"]
+    assert {row["flat"] for row in published if "flat" in row} == {"yes"}
 
 
 def no_table() -> None:
@@ -207,6 +211,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     **{check.__name__: check for check in (finetune, memory, checkpoint, unequal_ranks, scaling, single_step, loading)},
     "restart": restart,
     "start": start,
+    "soak": soak,
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }

@@ -55,8 +55,8 @@ def reevaluation_of(
     name = type(optimizer).__name__
     if clip_norm is not None and isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
-            f"{name} learns the curvature from differences of gradients, and clipped ones differ by the clipping too. "
-            "Leave clip_norm and clip_value out (train.clip_norm=null)."
+            f"{name} (optim=lbfgs) learns the curvature from differences of gradients, and clipped ones differ by the "
+            "clipping too. Leave clip_norm and clip_value out (train.clip_norm=null)."
         )
     every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     has_wide = any((getattr(entry, "grad_dtype", None) or entry.dtype) != entry.dtype for entry in every)

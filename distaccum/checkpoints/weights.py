@@ -112,6 +112,8 @@ def _opened(path: Path, stack: ExitStack) -> Any:
 
 def _places(path: Path) -> dict[str, str]:
     """Reads an index: the name of the file of each tensor. Files lie beside the index."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no regular file")
     if os.stat(path).st_size > _MOST_BYTES_OF_INDEX:
         raise ValueError(f"{path.name} is larger than {_MOST_BYTES_OF_INDEX} bytes")
     found = json.loads(path.read_bytes())

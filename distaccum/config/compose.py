@@ -14,7 +14,7 @@ import yaml
 from hydra._internal import defaults_list
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
     InterpolationToMissingValueError,
@@ -40,9 +40,6 @@ ROOTS: dict[str, type[TrainConfig]] = {
 }
 """By entry point: the schema of its whole configuration. `conf/NAME.yaml` starts with `/schema/NAME@_here_: NAME`."""
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
-"""Errors that Hydra raises when the command line or a file is wrong."""
-
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainConfig:
     """Returns the checked configuration of a command line: for notebooks, scripts and tests.
@@ -52,9 +49,10 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> TrainC
     """
     register_schemas(config_name)
     try:
-        return typed(composed_by_hydra(overrides, config_name))
-    except COMPOSITION_ERRORS as error:
-        raise UserError(explain_composition_error(error, overrides)) from error
+        composed = composed_by_hydra(overrides, config_name)
+    except Exception as error:  # which ones Hydra lets through is not told
+        raise UserError(explain_composition_error(error, overrides, config_name)) from error
+    return typed(composed)
 
 
 def composed_by_hydra(overrides: Sequence[str], config_name: str) -> DictConfig:
@@ -107,6 +105,7 @@ def typed(composed: DictConfig) -> TrainConfig:
     """
     if strays := _stray_keys(composed):
         raise UserError(f"there is no key {strays[0]}: it was added with +, but nothing reads it.")
+    _check_references(composed)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -114,6 +113,32 @@ def typed(composed: DictConfig) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     hide(as_plain(config))
     return config
+
+
+def _check_references(node: DictConfig) -> None:
+    """Refuses `${…}` in the place of a section or a list that stands for something else: OmegaConf takes anything.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name in node:
+        entry = node._get_node(name)
+        if isinstance(entry, DictConfig) and not (entry._is_none() or entry._is_missing() or entry._is_interpolation()):
+            _check_references(entry)
+        if not isinstance(entry, Container) or not entry._is_interpolation():
+            continue
+        try:
+            found = entry._dereference_node()
+        except OmegaConfBaseException as error:
+            full_key = entry._get_full_key(None)
+            raise UserError(f"{full_key}={entry._value()}: {explain_composition_error(error)}") from error
+        schema = entry._metadata.ref_type
+        is_section = dataclasses.is_dataclass(schema)
+        if found._is_none() or (type(found) is type(entry) and not is_section):
+            continue
+        if not is_section or not issubclass(OmegaConf.get_type(found) or object, schema):
+            wanted = "a section of that kind" if isinstance(entry, DictConfig) else "a list"
+            raise UserError(f"{entry._get_full_key(None)}={entry._value()}: it takes {wanted}, and this is none.")
 
 
 def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
@@ -131,14 +156,18 @@ def _stray_keys(node: DictConfig, path: str = "") -> list[str]:
     return strays
 
 
-def explain_composition_error(error: BaseException, overrides: Sequence[str] = ()) -> str:
+def explain_composition_error(error: BaseException, overrides: Sequence[str] = (), config_name: str = "train") -> str:
     """Returns one message, without Hydra's internals, about a mistake on the command line or in a file."""
     cause = error.__cause__ or error.__context__
     message = _first_line(error)
+    if nameless := [text for text in overrides if text.startswith("=")]:
+        return f"{nameless[0]} has no key: write KEY=VALUE."
     match error:
         case MissingConfigException() if error.options is not None:
             group, _, option = (error.missing_cfg_file or "").rpartition("/")
             return f"there is no {group}={option}. Choose one of: {', '.join(error.options)}."
+        case MissingConfigException() if message.startswith("Primary config directory"):
+            return f"--config-path: {message}. It names the folder of the package's own; --config-dir adds one."
         case ConfigCompositionException() if not message and cause is not None:
             return explain_composition_error(cause)
         case ConfigCompositionException() if cause is not None and (file := re.match("In '(.+)': .+ raised", message)):
@@ -148,7 +177,8 @@ def explain_composition_error(error: BaseException, overrides: Sequence[str] = (
         case ConfigCompositionException() if message.startswith("Error merging override") and cause is not None:
             return _explain_wrong_value(cause, message.removeprefix("Error merging override "))
         case ConfigCompositionException() if given := re.match(r"Error resolving interpolation '(.*?)'", message):
-            return f"{given[1]} can't choose an option of a group: name the option, as in data=digits."
+            by = next((f"{text}: " for text in overrides if given[1] in text), "")
+            return f"{by}{given[1]} can't choose an option of a group: name the option, as in data=digits."
         case ConfigCompositionException() if group_given := re.search(r"schema/(\w+)@", message):
             group = group_given[1]
             return f"{group} is given more than once. Choose one option: {group}=…, without +."
@@ -163,11 +193,25 @@ def explain_composition_error(error: BaseException, overrides: Sequence[str] = (
             return f"{error.full_key}: {message}."
         case yaml.YAMLError():
             return f"a configuration file can't be read: {' '.join(str(error).split())}."
-        case ValueError() if message.startswith("Config group override"):
-            wrong = [text for text in overrides if text.partition("=")[0] in SCHEMAS and not _is_choice(text)]
-            said = f"{', '.join(wrong)} names no option" if wrong else message
-            return f"{said}. A group is given by the name of one of its options, as in data=digits."
+        case ValueError() | TypeError() | AttributeError() if wrong := [
+            text for text in overrides if text.partition("=")[0] in _groups() and not _is_choice(text)
+        ]:
+            named = f"{', '.join(wrong)} names no option"
+            return f"{named}. A group is given by the name of one of its options, as in data=digits."
+        case _ if not isinstance(error, HydraException | OmegaConfBaseException):
+            return f"{_culprit(overrides, config_name)} can't be read: {message or type(error).__name__}."
     return f"{message}."
+
+
+def _culprit(overrides: Sequence[str], config_name: str) -> str:
+    """Returns the override without which a command line can be composed; all of them if there is no such one."""
+    for place, text in enumerate(overrides):
+        try:
+            composed_by_hydra([*overrides[:place], *overrides[place + 1 :]], config_name)
+        except Exception:
+            continue
+        return text
+    return " ".join(overrides)
 
 
 def _first_line(error: BaseException) -> str:
@@ -200,6 +244,8 @@ def _explain_unknown_key(cause: BaseException, key: str) -> str:
     if not isinstance(parent, DictConfig) or parent._is_none() or parent._is_missing():
         return f"there is no key {key}. `--cfg job` shows all keys."
     section = str(parent._get_full_key(None) or "")
+    if key == section and getattr(cause, "full_key", None):  # the key is one inside of a value {…}
+        key = str(cause.full_key)
     asked = key.removeprefix(f"{section}.").split(".")[0]
     known = [str(entry) for entry in parent if entry != "hydra"]
     is_open = not dataclasses.is_dataclass(OmegaConf.get_type(parent))
@@ -235,5 +281,14 @@ def _environment(name: str, *default: Any) -> str | None:
     return oc.env(name, *default)
 
 
+@functools.cache
+def _groups() -> frozenset[str]:
+    return frozenset(path.name for path in conf_dir().iterdir() if path.is_dir())
+
+
 def _is_choice(override: str) -> bool:
-    return isinstance(yaml.safe_load(override.partition("=")[2]), str | list)
+    try:
+        value = yaml.safe_load(override.partition("=")[2])
+    except yaml.YAMLError:
+        return True  # Hydra's own grammar, which says itself what it can't read
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))

@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
 
+from distaccum.config.argument_types import require_types
 from distaccum.errors import UserError
 
 TARGET = "_target_"
@@ -65,8 +67,8 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
             null (those of a `**kwargs` too, which must then be there), or leaves out although they are required.
 
     Raises:
-        UserError: there is no `_target_`, it can't be imported, or its arguments don't fit. The component's own errors
-            are not caught.
+        UserError: there is no `_target_`, it can't be imported, or its arguments don't fit. A component's own
+            `UserError` gets the section's key; its other errors are not caught.
     """
     arguments = arguments_of(section, where)
     component = locate(arguments.pop(TARGET), where)
@@ -79,6 +81,8 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
     positional = [*args, *_build_nested(listed, f"{where}._args_")]
     arguments = {key: _build_nested(value, f"{where}.{key}") for key, value in arguments.items()}
     signature = signature_of(component)
+    to_be_filled = {key for key, value in arguments.items() if value is None and defaults_from is not None}
+    require_types(component, {key: arguments[key] for key in arguments.keys() - to_be_filled}, where)
     if defaults_from is not None:
         _fill(arguments, signature, len(positional), where, defaults_from)
     if signature is not None:
@@ -88,7 +92,19 @@ def build(section: Any, where: str, *args: Any, defaults_from: object = None) ->
             name = getattr(component, "__qualname__", repr(component))
             takes = ", ".join(list(signature.parameters)[len(positional) :]) or "nothing"
             raise UserError(f"{where}: {name} cannot be called so: {error}. It takes: {takes}.") from None
-    return partial(component, *positional, **arguments) if is_partial else component(*positional, **arguments)
+    if is_partial:
+        return partial(component, *positional, **arguments)
+    try:
+        return component(*positional, **arguments)
+    except TypeError as error:
+        if signature is not None:
+            raise
+        raise UserError(f"{where}: {component!r} cannot be called so: {error}.") from error
+    except UserError as error:
+        group = re.escape(where.partition(".")[0])
+        if type(error) is not UserError or re.search(rf"\b{group}[.=:]", str(error)):
+            raise
+        raise UserError(f"{where}: {error}") from error
 
 
 def _fill(

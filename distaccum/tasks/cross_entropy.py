@@ -70,7 +70,7 @@ class _CrossEntropy(Task):
         except IndexError as error:  # on CUDA it is the device that stops: looking at targets would make the host wait
             raise UserError(
                 f"{name}: the model has {rows.shape[-1]} outputs, which does not cover all targets ({error}) "
-                "They must be integers from 0 to one below the number of outputs."
+                "They must be integers from 0 to one below the number of outputs, often model.num_classes."
             ) from error
         return loss_sum, predicted if is_soft else predicted.view_as(targets), targets, rows.shape[-1]
 

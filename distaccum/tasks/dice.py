@@ -78,7 +78,7 @@ class Dice(SumsTask):
         except IndexError as error:  # on CUDA it is the device that stops: looking at targets would make the host wait
             raise UserError(
                 f"Dice: the model has {classes} classes, which does not cover all targets ({error}) They must be "
-                "integers from 0 to one below the number of classes."
+                "integers from 0 to one below the number of classes, often model.num_classes."
             ) from error
         valid = (targets != self.ignore_index).unsqueeze(1)
         labels = torch.arange(classes, device=targets.device).view(1, -1, 1)

@@ -62,6 +62,7 @@ from distaccum.training.progress import COMPILED, scheduled_updates
 from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder
 from distaccum.training.schedules import schedule_factor
 from distaccum.training.supervision import Supervision
+from distaccum.training.task import built_task
 from distaccum.training.trainer import Trainer
 from distaccum.training.unfreezing import Unfreezing, require_within_run, unfreeze_updates
 from distaccum.training.update import Updater
@@ -117,9 +118,7 @@ class Parts:
         self.evaluation_data, self.evaluation_loader = build_evaluation(
             config, loading, rank=rank, world_size=world_size, batch_size=size, workers_of=self.loader
         )
-        self.task = targets.build(config.task, "task")
-        if not callable(self.task):
-            raise UserError(f"task built a {type(self.task).__name__}, which can't be called.")
+        self.task = built_task(config.task)
         self.woken: list[str] = []
         self._deferred: DeferredModel | None = None
         options = options_of(config.model)[1]

@@ -24,7 +24,16 @@ from distaccum.runtime.stop_signals import Interruption
 from distaccum.runtime.world import World, joined_world
 from distaccum.training.build import build_trainer
 from distaccum.training.progress import check_progress
-from distaccum.training.run_folder import CHECKPOINTS, METRICS, RunFolder, begin, changes, held_run_folder, leave_marker
+from distaccum.training.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    RunFolder,
+    begin,
+    changes,
+    held_run_folder,
+    leave_marker,
+    refuse_links,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +176,8 @@ def _check_can_go_on(checkpoint: Checkpoint, config: TrainConfig) -> None:
 
 
 def _named_checkpoint(path: Path, world: World) -> Checkpoint:
+    with world.together():
+        refuse_links(path, CHECKPOINTS)
     folders = world.from_main(checkpoints_in(path / CHECKPOINTS) or checkpoints_in(path))
     if folders:
         found = newest_whole(folders[0].parent, rank=world.rank, gather=world.gather)

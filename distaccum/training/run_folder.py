@@ -66,6 +66,7 @@ def held_run_folder(run_dir: str | None, resume: str, plain: dict[str, Any]) -> 
     with contextlib.ExitStack() as stack:
         try:
             path = _folder(run_dir)
+            refuse_links(path)
             is_relaunch = stack.enter_context(_locked(path)) == _launch() and _is_relaunched()
             clear_leftovers(path / CHECKPOINTS)
             for leftover in path.glob(f".*{WRITING}"):
@@ -96,6 +97,23 @@ def begin(folder: RunFolder, plain: dict[str, Any]) -> None:
         (folder.path / UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(folder.path, error) from error
+
+
+def refuse_links(folder: Path, *names: str) -> None:
+    """Refuses links in a run folder in the place of what a run makes there: they would lead out of it.
+
+    Args:
+        names: of what is looked at; default: all that is in the folder.
+
+    Raises:
+        UserError: one is a link.
+    """
+    for name in names or sorted(os.listdir(folder)):
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"{folder / name} is a link, and a run folder is neither read nor written through links. Put what it "
+                "links to in its place; the run folder itself may be a link."
+            )
 
 
 def _cannot_write(path: str | Path, error: OSError) -> UserError:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distaccum.data.rows.tables import BYTE_ORDER_MARK, Row, imported, parsed_line
 from distaccum.data.storage.files import RangeReader, is_remote, local, open_file
-from distaccum.data.storage.made_once import Mapped, made_once
+from distaccum.data.storage.made_once import Mapped, damaged, made_once
 from distaccum.data.storage.object_stores import shown
 from distaccum.errors import UserError, listed
 
@@ -62,7 +62,8 @@ class JsonLines:
     def __init__(self, path: str, columns: Sequence[str] | None, reader: RangeReader) -> None:
         self.path, self.sources = path, [path]
         self._reader = reader
-        self._starts = Mapped(made_once([path], "row-index", partial(_write_starts, path)))
+        self._index = made_once([path], "row-index", partial(_write_starts, path))
+        self._starts = Mapped(self._index)
         if len(self):
             first = self.rows([0])[0]
             if missing := [name for name in columns or () if name not in first]:
@@ -78,6 +79,8 @@ class JsonLines:
         return [self._parsed(number, int(starts[number]), int(starts[number + 1])) for number in numbers]
 
     def _parsed(self, number: int, start: int, stop: int) -> Row:
+        if not 0 <= start < stop:
+            raise damaged(self._index)
         place = f"{shown(self.path)}, row {number + 1} at byte {start:,}"
         row = parsed_line(place, self._reader.read(self.path, start, stop))
         if not isinstance(row, dict):

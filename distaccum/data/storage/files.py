@@ -270,6 +270,7 @@ class _Descriptor:
     def read(self, start: int, stop: int) -> bytes:
         """Reads without moving a position, which processes that were forked would share."""
         parts = []
+        stop = min(stop, os.fstat(self._number).st_size)  # a wrong index may ask for more than there is memory
         while start < stop and (part := os.pread(self._number, stop - start, start)):  # at most 2 GiB come at once
             parts.append(part)
             start += len(part)

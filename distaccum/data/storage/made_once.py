@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from distaccum.data.storage.files import is_remote, local, size_and_version
 from distaccum.data.storage.object_stores import shown
-from distaccum.errors import UserError, listed
+from distaccum.errors import UserError, listed, require
 from distaccum.runtime.cache import cache_folder, fingerprint
 from distaccum.runtime.files import remove_unfinished, replacing
 
@@ -112,7 +112,12 @@ def _held(path: Path) -> Iterator[bool]:
 
 def _version(source: str) -> Iterator[Any]:
     if is_remote(source) or not os.path.isdir(local(source)):
-        yield list(size_and_version(source))
+        found = size_and_version(source)
+        require(
+            is_remote(source) or os.path.isfile(local(source)),
+            f"{source} is no regular file, and can't be read by an index. Write what it gives into a file.",
+        )
+        yield list(found)
         return
     for folder, names, files in os.walk(local(source)):
         names.sort()
@@ -120,17 +125,28 @@ def _version(source: str) -> Iterator[Any]:
             yield [name, *size_and_version(os.path.join(folder, name))]
 
 
+def damaged(path: Path) -> UserError:
+    """Returns the error of a file of `made_once` that doesn't hold what was written into it."""
+    return UserError(f"{path} is not as it was written. It is made of other files: remove it, and it is made anew.")
+
+
 class Mapped:
     """A file as an array in memory, which stays when the file is removed; pickled by the file's path.
 
     Attributes:
         array: int64 numbers `[size of the file / 8]`, or others by `dtype`.
+
+    Raises:
+        UserError: it is no file of such numbers.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.int64) -> None:
         self._place = path, dtype
+        size = path.stat().st_size
+        if not path.is_file() or size % dtype.itemsize or not size:
+            raise damaged(path)
         # A map of NumPy's would keep the file open, and there may be more files than a process may have open.
-        mapped = torch.from_file(str(path), size=path.stat().st_size // dtype.itemsize, dtype=dtype)
+        mapped = torch.from_file(str(path), size=size // dtype.itemsize, dtype=dtype)
         self.array: NDArray[Any] = mapped.numpy()
 
     def __reduce__(self) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from distaccum.data.storage.files import is_remote, open_file
-from distaccum.data.storage.made_once import made_once
+from distaccum.data.storage.made_once import damaged, made_once
 from distaccum.data.storage.object_stores import shown
 from distaccum.data.tars.tar_members import members_of
 from distaccum.errors import UserError, listed, require
@@ -59,6 +59,12 @@ class TarIndex:
 
     def __init__(self, path: Path, shards: Sequence[str]) -> None:
         self._path, self.shards = path, shards
+        try:
+            self._read(path)
+        except Exception as error:  # of whatever kind what is in it can lead to
+            raise damaged(path) from error
+
+    def _read(self, path: Path) -> None:
         with path.open("rb") as file:
             file.seek(-8, os.SEEK_END)
             length = int.from_bytes(file.read(8), "little")
@@ -70,6 +76,10 @@ class TarIndex:
         self.bad_label: str = known["bad_label"]
         self._ends: list[int] = known["ends"]
         self._rows: NDArray[Any] = np.load(path, mmap_mode="r")
+        width = len(self.extensions)
+        is_whole = len(self._ends) == len(self.shards) and len(self._rows) == self._ends[-1]
+        if not is_whole or any(self._rows[name].shape[1:] != (width,) for name in ("offset", "size")):
+            raise ValueError
 
     def __reduce__(self) -> Any:
         return type(self), (self._path, self.shards)

@@ -118,7 +118,7 @@ class Session:
 
     def _silent(self, doing: str, missing: int) -> PlacementFailedError:
         who = "" if self.num_processes == 1 else f" from {missing} of {self.num_processes} ranks"
-        reason = f"no answer{who} within {self.timeout_seconds:g} s ({doing}): stopped"
+        reason = f"no answer{who} within {self.timeout_seconds:g} s ({doing}): stopped at timeout_seconds"
         return PlacementFailedError(reason, "silent")
 
     def _died(self) -> PlacementFailedError:

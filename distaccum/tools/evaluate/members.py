@@ -22,7 +22,7 @@ from distaccum.runtime.world import World
 from distaccum.training.export import load_initial
 from distaccum.training.model import options_of
 from distaccum.training.progress import check_progress
-from distaccum.training.run_folder import CHECKPOINTS
+from distaccum.training.run_folder import CHECKPOINTS, refuse_links
 
 _OPEN_TO_CHANGE = (
     *("data.", "task.", "precision.name", "train.eval_batch_size"),
@@ -80,6 +80,8 @@ def find_members(
 
 
 def _checkpoints(path: Path, which: WhichCheckpoint, world: World) -> list[Checkpoint]:
+    with world.together():
+        refuse_links(path, CHECKPOINTS)
     folders = world.from_main(checkpoints_in(path / CHECKPOINTS) or checkpoints_in(path))
     if not folders:
         if not world.from_main(os.path.exists(path)):

@@ -33,6 +33,7 @@ from distaccum.tools.evaluate.members import Member, find_members, load_weights
 from distaccum.training.data import collate_fn, loader_options
 from distaccum.training.evaluation import evaluated, evaluation_metrics
 from distaccum.training.model import build_model
+from distaccum.training.task import built_task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,7 @@ class _Examination:
         if name not in (names := [choice.name for choice in PrecisionName]):
             raise UserError(f"precision.name={name} is unknown: it must be one of {', '.join(names)}.")
         self.precision = resolve_precision(PrecisionName[name], device)
-        self.task = targets.build(_checked(config["task"], "task"), "task")
+        self.task = built_task(_checked(config["task"], "task"))
         self.combine = self._combination(wishes)
         options = loader_options(data, device, self.precision)
         dataset = targets.build(data.evaluation, "data.evaluation")

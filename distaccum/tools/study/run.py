@@ -20,6 +20,7 @@ from distaccum.config.enums import Goal
 from distaccum.config.redaction import redacted, redacted_arguments
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
+from distaccum.loaders.options import size_of
 from distaccum.observers.formatting import duration, number
 from distaccum.observers.metrics_reading import read_metrics
 from distaccum.observers.run_file import Outcome, RunRecord
@@ -35,7 +36,8 @@ from distaccum.tools.study.point_process import PointFailedError, run
 from distaccum.tools.study.points import Point, configuration, max_samples, measures_noise, points_of
 from distaccum.tools.study.results import FAILED, Result, Study, chosen_target, conclude, result_of
 from distaccum.tools.study.terminal import show
-from distaccum.training.run_folder import RunFolder, begin, changes, held_run_folder
+from distaccum.training.run_folder import RunFolder, begin, changes, held_run_folder, refuse_links
+from distaccum.training.task import built_task
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def study(config: StudyConfig) -> int:
     Raises:
         UserError: nothing can be learned from this configuration, or the folder can't be written or is another study's.
     """
-    num_samples = len(targets.build(config.data.train, "data.train"))
+    num_samples = size_of(targets.build(config.data.train, "data.train"), "training")
     points = points_of(config, num_samples)
     if config.study.point is not None:
         return _study_one(config, points, num_samples)
@@ -136,7 +138,7 @@ class _Study:
         self.points = points
         self.num_samples = num_samples
         self.limit = max_samples(config, num_samples)
-        self.noise_scale = measures_noise(config, targets.build(config.task, "task"))
+        self.noise_scale = measures_noise(config, built_task(config.task))
         assert self.section.metric is not None
         self.metric = self.section.metric
         name = self.metric.rpartition("/")[2]
@@ -200,6 +202,7 @@ class _Study:
 
     def _run(self, point: Point, show_progress: Callable[[Learning], None]) -> None:
         run_dir = self._run_dir(point)
+        refuse_links(self.path / "points", point.name)
 
         def has_learned_enough() -> bool:
             learning = self._learning(point)
@@ -219,9 +222,12 @@ class _Study:
         except PointFailedError as failure:
             record = self._record(point)
             if record.reason is None:  # it was killed, or failed before its first update
-                run_dir.mkdir(parents=True, exist_ok=True)
                 record = replace(record, outcome=Outcome.failed, reason=str(failure))
-                record.write(run_dir)
+                try:
+                    run_dir.mkdir(parents=True, exist_ok=True)
+                    record.write(run_dir)
+                except OSError as error:
+                    raise UserError(f"{run_dir} can't be written: {error.strerror or error}. Remove it.") from failure
             logger.warning("%s: %s", point.title, record.reason)
             return
         logger.info("%s: %s", point.title, self._in_words(self._learning(point)))

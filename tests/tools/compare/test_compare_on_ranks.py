@@ -148,7 +148,7 @@ def test_ranks_that_hang_die_or_fail_are_rows_too(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "run")
     assert [rows[f"single_1x{steps}"]["reason"] for steps in (2, 4, 8)] == [None, None, None]
-    assert rows["ddp_2x2"]["reason"] == "no answer from 2 of 2 ranks within 20 s (prepare): stopped"
+    assert rows["ddp_2x2"]["reason"] == "no answer from 2 of 2 ranks within 20 s (prepare): stopped at timeout_seconds"
     assert rows["ddp_2x4"]["reason"] == "killed by signal 9: out of memory, most likely"
     assert rows["ddp_2x8"]["reason"] == "ZeroDivisionError: one sample is too few"
     with pytest.raises(ProcessLookupError):
