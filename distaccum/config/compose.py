@@ -245,7 +245,7 @@ def _explain_unknown_key(cause: BaseException, key: str) -> str:
         return f"there is no key {key}. `--cfg job` shows all keys."
     section = str(parent._get_full_key(None) or "")
     if key == section and getattr(cause, "full_key", None):  # the key is one inside of a value {…}
-        key = str(cause.full_key)
+        key = str(cause.full_key)  # type: ignore[attr-defined]
     asked = key.removeprefix(f"{section}.").split(".")[0]
     known = [str(entry) for entry in parent if entry != "hydra"]
     is_open = not dataclasses.is_dataclass(OmegaConf.get_type(parent))

@@ -132,8 +132,8 @@ def _fault(status: int, out: str, err: str) -> str | None:
 
 def start(*words: str, folder: Path) -> forking.Running:
     path = os.pathsep.join([forking.environment()["PYTHONPATH"], str(HERE)])
-    variables = {"PYTHONPATH": path, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
-    return forking.start(*words, folder=folder, imported=_IMPORTED, HF_HUB_OFFLINE="1", **variables)
+    here = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache")}
+    return forking.start(*words, folder=folder, imported=_IMPORTED, PYTHONPATH=path, HF_HUB_OFFLINE="1", **here)
 
 
 @functools.cache
