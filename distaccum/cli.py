@@ -92,16 +92,7 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | Finished | None
     becomes the exit status; of the points of a sweep, the largest one. What else it returns of a finished run is for
     the sweep's table and its sweeper.
     """
-    make_output_safe()
-    try:
-        register_schemas(config_name)
-        os.getcwd()
-    except (FileNotFoundError, UserError) as error:
-        is_gone = isinstance(error, FileNotFoundError)
-        print_error("the current folder no longer exists. Change to another one: cd PATH." if is_gone else str(error))
-        sys.exit(EXIT_STATUS)
-    # Hydra then raises its errors instead of printing them and exiting with status 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _prepare(config_name)
     is_composing, status = True, 0
     asks_hydra = _asks_hydra(sys.argv[1:])
     sweep = Sweep()
@@ -146,6 +137,20 @@ def run_entry_point(config_name: str, run: Callable[[Any], int | Finished | None
     finally:
         flush_output()
     leave(status)
+
+
+def _prepare(config_name: str) -> None:
+    """Makes output safe, and Hydra know the schemas and raise its errors."""
+    make_output_safe()
+    try:
+        register_schemas(config_name)
+        os.getcwd()
+    except (FileNotFoundError, UserError) as error:
+        is_gone = isinstance(error, FileNotFoundError)
+        print_error("the current folder no longer exists. Change to another one: cd PATH." if is_gone else str(error))
+        sys.exit(EXIT_STATUS)
+    # Hydra then raises its errors instead of printing them and exiting with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
 def _asks_hydra(words: list[str]) -> bool:
