@@ -458,7 +458,7 @@ def test_an_image_folder_without_images_is_refused(
     train: Train, tmp_path: Path, make: Callable[[], object], message: str
 ) -> None:
     make()
-    assert train(*IMAGES).message.startswith(message.format(here=tmp_path))
+    assert train(*IMAGES).message.removeprefix("data.train: ").startswith(message.format(here=tmp_path))
 
 
 def test_an_image_folder_without_a_root_is_refused(train: Train, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def require_types(component: Callable[..., Any], arguments: Mapping[str, Any], w
         return
     for name, value in arguments.items():
         if name in hints and not _fits(value, hints[name]):
-            raise UserError(f"{where}.{name}={value!r} is impossible: it takes {_described(hints[name])}.")
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"{where}.{name}={shown} is impossible: it takes {_described(hints[name])}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -109,7 +109,7 @@ def refuse_links(folder: Path, *names: str) -> None:
         UserError: one is a link.
     """
     for name in names or sorted(os.listdir(folder)):
-        if (folder / name).is_symlink():
+        if os.path.islink(folder / name):  # False for a name that can be none
             raise UserError(
                 f"{folder / name} is a link, and a run folder is neither read nor written through links. Put what it "
                 "links to in its place; the run folder itself may be a link."
