@@ -38,12 +38,12 @@ from distaccum.config import CheckpointConfig
 class Training:
     """A model with AdamW that makes updates of one micro-step each."""
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, rows: int = 8) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
         self.accumulator = Accumulator(self.model, self.optimizer)
-        self.batch = torch.randn(8, width)
+        self.batch = torch.randn(rows, width)
         self.update()
 
     def update(self) -> float:

@@ -161,6 +161,11 @@ def checkpoint(rows: Rows) -> None:
     assert len(rows) % len(ways) == 0
 
 
+def states_in_memory(rows: Rows) -> None:
+    assert [row["memory_every_updates"] for row in rows] == ["null", "10", "1"] * 3
+    assert all(float(row["s per update"]) > 0 for row in rows)
+
+
 def unequal_ranks(rows: Rows) -> None:
     cases = [(row["ranks"], row["3 x slower"], row["batch.balance"]) for row in rows]
     assert cases == [("2", "1", balance) for balance in ("even", "speed")]
@@ -212,6 +217,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "restart": restart,
     "start": start,
     "soak": soak,
+    "states_in_memory": states_in_memory,
     "picture_of_a_run": no_table,
     "picture_of_segmentation": no_table,
 }

@@ -98,10 +98,10 @@ ZERO_1 = ("strategy=ddp", "strategy.shard_optimizer=true")
 @pytest.mark.parametrize(
     ("strategy", "ranks", "updates", "orders"),
     [
-        (("strategy=single",), 1, 60, [*AT_POINTS, *at_random(seed=3, ranks=1, count=2)]),
-        (("strategy=ddp",), 2, 50, [*AT_POINTS[-3:], *at_random(seed=4, ranks=2, count=2)]),
-        (ZERO_1, 2, 30, [*SHARDED, *at_random(seed=5, ranks=2, count=1)]),
-        (("strategy=fsdp",), 2, 30, [*SHARDED, *at_random(seed=6, ranks=2, count=1)]),
+        (("strategy=single",), 1, 50, [*AT_POINTS[:5], *at_random(seed=3, ranks=1, count=1)]),
+        (("strategy=ddp",), 2, 40, [*AT_POINTS[-2:], *at_random(seed=4, ranks=2, count=2)]),
+        (ZERO_1, 2, 24, SHARDED),
+        (("strategy=fsdp",), 2, 24, SHARDED),
     ],
     ids=["single", "ddp", "zero-1", "fsdp"],
 )
@@ -140,7 +140,7 @@ LOST = [
 
 @pytest.mark.parametrize(
     ("strategy", "ranks", "lost"),
-    [(("strategy=fsdp",), 4, LOST[:2]), (ZERO_1, 2, LOST), (("strategy=ddp",), 2, LOST[:1])],
+    [(("strategy=fsdp",), 4, LOST[:1]), (ZERO_1, 2, LOST), (("strategy=ddp",), 2, LOST[:1])],
     ids=["fsdp", "zero-1", "ddp"],
 )
 def test_a_lost_node_costs_an_update_at_most(
