@@ -198,6 +198,8 @@ def start(phases: Rows, commands: Rows) -> None:
     assert first_update < whole
     assert sum(float(row["rank 0 s"]) for row in phases) == pytest.approx(whole, rel=0.02)
     assert others
+
+
 def soak(rows: Rows, trends: Rows) -> None:
     assert {row["phase"] for row in rows} == {row["phase"] for row in trends} == {"training", "streams", "restarts"}
     published = json.loads((common.RESULTS / "soak.json").read_text())["rows"]
