@@ -3,16 +3,18 @@
     python benchmarks/loading.py
 
   images    JPEG files in folders; the same files in tar shards; the same bytes in litData's own format
-  tokens    a mapped file of 16-bit tokens, in samples of 1,024; litData's own format
+  tokens    a file of 16-bit tokens, in samples of 1,024 and the next ones; the same in litData's own format
   rows      a Parquet file of texts and numbers, in row groups of 1,000
 
-`distaccum` is a WindowLoader with windows of 4 micro-batches. `DataLoader` is torch's over the same dataset, shuffled
+`distaccum` is a WindowLoader with windows of 4 micro-batches over the datasets of data=images, webdataset, tokens and
+parquet. `DataLoader` is torch's over the same dataset, for tokens over a mapped file as plain loops read it, shuffled
 anew each epoch, with torch's own collate; `datasets`, WebDataset and litData load with their own readers. All make the
 same tensors of a sample, in batches of one size, with 0, 1 and 2 workers that stay between epochs. All contenders run
 in one process, in rounds, each round in another order, after an epoch that doesn't count.
 
   samples/s        best of the rounds
   of DataLoader's  median of the ratios within the rounds; 1 and more: at least as fast
+                   ("DataLoader again" is another one over the same: how far it is from 1 is noise)
   plan %           of distaccum's time, processor time that deciding which samples each micro-batch has takes
 
 Needs the extra: pip install "distaccum[bench]".
@@ -45,9 +47,10 @@ from distaccum.data.images.image_files import Pixels, read_rgb
 from distaccum.data.images.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from distaccum.data.rows.rows import Rows
 from distaccum.data.tars.webdataset import WebDataset
+from distaccum.data.tokens.token_data import TokenData
 from distaccum.loaders import LoaderOptions, WindowLoader
 
-OURS, PLAIN = "distaccum", "DataLoader"
+OURS, PLAIN, AGAIN = "distaccum", "DataLoader", "DataLoader again"
 PER_WINDOW, LENGTH, SHARDS, CLASSES = 4, 1024, 4, 2
 WORDS = ("some", "words", "of", "a", "text", "that", "nobody", "reads")
 PIXELS = Pixels(64, IMAGENET_MEAN, IMAGENET_STD, "stretch", None)
@@ -56,17 +59,18 @@ Epoch = Callable[[], Iterable[Any]]
 """Begins to load one more epoch; returns its batches."""
 
 
-class Tokens(Dataset[Any]):
-    """Samples of one length out of a mapped file."""
+class MappedTokens(Dataset[Any]):
+    """Samples of one length out of a mapped file, and the tokens after each."""
 
     def __init__(self, path: Path) -> None:
         self._tokens = np.memmap(path, np.uint16, mode="r")
 
     def __len__(self) -> int:
-        return len(self._tokens) // LENGTH
+        return (len(self._tokens) - 1) // LENGTH
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self._tokens[index * LENGTH : (index + 1) * LENGTH].astype(np.int64))
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = torch.from_numpy(self._tokens[index * LENGTH : (index + 1) * LENGTH + 1].astype(np.int64))
+        return found[:-1], found[1:]
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -91,7 +95,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def write_tokens(path: Path, count: int) -> None:
-    np.random.default_rng(0).integers(0, 50_000, count * LENGTH).astype(np.uint16).tofile(path)
+    np.random.default_rng(0).integers(0, 50_000, count * LENGTH + 1).astype(np.uint16).tofile(path)
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -214,12 +218,19 @@ def plan_seconds(loader: WindowLoader) -> float:
 
 
 def measured(
-    what: str, dataset: Any, batch: int, others: Callable[[int], dict[str, Epoch]], options: argparse.Namespace
+    what: str,
+    dataset: Any,
+    batch: int,
+    others: Callable[[int], dict[str, Epoch]],
+    options: argparse.Namespace,
+    reference: Any = None,
 ) -> Iterator[common.Row]:
     for workers in (0, 1) if options.quick else (0, 1, 2):
         with ExitStack() as stack, redirect_stdout(sys.stderr):  # readers print what they do
             loader = ours(dataset, batch, workers, stack)
-            contenders = {OURS: partial(batches_of, loader), PLAIN: plain(dataset, batch, workers), **others(workers)}
+            theirs = dataset if reference is None else reference
+            contenders = {OURS: partial(batches_of, loader), **others(workers)}
+            contenders |= {name: plain(theirs, batch, workers) for name in (PLAIN, AGAIN)}
             rates: dict[str, list[float]] = {name: [] for name in contenders}
             shuffle = random.Random(0)
             for number in common.rounds(2 if options.quick else 6, f"{what}, {workers} workers"):
@@ -231,7 +242,7 @@ def measured(
             plan = plan_seconds(loader)
             contenders.clear()
         for name, found in rates.items():
-            ratios = [mine / theirs for mine, theirs in zip(found, rates[PLAIN], strict=True)]
+            ratios = [mine / other for mine, other in zip(found, rates[PLAIN], strict=True)]
             yield {
                 "files": what,
                 "workers": workers,
@@ -265,7 +276,9 @@ def rows(options: argparse.Namespace) -> Iterator[common.Row]:
 
         item_loader = litdata.streaming.item_loader.TokensLoader(block_size=LENGTH)
         optimized(lit_tokens, spans, tokens / "lit", chunk_bytes="4MB", item_loader=item_loader)
-        yield from measured("tokens", Tokens(tokens / "tokens.bin"), 8, partial(token_contenders, tokens), options)
+        path = tokens / "tokens.bin"
+        data = TokenData("train", str(path), evaluation_fraction=0.0, vocab_size=50_000, max_length=LENGTH)
+        yield from measured("tokens", data, 8, partial(token_contenders, tokens), options, MappedTokens(path))
 
         write_rows(tables / "rows.parquet", 4 * count)
         parquet = Rows([str(tables / "rows.parquet")], evaluation_fraction=0.0)

@@ -187,7 +187,7 @@ def loading(rows: Rows) -> None:
     assert set(plans) == set(itertools.product(files, ("0", "1")))
     assert all(share < 2 for (name, _), share in plans.items() if "images" in name)
     peers = {row["loader"] for row in rows if row["files"] == "images, folders"}
-    assert peers == {"distaccum", "DataLoader", "datasets", "litData", "WebDataset"}
+    assert peers == {"distaccum", "DataLoader", "DataLoader again", "datasets", "litData", "WebDataset"}
 
 
 def start(phases: Rows, commands: Rows) -> None:

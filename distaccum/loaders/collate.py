@@ -12,10 +12,29 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate, get_worker_info
 
 from distaccum.errors import UserError, listed
+from distaccum.loaders.hand_over import MOST_BY_VALUE
+from distaccum.runtime.nested import mapped, tensors_of
 
 _KEPT = (str, bytes, type(None))
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float32}
 _MEND = "Give data.collate_fn, a function that makes a micro-batch of a list of samples."
+
+
+class Stacked(Sequence[Any]):
+    """Samples that a dataset's `__getitems__` has read as one micro-batch: `PadCollate` takes it as it is.
+
+    Args:
+        batch: a tensor, or a tuple or mapping of tensors, `[B, ...]` each; sample `i` has the i-th of each.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(tensors_of(self.batch)[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return mapped(self.batch, lambda tensor: tensor[index])
 
 
 class PadCollate:
@@ -53,6 +72,8 @@ class PadCollate:
             UserError: the samples have different fields, or a field's types, dtypes or shapes don't go together.
             ValueError: there are no samples.
         """
+        if isinstance(samples, Stacked):
+            return samples.batch
         if len(samples) == 0:
             raise ValueError("a micro-batch needs at least one sample")
         return self._collated(samples, None, None)
@@ -60,6 +81,8 @@ class PadCollate:
     def _collated(self, values: Sequence[Any], index: int | None, name: str | None) -> Any:
         """Makes one of several values of a kind: samples, or what they have in a field of some index and name."""
         first = values[0]
+        if type(first) is Tensor and (stacked := _stacked(values)) is not None:
+            return stacked
         at = (lambda number: number) if index is None else (lambda number: index)
         within = "" if name is None else f"{name}."
         if isinstance(first, Mapping):
@@ -70,7 +93,8 @@ class PadCollate:
                 for number, key in enumerate(first)
             }
         if isinstance(first, tuple | list) and not (index is not None and is_numbers(first)):
-            _check_fields([len(value) if isinstance(value, tuple | list) else type(value) for value in values])
+            if not all(isinstance(value, tuple | list) and len(value) == len(first) for value in values):
+                _check_fields([len(value) if isinstance(value, tuple | list) else type(value) for value in values])
             fields = [
                 self._collated([value[number] for value in values], at(number), f"{within}{number}")
                 for number in range(len(first))
@@ -95,10 +119,7 @@ class PadCollate:
             )
         shapes = list(dict.fromkeys(tuple(tensor.shape) for tensor in tensors))
         if len(shapes) == 1:
-            if get_worker_info() is None:
-                return torch.stack(tensors)
-            stacked: Tensor = default_collate(tensors)  # straight into shared memory
-            return stacked
+            return _stack(tensors)
         if any(len(shape) == 0 for shape in shapes) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(
                 f"{what} cannot be made into a micro-batch: their shapes {listed(shapes, 4)} differ in more than the "
@@ -111,6 +132,22 @@ class PadCollate:
                 "pad value for that field, or samples of another dtype."
             )
         return pad_sequence(tensors, batch_first=True, padding_value=pad_value)
+
+
+def _stacked(values: Sequence[Any]) -> Tensor | None:
+    """Stacks tensors of one shape and dtype, which is what most fields are; None if they are anything else."""
+    shape, dtype = values[0].shape, values[0].dtype
+    for value in values:
+        if type(value) is not Tensor or value.shape != shape or value.dtype != dtype:
+            return None
+    return _stack(values)
+
+
+def _stack(tensors: Any) -> Tensor:
+    if get_worker_info() is None or len(tensors) * tensors[0].nbytes <= MOST_BY_VALUE:
+        return torch.stack(tensors)
+    stacked: Tensor = default_collate(tensors)  # straight into shared memory
+    return stacked
 
 
 def _fits(value: float, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from distaccum.errors import UserError
-from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.collate import PadCollate, Stacked
 from distaccum.loaders.load_clock import LoadClock, LoadTimes, Timed
 from distaccum.loaders.options import LoaderOptions
 from distaccum.loaders.workers import DataWorkers
@@ -100,6 +100,8 @@ class MicroBatches(Dataset[Any]):
         try:
             samples = load(request)
             self._loading = None
+            if isinstance(samples, Stacked) and type(self.collate_fn) is not PadCollate:
+                samples = list(samples)
             return self.collate_fn(samples)
         except Exception as error:
             is_one = self._loading is not None
@@ -148,7 +150,7 @@ class MicroBatches(Dataset[Any]):
         self._draws.start()
         samples = together(indices)
         # What is not a list of samples but made into a micro-batch already can't be taken apart.
-        self._one_by_one = isinstance(samples, list) and self._draws.has_drawn()
+        self._one_by_one = isinstance(samples, list | Stacked) and self._draws.has_drawn()
         return None if self._one_by_one else samples
 
 

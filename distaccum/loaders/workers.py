@@ -33,6 +33,7 @@ from distaccum.loaders._worker_internals import (
     shut_down,
     workers_of,
 )
+from distaccum.loaders.hand_over import hand_over_by_value
 from distaccum.runtime.processes import signal_when_parent_ends
 
 logger = logging.getLogger(__name__)
@@ -269,6 +270,7 @@ def _begin_worker(begun: Semaphore, opened: Semaphore, ends_with_parent: bool, w
         if ends_with_parent:
             signal_when_parent_ends(signal.SIGKILL)  # also if it is stopped then, and no thread of its own runs
         sys.excepthook = _say_unless_broken_off
+        hand_over_by_value()
         training = multiprocessing.parent_process()
         if training is not None:
             # torch's worker takes whoever is its parent a moment after this for the training process, and ends with

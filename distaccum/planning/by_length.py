@@ -204,6 +204,8 @@ class Timeline(Generic[T]):
 
     def at(self, number: int) -> T:
         """The value in force for a window."""
+        if len(self.changes) == 1:  # quicker, and nearly always so
+            return self.changes[0][1]
         return next((value for first, value in reversed(self.changes) if first <= number), self.changes[0][1])
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distaccum.errors import require
-from distaccum.planning.batch_plan import BatchPlan, Cut
+from distaccum.planning.batch_plan import BatchPlan
 from distaccum.planning.by_length import Grouping, Timeline
 from distaccum.planning.costs import CostModel
 from distaccum.planning.lengths import EpochLengths
@@ -20,6 +20,13 @@ from distaccum.planning.recut import recut, size_of_half
 from distaccum.planning.window_sizes import BatchSizes, ConstantSize, SizeRule
 
 _even_cut = lru_cache(maxsize=64)(BatchPlan.cut)  # windows have few sizes, and ranks the same speeds for long
+
+
+@lru_cache(maxsize=64)
+def _even_bounds(
+    plan: BatchPlan, size: int, speeds: tuple[float, ...] | None, parts: int, rank: int
+) -> list[tuple[int, int]]:
+    return list(_even_cut(plan, size, speeds, parts).micro_batches(rank))
 
 
 class CutSchedule:
@@ -110,8 +117,9 @@ class CutSchedule:
             epoch, index: of the window, whose index counts in its epoch.
             limit: largest size allowed; None for what was in force when the window began to load.
         """
-        pieces = self._planned(epoch, index)
-        limit = limit or self._limit.at(self.sizes.number(epoch, index))
+        number = self.sizes.number(epoch, index)
+        pieces = self._planned(epoch, index, number)
+        limit = limit or self._limit.at(number)
         return pieces if limit is None else recut(pieces, limit, self.lengths, self.is_packed)
 
     def samples(self, epoch: int, index: int) -> NDArray[np.int64]:
@@ -120,8 +128,9 @@ class CutSchedule:
 
     def micro_batch_sizes(self, epoch: int, index: int) -> tuple[int, ...]:
         """Returns the number of samples of each of this rank's micro-batches of a window."""
-        if self._grouping is None and self._limit.at(self.sizes.number(epoch, index)) is None:
-            return self._even_cut(epoch, index).sizes[self.rank]
+        number = self.sizes.number(epoch, index)
+        if self._grouping is None and self._limit.at(number) is None:
+            return _even_cut(self.plan, self.sizes.size(epoch, index), *self._even(number)).sizes[self.rank]
         return tuple(map(len, self.micro_batches(epoch, index)))
 
     def placeholder(self, epoch: int, index: int) -> list[int]:
@@ -129,22 +138,21 @@ class CutSchedule:
         first = self.sizes.bounds(epoch)[index][0]
         return self._order.samples(epoch, first, first + 1).tolist()  # type: ignore[no-any-return]
 
-    def _planned(self, epoch: int, index: int) -> list[list[int]]:
+    def _planned(self, epoch: int, index: int, number: int) -> list[list[int]]:
         start, stop = self.sizes.bounds(epoch)[index]
         if self._grouping is not None:
             order = self._order.samples(epoch, start, stop)
-            number = self.sizes.number(epoch, index)
             groups = self._grouping.cut(order, number, self._speeds.at(number))[self.rank]
             return [order[list(group)].tolist() for group in groups]
-        bounds = list(self._even_cut(epoch, index).micro_batches(self.rank))
+        bounds = _even_bounds(self.plan, stop - start, *self._even(number), self.rank)
         first = bounds[0][0]
         samples = self._order.samples(epoch, start + first, start + bounds[-1][1]).tolist()
         return [samples[begin - first : end - first] for begin, end in bounds]
 
-    def _even_cut(self, epoch: int, index: int) -> Cut:
-        number = self.sizes.number(epoch, index)
+    def _even(self, number: int) -> tuple[tuple[float, ...] | None, int]:
+        """Returns what an even cut of a window depends on beside plan and size: speeds, least number of parts."""
         parts = 2 if self._split_every is not None and (number + 1) % self._split_every == 0 else 1
-        return _even_cut(self.plan, self.sizes.size(epoch, index), self._speeds.at(number), parts)
+        return self._speeds.at(number), parts
 
     @property
     def unit(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 _FEISTEL_ROUNDS = 8
 _FEW = 16
 """Positions for which it is faster to do without numpy."""
+_TABLED_BITS = 14
+"""Of half a position, at most: a table of a round has 2^14 entries then, and the eight of an epoch a MiB."""
 _64_BITS = (1 << 64) - 1
 ENDLESS = 2**52
 """The number of samples of an epoch that doesn't end: more than anybody reads, and exact as a float."""
@@ -42,24 +44,48 @@ def shuffled(
     if len(positions) <= _FEW:
         numbers, plain_keys = np.asarray(positions, dtype=np.int64).tolist(), keys.tolist()
         return np.array([_walked(value, num_samples, half_bits, plain_keys) for value in numbers], dtype=np.int64)
-    values = _feistel(np.asarray(positions, dtype=np.uint64), half_bits, keys)
+    permuted = _permutation(half_bits, keys)
+    values = permuted(np.asarray(positions, dtype=np.int64))
     outside = np.flatnonzero(values >= num_samples)
     while outside.size:
-        values[outside] = _feistel(values[outside], half_bits, keys)
+        values[outside] = permuted(values[outside])
         outside = outside[values[outside] >= num_samples]
-    return values.astype(np.int64)
+    return values
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    bits, mask, top = np.uint64(half_bits), np.uint64((1 << half_bits) - 1), np.uint64(64 - half_bits)
-    left, right = values >> bits, values & mask
-    for key in keys:
-        mixed = right + key
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        # The top bits are the best mixed ones.
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) >> top)
-    return (left << bits) | right
+def _permutation(half_bits: int, keys: NDArray[np.uint64]) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+    """Returns the Feistel network. What a round makes of half a position is looked up where tables for it are small."""
+    if half_bits <= _TABLED_BITS:
+        rounds = [partial(np.take, table, mode="clip") for table in _tables(half_bits, keys.tobytes())]
+    else:
+        rounds = [partial(_round, key=key, half_bits=half_bits) for key in keys]
+
+    def permuted(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        left, right = values >> half_bits, values & ((1 << half_bits) - 1)
+        for of_half in rounds:
+            left ^= of_half(right)
+            left, right = right, left
+        return (left << half_bits) | right
+
+    return permuted
+
+
+@lru_cache(maxsize=2)
+def _tables(half_bits: int, keys: bytes) -> list[NDArray[np.int64]]:
+    halves = np.arange(1 << half_bits)
+    return [_round(halves, key, half_bits) for key in np.frombuffer(keys, np.uint64)]
+
+
+def _round(halves: NDArray[np.int64], key: np.uint64, half_bits: int) -> NDArray[np.int64]:
+    mixed = halves.astype(np.uint64)
+    mixed += key
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    mixed >>= np.uint64(64 - half_bits)  # the top bits are the best mixed ones
+    return mixed.view(np.int64)
 
 
 def _walked(value: int, num_samples: int, half_bits: int, keys: list[int]) -> int:
@@ -103,19 +129,24 @@ class EpochOrder:
         self._seed = seed
         self._counts_on = counts_on
         # What is being loaded ahead, what is in use, and neighbours.
-        self._block = lru_cache(maxsize=4)(self._shuffled_block)
+        self._block = lru_cache(maxsize=4)(self._kept_block)
 
     def samples(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Returns the samples at the positions from `start` to `stop - 1` of an epoch."""
-        before = epoch * self._num_samples if self._counts_on else 0
         if stop - start >= self._BLOCK:
-            return shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch) + before
+            return self._evaluated(epoch, start, stop)
+        within = start % self._BLOCK
+        if (stop - start) + within <= self._BLOCK:
+            return self._block(epoch, start - within)[within : within + stop - start]
         parts = [
             self._block(epoch, first)[max(start - first, 0) : stop - first]
-            for first in range(start - start % self._BLOCK, stop, self._BLOCK)
+            for first in range(start - within, stop, self._BLOCK)
         ]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)) + before
+        return np.concatenate(parts)
 
-    def _shuffled_block(self, epoch: int, first: int) -> NDArray[np.int64]:
-        positions = np.arange(first, min(first + self._BLOCK, self._num_samples))
-        return shuffled(positions, self._num_samples, self._seed, epoch)
+    def _kept_block(self, epoch: int, first: int) -> NDArray[np.int64]:
+        return self._evaluated(epoch, first, min(first + self._BLOCK, self._num_samples))
+
+    def _evaluated(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        found = shuffled(np.arange(start, stop), self._num_samples, self._seed, epoch)
+        return found + epoch * self._num_samples if self._counts_on else found

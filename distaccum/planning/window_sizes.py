@@ -225,6 +225,8 @@ class BatchSizes:
 
     def first_number(self, epoch: int) -> int:
         """Returns the number of windows in all epochs before."""
+        if epoch and self.is_constant:
+            return epoch * self.count(epoch)
         while len(self._firsts) <= epoch:
             last = len(self._firsts) - 1
             first = self._firsts[last]

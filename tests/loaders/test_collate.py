@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from distaccum.data import PadCollate
 from distaccum.errors import UserError
+from distaccum.loaders.collate import Stacked
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -21,6 +22,24 @@ def test_equal_shapes_are_stacked() -> None:
     assert images[:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
     assert labels.dtype == torch.int64
     assert labels.tolist() == [0, 1, 2]
+
+
+def test_samples_that_were_read_together_are_taken_as_they_are() -> None:
+    batch = {"tokens": integers(3, 2), "parts": (integers(3), integers(3, 4))}
+    samples = Stacked(batch)
+    assert PadCollate()(samples) is batch
+    one_by_one = list(samples)
+    assert len(samples) == len(one_by_one) == 3
+    assert one_by_one[2]["parts"][0].item() == 3
+    again = PadCollate()(one_by_one)
+    assert all(map(torch.equal, [again["tokens"], *again["parts"]], [batch["tokens"], *batch["parts"]]))
+
+
+def test_tensors_of_one_shape_and_two_dtypes_are_refused_wherever_they_come() -> None:
+    for place in range(3):
+        values = [torch.zeros(2, dtype=torch.float64 if number == place else torch.float32) for number in range(3)]
+        with pytest.raises(UserError, match="their dtypes differ"):
+            PadCollate()([(value,) for value in values])
 
 
 def test_a_list_sample_gives_a_tuple() -> None:

@@ -11,6 +11,7 @@ import torch
 from loading import WITH_WORKERS, Noisy, Numbers, is_alive, new_fetcher, new_source, requests
 
 from distaccum import UserError
+from distaccum.loaders.collate import PadCollate, Stacked
 from distaccum.loaders.fetch import MicroBatches, Request
 from distaccum.runtime.randomness import GlobalStates
 
@@ -136,6 +137,24 @@ def test_micro_batches_that_a_dataset_makes_itself_stay_whole() -> None:
 
     one, other = new_fetcher(Columns(), lambda batch: batch), new_fetcher(Columns(), lambda batch: batch)
     assert torch.equal(one[Request(0, [1, 2])], other[Request(0, [1, 2])])
+
+
+def test_samples_of_one_micro_batch_that_draw_are_asked_for_one_by_one() -> None:
+    class StackedNoisy(Numbers):
+        def __getitems__(self, indices: list[int]) -> Any:
+            return Stacked((torch.tensor(indices), torch.rand(len(indices))))
+
+    one, other = new_fetcher(StackedNoisy(), PadCollate()), new_fetcher(StackedNoisy(), PadCollate())
+    together = one[Request(0, [1, 2, 3])][1].tolist()
+    assert together == [other[Request(0, [index])][1].item() for index in (1, 2, 3)]
+
+
+def test_a_collate_function_gets_a_list_of_samples() -> None:
+    class Together(Numbers):
+        def __getitems__(self, indices: list[int]) -> Any:
+            return Stacked(torch.tensor(indices))
+
+    assert new_fetcher(Together(), lambda samples: samples)[Request(0, [3, 4])] == [3, 4]
 
 
 def test_failures_name_the_sample_also_when_random() -> None:

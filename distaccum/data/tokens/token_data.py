@@ -18,7 +18,7 @@ from distaccum.data.storage.files import require_named_once
 from distaccum.data.tokens.documents import DocumentCut, DocumentSamples
 from distaccum.data.tokens.token_files import Found, Tokens, find
 from distaccum.errors import UserError, require, require_at_least
-from distaccum.loaders.collate import PadCollate
+from distaccum.loaders.collate import PadCollate, Stacked
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
         self.max_length = max_length
         self.collate_fn = PadCollate((0, IGNORE_INDEX))
         self._tokens = Tokens(chosen.files)
+        self._is_wide = any(np.dtype(file.dtype).itemsize > 2 for file in chosen.files)
         self._held_out = HeldOut(evaluation_fraction, _BLOCK)
         self._documents: DocumentSamples | None = None
         _check_dtype(self._tokens)
@@ -146,15 +147,8 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
         return np.broadcast_to(np.int64(self.max_length), (self._count,))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Mapping[str, Tensor]:
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        index %= self._count
-        if self._documents is not None:
-            start, length = self._documents[index]
-        else:
-            number = index if self._part is None else self._held_out.place(index, self._part)
-            start, length = number * self.max_length, self.max_length
-        found = self._tokens.read(start, start + length + self._ahead)
+        start, length = self._place(index)
+        found = self._tokens.read(start, start + length + self._ahead).astype(np.int64)
         if (largest := int(found.max())) >= self.vocab_size:
             raise UserError(
                 f"{self._tokens.place(start + int(found.argmax()))} is {largest}, and data.vocab_size="
@@ -165,6 +159,30 @@ class TokenData(Dataset[tuple[Tensor, Tensor] | Mapping[str, Tensor]]):
         if self._ahead:
             return tokens[:-1], tokens[1:]
         return {"input_ids": tokens, "labels": tokens}
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[tuple[Tensor, Tensor] | Mapping[str, Tensor]]:
+        """Returns samples by their numbers, those of a fixed length as one micro-batch already."""
+        if self._documents is not None or not len(indices):
+            return [self[index] for index in indices]
+        rows = np.empty((len(indices), self.max_length + self._ahead), np.uint32 if self._is_wide else np.uint16)
+        for row, index in zip(rows, indices, strict=True):
+            start, length = self._place(index)
+            row[:] = self._tokens.read(start, start + length + self._ahead)
+        if int(rows.max()) >= self.vocab_size:
+            return [self[index] for index in indices]  # which says where that token is
+        length = self.max_length
+        inputs, ahead = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :length], rows[:, -length:]))
+        return Stacked((inputs, ahead) if self._ahead else {"input_ids": inputs, "labels": ahead})
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the position of a sample's first token, and T."""
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        if self._documents is not None:
+            return self._documents[index]
+        number = index if self._part is None else self._held_out.place(index, self._part)
+        return number * self.max_length, self.max_length
 
 
 def _chosen(

@@ -75,31 +75,34 @@ class Tokens:
         self.files = list(files)
         self.starts = [0, *accumulate(file.count for file in files)]
         """Position of the first token of each file, and the number of all tokens."""
+        self._dtypes = [np.dtype(file.dtype) for file in files]
         self._reader = RangeReader(_OPEN_FILES)
 
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Returns the tokens at positions from `start` to `stop - 1`, int64.
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Returns the tokens at positions from `start` to `stop - 1`, as they are in their files.
 
         Raises:
             UserError: a file can't be read, or has become shorter.
         """
+        number = bisect_right(self.starts, start) - 1
+        if stop <= self.starts[number + 1]:
+            return self.part(number, start - self.starts[number], stop - self.starts[number])
         parts = []
         while start < stop:
             number = bisect_right(self.starts, start) - 1
             end = min(stop, self.starts[number + 1])
             parts.append(self.part(number, start - self.starts[number], end - self.starts[number]))
             start = end
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        return np.concatenate(parts)
 
     def part(self, number: int, start: int, stop: int) -> NDArray[Any]:
         """Returns tokens of one file as they are in it; raises as `read`."""
-        file = self.files[number]
-        dtype = np.dtype(file.dtype)
-        first, last = (file.offset + place * dtype.itemsize for place in (start, stop))
-        return np.frombuffer(self._reader.read(file.path, first, last), dtype)
+        file, dtype = self.files[number], self._dtypes[number]
+        first = file.offset + start * dtype.itemsize
+        return np.frombuffer(self._reader.read(file.path, first, first + (stop - start) * dtype.itemsize), dtype)
 
     def place(self, position: int) -> str:
         """Names the token at a position, for messages."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import Ended, updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,6 +68,45 @@ def lists(data: TokenData | None) -> list[list[int]]:
             found.append(sample["labels"].tolist())
             assert len(found[-1]) == data.lengths[number]
     return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    files=FILES,
+    length=st.integers(2, 9),
+    form=st.sampled_from(["targets", "labels"]),
+    whole=st.booleans(),
+    data=st.data(),
+)
+def test_samples_read_together_are_those_read_one_by_one(
+    files: list[tuple[str, list[int]]], length: int, form: str, whole: bool, data: st.DataObject
+) -> None:
+    """Within files, across their ends, and of files of both dtypes; with what is held out in between."""
+    documents = {"whole_documents": True, "end_token": END} if whole else {"evaluation_fraction": 0.5}
+    with TemporaryDirectory() as folder:
+        found = opened(files, folder, max_length=length, form=form, **documents)
+        if found is None:
+            return
+        indices = data.draw(st.lists(st.integers(0, len(found) - 1), min_size=1, max_size=6))
+        together, one_by_one = found.__getitems__(indices), [found[index] for index in indices]
+        assert len(together) == len(indices)
+        for several in (together, list(together)):
+            batches = [found.collate_fn(samples) for samples in (several, one_by_one)]
+            one, other = (list(b.values()) if isinstance(b, dict) else list(b) for b in batches)
+            assert len(one) == len(other) == 2
+            for a, b in zip(one, other, strict=True):
+                assert torch.equal(a, b)
+                assert (a.dtype, a.is_contiguous()) == (torch.int64, True)
+            assert one[0].data_ptr() != one[1].data_ptr()
+
+
+def test_a_token_beyond_the_vocabulary_is_named_of_samples_read_together(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.bin", [*range(1, 30), 999, *range(1, 20)])
+    data = TokenData(TRAIN, str(file), max_length=8, vocab_size=999, evaluation_fraction=0.0)
+    with pytest.raises(UserError, match=r"x.bin, token 29 is 999, and data.vocab_size=999"):
+        data.__getitems__([0, 3, 1])
+    with pytest.raises(IndexError):
+        data.__getitems__([0, len(data)])
 
 
 @settings(max_examples=60, deadline=None)
