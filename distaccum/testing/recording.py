@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from distaccum.errors import UserError
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ def prepare(model: nn.Module) -> None:
     """Converts a model to float64, and switches dropout off."""
     if any(tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in model.parameters()):
         if hasattr(model, "module") or any(hasattr(tensor, "full_tensor") for tensor in model.parameters()):
-            raise ValueError(
+            raise NotProvableError(
                 "the wrapped model has parameters that are not float64: call .double() before it is wrapped."
             )
         model.double()
@@ -55,29 +58,48 @@ def prepare(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the optimizer of torch's inside those that Accelerate, Fabric and others put around it."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"build must return a torch.optim.Optimizer, and has returned a {type(optimizer).__name__}.")
-    return optimizer
+class NotProvableError(UserError, ValueError):
+    """A step, its model or its samples don't allow a proof: the message says why, and what to do."""
 
 
-def record(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update) -> None:
-    """Has an update's gradients recorded where the last backward and the optimizer's step leave them."""
+def require_built(built: Any) -> None:
+    """Refuses what is no model with its optimizer, around which Accelerate or Fabric may have put their own."""
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise NotProvableError(f"build must return the model and its optimizer, and has returned {built!r:.200}.")
+    optimizer = built[1]
+    if not isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Optimizer):
+        raise NotProvableError(
+            f"build must return a torch.optim.Optimizer, and has returned a {type(optimizer).__name__}."
+        )
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, update: Update) -> Iterator[None]:
+    """Records an update's gradients where the last backward and the step of any optimizer of the model leave them.
+
+    The optimizer need not be known: trainers make it, or another one around it, late.
+    """
+    inside: list[object] = []  # optimizers whose step runs: ZeRO's calls that of its shard
 
     def keep_gradients() -> None:
         update.gradients = {
             name: copied(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
         }
 
-    def before_step(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        update.steps += 1
-        keep_gradients()
+    def is_ours(optimizer: torch.optim.Optimizer) -> bool:
+        ours = {id(parameter) for parameter in model.parameters()}
+        return any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"])
 
-    def after_step(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if any(map(callable, [*arguments[1:], *options.values()])):  # the backwards are in a closure, as Lightning's
+    def before_step(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not inside and is_ours(optimizer):
+            update.steps += 1
+            keep_gradients()
+        inside.append(optimizer)
+
+    def after_step(optimizer: torch.optim.Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        inside.pop()
+        # The backwards may be in a closure, as Lightning's.
+        if not inside and is_ours(optimizer) and any(map(callable, [*arguments[1:], *options.values()])):
             keep_gradients()
 
     def on_accumulated(name: str) -> Callable[[Tensor], None]:
@@ -87,14 +109,18 @@ def record(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update) -
 
         return keep
 
-    optimizer.register_step_pre_hook(before_step)
-    optimizer.register_step_post_hook(after_step)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(on_accumulated(name))  # type: ignore[no-untyped-call]
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             update.statistics.append(name)
+    hooks = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def as_float64(leaf: Any) -> Any:

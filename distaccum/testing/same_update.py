@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,17 +12,94 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from distaccum.runtime.nested import mapped
-from distaccum.testing.causes import cause_after, combination, coupled, different, explained, flat, named, numbers
-from distaccum.testing.recording import Update, as_float64, copied, float64, innermost, prepare, record, tensors_of
+from distaccum.testing.causes import (
+    ALIKE,
+    Cause,
+    above,
+    cause_after,
+    combination,
+    coupled,
+    error_of_all,
+    errors_of,
+    explained,
+    flat,
+    named,
+    numbers,
+)
+from distaccum.testing.recording import (
+    NotProvableError,
+    Update,
+    as_float64,
+    copied,
+    float64,
+    prepare,
+    recorded,
+    require_built,
+    tensors_of,
+)
 
-Build = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-Step = Callable[[nn.Module, torch.optim.Optimizer, list[Any]], object]
+T = TypeVar("T")
+Build = Callable[[], tuple[nn.Module, Any]]
+Step = Callable[[nn.Module, Any, list[Any]], object]
 
 _MOST_MICRO_STEPS = 8
 
 
 class UpdateDiffersError(AssertionError):
     """The update depends on how its window is cut; the message says by how much, where, and why most likely."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """A step to be proved, with what it needs: arguments of `assert_same_update`.
+
+    Attributes:
+        build: returns the model, and what else the step is given: its optimizer, mostly.
+    """
+
+    build: Build
+    samples: Sequence[Any]
+    step: Step
+    collate: Callable[[list[Any]], Any] = default_collate
+    uneven: bool = True
+
+
+Cut = list[list[list[int]]]
+"""For each rank, the places in the window of each micro-batch's samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The update of a window under one cut, compared with that in one shot.
+
+    Attributes:
+        sizes: samples of each micro-batch, by rank.
+        gradients: relative difference of each gradient that the optimizer gets, largest first.
+        after: the same of parameters and buffers after the step.
+        gradient_error, after_error: that of all of them together.
+        tolerance: for each of them.
+        cause: None if the updates are the same.
+    """
+
+    sizes: list[list[int]]
+    gradients: dict[str, float]
+    after: dict[str, float]
+    gradient_error: float
+    after_error: float
+    tolerance: float
+    cause: Cause | None
+
+    def message(self) -> str:
+        """Says how the update differs from the one in one shot, and why most likely."""
+        sizes = self.sizes
+        where = f"micro-batches of {sizes[0]} samples" if len(sizes) == 1 else f"micro-batches of the ranks: {sizes}"
+        lines = [f"the update depends on how its window of {sum(map(sum, sizes))} samples is cut ({where})."]
+        if wrong := above(self.gradients, self.tolerance):
+            lines.append(f"The gradient that the optimizer gets is off: {named(wrong)}.")
+        else:
+            after = above(self.after, self.tolerance)
+            lines.append(f"The gradient is right, but after the step these differ: {named(after)}.")
+        return "\n  ".join([*lines, *(self.cause.lines() if self.cause else [])])
 
 
 def assert_same_update(
@@ -58,39 +136,55 @@ def assert_same_update(
         UpdateDiffersError: an AssertionError that names the tensors and the likeliest cause.
         ValueError: there are too few samples, or `build` has made something else.
     """
-    prover = _Prover(build, list(samples), step, collate, seed)
+
+    def built() -> tuple[nn.Module, Any]:
+        found = build()
+        require_built(found)
+        return found
+
+    loop = Loop(build=built, samples=samples, step=step, collate=collate, uneven=uneven)
+    assert_same(loop, tolerance=tolerance, seed=seed)
+
+
+def assert_same(loop: Loop, *, tolerance: float, seed: int) -> None:
+    """Fails at the first cut that makes another update."""
+    for comparison in comparisons(loop, tolerance=tolerance, seed=seed):
+        if comparison.cause:
+            raise UpdateDiffersError(comparison.message())
+
+
+def comparisons(loop: Loop, *, tolerance: float = 1e-6, seed: int = 0) -> Iterator[Comparison]:
+    """Compares the update of each cut with the one in one shot; all ranks get the same.
+
+    Args:
+        loop, tolerance, seed: as for `assert_same_update`.
+
+    Raises:
+        UpdateDiffersError: the same update twice is not the same, or there is none.
+        NotProvableError: there are too few samples, or `build` has made something else.
+    """
+    prover = _Prover(loop, tolerance, seed)
     whole = prover.alone([prover.everyone])
-    prover.require_repeatable(whole, tolerance)
-    for cut in prover.cuts(uneven=uneven):
-        update = prover.update(cut[prover.rank])
-        problem = prover.problem(whole, update, cut, tolerance)
-        if prover.world_size > 1:
-            problems: list[str | None] = [None] * prover.world_size
-            dist.all_gather_object(problems, problem)
-            problem = next(filter(None, problems), None)
-        if problem:
-            raise UpdateDiffersError(problem)
-
-
-Cut = list[list[list[int]]]
-"""For each rank, the places in the window of each micro-batch's samples."""
+    prover.require_repeatable(whole)
+    for cut in prover.cuts(uneven=loop.uneven):
+        found = prover.gathered(prover.compared(whole, prover.update(cut[prover.rank]), cut))
+        yield next((comparison for comparison in found if comparison.cause), found[0])
 
 
 class _Prover:
     """Makes updates of one window and compares them."""
 
-    def __init__(
-        self, build: Build, samples: list[Any], step: Step, collate: Callable[[list[Any]], Any], seed: int
-    ) -> None:
+    def __init__(self, loop: Loop, tolerance: float, seed: int) -> None:
         is_joined = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if is_joined else (0, 1)
-        if len(samples) < 2 * self.world_size:
-            raise ValueError(
-                f"{len(samples)} samples can't be cut into micro-batches of {self.world_size} rank(s): give at least "
-                f"{2 * self.world_size}."
+        self._samples = list(loop.samples)
+        if len(self._samples) < 2 * self.world_size:
+            raise NotProvableError(
+                f"{len(self._samples)} samples can't be cut into micro-batches of {self.world_size} rank(s): give at "
+                f"least {2 * self.world_size}."
             )
-        self.everyone = list(range(len(samples)))
-        self._build, self._samples, self._step, self._collate, self._seed = build, samples, step, collate, seed
+        self.everyone = list(range(len(self._samples)))
+        self._loop, self._tolerance, self._seed = loop, tolerance, seed
         self._own_group: Any = None
         if self.world_size > 1:
             self._own_group = dist.new_subgroups(group_size=1)[0]  # type: ignore[no-untyped-call]
@@ -99,7 +193,7 @@ class _Prover:
         """Yields cuts in which all ranks have equally many micro-batches."""
         share, left = divmod(len(self.everyone), self.world_size)
         if left and not uneven:
-            raise ValueError(f"{len(self.everyone)} samples are no equal shares of {self.world_size} ranks.")
+            raise NotProvableError(f"{len(self.everyone)} samples are no equal shares of {self.world_size} ranks.")
         shares = [share + (rank < left) for rank in range(self.world_size)]
         for steps in sorted({2, 3, min(share, _MOST_MICRO_STEPS)} - {1}):
             if steps <= share and (uneven or share % steps == 0):
@@ -127,19 +221,16 @@ class _Prover:
         update = Update()
         with float64():
             torch.manual_seed(self._seed)
-            built = self._build()
-            if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
-                raise ValueError(f"build must return the model and its optimizer, and has returned {built!r:.200}.")
-            model, optimizer = built
+            model, beside = self._loop.build()
             prepare(model)
-            record(model, innermost(optimizer), update)
-            batches = [self._collate([self._samples[place] for place in places]) for places in micro_batches]
+            batches = [self._loop.collate([self._samples[place] for place in places]) for places in micro_batches]
             torch.manual_seed(self._seed if step_seed is None else step_seed)
-            self._step(model, optimizer, [mapped(batch, as_float64) for batch in batches])
+            with recorded(model, update):
+                self._loop.step(model, beside, [mapped(batch, as_float64) for batch in batches])
         update.after = {name: copied(tensor) for name, tensor in tensors_of(model)}
         return update
 
-    def require_repeatable(self, whole: Update, tolerance: float) -> None:
+    def require_repeatable(self, whole: Update) -> None:
         """Refuses a step that draws random numbers, whose updates can't be compared.
 
         Raises:
@@ -148,71 +239,71 @@ class _Prover:
         if not whole.steps:
             raise UpdateDiffersError("the optimizer has not stepped: step must end in optimizer.step().")
         again = self.alone([self.everyone], step_seed=self._seed + 1)
-        if moved := different(again.gradients, whole.gradients, tolerance):
+        if moved := above(errors_of(again.gradients, whole.gradients), self._tolerance):
             raise UpdateDiffersError(
                 f"the same window twice in one shot, with another seed, gives another gradient ({named(moved)}): "
                 "step or model draw random numbers, so cuts can't be compared. Build the model without them: dropout "
                 "that is no module of torch's, random depth, noise."
             )
 
-    def problem(self, whole: Update, update: Update, cut: Cut, tolerance: float) -> str | None:
-        """Says how an update differs from the one in one shot, and why most likely; None if it does not."""
-        wrong = different(update.gradients, whole.gradients, tolerance)
-        after = different(update.after, whole.after, tolerance)
+    def compared(self, whole: Update, update: Update, cut: Cut) -> Comparison:
+        gradients, after = errors_of(update.gradients, whole.gradients), errors_of(update.after, whole.after)
+        is_right, is_right_after = (not above(errors, self._tolerance) for errors in (gradients, after))
         # Looked for on all ranks, or on none.
-        cause = self._cause(whole, update, cut, tolerance)
-        if not wrong and not after and update.steps == whole.steps:
-            return None
-        sizes = [[len(places) for places in of_rank] for of_rank in cut]
-        where = f"micro-batches of {sizes[0]} samples" if len(sizes) == 1 else f"micro-batches of the ranks: {sizes}"
-        lines = [f"the update depends on how its window of {len(self.everyone)} samples is cut ({where})."]
-        if wrong:
-            lines.append(f"The gradient that the optimizer gets is off: {named(wrong)}.")
-        else:
-            lines.append(f"The gradient is right, but after the step these differ: {named(after)}.")
-        return "\n  ".join([*lines, *cause])
+        cause = self._cause(whole, update, cut, is_right=is_right)
+        is_same = is_right and is_right_after and update.steps == whole.steps
+        return Comparison(
+            sizes=[[len(places) for places in of_rank] for of_rank in cut],
+            gradients=gradients,
+            after=after,
+            gradient_error=error_of_all(update.gradients, whole.gradients),
+            after_error=error_of_all(update.after, whole.after),
+            tolerance=self._tolerance,
+            cause=None if is_same else cause,
+        )
 
-    def _cause(self, whole: Update, update: Update, cut: Cut, tolerance: float) -> list[str]:
+    def _cause(self, whole: Update, update: Update, cut: Cut, *, is_right: bool) -> Cause:
         if self._anywhere(update.steps != whole.steps):
-            return [
-                f"Likeliest cause: the optimizer has stepped {update.steps} times for one window, and {whole.steps} "
-                "times in one shot.",
-                "Remedy: one optimizer.step() after the last backward.",
-            ]
-        if self._anywhere(self._ranks_disagree(update, tolerance)):
-            return [
-                "Likeliest cause: each rank steps with a gradient of its own, so nothing was summed over the ranks.",
-                "Remedy: run the last backward of a window outside no_sync(), after the wrapped model's forward.",
-            ]
-        if not self._anywhere(bool(different(update.gradients, whole.gradients, tolerance))):
+            return Cause(
+                "several_steps",
+                f"the optimizer has stepped {update.steps} times for one window, and {whole.steps} times in one shot",
+                "one optimizer.step() after the last backward",
+            )
+        if self._anywhere(self._ranks_disagree(update)):
+            return Cause(
+                "no_sync",
+                "each rank steps with a gradient of its own, so nothing was summed over the ranks",
+                "run the last backward of a window outside no_sync(), after the wrapped model's forward",
+            )
+        if not self._anywhere(not is_right):
             return cause_after(whole)
         singles = [self.alone([places]) for of_rank in cut for places in of_rank]
         parts = torch.stack([flat(single.raw or single.gradients, whole) for single in singles], 1)
         right, error = combination(parts, flat(whole.raw or whole.gradients, whole))
-        if error > max(1e-5, tolerance):
+        if error > max(ALIKE, self._tolerance):
             return coupled(whole)
         found, error = combination(parts, flat(update.gradients, whole))
-        return [
-            f"Micro-batches count {numbers(found)} in the gradient, and should count {numbers(right)}.",
-            *explained(found, right, len(cut), is_combination=error <= max(1e-5, tolerance)),
-        ]
+        cause = explained(found, right, len(cut), is_combination=error <= max(ALIKE, self._tolerance))
+        return cause._replace(
+            what=f"Micro-batches count {numbers(found)} in the gradient, and should count {numbers(right)}."
+        )
 
-    def _ranks_disagree(self, update: Update, tolerance: float) -> bool:
-        if self.world_size == 1:
-            return False
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, {name: float(value.norm()) for name, value in update.gradients.items()})
-        first = gathered[0]
+    def _ranks_disagree(self, update: Update) -> bool:
+        first, *others = self.gathered({name: float(value.norm()) for name, value in update.gradients.items()})
         return any(
             other.keys() != first.keys()
-            or any(abs(other[name] - first[name]) > tolerance * max(first[name], 1e-12) for name in first)
-            for other in gathered
+            or any(abs(other[name] - first[name]) > self._tolerance * max(first[name], 1e-12) for name in first)
+            for other in others
         )
 
     def _anywhere(self, found: bool) -> bool:
         """Returns whether it was found on any rank, as all must look for the cause that one looks for."""
+        return any(self.gathered(found))
+
+    def gathered(self, value: T) -> list[T]:
+        """Returns every rank's value, in the order of the ranks."""
         if self.world_size == 1:
-            return found
-        answers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(answers, found)
-        return any(answers)
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values

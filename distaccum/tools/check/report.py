@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -76,9 +77,9 @@ class CutRow(Difference):
     cut: str
     micro_steps: int
     sizes: list[int]
-    loss: float
-    sync_calls: int
     equal: bool
+    loss: float | None = None
+    sync_calls: int | None = None
     failure: str = ""
 
 
@@ -167,7 +168,17 @@ class CheckReport:
             style = {Severity.error: "bold red", Severity.warning: "bold yellow", Severity.info: "bold"}
             console.print(Text(f"{finding.severity}: {finding.kind}", style=style[finding.severity]))
             for name in ("where", "what", "remedy"):
-                console.print(Text(f"  {name + ':':8}{getattr(finding, name)}"))
+                if said := getattr(finding, name):
+                    console.print(Text(f"  {name + ':':8}{said}"))
+
+
+def printed(report: CheckReport, *, as_json: bool, worst: int) -> None:
+    """Prints a report on standard output, in files and pipes as wide as its tables need."""
+    if as_json:
+        sys.stdout.write(report.as_json() + "\n")
+    else:
+        report.print(Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140), worst)
+    sys.stdout.flush()
 
 
 def _table_of_cuts(report: CheckReport) -> Table:
@@ -184,7 +195,7 @@ def _table_of_cuts(report: CheckReport) -> Table:
             row.cut,
             str(row.micro_steps),
             *shown,
-            str(row.sync_calls) if row.ranks > 1 else "",
+            str(row.sync_calls) if row.ranks > 1 and row.sync_calls is not None else "",
             Text("equal", style="green") if row.equal else Text("NOT EQUAL", style="red"),
         )
     return table

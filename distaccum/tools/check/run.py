@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from rich.console import Console
 
 from distaccum.config import DDPConfig, as_plain
 from distaccum.config.enums import PrecisionName
@@ -20,7 +18,7 @@ from distaccum.runtime.world import World, joined_world
 from distaccum.tools.bench.terminal import status_line
 from distaccum.tools.check import conclusions, coupling, numerics, packing, randomness
 from distaccum.tools.check.measuring import Update, ddp_config, difference, measure
-from distaccum.tools.check.report import CheckReport, CutRow, Difference, ParameterRow, Severity
+from distaccum.tools.check.report import CheckReport, CutRow, Difference, ParameterRow, Severity, printed
 from distaccum.tools.check.subject import FOUND_OUT, NOISE, Subject, cuts_of, packed_cuts, split, window_samples
 from distaccum.training.build import Parts
 from distaccum.training.run import check_same_config
@@ -43,15 +41,7 @@ def check(config: CheckConfig) -> int:
         with status_line("checking", is_shown=world.is_main) as tell:
             report = examine(config, world, device, tell)
         if world.is_main:
-            if config.check.json:
-                sys.stdout.write(report.as_json() + "\n")
-            else:
-                # In files and pipes, as wide as the tables need.
-                report.print(
-                    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140),
-                    config.check.worst,
-                )
-            sys.stdout.flush()
+            printed(report, as_json=config.check.json, worst=config.check.worst)
         return world.from_main(report.status)
 
 
