@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import re
@@ -20,6 +21,7 @@ from distaccum.config import conf_dir
 from distaccum.config.compose import ROOTS, compose
 from distaccum.data.tokenize import command_line
 from distaccum.errors import UserError
+from distaccum.tools.check.trainer import options_of
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -93,6 +95,8 @@ def test_a_command_is_understood(command: Command, files_of_pages: Path, monkeyp
         compose([word for word in given.argument if "=" in word])
     elif command.name == "data.tokenize":
         command_line().parse_args(command.arguments)
+    elif "--trainer" in command.arguments:
+        options_of(argparse.ArgumentParser(), list(command.arguments))
     elif {"--help", "--cfg"} & set(command.arguments):
         assert command.arguments in (("--help",), ("--cfg", "job"))
     else:

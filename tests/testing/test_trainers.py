@@ -9,6 +9,7 @@ from typing import Any
 
 import forking
 import pytest
+from documents import block_run_by
 
 NEEDED = ("accelerate", "lightning", "trl")
 missing = [package for package in NEEDED if find_spec(package) is None]
@@ -29,13 +30,21 @@ def verdict(name: str, *words: str, **more: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["sft", "with_accelerates_recipe"])
-def test_right_trainers_pass(name: str) -> None:
-    found = verdict(name)
+def test_right_trainers_pass(tmp_path: Path) -> None:
+    found = verdict("with_accelerates_recipe")
     assert found["equal"]
-    assert found["verdict"].startswith("EQUAL: the update is that of the large batch, to ")
-    assert next(row["sizes"] for row in found["rows"]) == ([6, 6] if name == "sft" else [7, 7])
-    assert all(row["worst_error"] < 1e-6 for row in found["rows"])
+    assert found["rows"][0]["sizes"] == [7, 7]
+    assert all(row["worst_error"] < 1e-12 for row in found["rows"])
+
+    (tmp_path / "my_module.py").write_text(block_run_by("testing/test_trainers.py"))
+    (tmp_path / "my_project.py").write_text(
+        "from datasets import Dataset\nimport trainers\n"
+        "config, dataset, tokenizer = trainers.config(), Dataset.from_list(trainers.TEXTS), trainers.TOKENIZER\n"
+    )
+    ended = check("--trainer", "my_module:make_trainer", folder=tmp_path)
+    assert ended.status == 0, ended.err
+    assert ended.out.startswith("EQUAL: the update is that of the large batch, to ")
+    assert "│ 6 + 6 " in ended.out
 
 
 @pytest.mark.parametrize(

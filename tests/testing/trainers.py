@@ -35,23 +35,22 @@ def _arguments(**more: Any) -> Any:
     return {"output_dir": FOLDER, "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 2, **more}
 
 
-def _llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config() -> Any:
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(TOKENIZER), num_attention_heads=2, num_key_value_heads=2, **sizes)
-    )
+    return LlamaConfig(vocab_size=len(TOKENIZER), num_attention_heads=2, num_key_value_heads=2, **sizes)
 
 
 def sft(**options: Any) -> Any:
     from datasets import Dataset
+    from transformers import LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
+    torch.manual_seed(0)
     arguments = SFTConfig(**_arguments(max_length=None, **options))
     data = Dataset.from_list(TEXTS)
-    return SFTTrainer(model=_llama(), args=arguments, processing_class=TOKENIZER, train_dataset=data)
+    return SFTTrainer(model=LlamaForCausalLM(config()), args=arguments, processing_class=TOKENIZER, train_dataset=data)
 
 
 def sft_of_each_rank() -> Any:
