@@ -16,8 +16,8 @@ _SMALLEST_SHARE = 1e-4
 _SHOWN = 3
 """Tensors that a message names."""
 ALIKE = 1e-3
-"""Coefficients of micro-batches are alike within this, and a gradient is then a combination of theirs: a fused loss may
-compute in a lower format."""
+"""Coefficients of micro-batches are alike within this, and a gradient is then a combination of theirs: autocast rounds
+what a loss has cast to float32."""
 
 
 class Cause(NamedTuple):
