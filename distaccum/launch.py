@@ -51,7 +51,7 @@ def main() -> None:
             if int(ranks) > 1:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, but before the libraries read it
             _start_server()  # which imports while this process does
-        config, module, words = _parsed(words)
+        config, module, words = parsed(words)
     except UserError as error:
         print_error(str(error))
         sys.exit(EXIT_STATUS)
@@ -81,7 +81,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _parsed(words: list[str]) -> tuple[LaunchConfig, str, list[str]]:
+def parsed(words: list[str]) -> tuple[LaunchConfig, str, list[str]]:
     """Returns torchrun's configuration, the module that ranks run, and its arguments.
 
     Raises:

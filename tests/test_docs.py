@@ -16,7 +16,7 @@ from documents import BLOCKS, COMMANDS, PAGES, Block, Command, blocks_of, code_s
 from launching import ROOT
 
 import distaccum
-from distaccum import evaluate, report
+from distaccum import evaluate, launch, report
 from distaccum.config import conf_dir
 from distaccum.config.compose import ROOTS, compose
 from distaccum.data.tokenize import command_line
@@ -97,6 +97,14 @@ def test_a_command_is_understood(command: Command, files_of_pages: Path, monkeyp
         command_line().parse_args(command.arguments)
     elif "--trainer" in command.arguments:
         options_of(argparse.ArgumentParser(), list(command.arguments))
+    elif command.name == "launch":
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which torchrun's own code sets otherwise
+        _, module, words = launch.parsed(list(command.arguments))
+        test_a_command_is_understood(
+            dataclasses.replace(command, name=module.removeprefix("distaccum."), arguments=tuple(words)),
+            files_of_pages,
+            monkeypatch,
+        )
     elif {"--help", "--cfg"} & set(command.arguments):
         assert command.arguments in (("--help",), ("--cfg", "job"))
     else:

@@ -166,12 +166,12 @@ def test_ranks_of_the_launcher_are_as_if_started_by_themselves(tmp_path: Path) -
 )
 def test_options_that_the_launcher_does_not_have_are_refused(options: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        launch._parsed(options)
+        launch.parsed(options)
 
 
 def test_the_launcher_tells_options_from_overrides() -> None:
     def parsed(*words: str) -> tuple[int, str, list[str]]:
-        config, module, rest = launch._parsed([*words])
+        config, module, rest = launch.parsed([*words])
         return config.nproc_per_node, module, rest
 
     assert parsed("--nproc_per_node=1") == (1, "distaccum.train", [])
