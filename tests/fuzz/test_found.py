@@ -136,10 +136,10 @@ def test_devices_and_pipes_are_not_read_by_an_index(tmp_path: Path) -> None:
 
 
 def test_a_header_of_tokens_that_is_no_python_is_one_message(tmp_path: Path) -> None:
-    text = "{'descr': '<u2'\u00a0}".encode("latin1")
-    (tmp_path / "tokens.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    with pytest.raises(UserError, match="can't be read as tokens"):
-        find(str(tmp_path / "tokens.npy"), "data.files", "uint16")
+    for text in (b"{'descr': '<u2'\xa0}", b"{'descr': '<u2', 'shape': (1,", b"(" * 5000):
+        (tmp_path / "tokens.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        with pytest.raises(UserError, match="can't be read as tokens"):
+            find(str(tmp_path / "tokens.npy"), "data.files", "uint16")
 
 
 def test_a_pipe_in_the_place_of_an_index_of_weights_is_not_waited_for(tmp_path: Path) -> None:

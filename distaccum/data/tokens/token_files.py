@@ -207,7 +207,9 @@ def _file(path: str, dtype: str) -> TokenFile:
                 magic, number, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
                 if (magic, number) in _HEADERS:
                     offset, dtype, expected = _HEADER_BYTES, _HEADERS[magic, number], count
-    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:  # NumPy reads headers as Python
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, as NumPy reads headers as Python
         raise UserError(f"{path} can't be read as tokens: {error}.") from error
     count, rest = divmod(max(0, size - offset), np.dtype(dtype).itemsize)
     if rest or expected not in (None, count):
