@@ -329,14 +329,14 @@ PEERS = ("accelerate", "lightning", "transformers")
 """The packages that the last four need; the extra `bench`."""
 
 
-def missing_peers() -> list[str]:
-    """Returns the peers that are not installed."""
-    return [name for name in PEERS if importlib.util.find_spec(name) is None]
+def missing_peers(*more: str) -> list[str]:
+    """Returns the peers, and more packages, that are not installed."""
+    return [name for name in (*PEERS, *more) if importlib.util.find_spec(name) is None]
 
 
-def require_peers() -> None:
-    """Ends the program if a peer is missing."""
-    if missing := missing_peers():
+def require_peers(*more: str) -> None:
+    """Ends the program if a peer, or one of more packages, is missing."""
+    if missing := missing_peers(*more):
         raise SystemExit(f'{", ".join(missing)} not installed: pip install "distaccum[bench]"')
 
 
