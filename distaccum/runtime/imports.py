@@ -12,8 +12,9 @@ from contextlib import contextmanager
 def quick_imports() -> Iterator[None]:
     """Pauses the garbage collector while torch and what a command needs besides are imported.
 
-    Imports make a million objects and hardly any garbage, and the collector looks through all of them again and again:
-    a fifth of the time. Afterwards it takes them for permanent, so that no later collection looks through them either.
+    Imports make half a million objects and hardly any garbage, and the collector looks through all of them again and
+    again: a third of the time. Afterwards it takes them for permanent, so that no later collection looks through them
+    either.
     Where torch has been imported already, the process is somebody else's, and nothing is changed.
     """
     if "torch" in sys.modules or not gc.isenabled():
