@@ -76,8 +76,8 @@ def state_tensors(
     for kind, tensors_of_kind in also.items():
         # What is neither sharded nor a parameter's may differ between ranks, as BatchNorm's statistics do: rank 0's
         # count, as they do of the model.
-        own = {n: v for n, v in tensors_of_kind.items() if rank == 0 or n in parameters or isinstance(v, DTensor)}
-        tensors |= named_also(kind, own)
+        mine = {n: v for n, v in tensors_of_kind.items() if rank == 0 or n in parameters or isinstance(v, DTensor)}
+        tensors |= named_also(kind, mine)
     tensors |= {f"rank/{rank}/{name}": value for name, value in own.items()}
     tensors |= {f"rank/{rank}/random/{name}": value for name, value in random_state(strategy.device).items()}
     return tensors | {f"rank/{rank}/strategy/{name}": value for name, value in strategy.state_tensors().items()}
