@@ -14,6 +14,35 @@ logger = logging.getLogger(__name__)
 _MOST_WAITING = 10_000
 """Calls that may wait for a tracker that takes none."""
 
+_MOST_SECONDS = 10.0
+"""Time that a fork waits for `forks_wait`. A tracker may wait longer for the network, but imports nothing then."""
+
+_importing = threading.RLock()
+_forking = threading.local()
+
+
+@contextmanager
+def forks_wait() -> Iterator[None]:
+    """Has forks by other threads wait, as of data workers, while this one imports.
+
+    A module that is half imported by another thread stays so in a forked child for ever, with its lock held: a sample
+    whose loading imports it would hang.
+    """
+    with _importing:
+        yield
+
+
+def _before_fork() -> None:
+    _forking.waits = _importing.acquire(timeout=_MOST_SECONDS)
+
+
+def _after_fork() -> None:
+    if _forking.waits:
+        _importing.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
 
 class Background:
     """Makes calls in a thread, in order. If one fails, or too many wait, a warning says so once, and the others are

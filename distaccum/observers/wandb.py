@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distaccum.config.enums import WandbMode
 from distaccum.config.redaction import redacted_arguments
 from distaccum.errors import UserError
-from distaccum.observers.background import Background, default_environment
+from distaccum.observers.background import Background, default_environment, forks_wait
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.flattening import flattened
 from distaccum.runtime.files import write_text
@@ -44,8 +44,8 @@ class Wandb(Observer):
     """Logs to Weights & Biases, over the number of the update as x axis: `train/…` and `eval/…`.
 
     wandb is imported and begins in a thread, beside the first updates, which takes it two seconds; updates wait in a
-    queue meanwhile. If it can't begin, the next report of the run raises the error. Afterwards the thread logs: if it
-    fails or hangs, a warning says so, and the training goes on.
+    queue meanwhile, and so does the fork of data workers. If it can't begin, the next report of the run raises the
+    error. Afterwards the thread logs: if it fails or hangs, a warning says so, and the training goes on.
 
     All that it writes lies in `run_dir/wandb/`; offline, nothing goes out to the network, and `wandb sync` uploads the
     run later. Its background process and its hooks last as long as the run.
@@ -88,7 +88,8 @@ class Wandb(Observer):
     def _begin_or_fail(self, start: RunStart) -> None:
         """Begins the run, in the thread; what goes wrong is for `_raise_start_error` to raise in the main one."""
         try:
-            self._begin(start)
+            with forks_wait():
+                self._begin(start)
         except Exception as error:
             self._start_error = error
         finally:
