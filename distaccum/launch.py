@@ -135,8 +135,16 @@ def _launched(config: LaunchConfig, module: str, words: list[str]) -> int:
         return 1
     except SignalException as stop:
         ended = list(statuses)
-        return 128 + stop.sigval if _RUNNING in ended else max(ended)
+        return 128 + stop.sigval if _RUNNING in ended else _of_all(ended)
     return 0
+
+
+def _of_all(statuses: Sequence[int]) -> int:
+    """Returns the exit status of ranks that have ended after a signal: a failure is not to be started again."""
+    failed = {*statuses} - {0, EXIT_UNFINISHED, EXIT_INTERRUPTED}
+    if failed:
+        return EXIT_STATUS if failed == {EXIT_STATUS} else 1
+    return max(statuses)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distaccum.checkpoints.checkpointer import Checkpointer
 from distaccum.checkpoints.export import Exported, export_model, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
-from distaccum.checkpoints.memory_place import forget_memory
+from distaccum.checkpoints.memory_place import forget_memory, has_memory
 from distaccum.checkpoints.newest import newest_anywhere
 from distaccum.checkpoints.of_rank import read_own
 from distaccum.checkpoints.restoring import Stateful
@@ -25,6 +25,7 @@ __all__ = [
     "clear_leftovers",
     "export_model",
     "forget_memory",
+    "has_memory",
     "load_exported",
     "load_model",
     "members_of",

@@ -72,8 +72,11 @@ class MemoryPlace:
         """Makes the folder.
 
         Raises:
-            OSError: it can't be made, or is another user's.
+            OSError: it can't be made, is another user's, or is not in memory.
         """
+        # On a disk that nodes share, each would take the folder for its own and remove the states of the others.
+        if (kind := _file_system(memory_root())) != "tmpfs":
+            raise OSError(f"it is on {kind}, not on tmpfs")
         self.root.mkdir(mode=0o700, exist_ok=True)
         if not self.is_own():
             raise PermissionError(f"{self.root} is there, and not this user's alone")
@@ -130,6 +133,11 @@ def _identifier(checkpoints: Path, *, draw: bool) -> str | None:
     return identifier
 
 
+def has_memory(checkpoints: Path) -> bool:
+    """Returns whether a run in a folder of checkpoints has kept states in memory, which may be gone by now."""
+    return _identifier(checkpoints, draw=False) is not None
+
+
 def forget_memory(checkpoints: Path) -> None:
     """Makes all that runs in a folder of checkpoints have left in memory count no more. To be called on rank 0.
 
@@ -153,6 +161,17 @@ def _this_node() -> tuple[str, int, int]:
         # Numbers of file systems count on one kernel; on the same one, each container may have memory of its own.
         return Path("/proc/sys/kernel/random/boot_id").read_text(), status.st_dev, status.st_ino
     return "", 0, 0
+
+
+def _file_system(path: Path) -> str:
+    """Returns the kind of file system that a path lies on, as the kernel calls it."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        mount, _, file_system = line.partition(" - ")
+        if mount.split(" ")[2] == number:
+            return file_system.split(" ")[0]
+    return "an unknown file system"
 
 
 def failed_together(step: Callable[[], None], gather: Gather) -> str | None:

@@ -60,6 +60,9 @@ def newest_anywhere(checkpoints: Path, *, rank: int, gather: Gather) -> Checkpoi
         if update in in_memory:
             checkpoint, problems = _of_memory(place, update, checkpoints, rank=rank, gather=gather)
             if checkpoint is not None:
+                if rank == 0 and update > max(on_disk, default=-1):
+                    saved = f"the newest on the disk, of update {max(on_disk)}" if on_disk else "any on the disk"
+                    logger.info("the state of update %d, in memory, is newer than %s", update, saved)
                 return checkpoint
             if rank == 0:
                 logger.warning("the state of update %d in memory is not whole and passed over: %s", update, problems)

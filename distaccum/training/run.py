@@ -33,6 +33,7 @@ from distaccum.training.run_folder import (
     held_run_folder,
     leave_marker,
     refuse_links,
+    results_of_another,
 )
 
 logger = logging.getLogger(__name__)
@@ -124,9 +125,15 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
     """Finds the checkpoint that the run goes on from, and checks it; None for a run that begins anew.
 
     Raises:
-        UserError: `resume` names one that is not there or is damaged.
+        UserError: `resume` names one that is not there or is damaged; the folder has another run's results.
     """
     checkpoint = newest_anywhere(folder.path / CHECKPOINTS, rank=world.rank, gather=world.gather)
+    has_checkpoints = world.from_main(bool(checkpoints_in(folder.path / CHECKPOINTS)))
+    if checkpoint is None and folder.is_restart and not has_checkpoints:
+        # Its states in memory may have gone with the machine.
+        other = world.from_main(results_of_another(folder.path, as_plain(config)) if world.is_main else None)
+        if other is not None:
+            raise other
     if config.resume not in ("auto", "none"):
         checkpoint = _of_both(checkpoint, without_tilde(config.resume), folder, world)
     if checkpoint is not None:
@@ -139,7 +146,7 @@ def find_checkpoint(config: TrainConfig, folder: RunFolder, world: World) -> Che
             if before["world_size"] != world.world_size:
                 logger.info("ranks: %d → %d", before["world_size"], world.world_size)
         return checkpoint
-    if world.from_main(bool(checkpoints_in(folder.path / CHECKPOINTS))):
+    if has_checkpoints:
         # To start over would throw its numbers away, and in the end what is left of these checkpoints.
         raise UserError(
             f"all checkpoints in {folder.path / CHECKPOINTS} are damaged, as the log says one by one: there is nothing "
@@ -156,10 +163,11 @@ def _of_both(own: Checkpoint | None, named: Path, folder: RunFolder, world: Worl
     if own is None:
         return _named_checkpoint(named, world)
     inside = folder.path.resolve() in named.resolve().parents
-    if inside and named.resolve() not in (own.path.resolve(), own.path.parent.resolve()):
+    checkpoints = folder.path / CHECKPOINTS  # own.path may lie in memory
+    if inside and named.resolve() not in (own.path.resolve(), checkpoints.resolve()):
         raise UserError(
-            f"resume={named} is not the newest checkpoint in run_dir={folder.path}, whose results would no longer fit "
-            "together. To go back to it, give the run another folder with run_dir=…"
+            f"resume={named} is not the newest checkpoint of run_dir={folder.path}, which is {own.path}: its results "
+            "would no longer fit together. To go back to it, give the run another folder with run_dir=…"
         )
     if world.is_main and not inside:
         logger.info("resume=%s is where this run began; it has checkpoints of its own since", named)

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from distaccum.checkpoints import checkpoints_in, clear_leftovers, forget_memory
+from distaccum.checkpoints import checkpoints_in, clear_leftovers, forget_memory, has_memory
 from distaccum.config import flat
 from distaccum.config.redaction import redacted
 from distaccum.errors import UserError
@@ -32,6 +32,7 @@ UNFINISHED = "unfinished.json"
 """Left by a run that was asked to stop and has saved; launchers start such a run again."""
 
 _LOCK = "run.lock"
+_NOTHING_TO_GO_ON_FROM = "with other settings and without a checkpoint to go on from"
 _NOT_THE_RUNS_OWN = frozenset(
     ("run_dir", "resume", "resume_override", "checkpoint", "distributed", "wandb", "observers", "device")
 )
@@ -204,14 +205,22 @@ def _is_restart(path: Path, run_dir: str | None, resume: str, plain: dict[str, A
     if not has_checkpoints and not (path / METRICS).exists():
         # A config.yaml alone is what a run leaves that failed before its first update: no reason to refuse.
         return False
-    if resume != "none" and (has_checkpoints or _is_same_run(path, plain)):
+    # Whether the states in memory are still there, all nodes say together: see `results_of_another`.
+    if resume != "none" and (has_checkpoints or has_memory(path / CHECKPOINTS) or _is_same_run(path, plain)):
         return True
-    why = (
-        "which would be overwritten"
-        if resume == "none"
-        else "with other settings and without a checkpoint to go on from"
-    )
-    raise UserError(
+    raise _another_run(run_dir, "which would be overwritten" if resume == "none" else _NOTHING_TO_GO_ON_FROM)
+
+
+def results_of_another(path: Path, plain: dict[str, Any]) -> UserError | None:
+    """Returns the error to raise where a run that goes on has found nothing to go on from, if its settings are others
+    than those of the results in its folder."""
+    if not (path / METRICS).exists() or _is_same_run(path, plain):
+        return None
+    return _another_run(path, _NOTHING_TO_GO_ON_FROM)
+
+
+def _another_run(run_dir: str | Path | None, why: str) -> UserError:
+    return UserError(
         f"run_dir={run_dir} holds the results of another run, {why}. Choose another folder, or remove that one."
     )
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import disks
@@ -9,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from distaccum.checkpoints import Checkpointer
-from distaccum.checkpoints.memory_place import VARIABLE
+from distaccum.checkpoints import Checkpointer, memory_place
+from distaccum.checkpoints.memory_place import VARIABLE, _file_system
 from distaccum.config import CheckpointConfig
 from distaccum.errors import UserError
 
@@ -18,11 +22,10 @@ CONFIG = CheckpointConfig(memory_every_updates=1, every_updates=4)
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    monkeypatch.setenv(VARIABLE, str(folder))
-    return folder
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        monkeypatch.setenv(VARIABLE, folder)
+        yield Path(folder)
 
 
 def checkpointer(folder: Path, config: CheckpointConfig = CONFIG, width: int = 8) -> Checkpointer:
@@ -67,12 +70,14 @@ def flip_byte(state: Path) -> None:
 def test_the_newest_state_is_taken_from_wherever_it_is(
     tmp_path: Path, memory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     folder = tmp_path / "checkpoints"
     make_updates(checkpointer(folder), 1, 6)
     # The one before the newest stays until the next one is begun.
     assert [state.name for state in states(memory)] == ["update-00000005", "update-00000006"]
     assert states(memory)[0].parent.parent.stat().st_mode & 0o777 == 0o700
     assert restored(folder)[1] == 6
+    assert "the state of update 6, in memory, is newer than the newest on the disk, of update 4" in caplog.text
     flip_byte(states(memory)[1])
     assert restored(folder)[1] == 5
     assert "state of update 6 in memory is not whole and passed over: rank-00000.safetensors is not as it was" in (
@@ -81,6 +86,7 @@ def test_the_newest_state_is_taken_from_wherever_it_is(
     (states(memory)[0] / "manifest.json").unlink()
     one, update = restored(folder)
     assert update == 4, "the one on the disk"
+    assert caplog.text.count("is newer than") == 2
     make_updates(one, 5, 7)
     assert [state.name for state in states(memory)] == ["update-00000006", "update-00000007"]
     # Also for a run that keeps none there any more.
@@ -97,6 +103,14 @@ def test_a_state_of_another_run_in_the_same_folder_does_not_count(tmp_path: Path
     make_updates(checkpointer(folder), 1, 3)
     folder.rename(tmp_path / "removed")
     assert restored(folder)[1] == 0
+    assert not states(memory)
+
+
+def test_states_are_given_up_without_their_identifier(tmp_path: Path, memory: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    make_updates(checkpointer(folder), 1, 6)
+    (folder / "memory.id").unlink()
+    assert restored(folder)[1] == 4
     assert not states(memory)
 
 
@@ -121,6 +135,16 @@ def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(VARIABLE, str(tmp_path / "missing"))
     with pytest.raises(UserError, match=f"can't keep states in {tmp_path}/missing: No such file"):
         checkpointer(tmp_path / "checkpoints")
+
+
+def test_a_folder_that_is_not_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes may share it, and would remove each other's states."""
+    if _file_system(tmp_path) == "tmpfs":
+        monkeypatch.setattr(memory_place, "_file_system", lambda path: "nfs4")
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match=f"can't keep states in {re.escape(str(tmp_path))}: it is on .+, not on tmpfs"):
+        checkpointer(tmp_path / "checkpoints")
+    assert not list(tmp_path.glob("distaccum-*"))
 
 
 def test_room_is_asked_for_before_anything_is_written(

@@ -16,7 +16,7 @@ from runs import RUN, assert_each_update_once, lines_of, results, undisturbed
 from zygote import Zygote
 
 from distaccum import launch
-from distaccum.errors import EXIT_STATUS, EXIT_UNFINISHED, UserError
+from distaccum.errors import EXIT_INTERRUPTED, EXIT_STATUS, EXIT_UNFINISHED, UserError
 
 UPDATES = 100
 SETTINGS = [*RUN, "strategy=ddp", f"train.max_updates={UPDATES}"]
@@ -167,6 +167,19 @@ def test_ranks_of_the_launcher_are_as_if_started_by_themselves(tmp_path: Path) -
 def test_options_that_the_launcher_does_not_have_are_refused(options: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         launch.parsed(options)
+
+
+def test_a_failure_beside_ranks_that_a_signal_stopped_is_not_started_again() -> None:
+    wanted = {
+        (0, EXIT_UNFINISHED): EXIT_UNFINISHED,
+        (EXIT_INTERRUPTED, EXIT_UNFINISHED): EXIT_INTERRUPTED,
+        (1, EXIT_UNFINISHED): 1,
+        (EXIT_UNFINISHED, EXIT_STATUS): EXIT_STATUS,
+        (EXIT_STATUS, 1, EXIT_INTERRUPTED): 1,
+        (3, 0): 1,
+        (0, 0): 0,
+    }
+    assert {statuses: launch._of_all(statuses) for statuses in wanted} == wanted
 
 
 def test_the_launcher_tells_options_from_overrides() -> None:
