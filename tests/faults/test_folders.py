@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from starting import RUN, STEPS, Starter
 from troubles import trouble
 
 from distaccum.checkpoints import MODEL_FILE
+from distaccum.checkpoints.memory_place import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -108,6 +110,32 @@ def test_when_all_checkpoints_are_damaged_nothing_is_thrown_away(runs: Starter) 
     assert message.startswith(f"all checkpoints in {CHECKPOINTS} are damaged")
     assert lines(Path("run")) == before
     assert saved_updates() == [6, 4]
+
+
+def test_a_run_with_a_state_in_memory_alone_goes_on_with_other_settings(
+    runs: Starter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["checkpoint.every_updates=null", "checkpoint.memory_every_updates=1"]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        monkeypatch.setenv(VARIABLE, memory)
+        stop_after(runs, 5, *settings)
+        assert not saved_updates()
+        settings.append("optim.lr=0.003")
+        before = lines(Path("run"))
+        message = runs.run(*RUN, *settings, f"resume={CHECKPOINTS}/update-00000002").message
+        assert f"is not the newest checkpoint of run_dir=run, which is {memory}/distaccum-" in message
+        (root,) = Path(memory).glob("distaccum-*")
+        root.rename(f"{memory}/elsewhere")
+        message = runs.run(*RUN, *settings).message
+        assert "results of another run, with other settings and without a checkpoint to go on from" in message
+        assert lines(Path("run")) == before
+        Path(memory, "elsewhere").rename(root)
+        ended = runs.run(*RUN, *settings, f"resume={CHECKPOINTS}")
+    assert ended.statuses == [0], ended
+    assert "in memory, is newer than any on the disk" in ended.out
+    assert f"going on from {memory}/distaccum-" in ended.out
+    assert "changed since: optim.lr" in ended.out
+    assert [line["update"] for line in lines(Path("run")) if "eval" not in line] == list(range(1, 9))
 
 
 REFUSED = {
