@@ -21,7 +21,7 @@ from torch import Tensor
 from distaccum.accumulation.open_window import OpenWindow
 from distaccum.accumulation.running_sum import RunningSum
 from distaccum.accumulation.scalars import stacked
-from distaccum.errors import UserError
+from distaccum.errors import UserError, require
 from distaccum.loaders import Window
 from distaccum.runtime.buffers import persistent_buffers
 from distaccum.runtime.randomness import random_state, set_random_state
@@ -80,9 +80,19 @@ def put_in(window: OpenWindow, state: Mapping[str, Tensor]) -> State:
     been begun again as its micro-batches are too large by now.
 
     Raises:
-        UserError: the state is of another model, or its losses had another scale.
+        UserError: the state is of another model, its losses had another scale, or the window leaves out other
+            micro-batches than those whose gradients it holds.
     """
-    if not state or (window.share is not None and not window.share.taken):
+    is_again = window.share is not None and not window.share.taken
+    left_out = window.source.done if isinstance(window.source, Window) else 0
+    done = len(state["sizes"]) if state else 0
+    require(
+        left_out == done or (is_again and not state),
+        f"update {window.number}: its window leaves out its first {left_out} micro-batches, and accumulator.unfinished "
+        f"holds the gradients of {done}. Give both: accumulator.unfinished = state, and "
+        'loader.epoch(epoch, first_window, done=len(state["sizes"])).',
+    )
+    if not state or is_again:
         return {}
     strategy = window.strategy
     strategy.begin_window()  # else the first forward would replace the ranks' buffers by rank 0's

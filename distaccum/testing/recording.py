@@ -24,6 +24,7 @@ class Update:
         after: parameters and buffers.
         steps: how often the optimizer stepped.
         statistics: names of BatchNorm layers that have taken statistics of the micro-batch.
+        scale: what gradients were multiplied by in each backward.
     """
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class Update:
     after: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     statistics: list[str] = field(default_factory=list)
+    scale: float = 1.0
 
 
 @contextlib.contextmanager
@@ -77,7 +79,8 @@ def require_built(built: Any) -> None:
 def recorded(model: nn.Module, update: Update) -> Iterator[None]:
     """Records an update's gradients where the last backward and the step of any optimizer of the model leave them.
 
-    The optimizer need not be known: trainers make it, or another one around it, late.
+    Each backward's are multiplied by `update.scale`, unless the model is sharded: those have no hooks. The optimizer
+    need not be known: trainers make it, or another one around it, late.
     """
     inside: list[object] = []  # optimizers whose step runs: ZeRO's calls that of its shard
 
@@ -111,6 +114,8 @@ def recorded(model: nn.Module, update: Update) -> Iterator[None]:
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            if update.scale != 1.0:
+                parameter.register_hook(lambda gradient: gradient * update.scale)  # type: ignore[no-untyped-call]
             parameter.register_post_accumulate_grad_hook(on_accumulated(name))  # type: ignore[no-untyped-call]
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):

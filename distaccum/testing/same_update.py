@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from distaccum.runtime.nested import mapped
@@ -43,6 +43,8 @@ Build = Callable[[], tuple[nn.Module, Any]]
 Step = Callable[[nn.Module, Any, list[Any]], object]
 
 _MOST_MICRO_STEPS = 8
+_SMALL = 2.0**-30
+"""Gradients are multiplied by it to be below any norm that they are clipped to; a power of two changes no digit."""
 
 
 class UpdateDiffersError(AssertionError):
@@ -74,10 +76,12 @@ class Comparison:
 
     Attributes:
         sizes: samples of each micro-batch, by rank.
-        gradients: relative difference of each gradient that the optimizer gets, largest first.
+        gradients: relative difference of each gradient that the optimizer gets, largest first. Where it clips, and that
+            hides a difference, of the gradient before clipping.
         after: the same of parameters and buffers after the step.
         gradient_error, after_error: that of all of them together.
         tolerance: for each of them.
+        before_clipping: gradients were so small that nothing was clipped.
         cause: None if the updates are the same.
     """
 
@@ -87,6 +91,7 @@ class Comparison:
     gradient_error: float
     after_error: float
     tolerance: float
+    before_clipping: bool
     cause: Cause | None
 
     def message(self) -> str:
@@ -95,7 +100,8 @@ class Comparison:
         where = f"micro-batches of {sizes[0]} samples" if len(sizes) == 1 else f"micro-batches of the ranks: {sizes}"
         lines = [f"the update depends on how its window of {sum(map(sum, sizes))} samples is cut ({where})."]
         if wrong := above(self.gradients, self.tolerance):
-            lines.append(f"The gradient that the optimizer gets is off: {named(wrong)}.")
+            which = "before clipping" if self.before_clipping else "that the optimizer gets"
+            lines.append(f"The gradient {which} is off: {named(wrong)}.")
         else:
             after = above(self.after, self.tolerance)
             lines.append(f"The gradient is right, but after the step these differ: {named(after)}.")
@@ -116,7 +122,8 @@ def assert_same_update(
 
     The update in one shot, `step(model, optimizer, [collate(samples)])` on one rank, is compared with those of several
     cuts, each from the same initial state: gradients as the optimizer gets them, parameters and buffers after its step.
-    All of it in float64, so that what is left is no rounding; modules of dropout drop nothing.
+    All of it in float64, so that what is left is no rounding; modules of dropout drop nothing. Where the step clips,
+    that is done once more with gradients so small that nothing is: clipping to a norm hides a wrong factor.
 
     Args:
         build: makes model and optimizer, on the ranks wrapped in DDP or FSDP. It is called once for each update, with
@@ -166,9 +173,9 @@ def comparisons(loop: Loop, *, tolerance: float = 1e-6, seed: int = 0) -> Iterat
     prover = _Prover(loop, tolerance, seed)
     whole = prover.alone([prover.everyone])
     prover.require_repeatable(whole)
+    unclipped = prover.unclipped(whole)
     for cut in prover.cuts(uneven=loop.uneven):
-        found = prover.gathered(prover.compared(whole, prover.update(cut[prover.rank]), cut))
-        yield next((comparison for comparison in found if comparison.cause), found[0])
+        yield (unclipped and prover.difference(unclipped, cut)) or prover.comparison(whole, cut)
 
 
 class _Prover:
@@ -205,20 +212,20 @@ class _Prover:
         places = iter(self.everyone)
         return [[[next(places) for _ in range(size)] for size in of_rank] for of_rank in sizes]
 
-    def alone(self, micro_batches: list[list[int]], *, step_seed: int | None = None) -> Update:
+    def alone(self, micro_batches: list[list[int]], *, step_seed: int | None = None, scale: float = 1.0) -> Update:
         """Makes an update as if this rank were the only one: what the group of all ranks is then holds itself alone."""
         if self._own_group is None:
-            return self.update(micro_batches, step_seed=step_seed)
+            return self.update(micro_batches, step_seed=step_seed, scale=scale)
         everyone = dist.group.WORLD
         dist.group.WORLD = self._own_group
         try:
-            return self.update(micro_batches, step_seed=step_seed)
+            return self.update(micro_batches, step_seed=step_seed, scale=scale)
         finally:
             dist.group.WORLD = everyone
 
-    def update(self, micro_batches: list[list[int]], *, step_seed: int | None = None) -> Update:
+    def update(self, micro_batches: list[list[int]], *, step_seed: int | None = None, scale: float = 1.0) -> Update:
         """Makes the update of micro-batches, given as places in the window, from the initial state."""
-        update = Update()
+        update = Update(scale=scale)
         with float64():
             torch.manual_seed(self._seed)
             model, beside = self._loop.build()
@@ -246,7 +253,28 @@ class _Prover:
                 "that is no module of torch's, random depth, noise."
             )
 
-    def compared(self, whole: Update, update: Update, cut: Cut) -> Comparison:
+    def unclipped(self, whole: Update) -> Update | None:
+        """Returns the update in one shot with small gradients; None if they are the same ones, so nothing was clipped.
+
+        Gradients of sharded models can't be made small: None for them.
+        """
+        if not whole.raw:
+            return None
+        small = self.alone([self.everyone], scale=_SMALL)
+        grown = {name: gradient / _SMALL for name, gradient in small.gradients.items()}
+        return small if self._anywhere(bool(above(errors_of(grown, whole.gradients), self._tolerance))) else None
+
+    def comparison(self, whole: Update, cut: Cut) -> Comparison:
+        """Compares the update of a cut with the one in one shot; all ranks get that of the first that differs."""
+        found = self.gathered(self._compared(whole, self.update(cut[self.rank], scale=whole.scale), cut))
+        return next((comparison for comparison in found if comparison.cause), found[0])
+
+    def difference(self, whole: Update, cut: Cut) -> Comparison | None:
+        """Returns the comparison if the update of a cut differs from the one in one shot."""
+        found = self.comparison(whole, cut)
+        return found if found.cause else None
+
+    def _compared(self, whole: Update, update: Update, cut: Cut) -> Comparison:
         gradients, after = errors_of(update.gradients, whole.gradients), errors_of(update.after, whole.after)
         is_right, is_right_after = (not above(errors, self._tolerance) for errors in (gradients, after))
         # Looked for on all ranks, or on none.
@@ -259,6 +287,7 @@ class _Prover:
             gradient_error=error_of_all(update.gradients, whole.gradients),
             after_error=error_of_all(update.after, whole.after),
             tolerance=self._tolerance,
+            before_clipping=whole.scale != 1.0,
             cause=None if is_same else cause,
         )
 
@@ -277,9 +306,9 @@ class _Prover:
             )
         if not self._anywhere(not is_right):
             return cause_after(whole)
-        singles = [self.alone([places]) for of_rank in cut for places in of_rank]
-        parts = torch.stack([flat(single.raw or single.gradients, whole) for single in singles], 1)
-        right, error = combination(parts, flat(whole.raw or whole.gradients, whole))
+        singles = [self.alone([places], scale=whole.scale) for of_rank in cut for places in of_rank]
+        parts = torch.stack([flat(_unclipped(single), whole) for single in singles], 1)
+        right, error = combination(parts, flat(_unclipped(whole), whole))
         if error > max(ALIKE, self._tolerance):
             return coupled(whole)
         found, error = combination(parts, flat(update.gradients, whole))
@@ -307,3 +336,8 @@ class _Prover:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def _unclipped(update: Update) -> dict[str, Tensor]:
+    """Returns gradients before clipping, where they are known."""
+    return update.gradients if update.scale != 1.0 else update.raw or update.gradients

@@ -288,9 +288,10 @@ class Trainer:
     def _loss_of_next_window(self) -> Tensor:
         return self.updater.loss(self._progress.sample_micro_batch())
 
-    def _save(self, *, wait: bool = False) -> None:
+    def _save(self, *, wait: bool = False, unfinished: bool = True) -> None:
         assert self.checkpointer is not None
-        state = self._progress.state_dict() | {"config": self.config, "unfinished": self._unfinished}
+        state = self._progress.state_dict() | {"config": self.config}
+        state["unfinished"] = self._unfinished if unfinished else None
         self.checkpointer.save(self._progress.updates, state, wait=wait)
         self._is_ahead_of_save = False
 
@@ -300,6 +301,9 @@ class Trainer:
         self.updater.supervision.heartbeat.doing("saving of the last checkpoint", update=self._progress.updates)
         self.checkpointer.wait()
         if self._unfinished:
+            if self.checkpointer.last_saved != self._progress.updates:
+                # First what is smaller: a kill during the write of gradients then costs the window alone.
+                self._save(wait=True, unfinished=False)
             own = self.updater.unfinished or {}
             self.checkpointer.own = {f"{KIND}/{name}": value for name, value in own.items()}
         if self._unfinished or self._is_ahead_of_save or self.checkpointer.last_saved != self._progress.updates:

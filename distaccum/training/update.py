@@ -101,7 +101,7 @@ class Updater:
             return checked_output(self.task(self.accumulator.strategy.model, batch)).joined()
 
     def _forward(self, window: Window, batch: Any) -> TaskOutput:
-        with self.memory_line.watching(window.sizes[0]):
+        with self.memory_line.watching(window.sizes[window.done]):
             return checked_output(self._computed(self.task, batch))
 
     def _computed(self, forward: Callable[[nn.Module, Any], Any], batch: Any) -> Any:

@@ -32,6 +32,7 @@ class Part:
         leave_at: micro-step of the second window before which it is left.
         before: what is gone on with.
         change: is called with what was taken out, before that is gone on with.
+        left_out: micro-batches that the loader leaves out, if not those.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Part:
         change: Callable[[dict[str, Tensor]], None] = lambda state: None,
         recovers: bool = False,
         workers: int = 0,
+        left_out: int | None = None,
         is_tensor: bool = False,
         **more: Any,
     ) -> None:
@@ -66,11 +68,11 @@ class Part:
             assert is_of(state, self.loader.cuts.micro_batches(0, 1))
             self.accumulator.unfinished, done = state, len(state["sizes"])
             torch.manual_seed(99)
-        self._train(done)
+        self._train(done if left_out is None else left_out)
 
     def _train(self, done: int) -> None:
         try:
-            for window in self.loader.epoch(0, 1 if done else 0, done):
+            for window in self.loader.epoch(0, 1 if self.accumulator.updates else 0, done):
                 self.saved = copy.deepcopy(
                     (self.module.state_dict(), self.accumulator.optimizer.state_dict(), self.accumulator.state_dict())
                 )
@@ -166,3 +168,15 @@ def test_another_scale_or_model_is_refused() -> None:
         Part(before=left, change=lambda state: state.update({"gradients/out.bias": state["loss_sums"][:1]}))
     with pytest.raises(AssertionError, match="is_of"):
         Part(before=left, change=lambda state: state["samples"].add_(1))
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_loader_that_leaves_out_other_micro_batches_is_refused(recovers: bool) -> None:
+    left = Part(4, recovers=recovers)
+    for left_out in (0, 2, 5):
+        said = f"update 2: its window leaves out its first {left_out} micro-batches, .* holds the gradients of 3"
+        with pytest.raises(UserError, match=said):
+            Part(before=left, left_out=left_out, recovers=recovers)
+    without = Part(recovers=recovers)
+    with pytest.raises(UserError, match=r"update 3: .* its first 3 micro-batches, .* holds the gradients of 0"):
+        without._train(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from killing import Order
-from runs import RUN, assert_each_update_once, results, undisturbed
+from runs import RUN, assert_each_update_once, lines_of, results, undisturbed
 from zygote import Zygote
 
 from distaccum.checkpoints import checkpoints_in
@@ -142,3 +142,26 @@ def test_a_run_that_goes_on_with_another_generator_state_is_noticed(processes: Z
     assert_each_update_once(other_lines, 20)
     assert other_lines != lines
     assert other_weights != weights
+
+
+def test_a_kill_while_a_window_in_the_middle_is_saved_costs_the_window_alone(processes: Zygote, tmp_path: Path) -> None:
+    """The state after the last update is on the disk before the gradients are written beside it."""
+    long = ("strategy=single", "batch.global_batch_size=144", "train.max_updates=2", "+model.stops_in=30")
+    settings = (*RUN, *long, "model.seconds=0.01", "checkpoint.every_updates=100", "checkpoint.grace_seconds=0.05")
+    for point in ("half of rank-#.safetensors", "after rename update-#"):
+        folder = tmp_path / point
+        folder.mkdir()
+        nth = 2 if point.startswith("half") else 1
+        start = processes.start(*settings, ranks=1, folder=folder, order=Order(point=point, nth=nth))
+        assert start.was_hit, start.output
+        assert (folder / "stopped").exists()
+        start = processes.start(*settings, ranks=1, folder=folder)
+        assert start.statuses == [0], start.output
+        assert "resumed        after update 1" in start.output, start.output
+        assert_each_update_once(lines_of(folder), 2)
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "undisturbed" / "stopped").touch()
+    start = processes.start(*settings, ranks=1, folder=tmp_path / "undisturbed")
+    assert start.statuses == [0], start.output
+    for folder in (tmp_path / "half of rank-#.safetensors", tmp_path / "after rename update-#"):
+        assert results(folder) == results(tmp_path / "undisturbed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -46,16 +48,23 @@ class Net(nn.Module):
         dropout: dropout after the first layer.
         seconds: how long a forward of the training takes at least, as long as there is no file `hurry`.
         draws_once_more: take a number from the generator that dropout uses, so that all its later numbers are others.
+        stops_in: forward that brings a SIGTERM, as long as there is no file `stopped`, which is made then; 0 for none.
     """
 
     def __init__(
-        self, num_classes: int, dropout: float = 0.2, seconds: float = 0.0, draws_once_more: bool = False
+        self,
+        num_classes: int,
+        dropout: float = 0.2,
+        seconds: float = 0.0,
+        draws_once_more: bool = False,
+        stops_in: int = 0,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(FEATURES, 32), nn.Linear(32, num_classes)])
         self.dropout = nn.Dropout(dropout)
         self.seconds = seconds
         self.draws_once_more = draws_once_more
+        self.stops_in = stops_in
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -69,6 +78,9 @@ class Net(nn.Module):
                 torch.rand(())
             if self.seconds and not Path("hurry").exists():
                 time.sleep(self.seconds)
+            if self.forwards == self.stops_in and not Path("stopped").exists():
+                Path("stopped").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
             passing("forward")
             if hidden.requires_grad:
                 hidden.register_hook(lambda gradient: passing("backward"))

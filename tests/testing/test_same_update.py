@@ -113,6 +113,37 @@ def test_a_wrong_step_fails_with_its_cause(step: Step, cause: str) -> None:
     assert "window of 12 samples is cut (micro-batches of [6, 6] samples)" in str(caught.value)
 
 
+def test_clipping_hides_no_wrong_factor() -> None:
+    def clipped(divisor: Callable[[list[Tensor], Tensor], float], after: float, value: float | None = None) -> Step:
+        """Divides by `divisor` in each micro-step and by `after` at the end, and clips then."""
+
+        def step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Tensor]) -> None:
+            for batch in micro_batches:
+                (summed(model, batch) / divisor(micro_batches, batch)).backward()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad /= after
+            if value is not None:
+                nn.utils.clip_grad_value_(model.parameters(), value)
+            else:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+
+        return step
+
+    def as_often(batches: list[Tensor], batch: Tensor) -> float:
+        return by_total(batches, batch) / len(batches)
+
+    for value in (None, 1e-9):
+        with pytest.raises(UpdateDiffersError, match=r"before clipping is off") as caught:
+            assert_same_update(build, sentences(), clipped(as_often, 3.0, value), collate=padded)
+        assert "the gradient is 2 times as large (2 micro-batches on 1 rank(s))" in str(caught.value)
+    by_the_end = clipped(lambda batches, batch: 1.0, 40.0)
+    assert_same_update(build, sentences(), by_the_end, collate=padded, tolerance=1e-11)
+    with pytest.raises(UpdateDiffersError, match="mean of means"):
+        assert_same_update(build, sentences(), clipped(lambda batches, batch: counted(batch), 1.0), collate=padded)
+
+
 def test_a_step_with_a_closure() -> None:
     def closed(step: Step) -> Step:
         def with_closure(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Any]) -> None:
