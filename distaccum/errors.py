@@ -33,7 +33,7 @@ class OtherRankFailedError(UserError):
     """This rank stops because another one did, which has printed the reason."""
 
 
-_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     File names, values of a checkpoint and texts of exceptions may be a stranger's.
     """
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """Returns a message as `printable` does, in one line: names of files may have line breaks."""
+    return printable(text.strip()).replace("\n", "\\n")
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:

@@ -121,10 +121,10 @@ class Share:
             )
             self._recovery.on_smaller(size)
         elif self._has_retried:
+            number = f" (number {samples[0] % self._cuts.sizes.num_samples} of the data)" if samples else ""
             raise UserError(
-                f"update {update}: out of memory in the {during} of a single sample"
-                f"{f' (number {samples[0]} of the data)' if samples else ''}: {said}. No micro-batch is smaller. "
-                "Take a smaller model, shorter or smaller samples, a smaller number format (precision=bf16), "
+                f"update {update}: out of memory in the {during} of a single sample{number}: {said}. No micro-batch is "
+                "smaller. Take a smaller model, shorter or smaller samples, a smaller number format (precision=bf16), "
                 "model.activation_checkpointing=true where the model has it, or a larger device."
             )
         self._has_retried = len(samples) < 2

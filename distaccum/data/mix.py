@@ -143,10 +143,17 @@ class Mix(Dataset[Any]):
         """Returns the lengths of the samples of all epochs, by those of the sources.
 
         Raises:
-            UserError: a source's lengths can't be found.
+            UserError: a source's lengths can't be found, or would have to be measured.
         """
         lengths: dict[str, SampleLengths] = {}
         for name, source in self._sources.items():
+            # What is measured here would be kept nowhere: each rank would load all samples, at each start.
+            require(
+                getattr(source, "lengths", None) is not None or hasattr(source, "find_lengths"),
+                f"data.sources.{name}: batch=by_length and batch=packed take the lengths of a mix from its sources, "
+                f"and a {type(source).__name__} doesn't know its own. Give it an attribute `lengths`, one number for "
+                "each sample, or a method `find_lengths()` that returns them; or set batch=uniform.",
+            )
             try:
                 found = lengths_of(source)
             except UserError as error:

@@ -110,7 +110,11 @@ class Window:
 
     @property
     def sample_indices(self) -> list[list[int]]:
-        """Dataset indices of each micro-batch; empty for placeholders."""
+        """Dataset indices of each micro-batch; empty for placeholders.
+
+        Where lengths are others in each epoch (`EpochLengths`), of epoch e they are e · N + i, with N samples in the
+        dataset.
+        """
         return self._sample_indices()
 
     def was_cut(self, pieces: Sequence[Sequence[int]]) -> None:

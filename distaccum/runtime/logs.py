@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from distaccum.config.redaction import redacted_text
-from distaccum.errors import UserError, printable
+from distaccum.errors import UserError, one_line, printable
 from distaccum.runtime.files import ends_within_line, opened, write_whole
 
 LOGGER_NAME = "distaccum"
@@ -176,12 +176,12 @@ def logging_to(run_dir: Path, rank: int) -> Iterator[logging.Logger]:
 
 
 def print_error(message: str) -> None:
-    """Writes a user's error to standard error, alone and at once; torchrun's report gets it too."""
-    message = redacted_text(message)
+    """Writes a user's error to standard error, as one line, alone and at once; torchrun's report gets it too."""
+    message = one_line(redacted_text(message))
     tell_launcher(message)
     flush_output()
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"error: {printable(message)}\n")
+        sys.stderr.write(f"error: {message}\n")
         sys.stderr.flush()
 
 

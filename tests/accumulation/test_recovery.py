@@ -15,6 +15,7 @@ from torch import nn
 from distaccum import Accumulator, LoaderOptions, UpdateResult, UserError, WindowLoader
 from distaccum.accumulation.recovery import Recovery
 from distaccum.config import DPConfig
+from distaccum.planning import EpochLengths
 from distaccum.strategies import SingleStrategy, Strategy
 from distaccum.strategies.dp import place_dp
 
@@ -162,6 +163,16 @@ def test_a_single_sample_that_does_not_fit_is_named() -> None:
         UserError, match=r"update 1: out of memory in the forward of a single sample \(number \d+ of the"
     ):
         Trained(never)
+
+
+def test_where_lengths_depend_on_the_epoch_the_samples_number_is_the_datasets() -> None:
+    def in_the_third_epoch(module: Fragile, number: int) -> None:
+        if number == 7:
+            module.faults.above(0, "forward", "end")
+
+    lengths = EpochLengths(lambda _, indices: 1 + indices % 5, len(Vectors()), longest=5)
+    with pytest.raises(UserError, match=r"update 7: .* \(number (\d|[1-3]\d|4[0-3]) of the data\)"):
+        Trained(in_the_third_epoch, updates=7, lengths=lengths, max_tokens=20, micro_batch_size=None)
 
 
 def test_without_recovery_it_ends_with_what_was_asked_and_what_to_do() -> None:

@@ -26,7 +26,7 @@ import forking  # noqa: E402
 from command_line import TINY  # noqa: E402
 from command_lines import Case, case  # noqa: E402
 
-from distaccum.errors import printable  # noqa: E402
+from distaccum.errors import one_line  # noqa: E402
 
 LIMIT_SECONDS = 8.0
 """What a command may take before it is ended; one that is at work until then is right."""
@@ -108,7 +108,7 @@ def fault_of(found: Case, status: int, out: str, err: str) -> str | None:
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     if len(said) != 1 or not err.endswith(f"{said[0]}\n"):
         return "not one message"
-    if not any(_names(said[0], printable(name)) for name in found.names):
+    if not any(_names(said[0], one_line(name)) for name in found.names):
         return "names no key"
     return None
 
@@ -166,21 +166,12 @@ def fixture() -> Path:
     return folder
 
 
-def run(seeds: range, seconds: float = float("inf"), at_once: int = 2, echo: bool = False) -> list[Verdict]:
-    """Runs the cases of seeds, in order, until time is up; returns what was found of each."""
-    end = time.monotonic() + seconds
+def run(seeds: range, at_once: int = 2, echo: bool = False) -> list[Verdict]:
+    """Runs the cases of seeds; returns what was found of each, in order."""
     place = fixture()
     verdicts = []
-
-    def one(seed: int) -> Verdict | None:
-        if time.monotonic() > end:
-            return None
-        return judged(seed, place)
-
     with ThreadPoolExecutor(at_once) as pool:
-        for verdict in pool.map(one, seeds):
-            if verdict is None:
-                continue
+        for verdict in pool.map(lambda seed: judged(seed, place), seeds):
             verdicts.append(verdict)
             if echo and verdict.fault:
                 print(verdict, flush=True)

@@ -7,12 +7,13 @@ import judging
 import pytest
 from command_lines import Case
 
-SECONDS = 42.0
+SEEDS = range(6000, 6150)
+"""About 30 seconds of one core."""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_random_command_lines_end_with_a_result_or_one_message() -> None:
-    verdicts = judging.run(range(6000, 6600), seconds=SECONDS)
+    verdicts = judging.run(SEEDS)
     assert not [str(verdict) for verdict in verdicts if verdict.fault], judging.summary(verdicts)
     assert {verdict.status for verdict in verdicts} >= {0, 2}
     assert len({verdict.case.tool for verdict in verdicts}) > 5, judging.summary(verdicts)

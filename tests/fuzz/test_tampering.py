@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import surviving
 
-SECONDS = 11.0
+SEEDS = range(60)
+"""About 10 seconds of one core."""
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_tampered_folders_are_survived() -> None:
-    found = list(surviving.run(range(500), seconds=SECONDS))
+    found = list(surviving.run(SEEDS))
     assert not [str(entry) for entry in found if entry.fault], surviving.summary(found)
     assert {entry.status for entry in found} == {0, 2}, surviving.summary(found)
 

@@ -26,7 +26,7 @@ class TokenizeRow:
 
     Attributes:
         tokenizer, vocab_size, max_length, collate_fn: as those of `LanguageData`.
-        identity: all that samples depend on beside the rows.
+        lengths_depend_on: all that samples depend on beside the rows.
 
     Raises:
         UserError: the tokenizer or an argument don't fit; when called, the row.
@@ -47,7 +47,7 @@ class TokenizeRow:
         self.max_length = max_length
         self._padding = padding_of(self.tokenizer)
         self.collate_fn = Padding(self._padding)
-        self.identity = [identity_of(self.tokenizer), max_length, loss_on, dict(columns or {})]
+        self.lengths_depend_on = [identity_of(self.tokenizer), max_length, loss_on, dict(columns or {})]
         self._tokenization = Tokenization(self.tokenizer, columns or {}, counts_all=loss_on == "all")
         logger.info(
             "rows are tokenised when they are loaded; of those of more than %d tokens the rest is left out", max_length

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from distaccum.config.compose import compose
 from distaccum.config.instantiate import build
@@ -297,8 +299,11 @@ def test_categories_have_a_copy_too(tmp_path: Path) -> None:
 class Cut:
     """Cuts rows to a number of values, some of them drawn."""
 
-    def __init__(self, most: int) -> None:
+    identity = nn.Identity()  # a common name, which says nothing
+
+    def __init__(self, most: int, **more: Any) -> None:
         self.most = most
+        vars(self).update(more)
 
     def __call__(self, row: dict[str, Any]) -> Any:
         return {"values": torch.rand(len(row["values"][: self.most]) + 1)}
@@ -332,6 +337,11 @@ def test_lengths_are_measured_once_and_again_when_they_may_be_others(
     for most in (1, 2, 1):
         assert max(found(transform=Cut(most))) == most + 1
     assert made() == 5
+    for numbers in ([0, 8], [8, 0]):  # whose sets are in these orders, as one set of texts is in two processes
+        found(transform=partial(Cut(1, numbers=set(numbers), of={"it": Cut(1)}, tensor=torch.rand(2))))
+    assert made() == 6
+    found(transform=partial(Cut(1, numbers={0, 8}, of={"it": Cut(2)})))
+    assert made() == 7
     if kind != "saved":
         before = found()
         write(tmp_path, kind, files=2, each=8)
