@@ -159,10 +159,11 @@ def _encoded(batches: Iterable[list[str]], encoder: Encoder, workers: int) -> It
         while ahead:
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
-        # Else the thread that hands out work may write into a pipe that nobody reads, and be waited for without end
-        # (python/cpython#94777, until 3.11.4).
-        with suppress(AttributeError, OSError):
-            pool._call_queue._reader.close()  # type: ignore[attr-defined]
+        if sys.version_info < (3, 11, 5):
+            # Else the thread that hands out work may write into a pipe that nobody reads, and be waited for without end
+            # (python/cpython#94777). Later versions close it themselves, and mustn't find it closed.
+            with suppress(AttributeError, OSError):
+                pool._call_queue._reader.close()  # type: ignore[attr-defined]
         raise UserError(
             "a worker process was killed, perhaps for want of memory. Set fewer --workers; the same command goes on."
         ) from error
