@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -179,8 +180,9 @@ def test_a_restart_that_gloo_cannot_make_says_what_to_set() -> None:
         gone, *others = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         if others:
             break
-        # Which of two ranks connects to the other is chance, and the other way round the restart succeeds.
-        assert "[rank1]: KeyError: 'a bug in forward'" in done.stderr, done.stderr
+        # Which of two ranks connects to the other is chance, and the other way round the restart succeeds, or hangs.
+        hung = f"exitcode: {-signal.SIGALRM}"
+        assert "[rank1]: KeyError: 'a bug in forward'" in done.stderr or hung in done.stderr, done.stderr
         with tempfile.TemporaryDirectory() as folder:
             done = RESTARTED_BY_SEVERAL.run(Path(folder))
     (cannot_connect,) = others
