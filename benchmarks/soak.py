@@ -121,13 +121,22 @@ def watched(phase: str, folder: Path, seconds: float, every: float) -> Iterator[
                     raise SystemExit(f"{phase} has ended:\n{(folder / 'output').read_text(errors='replace')}")
             least = {name: min(look[name] for look in looks) for name in MEASURES}
             yield {"phase": phase, "minutes": round((time.monotonic() - begin) / 60, 2), **least}
-        os.kill(pid, signal.SIGTERM)
-        process.wait(60)
+        _end(process, pid)
         drain.wait(60)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def _end(process: subprocess.Popen[str], pid: int) -> None:
+    for _ in range(6):
+        # A training that has made its last update ends as it would anyway, and the next one knows nothing of a signal.
+        os.kill(pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            return
+    raise SystemExit("the training goes on after SIGTERM")
 
 
 def _look(pid: int) -> common.Row:

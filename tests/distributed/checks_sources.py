@@ -148,10 +148,17 @@ def check_whole_documents(world: World) -> None:
         assert_exact(world, Source(write=_documents, open=opened, ids=ids, loader=loader, by_length=True))
 
 
+class _Few(list[dict[str, Any]]):
+    """A dataset that knows the lengths of its samples."""
+
+    def __init__(self) -> None:
+        self.lengths = [1 + number % 5 for number in range(20)]
+        super().__init__({"id": 100 + number, "values": [0.5] * length} for number, length in enumerate(self.lengths))
+
+
 def _mix(folder: Path) -> Mix:
-    few = [{"id": 100 + number, "values": [0.5] * (1 + number % 5)} for number in range(20)]
     rows = Rows(str(folder / "rows-*.jsonl"), evaluation_fraction=0, columns=["id", "values"])
-    return Mix({"few": few, "rows": rows}, {"few": 0.7, "rows": 0.3}, num_samples=COUNT, seed=5)
+    return Mix({"few": _Few(), "rows": rows}, {"few": 0.7, "rows": 0.3}, num_samples=COUNT, seed=5)
 
 
 def check_a_mix_of_sources(world: World) -> None:
