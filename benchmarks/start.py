@@ -46,8 +46,6 @@ COMMANDS = (
 class Run:
     """One run of the main command."""
 
-    seconds: float
-    cpu_seconds: float
     first_update: float
     """Seconds from the start to the end of the first update, on the slowest rank."""
     before: float
@@ -75,11 +73,9 @@ def run(ranks: int, folder: Path, *overrides: str) -> Run:
     folder.mkdir()
     words = [str(HERE / "start_phases.py"), str(folder), f"run_dir={folder / 'run'}", *overrides]
     command = common.torchrun(ranks, *words) if ranks > 1 else [sys.executable, *words]
-    started, seconds, cpu_seconds = timed(command, folder)
+    started, seconds, _ = timed(command, folder)
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     return Run(
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
         first_update=max(rank["ends"]["rest of first update"] for rank in found) - started,
         before=max(0.0, min(rank["started"] for rank in found) - started),
         after=started + seconds - max(rank["ended"] for rank in found),
@@ -114,24 +110,34 @@ def _row(
     return {"phase": phase, "rank 0 s": seconds, "rank 0 CPU s": cpu, "others s": others, "others CPU s": others_cpu}
 
 
-def commands(runs: Sequence[Run], folder: Path, *, rounds: int, is_quick: bool) -> Iterator[common.Row]:
-    """Yields what commands take."""
+def commands(
+    runs: Sequence[Run], train: Sequence[str], folder: Path, *, rounds: int, is_quick: bool
+) -> Iterator[common.Row]:
+    """Yields what commands take.
+
+    Args:
+        train: the main command.
+    """
 
     def row(command: str, seconds: float, cpu_seconds: float | None) -> common.Row:
         return {"command": command, "s": seconds, "CPU s": cpu_seconds}
 
     yield row("the main command, first update", statistics.median(run.first_update for run in runs), None)
-    whole = (
-        statistics.median(values) for values in zip(*((run.seconds, run.cpu_seconds) for run in runs), strict=True)
-    )
-    yield row("the main command, to the end", *whole)
-    wanted = [*COMMANDS, ("report", str(folder / "0" / "run"))]
-    for name, *words in wanted[:1] if is_quick else wanted:
-        shown = " ".join(["report RUN" if name == "report" else name, *(() if name == "report" else words)])
-        status = 2 if "no_such_key=1" in words else 0
-        command = [sys.executable, "-m", f"distaccum.{name}", *words]
+    wanted = {
+        "the main command, to the end": train,
+        **{" ".join(words): _module(*words) for words in (COMMANDS[:1] if is_quick else COMMANDS)},
+    }
+    if not is_quick:
+        wanted["the same by distaccum.launch"] = _module("launch", f"--nproc_per_node={RANKS}")
+        wanted["report RUN"] = _module("report", str(folder / "0" / "run"))
+    for shown, command in wanted.items():
+        status = 2 if "no_such_key=1" in command else 0
         took = [timed(command, folder, status)[1:] for _ in common.rounds(rounds, shown)]
         yield row(shown, *(statistics.median(values) for values in zip(*took, strict=True)))
+
+
+def _module(name: str, *words: str) -> list[str]:
+    return [sys.executable, "-m", f"distaccum.{name}", *words]
 
 
 def main() -> None:
@@ -145,7 +151,8 @@ def main() -> None:
         what = f"the main command on {ranks} ranks: run"
         runs = [run(ranks, folder / str(number), *overrides) for number in common.rounds(count, what)]
         rows = common.show("Where the time goes", phases(runs))
-        rows += common.show("Commands", commands(runs, folder, rounds=count, is_quick=options.quick))
+        train = _module("train", *overrides) if ranks == 1 else common.torchrun(ranks, "-m", "distaccum.train")
+        rows += common.show("Commands", commands(runs, train, folder, rounds=count, is_quick=options.quick))
     if options.write:
         common.write(__doc__, rows)
 

@@ -8,8 +8,6 @@ ranks=${NUM_RANKS:-$(python -c 'import torch; print(max(torch.cuda.device_count(
 cores=$(nproc)
 # The ranks share the cores: with more threads than cores, each would run slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-# A store of their own for ranks that are started again: in the launcher's, gloo finds the addresses of the dead ones.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # --standalone takes a free port, so that several runs can share the machine.
 exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}" -m distaccum.train "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ _FAILURES = "failures"
 _HEARD = "heard"
 _SECONDS_TO_START = 300.0
 """How long ranks wait for each other's start, which takes as long as the slowest disk needs to load libraries."""
+_SECONDS_BETWEEN_ANSWERS = 0.02
 _NCCL_PATIENCE = 60.0
 """How much longer NCCL's own watchdog waits, which aborts the process with a page of C++."""
 
@@ -88,12 +90,12 @@ class World:
         """
         if self._store is None:
             return
-        self._await_all()
+        store = self._store_of_this_start()
         on_cuda = device.type == "cuda"
         try:
             dist.init_process_group(
                 "nccl" if on_cuda else "gloo",
-                store=self._store,
+                store=store,
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(seconds=timeout_seconds + (_NCCL_PATIENCE if on_cuda else 0.0)),
@@ -113,20 +115,51 @@ class World:
         host, port = self.from_main((store.host, store.port) if store is not None else ("", 0))
         return dist.TCPStore(host, port, None, False, patience) if store is None else store  # type: ignore[attr-defined]
 
-    def _await_all(self) -> None:
-        keys = [f"started/{rank}" for rank in range(self.world_size)]
+    def _store_of_this_start(self) -> Any:
+        """Returns what all ranks share, and no rank before them, once all have come.
+
+        torchrun hands ranks that it starts again its store as the dead ones have left it, where torch would find those
+        ones' addresses. So rank 0 answers to a word of each that only a living one can have said.
+        """
+        word = secrets.token_hex(8)
         try:
-            self._store.set(keys[self.rank], "")
-            self._store.wait(keys, timedelta(seconds=_SECONDS_TO_START))
+            self._store.set(f"word/{self.rank}", word)
+            if self.is_main:
+                return self._all_welcomed(word)
+            store = PrefixStore(bytes(self._store.get(f"answer/{word}")).decode(), self._store)
         except RuntimeError as error:
-            try:
-                missing = [str(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-            except RuntimeError:
-                missing = ["0"]  # it held the store, or is beside the launcher that did
-            raise UserError(
-                f"rank {', '.join(missing)} did not start, or has ended: the others have waited for it. See what it "
-                "said, here or on the console of its host."
-            ) from error
+            # Rank 0 held the store, or is beside the launcher that did.
+            raise UserError(_explain_missing([0])) from error
+        keys = self._starts()
+        try:
+            store.set(keys[self.rank], "")
+            store.wait(keys, timedelta(seconds=_SECONDS_TO_START))
+        except RuntimeError as error:
+            raise UserError(_explain_missing(self._missing(store))) from error
+        return store
+
+    def _all_welcomed(self, word: str) -> Any:
+        """Answers all ranks with rank 0's word until all have heard it."""
+        store, keys = PrefixStore(word, self._store), self._starts()
+        store.set(keys[0], "")
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while not store.check(keys):
+            if time.monotonic() > deadline:
+                raise UserError(_explain_missing(self._missing(store)))
+            for rank in self._missing(store):
+                if self._store.check([f"word/{rank}"]):
+                    self._store.set(f"answer/{bytes(self._store.get(f'word/{rank}')).decode()}", word)
+            time.sleep(_SECONDS_BETWEEN_ANSWERS)
+        return store
+
+    def _starts(self) -> list[str]:
+        return [f"started/{rank}" for rank in range(self.world_size)]
+
+    def _missing(self, store: Any) -> list[int]:
+        try:
+            return [rank for rank, key in enumerate(self._starts()) if not store.check([key])]
+        except RuntimeError:
+            return [0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks, on every rank. Values must be picklable."""
@@ -288,15 +321,16 @@ def _is_said_here() -> bool:
 
 def _explain_connecting(error: Exception) -> str:
     reason = " ".join(str(error).split()).partition("$")[0]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return (
-            f"the ranks can't connect to each other: {reason}. If torchrun has restarted them, set "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started: its own store still leads to the ranks "
-            "before the restart."
-        )
     return (
         f"the ranks can't connect to each other: {reason}. Check that the hosts reach each other, and name the network "
         "interface to use with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME."
+    )
+
+
+def _explain_missing(ranks: list[int]) -> str:
+    return (
+        f"rank {', '.join(map(str, ranks))} did not start, or has ended: the others have waited for it. See what it "
+        "said, here or on the console of its host."
     )
 
 

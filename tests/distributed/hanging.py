@@ -84,9 +84,6 @@ def _work(world: World, fault: str, rank: int) -> None:
 def _main(folder: str, fault: str, rank: str, timeout_seconds: str) -> None:
     began = time.monotonic()
     torch.set_num_threads(1)
-    if "SEVERAL_AGENTS" in os.environ:
-        os.environ["GROUP_WORLD_SIZE"] = "2"
-        signal.alarm(40)  # Restarted ranks, which find the addresses of the dead ones, may also wait without end.
     if "OUTLIVES_SIGTERM" in os.environ:  # as a run does that saves before it leaves
         signal.signal(signal.SIGTERM, lambda *_: None)
         heartbeat.SECONDS_TO_GIVE_UP = 4.0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -38,8 +36,6 @@ class Scenario:
     """They are away from collectives when the fault happens."""
     outlives_sigterm: bool = False
     """As a run does that saves before it leaves."""
-    several_agents: bool = False
-    """As if the ranks had been started by more than one torchrun."""
     times_out: bool = False
     """Ends by a rank's timeout."""
     options: tuple[str, ...] = ()
@@ -50,8 +46,6 @@ class Scenario:
             environment["SLOW_FORWARD_SECONDS"] = "4.5"
         if self.busy_survivors or self.outlives_sigterm:
             environment["OUTLIVES_SIGTERM"] = "1"
-        if self.several_agents:
-            environment["SEVERAL_AGENTS"] = "1"
         seconds = TIMEOUT_SECONDS if self.times_out else LONG_TIMEOUT_SECONDS
         arguments = (str(folder), self.fault, str(self.rank), str(seconds))
         command = (*self.options, str(HERE / "hanging.py"), *arguments)
@@ -71,13 +65,12 @@ KILLED = (
 CROSSED = Scenario(world_size=2, fault="comes_to_another_collective", rank=1, times_out=True)
 BAD_INPUT = Scenario(world_size=2, fault="has_bad_input", rank=0, busy_survivors=True)
 RESTARTED = Scenario(world_size=2, fault="is_killed_then_has_a_bug", rank=1, options=("--max-restarts=1",))
-RESTARTED_BY_SEVERAL = dataclasses.replace(RESTARTED, several_agents=True)
 
 
 @functools.cache
 def _all_runs() -> tuple[tempfile.TemporaryDirectory[str], dict[Scenario, subprocess.CompletedProcess[str]]]:
     """All scenarios, at once: they spend most of it waiting."""
-    scenarios = (HANGS, HANGS_LOCKED, STOPS, *KILLED, CROSSED, BAD_INPUT, RESTARTED, RESTARTED_BY_SEVERAL)
+    scenarios = (HANGS, HANGS_LOCKED, STOPS, *KILLED, CROSSED, BAD_INPUT, RESTARTED)
     holder = tempfile.TemporaryDirectory()
     folders = [Path(holder.name, str(number)) for number in range(len(scenarios))]
     for folder in folders:
@@ -172,20 +165,3 @@ def test_a_bug_keeps_its_traceback_and_a_restarted_run_is_heard_too() -> None:
     assert [message.partition(":")[2].partition(":")[0] for message in messages] == [" rank 1 is gone"], done.stderr
     assert done.stderr.count("[rank1]: KeyError: 'a bug in forward'") == 1, done.stderr
     assert "[rank0]" not in done.stderr, done.stderr
-
-
-def test_a_restart_that_gloo_cannot_make_says_what_to_set() -> None:
-    done, _ = _outcome(RESTARTED_BY_SEVERAL)
-    for _ in range(5):
-        gone, *others = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        if others:
-            break
-        # Which of two ranks connects to the other is chance, and the other way round the restart succeeds, or hangs.
-        hung = f"exitcode: {-signal.SIGALRM}"
-        assert "[rank1]: KeyError: 'a bug in forward'" in done.stderr or hung in done.stderr, done.stderr
-        with tempfile.TemporaryDirectory() as folder:
-            done = RESTARTED_BY_SEVERAL.run(Path(folder))
-    (cannot_connect,) = others
-    assert gone.startswith("error: rank 1 is gone")
-    assert cannot_connect.startswith("error: the ranks can't connect to each other: ")
-    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started" in cannot_connect

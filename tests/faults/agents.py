@@ -22,7 +22,6 @@ class Agent:
         command: options of torchrun and what it is to run.
         folder: the current one.
         name: of the file in the folder that gets all output.
-        shares_store: let the ranks use the agent's own store, as torchrun does if it isn't told otherwise.
         launcher: `distaccum.launch` in torchrun's place.
         variables: of the environment.
     """
@@ -32,7 +31,6 @@ class Agent:
         *command: str,
         folder: Path,
         name: str = "output",
-        shares_store: bool = False,
         launcher: bool = False,
         **variables: str,
     ) -> None:
@@ -42,7 +40,6 @@ class Agent:
             *(("-m", "distaccum.launch", *command) if launcher else forking.torchrun(*command)),
             folder=folder,
             said=self._said,
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(int(not shares_store)),
             **variables,
         )
 

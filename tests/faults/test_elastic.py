@@ -42,7 +42,7 @@ def test_a_run_goes_on_with_the_ranks_there_are(processes: Zygote, tmp_path: Pat
     with ExitStack() as stack:
 
         def start(options: list[str]) -> Agent:
-            agent = Agent(*options, *command, folder=folder)
+            agent = Agent(*options, *command, folder=folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
             stack.callback(agent.kill_all)
             return agent
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,6 +82,29 @@ def test_a_rank_that_does_not_start_is_named(second_of_two: pytest.MonkeyPatch) 
     second_of_two.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(UserError, match=r"^rank 0 did not start, or has ended: "), joined_world() as world:
         world.init_process_group(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_that_are_started_again_share_nothing_with_those_before(
+    second_of_two: pytest.MonkeyPatch, first: int
+) -> None:
+    """Whichever of them comes first to the launcher's store."""
+    launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    second_of_two.setenv("MASTER_PORT", str(launcher.port))
+    second_of_two.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    worlds = {}
+    for rank in (0, 1):
+        second_of_two.setenv("RANK", str(rank))
+        worlds[rank] = World()
+    for start in range(3):
+        with ThreadPoolExecutor() as pool:
+            one = pool.submit(worlds[first]._store_of_this_start)
+            time.sleep(0.2)
+            other = pool.submit(worlds[1 - first]._store_of_this_start)
+            stores = one.result(), other.result()
+        assert not stores[0].check(["address"])
+        stores[0].set("address", str(start))
+        assert stores[1].get("address") == str(start).encode()
 
 
 def test_counters_and_wishes_are_shared(second_of_two: pytest.MonkeyPatch) -> None:
