@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -85,12 +86,15 @@ class PadCollate:
             return stacked
         at = (lambda number: number) if index is None else (lambda number: index)
         within = "" if name is None else f"{name}."
+        kinds = set(map(type, values))
+        if name is not None and all(issubclass(kind, _KEPT) for kind in kinds):
+            return list(values)
+        if len(kinds) == 1 and (dtype := _NUMBERS.get(type(first))) is not None:
+            return torch.tensor(values, dtype=dtype)
         if isinstance(first, Mapping):
-            if not all(type(value) is dict and value.keys() == first.keys() for value in values):
-                _check_fields([frozenset(value) if isinstance(value, Mapping) else type(value) for value in values])
             return {
-                key: self._collated([value[key] for value in values], at(number), f"{within}{key!r}")
-                for number, key in enumerate(first)
+                key: self._collated(column, at(number), f"{within}{key!r}")
+                for number, (key, column) in enumerate(_columns(values, kinds).items())
             }
         if isinstance(first, tuple | list) and not (index is not None and is_numbers(first)):
             if not all(isinstance(value, tuple | list) and len(value) == len(first) for value in values):
@@ -101,14 +105,9 @@ class PadCollate:
             ]
             # A user who names the fields of a sample reads them by name from the micro-batch too.
             return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
-        if isinstance(first, _KEPT) and index is not None and all(isinstance(value, _KEPT) for value in values):
-            return list(values)
         return self._field(values, index or 0, name)
 
     def _field(self, values: Sequence[Any], index: int, name: str | None) -> Tensor:
-        kind = type(values[0])
-        if kind in _NUMBERS and all(type(value) is kind for value in values):
-            return torch.tensor(values, dtype=_NUMBERS[kind])
         what = "the samples" if name is None else f"field {name} of the samples"
         tensors = [_as_tensor(value, what) for value in values]
         dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
@@ -132,6 +131,15 @@ class PadCollate:
                 "pad value for that field, or samples of another dtype."
             )
         return pad_sequence(tensors, batch_first=True, padding_value=pad_value)
+
+
+def _columns(rows: Sequence[Any], kinds: set[type]) -> dict[Any, list[Any]]:
+    """Returns of mappings the values of each key, in the order of the first one's."""
+    if kinds == {dict} and len(set(map(len, rows))) == 1:  # as rows are, where comparing all keys costs the most
+        with suppress(KeyError):
+            return {key: [row[key] for row in rows] for key in rows[0]}
+    _check_fields([frozenset(row) if isinstance(row, Mapping) else type(row) for row in rows])
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _stacked(values: Sequence[Any]) -> Tensor | None:
