@@ -28,7 +28,7 @@ from distaccum.accumulation.micro_gradients import watcher_of
 from distaccum.accumulation.noise_scale import Measurement, NoiseScale
 from distaccum.accumulation.open_window import OpenWindow
 from distaccum.accumulation.optimizer_step import Gradients, ScaledStep, unscaled
-from distaccum.accumulation.recovery import Recovery, Share, Tell, explaining_memory, micro_step
+from distaccum.accumulation.recovery import Recovery, Share, Tell, explaining_memory_of_step, micro_step
 from distaccum.accumulation.reevaluation import reevaluation_of
 from distaccum.accumulation.result import LossTerm, TaskOutput, UpdateResult
 from distaccum.accumulation.terms import Denominators, TermCounter, Weights, WindowTerms, checked_terms
@@ -377,7 +377,7 @@ class Accumulator:
                     share.take_again(window, *trouble)
                 tell("loading", window.micro_steps + 1, False)
         tell("step", window.micro_steps, True)
-        with explaining_memory(window, self.recovery, "step"):
+        with explaining_memory_of_step():
             return self._finished()
 
     def state_dict(self) -> dict[str, Any]:

@@ -190,28 +190,26 @@ def micro_step(
 
 
 @contextmanager
-def explaining_memory(window: OpenWindow, recovery: Recovery | None, during: str) -> Iterator[None]:
-    """Raises the error of `explained` in the place of torch's own, if memory runs out inside."""
+def explaining_memory_of_step() -> Iterator[None]:
+    """Encloses an optimizer's step; raises a `UserError` in the place of torch's error if memory runs out."""
     try:
         yield
     except Exception as error:
         if (said := said_of_memory(error)) is None:
             raise
-        raise explained(window, recovery, during, said) from error
+        raise UserError(
+            f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer "
+            "with less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
+        ) from error
 
 
 def explained(opened: OpenWindow, recovery: Recovery | None, during: str, said: str) -> UserError:
     """The error for running out of memory where the window can't be taken again.
 
     Args:
-        during: "forward", "backward" or "step".
+        during: "forward" or "backward".
         said: torch's own message.
     """
-    if during == "step":
-        return UserError(
-            f"out of memory in the optimizer's step: {said}. It makes its state in the first one. Take an optimizer "
-            "with less state, strategy.shard_optimizer=true or strategy=fsdp on several ranks, or a smaller model."
-        )
     window = opened.source if isinstance(opened.source, Window) else None
     samples = window.sample_indices[opened.micro_steps - 1] if window is not None else []
     of = f" of {len(samples)} sample{'' if len(samples) == 1 else 's'}" if window is not None else ""

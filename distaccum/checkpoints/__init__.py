@@ -7,9 +7,8 @@ from distaccum.checkpoints.export import Exported, export_model, remove_export
 from distaccum.checkpoints.folder import Checkpoint, checked, checkpoints_in, clear_leftovers, newest_whole
 from distaccum.checkpoints.memory_place import forget_memory, has_memory
 from distaccum.checkpoints.newest import newest_anywhere
-from distaccum.checkpoints.of_rank import read_own
 from distaccum.checkpoints.restoring import Stateful
-from distaccum.checkpoints.state import averaged_weights, load_model, members_of, putting_back
+from distaccum.checkpoints.state import averaged_weights, load_model, members_of, putting_back, read_own
 from distaccum.checkpoints.weights import MODEL_FILE, load_exported
 from distaccum.runtime.buffers import persistent_buffers
 

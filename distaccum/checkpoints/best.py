@@ -7,14 +7,13 @@ from typing import Any
 
 from distaccum.checkpoints.folder import name_of
 from distaccum.config import CheckpointConfig
-from distaccum.config.enums import Goal
+from distaccum.config.enums import Goal, usual_goal
 from distaccum.errors import UserError
 
 
 def goal_of(config: CheckpointConfig) -> Goal:
     """Returns whether less or more of the metric is better."""
-    is_loss = "loss" in config.best_metric.split("/")  # loss/NAME is a term of it
-    return config.best_goal or (Goal.min if is_loss else Goal.max)
+    return config.best_goal or usual_goal(config.best_metric)
 
 
 class BestEvaluations:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from distaccum.checkpoints.best import BestEvaluations
 from distaccum.checkpoints.folder import Checkpoint, checkpoints_in, clear_leftovers, prune
@@ -35,9 +34,9 @@ from distaccum.checkpoints.state import (
     of_python,
     reasons,
     state_tensors,
-    without_process_warning,
+    write_tensors,
 )
-from distaccum.checkpoints.storage import ManifestWriter, SavePlannerOf, check_formats
+from distaccum.checkpoints.storage import ManifestWriter, check_formats
 from distaccum.config import CheckpointConfig
 from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.nested import gather_objects
@@ -319,15 +318,7 @@ class Checkpointer:
     def _write(self, update: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         writer = ManifestWriter(self.folder, update, self.rank, state, self.files)
         try:
-            with torch.no_grad():
-                without_process_warning()
-                save(
-                    {},
-                    storage_writer=writer,
-                    planner=SavePlannerOf(tensors),
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                )
+            write_tensors(writer, tensors, self._group)
         except (Exception, CheckpointException) as error:  # whatever it is, training goes on
             self._report_failure(update, error)
             return

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -42,8 +41,8 @@ from distaccum.checkpoints.memory_place import (
     nodes_of,
 )
 from distaccum.checkpoints.staging import Staging
-from distaccum.checkpoints.state import reasons, without_process_warning
-from distaccum.checkpoints.storage import ManifestWriter, SavePlannerOf, file_of
+from distaccum.checkpoints.state import reasons, write_tensors
+from distaccum.checkpoints.storage import ManifestWriter, file_of
 from distaccum.errors import UserError
 from distaccum.runtime.diagnosis import is_broken_collective
 from distaccum.runtime.memory import free_memory
@@ -78,7 +77,6 @@ class MemoryCheckpoints:
         self._gather: Gather = lambda value: gather_objects(value, group)
         self._place = memory_place(checkpoints, rank=rank, gather=self._gather, draw=True)
         self._nodes = nodes_of(self._gather)
-        self._node = next(number for number, node in enumerate(self._nodes) if rank in node)
         self._files = files if len(self._nodes) > 1 else ()
         self.last: int | None = None
         self._staging = Staging()
@@ -146,15 +144,7 @@ class MemoryCheckpoints:
             has_room=self._has_room,
         )
         try:
-            with torch.no_grad():
-                without_process_warning()
-                save(
-                    {},
-                    storage_writer=writer,
-                    planner=SavePlannerOf(tensors),
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
+            write_tensors(writer, tensors, self.group)
             self._end(writer)
         except (Exception, CheckpointException) as error:
             if writer.refusal is not None:

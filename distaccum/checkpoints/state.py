@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from distaccum.checkpoints.encoding import decoded, encoded
 from distaccum.checkpoints.folder import Checkpoint
 from distaccum.checkpoints.frozen import check_same_frozen
 from distaccum.checkpoints.optimizer_state import optimizer_tensors, outside_parameters
-from distaccum.checkpoints.storage import ManifestReader
+from distaccum.checkpoints.storage import ManifestReader, SavePlannerOf
 from distaccum.errors import UserError
 from distaccum.runtime.buffers import persistent_buffers
 from distaccum.runtime.randomness import random_state
@@ -185,6 +186,17 @@ def set_extra_states(module: nn.Module, states: Mapping[str, Any]) -> None:
             part.set_extra_state(decoded(states[name]))
 
 
+def write_tensors(writer: Any, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Writes tensors with a writer of torch's; of sharded ones, this rank's part.
+
+    Args:
+        group: the ranks that write together. None: this process writes alone.
+    """
+    with torch.no_grad():
+        _without_process_warning()
+        save({}, storage_writer=writer, planner=SavePlannerOf(tensors), process_group=group, no_dist=group is None)
+
+
 def read_tensors(checkpoint: Checkpoint, targets: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Fills tensors with what a checkpoint has under their names; of sharded ones, this rank's part.
 
@@ -196,7 +208,7 @@ def read_tensors(checkpoint: Checkpoint, targets: dict[str, Tensor], group: dist
     """
     try:
         with torch.no_grad():
-            without_process_warning()
+            _without_process_warning()
             load(
                 targets,
                 storage_reader=ManifestReader(checkpoint),
@@ -206,6 +218,20 @@ def read_tensors(checkpoint: Checkpoint, targets: dict[str, Tensor], group: dist
             )
     except CheckpointException as error:  # a BaseException
         raise UserError(f"the checkpoint {checkpoint.path} can't be read: {reasons(error)}.") from error
+
+
+def read_own(checkpoint: Checkpoint, rank: int, kind: str) -> dict[str, Tensor]:
+    """Reads the tensors `kind/…` of `Checkpointer.own` of a rank, on the CPU, by what follows; no rank waits.
+
+    Raises:
+        UserError: they can't be read.
+    """
+    prefix = f"rank/{rank}/{kind}/"
+    found = {name: entry for name, entry in ManifestReader(checkpoint).formats().items() if name.startswith(prefix)}
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in found.items()}
+    if tensors:
+        read_tensors(checkpoint, tensors, None)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def load_model(checkpoint: Checkpoint, module: nn.Module, average: str | None = None) -> None:
@@ -301,6 +327,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def without_process_warning() -> None:
+def _without_process_warning() -> None:
     """Silences torch's warning that with `no_dist` it assumes a single process, as one is meant."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

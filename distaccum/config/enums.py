@@ -26,3 +26,8 @@ DecayShape = StrEnum("DecayShape", "linear cosine one_minus_sqrt")
 WhichCheckpoint = StrEnum("WhichCheckpoint", "newest best all")
 Weights = StrEnum("Weights", "raw ema swa")
 Combination = StrEnum("Combination", "probabilities outputs weights")
+
+
+def usual_goal(metric: str) -> Goal:
+    """Returns whether less or more of a metric is better: less of a `loss`, and of its terms `loss/NAME`."""
+    return Goal.min if "loss" in metric.split("/") else Goal.max

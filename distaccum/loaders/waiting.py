@@ -6,8 +6,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from distaccum.config.launcher import launch
@@ -146,7 +147,8 @@ class Waits:
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Passes micro-batches on, and measures how long each is waited for."""
-        return _Timed(batches, self.next_of)
+        # Keeps no micro-batch, as a generator would while the next one is waited for.
+        return map(self.next_of, repeat(batches))
 
     def next_of(self, batches: Iterator[Any]) -> Any:
         """Returns the next micro-batch, and counts how long it was waited for."""
@@ -213,14 +215,3 @@ class Waits:
             return False
         source.use_workers(workers, ahead)
         return True
-
-
-class _Timed(Iterator[Any]):
-    """An iterator that keeps no micro-batch, as a generator would while the next one is waited for."""
-
-    def __init__(self, batches: Iterator[Any], next_of: Callable[[Iterator[Any]], Any]) -> None:
-        self._batches = batches
-        self._next_of = next_of
-
-    def __next__(self) -> Any:
-        return self._next_of(self._batches)

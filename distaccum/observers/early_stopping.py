@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distaccum.config.enums import Goal
+from distaccum.config.enums import Goal, usual_goal
 from distaccum.errors import UserError
 from distaccum.observers.formatting import number, words
 
@@ -28,7 +28,7 @@ class EarlyStopping:
         """`goal` None: less is better for a `loss`, more for everything else."""
         self.metric = metric
         self.patience = patience
-        self.goal = goal or (Goal.min if "loss" in metric.split("/") else Goal.max)
+        self.goal = goal or usual_goal(metric)
         self.best: float | None = None
         self.best_evaluation = 0
         self.evaluations = 0

@@ -5,17 +5,16 @@ It is `$XDG_CACHE_HOME/distaccum`, or `~/.cache/distaccum`; all in it can be rem
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distaccum.runtime.files import write_text
+from distaccum.runtime.files import locked, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +63,7 @@ class Remembered:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Makes other processes that hold the same value wait, as far as the cache's file system can."""
-        with ExitStack() as stack:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(self.path.with_suffix(".lock").open("ab"))
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                logger.debug("%s can't be locked: %s", self.path, error)
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.with_suffix(".lock")):
             yield

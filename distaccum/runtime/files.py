@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -44,6 +45,23 @@ def without_tilde(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path} can't be found: {error}. Give the whole path.") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Waits until no other process holds a lock; yields False where it can't be had, as on a file system without locks.
+
+    Args:
+        path: a file for the lock, which stays.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
+        except OSError as error:
+            logger.debug("%s can't be locked: %s", path, error)
+            yield False
+        else:
+            yield True
 
 
 @contextmanager

@@ -45,6 +45,14 @@ def fit_in_a_bucket(parameters: Sequence[Tensor]) -> bool:
     return _MOST_TEMPORARIES * sum(part.nbytes for part in local_parts(parameters)) <= BUCKET_BYTES
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Returns what the closure of a step returns; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def step_in_buckets(optimizer: torch.optim.Optimizer) -> None:
     """Makes the `step` of one of torch's own optimizers step its parameters bucket by bucket.
 
@@ -56,10 +64,7 @@ def step_in_buckets(optimizer: torch.optim.Optimizer) -> None:
     whole = whole.__wrapped__ if getattr(whole, "hooked", False) else whole  # type: ignore[attr-defined]
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         groups = self.param_groups
         try:
             for group in groups:

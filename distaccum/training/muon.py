@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from distaccum.errors import UserError
+from distaccum.training.buckets import evaluated
 from distaccum.training.patterns import parameters_like
 
 MUON, ADAMW = "muon", "adamw"
@@ -86,10 +87,7 @@ class Muon(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes a step of both parts; returns what the closure returns, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._share()  # groups may have been added, and restored
         for part in self._parts.values():
             part.step()

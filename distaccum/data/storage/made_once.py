@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +18,7 @@ from distaccum.data.storage.files import is_remote, local, size_and_version
 from distaccum.data.storage.object_stores import shown
 from distaccum.errors import UserError, listed, require
 from distaccum.runtime.cache import cache_folder, fingerprint
-from distaccum.runtime.files import remove_unfinished, replacing
+from distaccum.runtime.files import locked, remove_unfinished, replacing
 
 logger = logging.getLogger("distaccum.data")
 
@@ -72,7 +70,7 @@ def made_once(sources: Sequence[str], kind: str, make: Callable[[BinaryIO], str]
         path = folder / file_name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _held(folder / lock_name) as is_alone:
+            with locked(folder / lock_name) as is_alone:
                 if not os.path.isfile(path):
                     if is_alone:
                         remove_unfinished(folder, of_all_versions)
@@ -95,19 +93,6 @@ def _make(path: Path, what: str, make: Callable[[BinaryIO], str]) -> None:
     with replacing(path) as file:
         said = make(file)
     logger.info("made the %s: %s; %.1f s, kept in %s", what, said, time.monotonic() - started, path)
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Waits until no other process holds the lock; yields False where the file system knows no locks."""
-    with ExitStack() as stack:
-        try:
-            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
-        except OSError as error:
-            logger.debug("%s can't be locked: %s", path, error)
-            yield False
-        else:
-            yield True
 
 
 def _version(source: str) -> Iterator[Any]:

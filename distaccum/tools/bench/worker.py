@@ -10,13 +10,12 @@ import traceback
 from multiprocessing.connection import Client
 from pathlib import Path
 
-import torch
-
 from distaccum.config import TrainConfig, as_plain
 from distaccum.config.redaction import hide, redacted_text
 from distaccum.errors import UserError
 from distaccum.runtime.devices import resolve_device
 from distaccum.runtime.diagnosis import is_broken_collective
+from distaccum.runtime.memory import is_out_of_memory
 from distaccum.runtime.world import World, joined_world
 from distaccum.tools.bench.measurements import Measuring
 
@@ -62,7 +61,7 @@ def _explain_failure(error: BaseException) -> dict[str, str]:
     line = redacted_text(" ".join(str(error).split()))
     if isinstance(error, UserError):
         return {"kind": "user", "reason": line}
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
+    if is_out_of_memory(error):
         return {"kind": "memory", "reason": f"out of memory: {line.partition('. ')[0]}" if line else "out of memory"}
     kind = "died" if is_broken_collective(error) else "bug"
     return {"kind": kind, "reason": f"{type(error).__name__}: {line}"[:400]}

@@ -64,8 +64,6 @@ class Footprint:
         activations: by size of the micro-batch, the tensors that its forward keeps for the backward.
         batches: by size of the micro-batch, the batch itself.
         peaks: by size of the micro-batch and by moment, the largest at once.
-        first_peak: by moment, the largest in the first window, at the smallest size: it creates gradients and the
-            optimizer's state.
     """
 
     parameters: int = 0
@@ -77,7 +75,6 @@ class Footprint:
     activations: dict[int, int] = field(default_factory=dict)
     batches: dict[int, int] = field(default_factory=dict)
     peaks: dict[int, dict[str, int]] = field(default_factory=dict)
-    first_peak: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> dict[int, int]:
@@ -162,7 +159,7 @@ def _footprint(
 ) -> Footprint:
     found = Footprint()
     # The first window creates gradients and the optimizer's state, and the second DDP's final buckets.
-    found.first_peak, _ = windows.run(batch_of(sizes[0]))
+    windows.run(batch_of(sizes[0]))
     windows.run(batch_of(sizes[0]))
     windows.weigh(found)
     for size in sizes:

@@ -16,7 +16,7 @@ from rich.progress import TextColumn
 
 from distaccum.config import as_plain
 from distaccum.config import instantiate as targets
-from distaccum.config.enums import Goal
+from distaccum.config.enums import usual_goal
 from distaccum.config.redaction import redacted, redacted_arguments
 from distaccum.config.tools import StudyConfig
 from distaccum.errors import EXIT_INTERRUPTED, EXIT_UNFINISHED, UserError
@@ -141,8 +141,7 @@ class _Study:
         self.noise_scale = measures_noise(config, built_task(config.task))
         assert self.section.metric is not None
         self.metric = self.section.metric
-        name = self.metric.rpartition("/")[2]
-        self.goal = self.section.goal or (Goal.min if "loss" in name.split("/") else Goal.max)
+        self.goal = self.section.goal or usual_goal(self.metric)
         self.smoothing_samples = max(1, self.section.smoothing * self.limit // self.section.evaluations)
 
     def make(self, wanted: list[Point]) -> int:
