@@ -100,17 +100,17 @@ def parsed(words: list[str]) -> tuple[LaunchConfig, str, list[str]]:
         require(not given, f"{option} is not supported, as ranks are forked: give -m MODULE, or use torchrun.")
     require(options.start_method == "spawn", "--start-method has no meaning here, as ranks are forked: leave it out.")
     try:
-        fewest_nodes, most_nodes = parse_min_max_nnodes(options.nnodes)
+        several = parse_min_max_nnodes(options.nnodes)[1] > 1
         if options.standalone or not (
-            most_nodes > 1 or options.rdzv_backend != "static" or options.rdzv_endpoint or options.master_port
+            several or options.rdzv_backend != "static" or options.rdzv_endpoint or options.master_port
         ):
             options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
         options.master_port = options.master_port or 29500
         config, _, _ = config_from_args(options)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"torchrun's options are wrong: {error}. --help shows them.") from error
-    if fewest_nodes < most_nodes:
-        # With a shared store, the agents that have stayed don't tell one that comes back where it is.
+    if several:
+        # With a shared store, the agents that have stayed don't tell one that comes anew where it is.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     config.start_method = "forkserver"
     return (config, words[0], words[1:]) if options.module else (config, "distaccum.train", words)

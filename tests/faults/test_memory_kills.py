@@ -191,7 +191,8 @@ def test_torchruns_go_on_from_memory_when_one_is_lost_with_its_node(
 
         def start(number: int, node: str) -> Agent:
             (memory / node).mkdir(exist_ok=True)
-            agent = Agent(*options[number], *command, folder=folder, name=node, **{VARIABLE: str(memory / node)})
+            variables = {VARIABLE: str(memory / node), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            agent = Agent(*options[number], *command, folder=folder, name=node, **variables)
             stack.callback(agent.kill_all)
             return agent
 
