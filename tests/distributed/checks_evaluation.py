@@ -180,7 +180,7 @@ def check_the_rank_that_waits_for_data_says_what_would_help(world: World) -> Non
     is_slow = world.rank == world.world_size - 1
     model = nn.Linear(1, 1)
     strategy = place(model, DDPConfig(), torch.device("cpu"))
-    loader = WindowLoader(_Slow(0.02 * is_slow), global_batch_size=2 * world.world_size, micro_batch_size=1)
+    loader = WindowLoader(_Slow(0.06 * is_slow), global_batch_size=2 * world.world_size, micro_batch_size=1)
     waits = DataWaits(loader)
     optimizer = torch.optim.SGD(strategy.module.parameters(), lr=0.1)
     accumulator = Accumulator(strategy.model, optimizer, strategy=strategy, reports=waits.reports)
