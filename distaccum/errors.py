@@ -54,6 +54,11 @@ def listed(names: Sequence[object], most: int = 8) -> str:
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def joined(names: Sequence[str]) -> str:
+    """Returns names with commas between them and `and` before the last one."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def asked_to_exit(error: SystemExit) -> UserError:
     """Returns the error to raise when a user's own code has called for an exit."""
     *_, place = traceback.extract_tb(error.__traceback__)

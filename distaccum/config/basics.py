@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from enum import Enum
 from typing import Any
 
@@ -26,6 +27,15 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {
         path: leaf for name, entry in value.items() for path, leaf in flat(entry, f"{key}.{name}".lstrip(".")).items()
     }
+
+
+def finite(value: Any) -> Any:
+    """Returns a nest of plain values with None for numbers that are not finite, as JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_plain(config: Any) -> Any:

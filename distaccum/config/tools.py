@@ -28,11 +28,9 @@ def _require_distinct(tool: str, section: Any, *keys: str) -> None:
             setattr(section, key, list(dict.fromkeys(values)))
 
 
-def _require_each(minimum: float, key: str, values: Iterable[float]) -> None:
+def _require_each_positive(key: str, values: Iterable[int]) -> None:
     shown = list(values)
-    require(
-        all(value >= minimum for value in shown), f"{key}={shown} is impossible: each must be at least {minimum:g}."
-    )
+    require(all(value >= 1 for value in shown), f"{key}={shown} is impossible: each must be at least 1.")
 
 
 def _require_size(tool: str, batch: BatchConfig) -> None:
@@ -92,8 +90,8 @@ class CompareSection:
 
     def __post_init__(self) -> None:
         _require_distinct("compare", self, "world_sizes", "accumulation_steps", "placements")
-        _require_each(1, "compare.world_sizes", self.world_sizes)
-        _require_each(1, "compare.accumulation_steps", self.accumulation_steps)
+        _require_each_positive("compare.world_sizes", self.world_sizes)
+        _require_each_positive("compare.accumulation_steps", self.accumulation_steps)
         require_at_least(1, compare__updates=self.updates, compare__rounds=self.rounds)
         require_at_least(0, compare__warmup_updates=self.warmup_updates)
         require_at_least(1, compare__curve_updates=self.curve_updates, compare__exact_updates=self.exact_updates)
@@ -227,7 +225,7 @@ class StudySection:
 
     def __post_init__(self) -> None:
         _require_distinct("study", self, "batch_sizes", "lr_rules")
-        _require_each(1, "study.batch_sizes", self.batch_sizes or [])
+        _require_each_positive("study.batch_sizes", self.batch_sizes or [])
         require(
             self.metric is None or self.metric == "train/loss" or self.metric.startswith("eval/"),
             f"study.metric={self.metric} is unknown: it must be train/loss, or eval/ and a metric of the evaluation.",

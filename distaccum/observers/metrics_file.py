@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
+from distaccum.config.basics import finite
 from distaccum.errors import UserError
 from distaccum.observers.base import EvaluationRecord, Observer, RunEnd, RunStart, UpdateRecord
 from distaccum.observers.metrics_reading import KeptLines, keep_lines
@@ -129,18 +129,10 @@ class MetricsFile(Observer):
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._file is not None, "on_start comes first"
-        self._file.append(json.dumps(_without_nonfinite(line), allow_nan=False))
+        self._file.append(json.dumps(finite(line), allow_nan=False))
 
 
 def _shown(ranges: list[tuple[int, int]], at_most: int = 10) -> str:
     """Formats ranges of numbers: `3, 7-9, 12`."""
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:at_most]]
     return ", ".join(texts) + (", …" if len(ranges) > at_most else "")
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

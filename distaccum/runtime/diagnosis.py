@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from distaccum.errors import joined
+
 _GLOO = re.compile(r"gloo/transport|Gloo connectFullMesh|Connection (closed|reset) by peer|Timed out waiting \d+ms for")
 _MOST_NAMED = 4
 AGAIN = "Start again with the same command: a run that has a checkpoint goes on from it."
@@ -208,4 +210,4 @@ def _each(texts: Sequence[str], signs: Sequence[Sign]) -> str:
 def _listed(texts: Sequence[str]) -> str:
     if len(texts) > _MOST_NAMED:
         texts = [*texts[:_MOST_NAMED], f"{len(texts) - _MOST_NAMED} more"]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+    return joined(texts)

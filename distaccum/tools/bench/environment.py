@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distaccum.config.basics import finite
 from distaccum.config.redaction import redacted_arguments
 from distaccum.errors import UserError
 from distaccum.runtime.version import __version__
@@ -67,15 +67,7 @@ def refuse_other_results(run_dir: str | None, name: str, what: str) -> None:
 
 def as_json(found: Circumstances) -> str:
     """Returns results as JSON, which has no numbers that are not finite: they become null."""
-    return json.dumps(_finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(dataclasses.asdict(found)), indent=1, allow_nan=False) + "\n"
 
 
 def _machine() -> str:

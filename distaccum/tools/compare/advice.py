@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distaccum.config.tools import PlacementName
+from distaccum.errors import joined
 from distaccum.observers.formatting import byte_size, rate
 from distaccum.tools.bench.rounds import milliseconds
 from distaccum.tools.compare.results import CompareReport, CompareRow, by_axis, is_within_noise
@@ -73,7 +74,7 @@ def _choice(chosen: CompareRow, rivals: list[CompareRow], tolerance: float) -> s
         exactness = "its exactness could not be measured"
     text = f"Use {chosen.title}: {exactness}, and no exact placement was faster"
     if rivals:
-        names = _listed([row.title for row in rivals])
+        names = joined([row.title for row in rivals])
         text += (
             f" beyond the noise. {names} {'are' if len(rivals) > 1 else 'is'} as fast within the spread of the rounds; "
             "among equals the choice is by memory, then by simplicity"
@@ -106,7 +107,7 @@ def _inexact(rows: list[CompareRow], tolerance: float) -> str | None:
         row.title if row.error_float64 is None else f"{row.title} ({row.error_float64:.1e} in float64)" for row in wrong
     ]
     return (
-        f"Not the large batch's update: {_listed(named)}. A layer or a loss that mixes samples, or randomness such as "
+        f"Not the large batch's update: {joined(named)}. A layer or a loss that mixes samples, or randomness such as "
         "dropout, depends on how a window is cut; `python -m distaccum.check` with the same overrides finds out which."
     )
 
@@ -234,13 +235,9 @@ def _left_out(report: CompareReport) -> str | None:
 
 def _briefly(titles: dict[str, list[str]]) -> str:
     """Names rows; several rows of one placement together, by their number."""
-    return _listed(
+    return joined(
         [
             rows[0] if len(rows) == 1 else f"{rows[0].partition(' · ')[0]} in {len(rows)} rows"
             for rows in titles.values()
         ]
     )
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

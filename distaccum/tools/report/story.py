@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from distaccum.errors import joined
 from distaccum.observers.formatting import byte_size, duration, number, rate, words
 from distaccum.observers.metrics_reading import number_or_nan
 from distaccum.observers.run_file import Outcome
@@ -240,7 +241,7 @@ def _listed(updates: Sequence[int]) -> str:
     if len(updates) == 1:
         return f"update {updates[0]:,}"
     if len(updates) <= 5:
-        return f"updates {', '.join(f'{u:,}' for u in updates[:-1])} and {updates[-1]:,}"
+        return f"updates {joined([f'{u:,}' for u in updates])}"
     return f"{len(updates):,} updates ({', '.join(f'{u:,}' for u in updates[:3])}, …)"
 
 
