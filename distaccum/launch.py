@@ -110,7 +110,7 @@ def parsed(words: list[str]) -> tuple[LaunchConfig, str, list[str]]:
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"torchrun's options are wrong: {error}. --help shows them.") from error
     if several:
-        # With a shared store, the agents that have stayed don't tell one that comes anew where it is.
+        # A shared store ends with its host, and agents that stay don't tell one that comes anew where it is.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     config.start_method = "forkserver"
     return (config, words[0], words[1:]) if options.module else (config, "distaccum.train", words)

@@ -134,7 +134,7 @@ class PadCollate:
 
 
 def _columns(rows: Sequence[Any], kinds: set[type]) -> dict[Any, list[Any]]:
-    """Returns of mappings the values of each key, in the order of the first one's."""
+    """Returns the values of each key of mappings, in the order of the first one's keys."""
     if kinds == {dict} and len(set(map(len, rows))) == 1:  # as rows are, where comparing all keys costs the most
         with suppress(KeyError):
             return {key: [row[key] for row in rows] for key in rows[0]}

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Remembered:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Makes other processes that hold the same value wait, as far as the cache's file system can."""
-        with suppress(OSError):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.debug("%s can't be made: %s", self.path.parent, error)
         with locked(self.path.with_suffix(".lock")):
             yield

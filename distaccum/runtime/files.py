@@ -49,7 +49,7 @@ def without_tilde(path: str) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Waits until no other process holds a lock; yields False where it can't be had, as on a file system without locks.
+    """Waits until no other process holds a lock; yields False where locking fails, as on a file system without locks.
 
     Args:
         path: a file for the lock, which stays.

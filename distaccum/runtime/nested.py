@@ -25,7 +25,7 @@ _PLAIN = frozenset((Tensor, str, bytes, int, float, bool))
 def leaves(value: Any) -> list[Any]:
     """Returns the leaves of a nest of tuples, lists and mappings, in a fixed order: tensors and all else in it."""
     if isinstance(value, Mapping):
-        value = value.values()
+        value = list(value.values())
     elif not isinstance(value, tuple | list):
         return [value]
     if _PLAIN.issuperset(map(type, value)):

@@ -90,7 +90,7 @@ class World:
         """
         if self._store is None:
             return
-        store = self._store_of_this_start()
+        store = self._shared = self._store_of_this_start()
         on_cuda = device.type == "cuda"
         try:
             dist.init_process_group(
@@ -135,18 +135,19 @@ class World:
             store.set(keys[self.rank], "")
             store.wait(keys, timedelta(seconds=_SECONDS_TO_START))
         except RuntimeError as error:
-            raise UserError(_explain_missing(self._missing(store))) from error
+            if missing := self._missing(store):
+                raise UserError(_explain_missing(missing)) from error
         return store
 
     def _all_welcomed(self, word: str) -> Any:
         """Answers all ranks with rank 0's word until all have heard it."""
-        store, keys = PrefixStore(word, self._store), self._starts()
-        store.set(keys[0], "")
+        store = PrefixStore(word, self._store)
+        store.set(self._starts()[0], "")
         deadline = time.monotonic() + _SECONDS_TO_START
-        while not store.check(keys):
+        while missing := self._missing(store):
             if time.monotonic() > deadline:
-                raise UserError(_explain_missing(self._missing(store)))
-            for rank in self._missing(store):
+                raise UserError(_explain_missing(missing))
+            for rank in missing:
                 if self._store.check([f"word/{rank}"]):
                     self._store.set(f"answer/{bytes(self._store.get(f'word/{rank}')).decode()}", word)
             time.sleep(_SECONDS_BETWEEN_ANSWERS)
@@ -205,6 +206,8 @@ class World:
         """True on the one rank that reports why the run failed."""
         if self._store is None:
             return True
+        if self._shared is self._store:  # which may have the failures of ranks before a restart
+            return self._is_first_on_this_host()
         with suppress(RuntimeError, TimeoutError):
             if not self.heartbeat.is_store_lost:
                 return answer(lambda: bool(self._shared.add(_FAILURES, 1) == 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,26 @@ def test_leaves_are_in_order_whatever_lists_hold() -> None:
     assert len(found) == len(wanted)
     assert all(one is other or one == other for one, other in zip(found, wanted, strict=True))
     assert leaves("a") == ["a"]
+
+
+class Lazy(Mapping[str, object]):
+    """A mapping whose values can be gone through once."""
+
+    def __getitem__(self, key: str) -> object:
+        return {"one": ONE, "name": "a"}[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("one", "name"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def values(self) -> Any:
+        yield from (self[key] for key in self)
+
+
+def test_values_that_a_mapping_makes_on_the_way() -> None:
+    assert leaves(Lazy()) == [ONE, "a"]
 
 
 def test_tensors_alone() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,6 +107,23 @@ def test_ranks_that_are_started_again_share_nothing_with_those_before(
         assert not stores[0].check(["address"])
         stores[0].set("address", str(start))
         assert stores[1].get("address") == str(start).encode()
+
+
+def test_a_failure_before_the_ranks_have_met_is_reported_after_a_restart_too(second_of_two: pytest.MonkeyPatch) -> None:
+    """By several torchruns, which don't count restarts alike, and whose store has what was said before."""
+    launcher = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    second_of_two.setenv("MASTER_PORT", str(launcher.port))
+    second_of_two.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    fails = "from distaccum.runtime.world import World; print(World().is_first_to_fail(), flush=True); input()"
+    for _ in range(2):
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", fails], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        said = [rank.stdout.readline().strip() for rank in ranks if rank.stdout is not None]
+        for rank in ranks:
+            rank.communicate("\n")
+        assert sorted(said) == ["False", "True"]
 
 
 def test_counters_and_wishes_are_shared(second_of_two: pytest.MonkeyPatch) -> None:
