@@ -197,8 +197,8 @@ def start(phases: Rows, commands: Rows) -> None:
     assert {"import torch", "configuration", "data and task", "optimizer", "evaluations"} < set(names)
     assert names.index("import torch") < names.index("first micro-step") < names.index("leaving the ranks")
     first_update, whole, *others = (float(row["s"]) for row in commands)
-    in_phases = sum(float(row["rank 0 s"]) for row in phases)
-    assert first_update < in_phases == pytest.approx(whole, rel=0.5)  # which is of another run
+    assert 0 < first_update < sum(float(row["rank 0 s"]) for row in phases)
+    assert whole > 0  # of another run
     assert others
 
 
