@@ -89,7 +89,7 @@ def test_a_slow_rank_gets_less_and_the_update_is_the_same(
     assert said, "the shares were changed while the run went on"
     first, second = map(float, said[-1])
     # The ideal is 3, but for what a micro-step costs besides its tokens.
-    assert 1.4 < first / second < 4
+    assert 1.7 < first / second < 4
 
 
 def _log(run_dir: str) -> str:
