@@ -40,6 +40,8 @@ COMMANDS = (
     ("compare", "model=mlp", "compare.world_sizes=[1]"),
 )
 """And `report`, of the run that was made before."""
+_MISSED = 0.02
+"""Part of a command's time that may be in no phase."""
 _BY_LAUNCH = "the main command by distaccum.launch"
 
 
@@ -70,16 +72,25 @@ def timed(command: Sequence[str], folder: Path, status: int = 0) -> tuple[float,
 
 
 def run(ranks: int, folder: Path, *overrides: str) -> Run:
-    """Runs the main command in a folder that is made for it."""
+    """Runs the main command in a folder that is made for it.
+
+    Raises:
+        SystemExit: it failed, or its phases don't add up to its time.
+    """
     folder.mkdir()
     words = [str(HERE / "start_phases.py"), str(folder), f"run_dir={folder / 'run'}", *overrides]
     command = common.torchrun(ranks, *words) if ranks > 1 else [sys.executable, *words]
     started, seconds, _ = timed(command, folder)
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    before = max(0.0, min(rank["started"] for rank in found) - started)
+    after = started + seconds - max(rank["ended"] for rank in found)
+    in_phases = before + sum(phase for phase, _ in found[0]["seconds"].values()) + after
+    if abs(in_phases - seconds) > _MISSED * seconds:
+        raise SystemExit(f"the phases are {in_phases:.2f} s, and the command took {seconds:.2f} s")
     return Run(
         first_update=max(rank["ends"]["rest of first update"] for rank in found) - started,
-        before=max(0.0, min(rank["started"] for rank in found) - started),
-        after=started + seconds - max(rank["ended"] for rank in found),
+        before=before,
+        after=after,
         ranks=found,
     )
 
